@@ -1,0 +1,136 @@
+"""What a user may pass as task gradients, checked in one place: every message names argument, expectation and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "Rows", "check_matrix", "check_out", "check_rows", "describe", "overlaps"]
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+Row: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+Rows: TypeAlias = "Sequence[Row]"
+
+
+def describe(value: object) -> str:
+    """A tensor as dtype, shape and device, anything else as its type: what an error message says that came."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f" {str(value.layout)[6:]}"
+        return f"{str(value.dtype)[6:]}{layout} tensor of shape {list(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def _check_gradient(g: object, name: str) -> None:
+    if not isinstance(g, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {describe(g)}")
+    if g.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {describe(g)}; call .to_dense() first")
+    if g.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {describe(g)}")
+    if g.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: has requires_grad=True, but the aggregation has no derivative; pass it detached")
+
+
+def check_matrix(G: Tensor) -> None:
+    """Accepts [T, P] and [B, T, P] with T >= 1.
+
+    Raises:
+        TypeError: `G` is sparse or not of a floating dtype that the kernels read.
+        ValueError: `G` has another number of dimensions, no task, or requires grad.
+    """
+    _check_gradient(G, "G")
+    if G.ndim not in (2, 3):
+        raise ValueError(f"G: expected shape [T, P] or [B, T, P], got {describe(G)}")
+    if G.shape[-2] == 0:
+        raise ValueError(f"G: expected at least one task (T >= 1), got {describe(G)}")
+
+
+def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out") -> None:
+    """A preallocated result must be a writable tensor of exactly the result's shape, dtype and device."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
+    if tuple(out.shape) != tuple(shape) or out.dtype is not like.dtype or out.device != like.device:
+        expected = f"{str(like.dtype)[6:]} tensor of shape {list(shape)} on {like.device}"
+        raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
+    if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    start = x.data_ptr()
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
+
+
+def overlaps(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory that `a` spans meets the memory that `b` spans."""
+    if not a.numel() or not b.numel() or a.device != b.device:
+        return False
+    a0, a1 = _extent(a)
+    b0, b1 = _extent(b)
+    return a0 < b1 and b0 < a1
+
+
+def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
+    """Flattens T rows of K gradients to the ops' list (entry t·K + k).
+
+    Returns:
+        The list of T·K tensors or Nones, and K.
+
+    Raises:
+        TypeError: an entry is no dense floating tensor.
+        ValueError: no row, rows of different length, or gradients of one parameter that differ between tasks in shape,
+            dtype or device; gradients on several devices; a gradient that requires grad.
+    """
+    if not isinstance(rows, (list, tuple)):
+        raise TypeError(f"rows: expected a [T, P] tensor or a sequence of T rows, got {describe(rows)}")
+    if not rows:
+        raise ValueError("rows: expected at least one task (T >= 1), got an empty sequence")
+    lengths = {}
+    for t, row in enumerate(rows):
+        if isinstance(row, Tensor):
+            lengths[t] = 1
+        elif isinstance(row, (list, tuple)):
+            lengths[t] = len(row)
+        elif row is not None:
+            raise TypeError(f"rows[{t}]: expected a tensor, a sequence of tensors or None, got {describe(row)}")
+    first = next(iter(lengths), None)
+    if first is None:
+        raise ValueError(f"rows: expected a gradient in at least one of the {len(rows)} rows, got only None")
+    K = lengths[first]
+    for t, length in lengths.items():
+        if length != K:
+            raise ValueError(f"rows[{t}]: expected {K} tensors as in rows[{first}], got {length}")
+    grads: list[Tensor | None] = []
+    for row in rows:
+        grads.extend((None,) * K if row is None else (row,) if isinstance(row, Tensor) else row)
+
+    device = None
+    for k in range(K):
+        like: Tensor | None = None
+        for g in grads[k::K]:
+            if g is None:
+                continue
+            if like is not None and isinstance(g, Tensor):
+                if g.dtype is like.dtype and g.shape == like.shape and g.device == like.device:
+                    if not g.requires_grad and g.layout is torch.strided:
+                        continue
+                    _check_gradient(g, f"rows[...][{k}]")
+                    continue
+                t = next(i for i, x in enumerate(grads[k::K]) if x is g)
+                raise ValueError(
+                    f"rows[{t}][{k}]: expected the other tasks' {describe(like)}, got {describe(g)}"
+                )  # fmt: skip
+            _check_gradient(g, f"rows[...][{k}]")
+            like = g
+            if device is None:
+                device = g.device
+            elif g.device != device:
+                raise ValueError(f"rows[...][{k}]: expected all gradients on {device}, got {describe(g)}")
+    return grads, K

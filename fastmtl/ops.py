@@ -1,0 +1,157 @@
+"""The op layer: schemas, fakes, the reference as default implementation, and the compiled kernels where they are built.
+
+Every op has one contract and four implementations: `fastmtl.reference` (registered for every device, so that the library
+works where nothing is compiled), the CPU kernels of `csrc/cpu`, the CUDA kernels of `csrc/cuda`, and the fakes below. The
+compiled objects only add implementations for their device: loading them is all that it takes.
+
+`grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and None a missing gradient.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl import reference
+
+__all__ = ["EXTENSIONS", "align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
+
+_POLICY = "Tensor? weights, str scale, float rtol, float zero, str rank_rule"
+_SCHEMAS = (
+    "gram(Tensor G) -> Tensor",
+    "gram_rows(Tensor?[] grads, int tasks) -> Tensor",
+    f"balance(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor eigenvalues, Tensor rank)",
+    "combine(Tensor G, Tensor alpha, *, Tensor(a!) out) -> ()",
+    "combine_rows(Tensor?[] grads, Tensor alpha, Tensor(a!)[] out) -> ()",
+    f"align(Tensor G, {_POLICY}, *, Tensor(a!) out) -> ()",
+    f"align_rows(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out)"
+    " -> (Tensor gram, Tensor alpha, Tensor eigenvalues, Tensor rank)",
+    "eigh(Tensor M) -> (Tensor eigenvalues, Tensor eigenvectors)",
+)
+
+_library = torch.library.Library("fastmtl", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _name = _schema.partition("(")[0]
+    # Not "CPU"/"CUDA": a kernel registered there by a compiled object must win over this one.
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def _load() -> dict[str, str | None]:
+    """Loads the compiled objects; the result says for each where it lies, or None where it is not built or not wanted."""
+    found: dict[str, str | None] = {"_C": None, "_C_cuda": None}
+    if os.environ.get("FASTMTL_NO_EXT", "0") not in ("", "0"):
+        return found
+    for name in found:
+        spec = importlib.util.find_spec(f"fastmtl.{name}")
+        if spec is None or spec.origin is None or (name == "_C_cuda" and torch.version.cuda is None):
+            continue
+        torch.ops.load_library(spec.origin)
+        found[name] = spec.origin
+    return found
+
+
+EXTENSIONS = _load()
+
+gram = torch.ops.fastmtl.gram.default
+gram_rows = torch.ops.fastmtl.gram_rows.default
+balance = torch.ops.fastmtl.balance.default
+combine = torch.ops.fastmtl.combine.default
+combine_rows = torch.ops.fastmtl.combine_rows.default
+align = torch.ops.fastmtl.align.default
+align_rows = torch.ops.fastmtl.align_rows.default
+eigh = torch.ops.fastmtl.eigh.default
+
+
+def _device(grads: Sequence[Tensor | None]) -> torch.device:
+    return next((g.device for g in grads if g is not None), torch.device("cpu"))
+
+
+@torch.library.register_fake("fastmtl::gram")
+def _(G: Tensor) -> Tensor:
+    return G.new_empty((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastmtl::gram_rows")
+def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
+    return torch.empty(tasks, tasks, dtype=torch.float64, device=_device(grads))
+
+
+@torch.library.register_fake("fastmtl::balance")
+def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str) -> tuple[Tensor, ...]:
+    return (
+        M.new_empty(M.shape[:-1], dtype=torch.float64),
+        M.new_empty(M.shape[:-1], dtype=torch.float64),
+        M.new_empty(M.shape[:-2], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("fastmtl::combine")
+def _(G: Tensor, alpha: Tensor, *, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastmtl::combine_rows")
+def _(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
+    return None
+
+
+@torch.library.register_fake("fastmtl::align")
+def _(
+    G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, *, out: Tensor
+) -> None:
+    return None
+
+
+@torch.library.register_fake("fastmtl::align_rows")
+def _(
+    grads: Sequence[Tensor | None],
+    tasks: int,
+    weights: Tensor | None,
+    scale: str,
+    rtol: float,
+    zero: float,
+    rank_rule: str,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    options = {"dtype": torch.float64, "device": _device(grads)}
+    return (
+        torch.empty(tasks, tasks, **options),
+        torch.empty(tasks, **options),
+        torch.empty(tasks, **options),
+        torch.empty((), dtype=torch.int64, device=options["device"]),
+    )
+
+
+@torch.library.register_fake("fastmtl::eigh")
+def _(M: Tensor) -> tuple[Tensor, Tensor]:
+    return M.new_empty(M.shape[:-1]), M.new_empty(M.shape)
+
+
+def _gram_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _gram_backward(ctx, grad: Tensor) -> Tensor:
+    """d(G Gᵀ): (Ṁ + Ṁᵀ) G."""
+    (G,) = ctx.saved_tensors
+    return (((grad + grad.mT) @ G.to(grad.dtype))).to(G.dtype)
+
+
+torch.library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)
+
+
+def _refuse(name: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"fastmtl::{name} has no derivative: detach its inputs")
+
+    return backward
+
+
+# Without a formula the results would silently claim to require grad.
+for _name in ("gram_rows", "balance", "eigh"):
+    torch.library.register_autograd(f"fastmtl::{_name}", _refuse(_name))
