@@ -1,0 +1,98 @@
+"""The best plain PyTorch a user would write: what fastmtl is compared with.
+
+Buffers are allocated once and reused, α is a chain of matrix-vector products and never a T×T matrix, and what can be a
+view is one. Everything stays in the gradients' dtype: float64 would be slower, and few write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backward", "Batched", "Flat", "Ragged", "autograd_loop", "task_weights"]
+
+
+def task_weights(M: Tensor, w: Tensor) -> Tensor:
+    """α = sqrt(λ_min) V diag(λ^-1/2) Vᵀ w from Gram matrices `M` [..., T, T] of full rank."""
+    lam, V = torch.linalg.eigh(M)
+    if M.ndim == 2:
+        return lam[0].sqrt() * (V @ ((V.T @ w) * lam.rsqrt()))
+    return (lam[:, :1].sqrt() * ((w @ V) * lam.rsqrt()))[:, None] @ V.mT
+
+
+class Flat:
+    """Aligned-MTL of a matrix [T, P]."""
+
+    def __init__(self, T: int, P: int, dtype: torch.dtype = torch.float32) -> None:
+        """Allocates the result [P]."""
+        self.w = torch.full((T,), 1 / T, dtype=dtype)
+        self.out = torch.empty(P, dtype=dtype)
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """`G` [T, P] -> [P], overwritten by the next call."""
+        return torch.mv(G.T, task_weights(G @ G.T, self.w), out=self.out)
+
+
+class Batched:
+    """Aligned-MTL of a batch [B, T, P]."""
+
+    def __init__(self, B: int, T: int, P: int, dtype: torch.dtype = torch.float32) -> None:
+        """Allocates the result [B, 1, P]."""
+        self.w = torch.full((T,), 1 / T, dtype=dtype)
+        self.out = torch.empty(B, 1, P, dtype=dtype)
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """`G` [B, T, P] -> [B, P], overwritten by the next call."""
+        return torch.bmm(task_weights(torch.bmm(G, G.mT), self.w), G, out=self.out)[:, 0]
+
+
+class Ragged:
+    """Aligned-MTL of T rows of K tensors: concatenate, aggregate, split into views."""
+
+    def __init__(self, T: int, shapes: Sequence[Sequence[int]]) -> None:
+        """Allocates the matrix [T, P] and the result."""
+        self.shapes = [torch.Size(shape) for shape in shapes]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.matrix = torch.empty(T, sum(self.sizes))
+        self.flat = Flat(*self.matrix.shape)
+
+    def flatten(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+        """T rows of K tensors -> [T, P], overwritten by the next call."""
+        for row, target in zip(rows, self.matrix, strict=True):
+            torch.cat([g.reshape(-1) for g in row], out=target)
+        return self.matrix
+
+    def __call__(self, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """T rows of K tensors -> K tensors, overwritten by the next call."""
+        pieces = self.flat(self.flatten(rows)).split(self.sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+def autograd_loop(
+    losses: Sequence[Tensor], shared: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]
+) -> list[tuple[Tensor, ...]]:
+    """T backward passes: for each loss the gradients of the shared parameters, then those of its own head."""
+    return [
+        torch.autograd.grad(loss, [*shared, *head], retain_graph=True) for loss, head in zip(losses, heads, strict=True)
+    ]
+
+
+class Backward:
+    """From T losses to `.grad`: T backward passes, flatten, aggregate, write back."""
+
+    def __init__(self, shared: Sequence[Tensor], heads: Sequence[Sequence[Tensor]]) -> None:
+        """Allocates the matrix [T, P] and the result."""
+        self.shared, self.heads = shared, heads
+        self.ragged = Ragged(len(heads), [p.shape for p in shared])
+
+    def __call__(self, losses: Sequence[Tensor]) -> None:
+        """Sets every `.grad`; those of the shared parameters are overwritten by the next call."""
+        rows = autograd_loop(losses, self.shared, self.heads)
+        K = len(self.shared)
+        for parameter, g in zip(self.shared, self.ragged([row[:K] for row in rows]), strict=True):
+            parameter.grad = g
+        for head, row in zip(self.heads, rows, strict=True):
+            for parameter, g in zip(head, row[K:], strict=True):
+                parameter.grad = g

@@ -1,0 +1,101 @@
+"""Gradients as autograd returns them: T rows of one tensor per parameter of ResNet-50; time and peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import measure
+import pure
+import pytest
+import torch
+import workloads
+from torch import Tensor
+
+import fastmtl
+
+pytest.importorskip("pytest_benchmark")
+
+T = 8
+SHAPES = workloads.resnet50()
+RESULT = 4 * sum(torch.Size(shape).numel() for shape in SHAPES)
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[list[list[Tensor]], Tensor]:
+    """T rows, and their exact aligned gradient as one vector."""
+    rows = workloads.ragged(T, SHAPES)
+    return rows, workloads.exact(pure.Ragged(T, SHAPES).flatten(rows))
+
+
+def fast(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], object]:
+    """The library."""
+    return fastmtl.AlignedMTL()
+
+
+def plain(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], object]:
+    """Plain PyTorch: concatenate into a preallocated matrix, aggregate, split."""
+    return pure.Ragged(T, shapes)
+
+
+def torchjd(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], object]:
+    """TorchJD's aggregator on the concatenation."""
+    aggregator = pytest.importorskip("torchjd.aggregation").AlignedMTL()
+    flatten = pure.Ragged(T, shapes).flatten
+    return lambda rows: [aggregator(flatten(rows))]
+
+
+def prepare(make: Callable[..., Callable[[list[list[Tensor]]], object]]) -> Any:
+    """A small call and the call itself, each with buffers of its own that it allocates when it runs."""
+    small = [(100, 1000), (1000,)]
+    few, rows = workloads.ragged(T, small), workloads.ragged(T, SHAPES)
+    return lambda: make(small)(few), lambda: make(SHAPES)(rows)
+
+
+def prepare_fast() -> Any:
+    """For `measure.peak_extra_memory`."""
+    return prepare(fast)
+
+
+def prepare_plain() -> Any:
+    """For `measure.peak_extra_memory`: with the matrix and the result, which its user must hold."""
+    return prepare(plain)
+
+
+@pytest.mark.benchmark(max_time=1.0, min_rounds=3, group=f"ragged resnet50 T={T}")
+@pytest.mark.parametrize("make", [fast, plain, torchjd])
+def test_ragged(benchmark: Any, problem: tuple[list[list[Tensor]], Tensor], make: Callable[..., Any]) -> None:
+    """Time of one aggregation, T rows in, one tensor per parameter out."""
+    rows, expected = problem
+    run = make(SHAPES)
+    assert workloads.error(run(rows), expected) <= (workloads.tolerance(T) if make is fast else 1e-4)
+    benchmark(run, rows)
+
+
+@pytest.mark.benchmark(group=f"ragged resnet50 T={T}, with start of a process: see extra_info for peak memory")
+@pytest.mark.parametrize("prepared", [prepare_fast, prepare_plain], ids=["fast", "plain"])
+def test_memory(benchmark: Any, prepared: Callable[[], Any]) -> None:
+    """Peak extra memory of one call beyond its result, in `extra_info`; the time is that of the measurement."""
+    peak = benchmark.pedantic(measure.peak_extra_memory, (prepared,), rounds=1)
+    benchmark.extra_info["megabytes beyond the result"] = round((peak - RESULT) / MEGABYTE, 2)
+    assert peak >= RESULT
+    if prepared is prepare_fast and fastmtl.ops.EXTENSIONS["_C"] is not None:  # the reference ops do copy
+        assert peak <= RESULT + MEGABYTE
+
+
+def prepare_known() -> Any:
+    """Allocates 32 MiB, frees them, and returns 16 MiB."""
+
+    def call() -> Tensor:
+        scratch = torch.ones(8 << 20)
+        del scratch
+        return torch.ones(4 << 20)
+
+    return lambda: torch.ones(1000), call
+
+
+def test_meter() -> None:
+    """The meter sees a peak that is gone when the call returns."""
+    peak = measure.peak_extra_memory(prepare_known)
+    assert abs(peak - (32 << 20)) < MEGABYTE / 2

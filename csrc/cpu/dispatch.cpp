@@ -1,0 +1,68 @@
+// Which kernels run here, and their per-thread scratch.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace fastmtl::cpu {
+
+namespace {
+
+const Kernels* choose() {
+  const char* wanted = std::getenv("FASTMTL_CPU");
+  const bool portable = wanted && !std::strcmp(wanted, "portable"), avx2 = wanted && !std::strcmp(wanted, "avx2");
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (!portable) {
+    if (!avx2 && avx512_kernels() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      return avx512_kernels();
+    }
+    if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      return avx2_kernels();
+    }
+  }
+#else
+  (void)portable, (void)avx2;
+#endif
+  return portable_kernels();
+}
+
+class Scratch {
+ public:
+  ~Scratch() {
+    std::free(memory_);
+  }
+  double* get(int64_t doubles) {
+    if (doubles > capacity_) {
+      std::free(memory_);
+      capacity_ = 0;
+      const size_t bytes = (size_t(doubles) * sizeof(double) + 63) / 64 * 64;
+      memory_ = static_cast<double*>(std::aligned_alloc(64, bytes));
+      if (!memory_) {
+        throw std::bad_alloc();
+      }
+      capacity_ = doubles;
+    }
+    return memory_;
+  }
+
+ private:
+  double* memory_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+} // namespace
+
+double* thread_scratch(int slot, int64_t doubles) {
+  thread_local Scratch scratch[2];
+  return scratch[slot].get(doubles);
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+} // namespace fastmtl::cpu

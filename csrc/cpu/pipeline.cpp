@@ -1,0 +1,500 @@
+#include "pipeline.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace fastmtl::cpu {
+
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// Above this many tasks a float32 Gram is enough faster to try it first (below, exact products hide behind the reads).
+constexpr int64_t kMaxExactTasks = 48;
+// A float32-block Gram is off by some 1e-8 of the row norms; with λ_min(C) above this the result is good to 1e-6.
+constexpr double kBlocksMinEigenvalue = 1e-2;
+// Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error is
+// about eps λ_max, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it, where the
+// rows are this even (then the Gram itself carries an error of that size).
+constexpr int64_t kMaxJacobiTasks = 64;
+constexpr double kLapackMinRatio = 1e-8;
+constexpr double kLapackMaxDiagonalRatio = 1e2;
+// A batch entry of at most this many elements is still in the cache when its weights are known.
+constexpr int64_t kCachedElements = int64_t(1) << 17;
+// Results are written past the cache when G is larger than what a core's caches could hold of it.
+constexpr int64_t kStreamBytes = int64_t(48) << 20;
+
+// Memory that lives on the stack while it is small.
+template <class X, int64_t kInline>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (count > kInline) {
+      heap_.resize(size_t(count));
+    }
+  }
+  X* get() {
+    return heap_.empty() ? inline_ : heap_.data();
+  }
+
+ private:
+  X inline_[kInline];
+  std::vector<X> heap_;
+};
+
+int64_t columns(const Gradients& G) {
+  int64_t P = 0;
+  for (int64_t k = 0; k < G.count; ++k) {
+    P += G.segments[k].length;
+  }
+  return P;
+}
+
+bool has_float64(const Gradients& G) {
+  return std::any_of(G.segments, G.segments + G.count, [](const Segment& s) { return s.dtype == Dtype::f64; });
+}
+
+// Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the result
+// does not depend on the number of threads. Their number is limited by the memory of the partial sums.
+std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
+  const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, 2048, 16384);
+  const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 20) / (T * T)));
+  const int64_t chunks = std::clamp<int64_t>((P + wanted - 1) / wanted, 1, most);
+  std::vector<int64_t> bounds(size_t(chunks) + 1);
+  for (int64_t c = 0; c <= chunks; ++c) {
+    bounds[size_t(c)] = c == chunks ? P : P * c / chunks / 64 * 64;
+  }
+  return bounds;
+}
+
+using GramFn = decltype(Kernels::gram_exact);
+
+// Chunks [first, last) into partial[c], zeroed here.
+void gram_chunks(GramFn kernel, const Gradients& G, const std::vector<int64_t>& bounds, int64_t first, int64_t last, double* partial) {
+  const int64_t TT = G.tasks * G.tasks;
+  parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+    std::fill(partial + begin * TT, partial + end * TT, 0.0);
+    kernel(G, bounds.data(), begin, end, partial);
+  });
+}
+
+// M = Σ_c partial[c], mirrored.
+void sum_chunks(const double* partial, int64_t chunks, int64_t T, double* M) {
+  const auto rows = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double* row = M + i * T;
+      std::copy(partial + i * T + i, partial + i * T + T, row + i);
+      for (int64_t c = 1; c < chunks; ++c) {
+        const double* from = partial + c * T * T + i * T;
+        for (int64_t j = i; j < T; ++j) {
+          row[j] += from[j];
+        }
+      }
+    }
+  };
+  if (chunks * T * T > (1 << 16)) {
+    parallel_for(0, T, 16, rows);
+  } else {
+    rows(0, T);
+  }
+  for (int64_t i = 1; i < T; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      M[i * T + j] = M[j * T + i];
+    }
+  }
+}
+
+void gram_serial(const Gradients& G, double* M) {
+  const int64_t T = G.tasks, bounds[2] = {0, columns(G)};
+  std::fill(M, M + T * T, 0.0);
+  kernels().gram_exact(G, bounds, 0, 1, M);
+  for (int64_t i = 1; i < T; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      M[i * T + j] = M[j * T + i];
+    }
+  }
+}
+
+// Whether C - kBlocksMinEigenvalue I is positive definite, C the row-normalised M.
+bool well_conditioned(const double* M, int64_t T) {
+  std::vector<double> C(static_cast<size_t>(T * T));
+  normalize_rows(M, T, 0.0, C.data());
+  for (int64_t i = 0; i < T; ++i) {
+    C[size_t(i * T + i)] -= kBlocksMinEigenvalue;
+  }
+  return lapack_is_positive_definite(C.data(), T);
+}
+
+// The Gram of many rows: float32 blocks where the row-normalised Gram allows it, judged on the first chunks and again on
+// the whole; exact otherwise.
+void gram_large(const Gradients& G, double* M) {
+  const int64_t T = G.tasks, P = columns(G);
+  const std::vector<int64_t> bounds = chunk_bounds(T, P);
+  const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
+  std::vector<double> partial(static_cast<size_t>(chunks * T * T));
+  if (!has_float64(G) && P >= 4 * T) {
+    gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.data());
+    sum_chunks(partial.data(), probe, T, M);
+    if (bounds[size_t(probe)] < 4 * T || well_conditioned(M, T)) {
+      gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.data());
+      sum_chunks(partial.data(), chunks, T, M);
+      if (well_conditioned(M, T)) {
+        return;
+      }
+    }
+  }
+  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.data());
+  sum_chunks(partial.data(), chunks, T, M);
+}
+
+// Gram of G scaled by the power of two that brings its largest entry near one; returns that factor.
+double gram_rescaled(const Gradients& G, double* M) {
+  constexpr int64_t kColumns = 4096;
+  const int64_t T = G.tasks;
+  const auto entry = [](const Segment& s, int64_t t, int64_t i) {
+    return s.dtype == Dtype::f64 ? static_cast<const double*>(s.rows[t])[i] : 0.0; // no other type over- or underflows
+  };
+  double largest = 0.0;
+  for (int64_t k = 0; k < G.count; ++k) {
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t i = 0; G.segments[k].rows[t] && i < G.segments[k].length; ++i) {
+        const double x = std::fabs(entry(G.segments[k], t, i));
+        largest = x > largest || std::isnan(x) ? x : largest;
+      }
+    }
+  }
+  if (!(largest > 0.0) || !std::isfinite(largest) || (largest < 1e100 && largest > 1e-100)) {
+    return 1.0;
+  }
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  // Two factors: one alone could not be represented for subnormal entries.
+  const double half = std::ldexp(1.0, -exponent / 2), rest = std::ldexp(1.0, -exponent + exponent / 2);
+  std::fill(M, M + T * T, 0.0);
+  std::vector<double> block(static_cast<size_t>(T * kColumns));
+  std::vector<const void*> rows(static_cast<size_t>(T));
+  for (int64_t k = 0; k < G.count; ++k) {
+    const Segment& segment = G.segments[k];
+    for (int64_t begin = 0; begin < segment.length; begin += kColumns) {
+      const int64_t n = std::min(kColumns, segment.length - begin);
+      for (int64_t t = 0; t < T; ++t) {
+        rows[size_t(t)] = segment.rows[t] ? block.data() + t * kColumns : nullptr;
+        for (int64_t i = 0; segment.rows[t] && i < n; ++i) {
+          block[size_t(t * kColumns + i)] = entry(segment, t, begin + i) * half * rest;
+        }
+      }
+      const Segment scaled{rows.data(), nullptr, n, Dtype::f64};
+      const int64_t bounds[2] = {0, n};
+      kernels().gram_exact({&scaled, 1, T}, bounds, 0, 1, M);
+    }
+  }
+  for (int64_t i = 1; i < T; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      M[i * T + j] = M[j * T + i];
+    }
+  }
+  return half * rest;
+}
+
+// Whether float64 entries may have over- or underflowed when they were squared.
+bool out_of_range(const Gradients& G, const double* M) {
+  if (!has_float64(G)) {
+    return false;
+  }
+  double largest = 0.0;
+  for (int64_t i = 0; i < G.tasks; ++i) {
+    const double d = M[i * G.tasks + i];
+    largest = d > largest || std::isnan(d) ? d : largest;
+  }
+  return !(largest > 1e-200 && largest < 1e200);
+}
+
+bool all_finite(const double* M, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += M[i] * 0.0;
+  }
+  return sum == 0.0;
+}
+
+double largest_diagonal(const double* M, int64_t T) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < T; ++i) {
+    largest = std::max(largest, M[i * T + i]);
+  }
+  return largest;
+}
+
+void poison(int64_t T, double* alpha, double* eigenvalues, int64_t* rank) {
+  std::fill(alpha, alpha + T, kNan);
+  std::fill(eigenvalues, eigenvalues + T, kNan);
+  *rank = 0;
+}
+
+// Jacobi workspace for T tasks: vectors, then 2 T scratch.
+int64_t psd_workspace(int64_t T) {
+  return T * psd_stride(T) + 2 * T;
+}
+
+double* aligned(double* p) {
+  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
+// Rank of M whose eigenvalues (descending) are known.
+int64_t decide_rank(const double* M, const double* eigenvalues, int64_t T, const Policy& policy) {
+  if (policy.rank_rule == RankRule::gram) {
+    return kept(eigenvalues, T, policy.rtol);
+  }
+  if (proves_full_rank(eigenvalues[T - 1], largest_diagonal(M, T), T, policy.rtol)) {
+    return T;
+  }
+  Buffer<double, 1024> memory(T * T + T + psd_workspace(T) + 8);
+  double *C = memory.get(), *judged = C + T * T, *X = aligned(judged + T);
+  normalize_rows(M, T, policy.zero, C);
+  if (T <= kMaxJacobiTasks) {
+    kernels().psd_eigh(C, T, judged, X, X + T * psd_stride(T));
+  } else { // the diagonal of C is even
+    std::vector<double> vectors(static_cast<size_t>(T * T));
+    lapack_eigh(C, T, judged, vectors.data());
+    std::reverse(judged, judged + T);
+  }
+  int64_t positive = 0; // of M's own, Cholesky may have found fewer
+  while (positive < T && eigenvalues[positive] > 0.0) {
+    ++positive;
+  }
+  return std::min(kept(judged, T, policy.rtol), positive);
+}
+
+// One Gram matrix, by the most accurate solver that its size affords.
+void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+  if (!all_finite(M, T * T)) {
+    poison(T, alpha, eigenvalues, rank);
+    return;
+  }
+  if (T > kMaxJacobiTasks) {
+    std::vector<double> vectors(static_cast<size_t>(T * T));
+    lapack_eigh(M, T, eigenvalues, vectors.data());
+    std::reverse(eigenvalues, eigenvalues + T);
+    double smallest = std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < T; ++i) {
+      smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
+    }
+    const bool even = largest_diagonal(M, T) <= kLapackMaxDiagonalRatio * smallest;
+    if (even || eigenvalues[T - 1] > kLapackMinRatio * eigenvalues[0]) {
+      for (int64_t j = 0; j < T; ++j) {
+        eigenvalues[j] = std::max(eigenvalues[j], 0.0);
+      }
+      *rank = decide_rank(M, eigenvalues, T, policy);
+      // Vectors stand in columns, ascending: walk them from the last.
+      task_weights({eigenvalues, vectors.data() + T - 1, -1, T}, *rank, T, policy, alpha);
+      return;
+    }
+  }
+  Buffer<double, 1024> memory(psd_workspace(T) + 8);
+  double* X = aligned(memory.get());
+  kernels().psd_eigh(M, T, eigenvalues, X, X + T * psd_stride(T));
+  *rank = decide_rank(M, eigenvalues, T, policy);
+  task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
+}
+
+// Up to `lanes` small Gram matrices at once.
+void balance_lanes(
+    const double* M, int64_t count, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+  std::vector<double> memory(static_cast<size_t>(eigh_lanes_scratch(T) + count * T * T + 8));
+  double *scratch = aligned(memory.data()), *vectors = scratch + eigh_lanes_scratch(T);
+  kernels().eigh_lanes(M, T, count, eigenvalues, vectors, scratch);
+  for (int64_t b = 0; b < count; ++b) {
+    double* lam = eigenvalues + b * T;
+    if (!all_finite(M + b * T * T, T * T)) {
+      poison(T, alpha + b * T, lam, rank + b);
+      continue;
+    }
+    std::reverse(lam, lam + T);
+    for (int64_t j = 0; j < T; ++j) {
+      lam[j] = std::max(lam[j], 0.0);
+    }
+    rank[b] = decide_rank(M + b * T * T, lam, T, policy);
+    task_weights({lam, vectors + b * T * T + T - 1, -1, T}, rank[b], T, policy, alpha + b * T);
+  }
+}
+
+bool worth_lanes(int64_t B, int64_t T) {
+  return T <= kMaxLanesTasks && 2 * B >= kernels().lanes;
+}
+
+void combine_serial(const Gradients& G, const double* alpha) {
+  kernels().combine(G, alpha, 0, columns(G), false);
+}
+
+// Batches are shared out over threads where the entries are many or small, else each entry is.
+bool share_out(const Gradients* G, int64_t B) {
+  return B >= 4 && G[0].tasks <= kMaxJacobiTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
+}
+
+} // namespace
+
+void gram(const Gradients& G, double* M) {
+  const int64_t T = G.tasks;
+  const std::vector<int64_t> bounds = chunk_bounds(T, columns(G));
+  const int64_t chunks = int64_t(bounds.size()) - 1;
+  if (chunks == 1) {
+    gram_serial(G, M);
+    return;
+  }
+  std::vector<double> partial(static_cast<size_t>(chunks * T * T));
+  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.data());
+  sum_chunks(partial.data(), chunks, T, M);
+}
+
+void gram_batch(const Gradients* G, int64_t B, double* M) {
+  const int64_t TT = B ? G[0].tasks * G[0].tasks : 0;
+  if (B && share_out(G, B)) {
+    parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        gram_serial(G[b], M + b * TT);
+      }
+    });
+    return;
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    gram(G[b], M + b * TT);
+  }
+}
+
+void balance(
+    const double* M, int64_t B, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+  if (worth_lanes(B, T)) {
+    const int64_t lanes = kernels().lanes;
+    parallel_for(0, (B + lanes - 1) / lanes, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin * lanes; b < std::min(B, end * lanes); b += lanes) {
+        balance_lanes(M + b * T * T, std::min(lanes, B - b), T, policy, alpha + b * T, eigenvalues + b * T, rank + b);
+      }
+    });
+    return;
+  }
+  const auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      balance_one(M + b * T * T, T, policy, alpha + b * T, eigenvalues + b * T, rank + b);
+    }
+  };
+  if (B > 1 && T <= kMaxJacobiTasks) {
+    parallel_for(0, B, 1, each);
+  } else { // LAPACK has threads of its own
+    each(0, B);
+  }
+}
+
+void combine(const Gradients& G, const double* alpha) {
+  constexpr int64_t kUnit = 1024; // columns
+  const int64_t P = columns(G), units = (P + kUnit - 1) / kUnit;
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < G.count; ++k) {
+    const int64_t element = G.segments[k].dtype == Dtype::f64 ? 8 : G.segments[k].dtype == Dtype::f32 ? 4 : 2;
+    bytes += G.tasks * G.segments[k].length * element;
+  }
+  const bool stream = bytes > kStreamBytes;
+  if (bytes < (1 << 18)) {
+    kernels().combine(G, alpha, 0, P, false);
+    return;
+  }
+  parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
+    kernels().combine(G, alpha, begin * kUnit, std::min(end * kUnit, P), stream);
+  });
+}
+
+void combine_batch(const Gradients* G, int64_t B, const double* alpha) {
+  const int64_t T = B ? G[0].tasks : 0;
+  if (B && share_out(G, B)) {
+    parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        combine_serial(G[b], alpha + b * T);
+      }
+    });
+    return;
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    combine(G[b], alpha + b * T);
+  }
+}
+
+void align(const Gradients& G, const Policy& policy, double* M, double* alpha, double* eigenvalues, int64_t* rank) {
+  const int64_t T = G.tasks;
+  if (T > kMaxExactTasks) {
+    gram_large(G, M);
+  } else {
+    gram(G, M);
+  }
+  if (out_of_range(G, M)) {
+    std::vector<double> scaled(static_cast<size_t>(T * T));
+    const double factor = gram_rescaled(G, scaled.data());
+    if (factor != 1.0) {
+      balance_one(scaled.data(), T, policy, alpha, eigenvalues, rank);
+      for (int64_t j = 0; j < T; ++j) {
+        eigenvalues[j] = eigenvalues[j] / factor / factor;
+      }
+      combine(G, alpha);
+      return;
+    }
+  }
+  balance_one(M, T, policy, alpha, eigenvalues, rank);
+  combine(G, alpha);
+}
+
+void align_batch(const Gradients* G, int64_t B, const Policy& policy) {
+  if (B == 0) {
+    return;
+  }
+  const int64_t T = G[0].tasks;
+  if (!share_out(G, B)) {
+    Buffer<double, 512> memory(T * T + 2 * T);
+    int64_t rank;
+    for (int64_t b = 0; b < B; ++b) {
+      align(G[b], policy, memory.get(), memory.get() + T * T, memory.get() + T * T + T, &rank);
+    }
+    return;
+  }
+  // Gram, eigenproblem and recombination of a group of entries while they are in the cache: G is read from memory once.
+  const int64_t group = kernels().lanes;
+  parallel_for(0, (B + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> memory(static_cast<size_t>(group * (T * T + 2 * T)));
+    std::vector<int64_t> rank(static_cast<size_t>(group));
+    double *M = memory.data(), *alpha = M + group * T * T, *eigenvalues = alpha + group * T;
+    for (int64_t b = begin * group; b < std::min(B, end * group); b += group) {
+      const int64_t count = std::min(group, B - b);
+      for (int64_t i = 0; i < count; ++i) {
+        gram_serial(G[b + i], M + i * T * T);
+      }
+      if (worth_lanes(B, T)) {
+        balance_lanes(M, count, T, policy, alpha, eigenvalues, rank.data());
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (out_of_range(G[b + i], M + i * T * T)) {
+          gram_rescaled(G[b + i], M + i * T * T);
+          balance_one(M + i * T * T, T, policy, alpha + i * T, eigenvalues + i * T, rank.data());
+        } else if (!worth_lanes(B, T)) {
+          balance_one(M + i * T * T, T, policy, alpha + i * T, eigenvalues + i * T, rank.data());
+        }
+        combine_serial(G[b + i], alpha + i * T);
+      }
+    }
+  });
+}
+
+void eigh(const double* M, int64_t B, int64_t T, double* eigenvalues, double* eigenvectors) {
+  const int64_t lanes = kernels().lanes;
+  parallel_for(0, (B + lanes - 1) / lanes, 4, [&](int64_t begin, int64_t end) {
+    double* scratch = thread_scratch(0, eigh_lanes_scratch(T));
+    for (int64_t b = begin * lanes; b < std::min(B, end * lanes); b += lanes) {
+      kernels().eigh_lanes(
+          M + b * T * T, T, std::min(lanes, B - b), eigenvalues + b * T, eigenvectors + b * T * T, scratch);
+    }
+  });
+}
+
+} // namespace fastmtl::cpu

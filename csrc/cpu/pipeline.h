@@ -1,0 +1,57 @@
+// gradients -> Gram -> weights -> combine on the CPU: how the work is split over threads, and how accurate each part is.
+#pragma once
+
+#include "../math/balance.h"
+#include "kernels.h"
+
+namespace fastmtl::cpu {
+
+// M = G Gᵀ, all products and sums in float64; the same bits for any number of threads.
+void gram(const Gradients& G, double* M); // M [T, T]
+
+// G [B] matrices of the same T.
+void gram_batch(const Gradients* G, int64_t B, double* M); // M [B, T, T]
+
+void balance(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    double* alpha, // [B, T]
+    double* eigenvalues, // [B, T], descending
+    int64_t* rank); // [B]
+
+void combine(const Gradients& G, const double* alpha); // alpha [T]
+
+void combine_batch(const Gradients* G, int64_t B, const double* alpha); // alpha [B, T]
+
+// All three. Rows of float64 whose squares over- or underflow are rescaled for the Gram that decides α.
+void align(
+    const Gradients& G,
+    const Policy& policy,
+    double* M, // [T, T]
+    double* alpha, // [T]
+    double* eigenvalues, // [T]
+    int64_t* rank);
+
+void align_batch(const Gradients* G, int64_t B, const Policy& policy);
+
+// Symmetric eigenproblems, T <= kMaxLanesTasks.
+void eigh(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    double* eigenvalues, // [B, T]
+    double* eigenvectors); // [B, T, T]
+
+constexpr int64_t kMaxLanesTasks = 32;
+
+// LAPACK's eigensolver and Cholesky test, which torch carries; defined with the ops.
+void lapack_eigh(
+    const double* M, // [T, T]
+    int64_t T,
+    double* eigenvalues, // [T], ascending
+    double* eigenvectors); // [T, T], in columns
+bool lapack_is_positive_definite(const double* M, int64_t T);
+
+} // namespace fastmtl::cpu

@@ -1,0 +1,229 @@
+// Vectors of one instruction set. Included once by each isa_*.cpp after it has defined FASTMTL_ISA (a namespace) and
+// FASTMTL_VECTOR_BYTES, inside the region compiled for that set; everything has internal linkage, so that no inline
+// function compiled for a newer machine can be picked by the linker for an older one.
+#pragma once
+
+#define FASTMTL_INLINE inline __attribute__((always_inline))
+
+namespace fastmtl::cpu {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr int64_t kWidth = FASTMTL_VECTOR_BYTES / 8; // doubles in a vector
+constexpr int64_t kWidth32 = FASTMTL_VECTOR_BYTES / 4; // floats in a vector
+
+typedef double Vd __attribute__((vector_size(kWidth * 8)));
+typedef int64_t Vi __attribute__((vector_size(kWidth * 8)));
+typedef float Vf __attribute__((vector_size(kWidth32 * 4)));
+typedef uint32_t Vu __attribute__((vector_size(kWidth32 * 4)));
+typedef uint16_t Vh __attribute__((vector_size(kWidth32 * 2)));
+// The float32, and 16-bit, neighbours of a vector of doubles.
+typedef float HalfVf __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t HalfVu __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfVh __attribute__((vector_size(kWidth * 2)));
+
+template <class V>
+FASTMTL_INLINE V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+FASTMTL_INLINE void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+FASTMTL_INLINE Vd splat(double x) {
+  return x - Vd{};
+}
+
+FASTMTL_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
+  uint32_t bits;
+  float f;
+  if (exponent == 0) { // zero and subnormals
+    f = float(mantissa) * 0x1p-24f;
+    __builtin_memcpy(&bits, &f, 4);
+    bits |= sign;
+  } else if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else {
+    bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
+  }
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+FASTMTL_INLINE uint16_t float_to_half(float f) { // round to nearest even
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) {
+    return uint16_t(sign | 0x7e00u);
+  }
+  if (bits >= 0x477ff000u) { // 65520 and above round to infinity
+    return uint16_t(sign | 0x7c00u);
+  }
+  if (bits < 0x38800000u) { // subnormal result: let the adder round at bit 2^-24
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&bits, &magnitude, 4);
+    return uint16_t(sign | (bits - 0x3f000000u));
+  }
+  return uint16_t(sign | ((bits + 0xfffu + ((bits >> 13) & 1u) - 0x38000000u) >> 13));
+}
+
+// --- loads: kWidth elements as doubles, or kWidth32 as floats
+FASTMTL_INLINE Vd load(const double* p, double) {
+  return read<Vd>(p);
+}
+FASTMTL_INLINE Vd load(const float* p, double) {
+  return __builtin_convertvector(read<HalfVf>(p), Vd);
+}
+FASTMTL_INLINE Vd load(const bf16* p, double) {
+  const HalfVu bits = __builtin_convertvector(read<HalfVh>(p), HalfVu) << 16;
+  return __builtin_convertvector((HalfVf)bits, Vd);
+}
+FASTMTL_INLINE Vf load(const float* p, float) {
+  return read<Vf>(p);
+}
+FASTMTL_INLINE Vf load(const bf16* p, float) {
+  return (Vf)(__builtin_convertvector(read<Vh>(p), Vu) << 16);
+}
+#if defined(__F16C__) && FASTMTL_VECTOR_BYTES == 64
+FASTMTL_INLINE Vd load(const f16* p, double) {
+  return (Vd)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+FASTMTL_INLINE Vf load(const f16* p, float) {
+  return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+#elif defined(__F16C__) && FASTMTL_VECTOR_BYTES == 32
+FASTMTL_INLINE Vd load(const f16* p, double) {
+  return (Vd)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+}
+FASTMTL_INLINE Vf load(const f16* p, float) {
+  return (Vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+#else
+FASTMTL_INLINE Vd load(const f16* p, double) {
+  Vd v{};
+  for (int64_t i = 0; i < kWidth; ++i) {
+    v[i] = half_to_float(p[i].bits);
+  }
+  return v;
+}
+FASTMTL_INLINE Vf load(const f16* p, float) {
+  Vf v{};
+  for (int64_t i = 0; i < kWidth32; ++i) {
+    v[i] = half_to_float(p[i].bits);
+  }
+  return v;
+}
+#endif
+
+// --- stores of kWidth doubles, rounded to the element type
+FASTMTL_INLINE void store(double* p, Vd v) {
+  write(p, v);
+}
+FASTMTL_INLINE void store(float* p, Vd v) {
+  write(p, __builtin_convertvector(v, HalfVf));
+}
+FASTMTL_INLINE void store(bf16* p, Vd v) {
+  const HalfVf f = __builtin_convertvector(v, HalfVf);
+  const HalfVu bits = (HalfVu)f;
+  const HalfVu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const HalfVu nan = (HalfVu)(f != f);
+  write(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), HalfVh));
+}
+FASTMTL_INLINE void store(f16* p, Vd v) {
+#if defined(__F16C__) && FASTMTL_VECTOR_BYTES == 64
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && FASTMTL_VECTOR_BYTES == 32
+  _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(_mm256_cvtpd_ps((__m256d)v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < kWidth; ++i) {
+    p[i].bits = float_to_half(float(v[i]));
+  }
+#endif
+}
+
+// Two neighbouring vectors of doubles as floats, past the cache. `p` must be aligned to the vector.
+FASTMTL_INLINE void stream(float* p, Vd a, Vd b) {
+#if FASTMTL_VECTOR_BYTES == 64
+  const __m256 lo = _mm512_cvtpd_ps((__m512d)a), hi = _mm512_cvtpd_ps((__m512d)b);
+  _mm512_stream_ps(p, _mm512_insertf32x8(_mm512_castps256_ps512(lo), hi, 1));
+#elif FASTMTL_VECTOR_BYTES == 32
+  _mm256_stream_ps(p, _mm256_set_m128(_mm256_cvtpd_ps((__m256d)b), _mm256_cvtpd_ps((__m256d)a)));
+#else
+  store(p, a);
+  store(p + kWidth, b);
+#endif
+}
+
+FASTMTL_INLINE void stream_fence() {
+#if FASTMTL_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+FASTMTL_INLINE double sum(Vd v) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double s = 0.0;
+  for (int64_t i = 0; i < kWidth; ++i) {
+    s += v[i];
+  }
+  return s;
+#endif
+}
+
+FASTMTL_INLINE double sum(Vf v) { // in float64: free of rounding beyond the lanes' own
+  HalfVf lo, hi;
+  __builtin_memcpy(&lo, &v, sizeof(lo));
+  __builtin_memcpy(&hi, (const char*)&v + sizeof(lo), sizeof(hi));
+  return sum(__builtin_convertvector(lo, Vd) + __builtin_convertvector(hi, Vd));
+}
+
+FASTMTL_INLINE Vd square_root(Vd v) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return (Vd)_mm512_sqrt_pd((__m512d)v);
+#elif FASTMTL_VECTOR_BYTES == 32
+  return (Vd)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int64_t i = 0; i < kWidth; ++i) {
+    v[i] = __builtin_sqrt(v[i]);
+  }
+  return v;
+#endif
+}
+
+FASTMTL_INLINE Vd magnitude(Vd v) {
+  return (Vd)((Vi)v & int64_t(0x7fffffffffffffff));
+}
+
+FASTMTL_INLINE bool any(Vi mask) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif FASTMTL_VECTOR_BYTES == 32
+  return _mm256_movemask_pd((__m256d)mask) != 0;
+#else
+  int64_t found = 0;
+  for (int64_t i = 0; i < kWidth; ++i) {
+    found |= mask[i];
+  }
+  return found != 0;
+#endif
+}
+
+} // namespace
+} // namespace fastmtl::cpu

@@ -1,0 +1,81 @@
+"""Command line: `python -m fastmtl info` says what is built and used, `python -m fastmtl demo` shows it at work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import fastmtl
+
+__all__ = ["info", "main"]
+
+
+def info() -> dict[str, str]:
+    """Versions, machine, and which kernels are in use, or why not; needs torch only."""
+    return {
+        "fastmtl": f"{fastmtl.__version__} ({Path(fastmtl.__file__).parent})",
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+        "CPU ISA": _isa(),
+        "CPU kernels": _kernels("_C", "pip install . needs a C++ compiler, and FASTMTL_NO_EXT unset"),
+        "CUDA": _cuda(),
+        "CUDA kernels": _kernels("_C_cuda", "FASTMTL_CUDA=1 pip install . says what is missing"),
+    }
+
+
+def _isa() -> str:
+    if fastmtl.ops.EXTENSIONS["_C"] is None or not hasattr(torch.ops.fastmtl, "cpu_isa"):
+        return "reference (pure PyTorch)"
+    forced = os.environ.get("FASTMTL_CPU")
+    return torch.ops.fastmtl.cpu_isa() + (f" (FASTMTL_CPU={forced})" if forced else "")
+
+
+def _kernels(name: str, remedy: str) -> str:
+    loaded = fastmtl.ops.EXTENSIONS[name]
+    if loaded is not None:
+        return loaded
+    switch = os.environ.get("FASTMTL_NO_EXT", "0")
+    if switch not in ("", "0"):
+        return f"not loaded: FASTMTL_NO_EXT={switch}"
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return "not loaded: torch is not a CUDA build"
+    return f"not built: {remedy}"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "none: torch is not a CUDA build"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU visible"
+    return f"torch built for CUDA {torch.version.cuda}, {device}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastmtl", description=fastmtl.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="print versions, instruction set and kernels in use")
+    demo = commands.add_parser("demo", help="train on overlaid digits, with and without Aligned-MTL")
+    demo.add_argument("--seeds", type=int, default=3, help="training runs per method (default: %(default)s)")
+    demo.add_argument("--steps", type=int, default=500, help="training steps per run (default: %(default)s)")
+    demo.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
+    demo.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        for name, value in info().items():
+            print(f"{name:<13}{value}")
+        return 0
+    from fastmtl.demo import run  # its dependencies are an optional extra
+
+    return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
