@@ -34,11 +34,13 @@ class Timing(NamedTuple):
         seconds: time of one call, by name.
         kept: rounds that counted.
         rounds: rounds that were run.
+        others: processors that other processes kept busy meanwhile (Linux; elsewhere 0).
     """
 
     seconds: dict[str, float]
     kept: int
     rounds: int
+    others: float
 
     @property
     def steady(self) -> bool:
@@ -68,14 +70,26 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> Ti
             function()
         return (time.perf_counter() - start) / n
 
+    start, others = time.perf_counter(), _others()
     first = sample("read")
     samples = [{name: sample(name) for name in functions} for _ in range(rounds)]
+    others = max(0.0, _others() - others) / (time.perf_counter() - start)
     reads = [first, *(s["read"] for s in samples)]
     typical = statistics.median(reads)
     steady = [typical / STEADY <= read <= typical * STEADY for read in reads]
     kept = [s for s, before, within in zip(samples, steady, steady[1:], strict=False) if before and within]
     medians = {name: statistics.median(s[name] for s in kept or samples) for name in functions}
-    return Timing(medians, len(kept), rounds)
+    return Timing(medians, len(kept), rounds, others)
+
+
+def _others() -> float:
+    """Processor seconds that other processes, or other guests of the same host, have used since the machine started."""
+    try:
+        ticks = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def gemm(dtype: torch.dtype) -> Callable[[], object]:
@@ -84,15 +98,16 @@ def gemm(dtype: torch.dtype) -> Callable[[], object]:
     return lambda: torch.mm(a, b, out=out)
 
 
-def peak_extra_memory(prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> int:
+def peak_extra_memory(prepare: Callable[..., tuple[Callable[[], object], Callable[[], object]]], *args: object) -> int:
     """Peak physical memory, in bytes, that a call needs beyond what exists before it; its result is included.
 
-    `prepare`, a function at the top level of an importable module, returns two functions: one that warms up (loads
-    libraries, starts threads) on a much smaller problem, so that scratch memory kept between calls is not missed, and
-    the call itself. They run in a fresh process. The kernel's own high-water mark of the resident set (VmHWM, reset
-    through /proc/self/clear_refs) sees whoever allocates: torch, C++ or LAPACK. For freed memory to leave the resident
-    set and fresh memory to enter it, glibc is told to map every block of 64 KiB or more on its own and to keep nothing.
-    The answer is off by a few hundred KiB: smaller blocks come from an existing heap, and the counters are rounded.
+    `prepare(*args)`, a function at the top level of an importable module, returns two functions: one that warms up
+    (loads libraries, starts threads) on a much smaller problem, so that scratch memory kept between calls is not
+    missed, and the call itself. They run in a fresh process. The kernel's own high-water mark of the resident set
+    (VmHWM, reset through /proc/self/clear_refs) sees whoever allocates: torch, C++ or LAPACK. For freed memory to leave
+    the resident set and fresh memory to enter it, glibc is told to map every block of 64 KiB or more on its own and to
+    keep nothing. The answer is off by a few hundred KiB: smaller blocks come from an existing heap, and the counters
+    are rounded.
 
     Raises:
         OSError: the system is not Linux.
@@ -106,12 +121,14 @@ def peak_extra_memory(prepare: Callable[[], tuple[Callable[[], object], Callable
     with mock.patch.dict(os.environ, environment):  # glibc reads them when the process starts
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_peak, prepare, torch.get_num_threads()).result()
+            return pool.submit(_peak, torch.get_num_threads(), prepare, *args).result()
 
 
-def _peak(prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]], threads: int) -> int:
+def _peak(
+    threads: int, prepare: Callable[..., tuple[Callable[[], object], Callable[[], object]]], *args: object
+) -> int:
     torch.set_num_threads(threads)
-    warm_up, call = prepare()
+    warm_up, call = prepare(*args)
     for _ in range(2):
         warm_up()
     gc.collect()

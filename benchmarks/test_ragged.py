@@ -47,20 +47,10 @@ def torchjd(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], obj
 
 
 def prepare(make: Callable[..., Callable[[list[list[Tensor]]], object]]) -> Any:
-    """A small call and the call itself, each with buffers of its own that it allocates when it runs."""
+    """For `measure.peak_extra_memory`: a small call, and the call itself with the buffers that its user must hold."""
     small = [(100, 1000), (1000,)]
     few, rows = workloads.ragged(T, small), workloads.ragged(T, SHAPES)
     return lambda: make(small)(few), lambda: make(SHAPES)(rows)
-
-
-def prepare_fast() -> Any:
-    """For `measure.peak_extra_memory`."""
-    return prepare(fast)
-
-
-def prepare_plain() -> Any:
-    """For `measure.peak_extra_memory`: with the matrix and the result, which its user must hold."""
-    return prepare(plain)
 
 
 @pytest.mark.benchmark(max_time=1.0, min_rounds=3, group=f"ragged resnet50 T={T}")
@@ -73,14 +63,14 @@ def test_ragged(benchmark: Any, problem: tuple[list[list[Tensor]], Tensor], make
     benchmark(run, rows)
 
 
-@pytest.mark.benchmark(group=f"ragged resnet50 T={T}, with start of a process: see extra_info for peak memory")
-@pytest.mark.parametrize("prepared", [prepare_fast, prepare_plain], ids=["fast", "plain"])
-def test_memory(benchmark: Any, prepared: Callable[[], Any]) -> None:
+@pytest.mark.benchmark(group=f"ragged resnet50 T={T}, peak memory (see extra_info)")
+@pytest.mark.parametrize("make", [fast, plain])
+def test_memory(benchmark: Any, make: Callable[..., Any]) -> None:
     """Peak extra memory of one call beyond its result, in `extra_info`; the time is that of the measurement."""
-    peak = benchmark.pedantic(measure.peak_extra_memory, (prepared,), rounds=1)
+    peak = benchmark.pedantic(measure.peak_extra_memory, (prepare, make), rounds=1)
     benchmark.extra_info["megabytes beyond the result"] = round((peak - RESULT) / MEGABYTE, 2)
     assert peak >= RESULT
-    if prepared is prepare_fast and fastmtl.ops.EXTENSIONS["_C"] is not None:  # the reference ops do copy
+    if make is fast and fastmtl.ops.EXTENSIONS["_C"] is not None:  # the reference ops do copy
         assert peak <= RESULT + MEGABYTE
 
 

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common.h"
 #include "cpu/pipeline.h"
 
 namespace fastmtl::cpu {
@@ -21,20 +22,107 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "fastmtl: expected float32, float64, bfloat16 or float16 gradients");
+// What the ops need to know of a tensor, asked once: every question crosses the ABI.
+struct View {
+  explicit View(const Tensor& x)
+      : sizes(x.sizes().data()),
+        strides(x.strides().data()),
+        dims(x.dim()),
+        type(x.scalar_type()),
+        data(static_cast<char*>(x.data_ptr())) {}
+
+  Dtype dtype() const {
+    switch (type) {
+      case ScalarType::Float:
+        return Dtype::f32;
+      case ScalarType::Double:
+        return Dtype::f64;
+      case ScalarType::BFloat16:
+        return Dtype::bf16;
+      case ScalarType::Half:
+        return Dtype::f16;
+      default:
+        STD_TORCH_CHECK(false, "fastmtl: expected float32, float64, bfloat16 or float16 gradients");
+    }
   }
-}
+  int64_t element() const { // bytes
+    const Dtype d = dtype();
+    return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2;
+  }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dims; ++i) {
+      n *= sizes[i];
+    }
+    return n;
+  }
+  // Bytes from the first to the last element.
+  int64_t span() const {
+    int64_t last = 0;
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] == 0) {
+        return 0;
+      }
+      last += (sizes[i] - 1) * strides[i];
+    }
+    return (last + 1) * element();
+  }
+  bool overlaps(const View& other) const {
+    return data < other.data + other.span() && other.data < data + span();
+  }
+  bool repeats() const {
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1 && strides[i] == 0) {
+        return true;
+      }
+    }
+    return false;
+  }
+  bool same_shape(const View& other) const {
+    return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
+  }
+  bool same_layout(const View& other) const {
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1 && strides[i] != other.strides[i]) {
+        return false;
+      }
+    }
+    return true;
+  }
+  // Whether the elements fill one stretch of memory, in whatever order of dimensions.
+  bool dense() const {
+    int64_t expected = 1;
+    bool contiguous = true;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+      contiguous = contiguous && (sizes[i] == 1 || strides[i] == expected);
+      expected *= sizes[i];
+    }
+    if (contiguous || expected == 0) {
+      return true;
+    }
+    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1) {
+        order.emplace_back(strides[i], sizes[i]);
+      }
+    }
+    std::sort(order.begin(), order.end());
+    expected = 1;
+    for (const auto& [stride, size] : order) {
+      if (stride != expected) {
+        return false;
+      }
+      expected *= size;
+    }
+    return true;
+  }
+
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dims;
+  ScalarType type;
+  char* data;
+};
 
 std::string shape_of(const Tensor& x) {
   std::string s = "[";
@@ -66,9 +154,9 @@ Policy policy_of(
       rank_rule == "normalized" || rank_rule == "gram", "rank_rule: expected normalized or gram, got ", rank_rule);
   return {
       weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr,
-      scale == "min"          ? Scale::min
-          : scale == "median" ? Scale::median
-                              : Scale::rmse,
+      scale == "min"      ? Scale::min
+      : scale == "median" ? Scale::median
+                          : Scale::rmse,
       rank_rule == "normalized" ? RankRule::normalized : RankRule::gram,
       rtol,
       zero};
@@ -86,61 +174,17 @@ double* doubles(const Tensor& x) {
 // memory force a copy.
 class Matrix {
  public:
-  explicit Matrix(const Tensor& G, const Tensor* out = nullptr) : G_(G) {
-    STD_TORCH_CHECK(
-        G.dim() == 2 || G.dim() == 3, "G: expected shape [T, P] or [B, T, P], got ", shape_of(G));
-    batched_ = G.dim() == 3;
-    T_ = G.size(-2);
-    P_ = G.size(-1);
-    B_ = batched_ ? G.size(0) : 1;
-    STD_TORCH_CHECK(T_ >= 1, "G: expected at least one task, got shape ", shape_of(G));
-    if (P_ > 1 && G.stride(-1) != 1) {
-      G_ = torch::stable::contiguous(G);
-    }
-    if (out) {
-      STD_TORCH_CHECK(
-          out->dim() == G.dim() - 1 && out->size(-1) == P_ && (!batched_ || out->size(0) == B_) &&
-              out->scalar_type() == G.scalar_type(),
-          "out: expected the dtype of G and shape [P] or [B, P] for G of shape ",
-          shape_of(G),
-          ", got ",
-          shape_of(*out));
-      target_ = *out;
-      if (P_ > 1 && out->stride(-1) != 1) {
-        target_ = torch::stable::new_empty(*out, std::vector<int64_t>(out->sizes().begin(), out->sizes().end()));
-        copy_back_ = *out;
-      }
-    }
-    const Dtype dtype = dtype_of(G);
-    const int64_t size = int64_t(G.element_size());
-    const char* base = static_cast<const char*>(G_.const_data_ptr());
-    char* target = target_ ? static_cast<char*>(target_->mutable_data_ptr()) : nullptr;
-    const int64_t next_row = T_ > 1 ? G_.stride(-2) * size : 0, next_matrix = batched_ ? G_.stride(0) * size : 0;
-    const int64_t next_out = target_ && batched_ ? target_->stride(0) * size : 0;
-    rows_.resize(size_t(B_ * T_));
-    segments_.resize(size_t(B_));
-    matrices_.resize(size_t(B_));
-    for (int64_t b = 0; b < B_; ++b) {
-      for (int64_t t = 0; t < T_; ++t) {
-        rows_[size_t(b * T_ + t)] = base + b * next_matrix + t * next_row;
-      }
-      segments_[size_t(b)] = {rows_.data() + b * T_, target ? target + b * next_out : nullptr, P_, dtype};
-      matrices_[size_t(b)] = {&segments_[size_t(b)], 1, T_};
-    }
-  }
+  explicit Matrix(const Tensor& G, const Tensor* out = nullptr) : Matrix(G, View(G), out) {}
 
   // To be called when `out` has been written.
   void finish() {
-    if (copy_back_) {
-      torch::stable::copy_(*copy_back_, *target_);
+    if (strided_out_) {
+      torch::stable::copy_(*strided_out_, *dense_out_);
     }
   }
 
-  const Gradients* matrices() const {
-    return matrices_.data();
-  }
-  bool batched() const {
-    return batched_;
+  const Gradients* matrices() {
+    return matrices_.get();
   }
   int64_t B() const {
     return B_;
@@ -150,51 +194,63 @@ class Matrix {
   }
 
  private:
-  Tensor G_;
-  std::optional<Tensor> target_, copy_back_;
-  bool batched_;
-  int64_t B_, T_, P_;
-  std::vector<const void*> rows_;
-  std::vector<Segment> segments_;
-  std::vector<Gradients> matrices_;
+  Matrix(const Tensor& G, View source, const Tensor* out)
+      : B_(check(G, source)), T_(source.sizes[source.dims - 2]), rows_(B_ * T_), segments_(B_), matrices_(B_) {
+    const int64_t dims = source.dims, P = source.sizes[dims - 1], size = source.element();
+    char* base_out = nullptr;
+    int64_t next_out = 0;
+    if (out) {
+      View target(*out);
+      STD_TORCH_CHECK(
+          target.dims == dims - 1 && target.sizes[dims - 2] == P && (dims == 2 || target.sizes[0] == B_) &&
+              target.type == source.type && out->is_cpu() && !target.repeats() && !target.overlaps(source),
+          "out: expected the dtype and device of G, shape [P] or [B, P] and memory of its own, for G of shape ",
+          shape_of(G),
+          "; got shape ",
+          shape_of(*out));
+      if (P > 1 && target.strides[dims - 2] != 1) {
+        strided_out_ = *out;
+        dense_out_ = torch::stable::new_empty(*out, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
+        target = View(*dense_out_);
+      }
+      base_out = target.data;
+      next_out = dims == 3 ? target.strides[0] * size : 0;
+    }
+    if (P > 1 && source.strides[dims - 1] != 1) {
+      copy_ = torch::stable::contiguous(G);
+      source = View(*copy_);
+    }
+    const int64_t next_row = source.strides[dims - 2] * size, next_matrix = dims == 3 ? source.strides[0] * size : 0;
+    for (int64_t b = 0; b < B_; ++b) {
+      for (int64_t t = 0; t < T_; ++t) {
+        rows_[b * T_ + t] = source.data + b * next_matrix + t * next_row;
+      }
+      segments_[b] = {rows_.get() + b * T_, base_out ? base_out + b * next_out : nullptr, P, source.dtype()};
+      matrices_[b] = {segments_.get() + b, 1, T_};
+    }
+  }
+
+  static int64_t check(const Tensor& G, const View& v) { // returns B
+    STD_TORCH_CHECK(
+        (v.dims == 2 || v.dims == 3) && v.sizes[v.dims - 2] >= 1,
+        "G: expected shape [T, P] or [B, T, P] with T >= 1, got ",
+        shape_of(G));
+    return v.dims == 3 ? v.sizes[0] : 1;
+  }
+
+  int64_t B_, T_;
+  std::optional<Tensor> copy_, dense_out_, strided_out_;
+  Buffer<const void*, 64> rows_;
+  Buffer<Segment, 4> segments_;
+  Buffer<Gradients, 4> matrices_;
 };
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) {
-      return false;
-    }
-  }
-  return true;
-}
-
-// Whether the elements fill one stretch of memory, in whatever order of dimensions.
-bool is_dense(const Tensor& x) {
-  if (x.is_contiguous()) {
-    return true;
-  }
-  std::vector<std::pair<int64_t, int64_t>> dims; // stride, size
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    if (x.size(i) > 1) {
-      dims.emplace_back(x.stride(i), x.size(i));
-    }
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) {
-      return false;
-    }
-    expected *= size;
-  }
-  return true;
-}
 
 // T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
 // result) share one dense layout; the others of that parameter are copied.
 class RaggedRows {
  public:
-  RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out) : T_(tasks) {
+  RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out)
+      : T_(tasks) {
     STD_TORCH_CHECK(
         tasks >= 1 && int64_t(grads.size()) % tasks == 0,
         "grads: expected a multiple of ",
@@ -236,41 +292,41 @@ class RaggedRows {
       return;
     }
     // The layout that all are read in: that of the result, or of the first gradient, made dense where it is not.
-    if (!is_dense(*first)) {
-      const std::vector<int64_t> size(first->sizes().begin(), first->sizes().end());
-      copies_.push_back(torch::stable::new_empty(*first, size));
+    View layout(*first);
+    if (!layout.dense()) {
+      copies_.push_back(
+          torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
       if (out) {
         copy_back_.emplace_back(*first, copies_.back());
       }
       first = &copies_.back();
+      layout = View(*first);
     }
-    const Tensor& layout = *first;
-    const Dtype dtype = dtype_of(layout);
     for (int64_t t = 0; t < T_; ++t) {
       const auto& g = grads[size_t(t * K_ + k)];
       if (!g) {
         continue;
       }
+      const View row(*g);
       STD_TORCH_CHECK(
-          g->scalar_type() == layout.scalar_type() && shape_of(*g) == shape_of(layout),
+          row.same_shape(layout),
           "grads: row ",
           t,
           ", tensor ",
           k,
           ": expected the dtype and shape ",
-          shape_of(layout),
+          shape_of(*first),
           " of the others, got ",
           shape_of(*g));
-      if (same_strides(*g, layout)) {
-        rows_[size_t(k * T_ + t)] = g->const_data_ptr();
+      if (row.same_layout(layout)) {
+        rows_[size_t(k * T_ + t)] = row.data;
       } else {
-        copies_.push_back(torch::stable::empty_like(layout));
+        copies_.push_back(torch::stable::empty_like(*first));
         torch::stable::copy_(copies_.back(), *g);
-        rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
+        rows_[size_t(k * T_ + t)] = copies_.back().data_ptr();
       }
     }
-    segments_[size_t(k)] = {
-        rows_.data() + k * T_, out ? layout.mutable_data_ptr() : nullptr, int64_t(layout.numel()), dtype};
+    segments_[size_t(k)] = {rows_.data() + k * T_, out ? layout.data : nullptr, layout.numel(), layout.dtype()};
   }
 
   int64_t T_, K_;
@@ -299,15 +355,11 @@ Tensor as_float64(const Tensor& M) {
 // --- the ops
 
 Tensor gram_op(const Tensor& G) {
-  const Matrix matrix(G);
+  Matrix matrix(G);
   std::vector<int64_t> size = leading(G, 1);
   size.push_back(matrix.T());
   const Tensor M = empty_float64(size, G);
-  if (matrix.batched()) {
-    gram_batch(matrix.matrices(), matrix.B(), doubles(M));
-  } else {
-    gram(matrix.matrices()[0], doubles(M));
-  }
+  gram_batch(matrix.matrices(), matrix.B(), doubles(M));
   return M;
 }
 
@@ -425,7 +477,12 @@ std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   const Tensor wide = as_float64(M);
   const Tensor eigenvalues = empty_float64(leading(M, 1), wide), eigenvectors = empty_float64(leading(M, 0), wide);
   if (T > 0) {
-    eigh(static_cast<const double*>(wide.const_data_ptr()), M.numel() / (T * T), T, doubles(eigenvalues), doubles(eigenvectors));
+    eigh(
+        static_cast<const double*>(wide.const_data_ptr()),
+        M.numel() / (T * T),
+        T,
+        doubles(eigenvalues),
+        doubles(eigenvectors));
   }
   return {torch::stable::to(eigenvalues, M.scalar_type()), torch::stable::to(eigenvectors, M.scalar_type())};
 }

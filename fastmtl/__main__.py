@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def _isa() -> str:
     if fastmtl.ops.EXTENSIONS["_C"] is None or not hasattr(torch.ops.fastmtl, "cpu_isa"):
         return "reference (pure PyTorch)"
     forced = os.environ.get("FASTMTL_CPU")
-    return torch.ops.fastmtl.cpu_isa() + (f" (FASTMTL_CPU={forced})" if forced else "")
+    return str(torch.ops.fastmtl.cpu_isa()) + (f" (FASTMTL_CPU={forced})" if forced else "")
 
 
 def _kernels(name: str, remedy: str) -> str:
@@ -57,14 +57,23 @@ def _cuda() -> str:
     return f"torch built for CUDA {torch.version.cuda}, {device}"
 
 
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {text}")
+        return int(text)
+
+    return count
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastmtl", description=fastmtl.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set and kernels in use")
     demo = commands.add_parser("demo", help="train on overlaid digits, with and without Aligned-MTL")
-    demo.add_argument("--seeds", type=int, default=3, help="training runs per method (default: %(default)s)")
-    demo.add_argument("--steps", type=int, default=500, help="training steps per run (default: %(default)s)")
+    demo.add_argument("--seeds", type=_at_least(1), default=3, help="training runs per method (default: %(default)s)")
+    demo.add_argument("--steps", type=_at_least(2), default=500, help="training steps per run (default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
     demo.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What a user may pass as task gradients, checked in one place: every message names argument, expectation and what came."""
+"""What a user may pass as task gradients, checked in one place: messages name argument, expectation and what came."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Rows", "check_matrix", "check_out", "check_rows", "describe", "overlaps"]
+__all__ = ["DTYPES", "Rows", "check_apart", "check_matrix", "check_out", "check_rows", "describe"]
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -42,10 +42,12 @@ def check_matrix(G: Tensor) -> None:
         TypeError: `G` is sparse or not of a floating dtype that the kernels read.
         ValueError: `G` has another number of dimensions, no task, or requires grad.
     """
-    _check_gradient(G, "G")
-    if G.ndim not in (2, 3):
+    if G.requires_grad or G.dtype not in DTYPES or G.layout is not torch.strided:
+        _check_gradient(G, "G")
+    shape = G.shape
+    if not 2 <= len(shape) <= 3:
         raise ValueError(f"G: expected shape [T, P] or [B, T, P], got {describe(G)}")
-    if G.shape[-2] == 0:
+    if shape[-2] == 0:
         raise ValueError(f"G: expected at least one task (T >= 1), got {describe(G)}")
 
 
@@ -53,28 +55,31 @@ def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out"
     """A preallocated result must be a writable tensor of exactly the result's shape, dtype and device."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
-    if tuple(out.shape) != tuple(shape) or out.dtype is not like.dtype or out.device != like.device:
+    if out.shape != shape or out.dtype is not like.dtype or out.device != like.device:
         expected = f"{str(like.dtype)[6:]} tensor of shape {list(shape)} on {like.device}"
         raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
-    if 0 in out.stride() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+    if not out.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
+
+
+def check_apart(out: Tensor, g: Tensor, name: str) -> None:
+    """A result must not span memory that a gradient spans: it would overwrite what is still to be read."""
+    if torch.compiler.is_compiling() or out.device.type == "meta":
+        return
+    if out.untyped_storage().data_ptr() != g.untyped_storage().data_ptr() or not out.numel() or not g.numel():
+        return
+    a0, a1 = _extent(out)
+    b0, b1 = _extent(g)
+    if a0 < b1 and b0 < a1:
+        raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within it")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
     start = x.data_ptr()
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return start, start + (last + 1) * x.element_size()
-
-
-def overlaps(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory that `a` spans meets the memory that `b` spans."""
-    if not a.numel() or not b.numel() or a.device != b.device:
-        return False
-    a0, a1 = _extent(a)
-    b0, b1 = _extent(b)
-    return a0 < b1 and b0 < a1
 
 
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,59 +38,65 @@ def backward(
 ) -> Info:
     """The engine behind `method.backward`: see there. Nothing is written before `_commit`."""
     _check_losses(losses)
-    shared = _checked_shared(shared)
-    T = len(losses)
-    private, common = _other_leaves(losses, shared)
+    parameters = _checked_shared(shared)
+    private, common = _other_leaves(losses, parameters)
 
     rows: list[list[Tensor | None]] = []
-    other_grads: list[list[Tensor | None]] = []
+    own: list[list[Tensor | None]] = []
     for t, loss in enumerate(losses):
-        others = private[t] + common
         # Only the last pass may free the graph, since the losses share the trunk.
-        grads = torch.autograd.grad(
-            loss, shared + others, retain_graph=retain_graph or t < T - 1, allow_unused=True
-        )
-        rows.append(list(grads[: len(shared)]))
-        other_grads.append(list(grads[len(shared) :]))
-        del grads  # the commit below wants to be the only owner of what it hands over
+        retain = retain_graph or t < len(losses) - 1
+        inputs = [*parameters, *private[t], *common]
+        grads: list[Tensor | None] = list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True))
+        rows.append(grads[: len(parameters)])
+        own.append(grads[len(parameters) :])
+        del grads  # `_commit` has to be the only owner of what it hands over
 
-    reached = [k for k in range(len(shared)) if any(row[k] is not None for row in rows)]
+    reached = [k for k in range(len(parameters)) if any(row[k] is not None for row in rows)]
     if not reached:
         raise ValueError("shared: expected parameters that a loss depends on, but no loss reaches any of them")
-    aligned, info = method._align_rows([[row[k] for k in reached] for row in rows])
+    updates, info = method._align_rows([[row[k] for k in reached] for row in rows])
     rows.clear()
-
-    parameters = [shared[k] for k in reached]
-    updates = aligned
-    for t, grads in enumerate(other_grads):
-        if scale_heads:
-            grads = [None if g is None else g * info.alpha[t].to(g.dtype) for g in grads]
-        for parameter, g in zip(private[t], grads, strict=False):
-            if g is not None:
-                parameters.append(parameter)
-                updates.append(g)
-        other_grads[t] = grads[len(private[t]) :]
-    for parameter, column in zip(common, zip(*other_grads, strict=True), strict=True):
-        present = [g for g in column if g is not None]
-        if present:
-            parameters.append(parameter)
-            updates.append(sum(present[1:], start=present[0]))
-    other_grads.clear()
-    g = present = grads = column = None  # noqa: F841 - a reference left here would force a copy of that gradient
-    _commit(parameters, updates)
+    targets = [parameters[k] for k in reached]
+    for target, update in _own_gradients(private, common, own, info.alpha if scale_heads else None):
+        targets.append(target)
+        updates.append(update)
+        del update
+    _commit(targets, updates)
     return info
+
+
+def _own_gradients(
+    private: list[list[Tensor]], common: list[Tensor], own: list[list[Tensor | None]], alpha: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`."""
+    sums: dict[int, Tensor] = {}
+    for t, parameters in enumerate(private):
+        grads = own[t]
+        if alpha is not None:
+            grads = [None if g is None else g * alpha[t].to(g.dtype) for g in grads]
+        own[t] = []
+        for k, g in enumerate(grads[len(parameters) :]):
+            if g is not None:
+                sums[k] = sums[k] + g if k in sums else g
+        for k, parameter in enumerate(parameters):
+            g, grads[k] = grads[k], None
+            if g is not None:
+                yield parameter, g
+    for k in list(sums):
+        yield common[k], sums.pop(k)
 
 
 class _Commit(torch.autograd.Function):
     """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it."""
 
     @staticmethod
-    def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.updates = updates
         return torch.zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         updates, ctx.updates = ctx.updates, None
         result = (None, *updates)
         updates.clear()  # so that autograd finds itself the only owner and takes the buffers instead of copying them
@@ -98,7 +104,7 @@ class _Commit(torch.autograd.Function):
 
 
 def _commit(parameters: list[Tensor], updates: list[Tensor | None]) -> None:
-    """Adds `updates` to `.grad` through AccumulateGrad: tensor, post-accumulate and DDP hooks fire as in any backward."""
+    """Adds `updates` to `.grad` through AccumulateGrad: all hooks fire as in any backward."""
     with torch.enable_grad():
         node = _Commit.apply(updates, *parameters)
     node.backward()
@@ -149,11 +155,7 @@ def _other_leaves(losses: Sequence[Tensor], shared: list[Tensor]) -> tuple[list[
     leaves: dict[Any, Tensor] = {}
     several = -1
     for t, loss in enumerate(losses):
-        if loss.grad_fn is None:  # the loss itself is a parameter
-            root = torch.autograd.graph.get_gradient_edge(loss).node
-        else:
-            root = loss.grad_fn
-        stack = [root]
+        stack = [torch.autograd.graph.get_gradient_edge(loss).node]  # also where the loss itself is a parameter
         while stack:
             node = stack.pop()
             known = owner.get(node)

@@ -14,8 +14,8 @@ __all__ = ["eigh"]
 def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecomposition M = V diag(λ) Vᵀ of symmetric matrices, for many small ones at once.
 
-    Up to T = 32 by Jacobi rotations with a relative stopping rule, one matrix per SIMD lane: small eigenvalues of a graded
-    positive definite matrix come out with high relative accuracy (Demmel and Veselić 1992). Larger ones go to
+    Up to T = 32 by Jacobi rotations with a relative stopping rule, one matrix per SIMD lane: small eigenvalues of a
+    graded positive definite matrix come out with high relative accuracy (Demmel and Veselić 1992). Larger ones go to
     `torch.linalg.eigh`. Only the lower triangle is read. A non-finite matrix gives NaN.
 
     Args:

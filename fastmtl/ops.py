@@ -1,10 +1,11 @@
 """The op layer: schemas, fakes, the reference as default implementation, and the compiled kernels where they are built.
 
-Every op has one contract and four implementations: `fastmtl.reference` (registered for every device, so that the library
-works where nothing is compiled), the CPU kernels of `csrc/cpu`, the CUDA kernels of `csrc/cuda`, and the fakes below. The
-compiled objects only add implementations for their device: loading them is all that it takes.
+Every op has one contract and four implementations: `fastmtl.reference` (registered for every device, so that the
+library works where nothing is compiled), the CPU kernels of `csrc/cpu`, the CUDA kernels of `csrc/cuda`, and the fakes
+below. The compiled objects only add implementations for their device: loading them is all that it takes.
 
-`grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and None a missing gradient.
+`grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and None a missing
+gradient.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _SCHEMAS = (
     "gram(Tensor G) -> Tensor",
     "gram_rows(Tensor?[] grads, int tasks) -> Tensor",
     f"balance(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor eigenvalues, Tensor rank)",
-    "combine(Tensor G, Tensor alpha, *, Tensor(a!) out) -> ()",
+    "combine(Tensor G, Tensor alpha, Tensor(a!) out) -> ()",
     "combine_rows(Tensor?[] grads, Tensor alpha, Tensor(a!)[] out) -> ()",
-    f"align(Tensor G, {_POLICY}, *, Tensor(a!) out) -> ()",
+    f"align(Tensor G, {_POLICY}, Tensor(a!) out) -> ()",
     f"align_rows(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out)"
     " -> (Tensor gram, Tensor alpha, Tensor eigenvalues, Tensor rank)",
     "eigh(Tensor M) -> (Tensor eigenvalues, Tensor eigenvectors)",
@@ -42,7 +43,7 @@ for _schema in _SCHEMAS:
 
 
 def _load() -> dict[str, str | None]:
-    """Loads the compiled objects; the result says for each where it lies, or None where it is not built or not wanted."""
+    """Loads the compiled objects: where each lies, or None where it is not built or not wanted."""
     found: dict[str, str | None] = {"_C": None, "_C_cuda": None}
     if os.environ.get("FASTMTL_NO_EXT", "0") not in ("", "0"):
         return found
@@ -91,7 +92,7 @@ def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, r
 
 
 @torch.library.register_fake("fastmtl::combine")
-def _(G: Tensor, alpha: Tensor, *, out: Tensor) -> None:
+def _(G: Tensor, alpha: Tensor, out: Tensor) -> None:
     return None
 
 
@@ -101,9 +102,7 @@ def _(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> N
 
 
 @torch.library.register_fake("fastmtl::align")
-def _(
-    G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, *, out: Tensor
-) -> None:
+def _(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
     return None
 
 
@@ -118,13 +117,8 @@ def _(
     rank_rule: str,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    options = {"dtype": torch.float64, "device": _device(grads)}
-    return (
-        torch.empty(tasks, tasks, **options),
-        torch.empty(tasks, **options),
-        torch.empty(tasks, **options),
-        torch.empty((), dtype=torch.int64, device=options["device"]),
-    )
+    M = torch.empty(tasks, tasks, dtype=torch.float64, device=_device(grads))
+    return M, M.new_empty(tasks), M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("fastmtl::eigh")
@@ -139,7 +133,7 @@ def _gram_setup(ctx, inputs, output) -> None:
 def _gram_backward(ctx, grad: Tensor) -> Tensor:
     """d(G Gᵀ): (Ṁ + Ṁᵀ) G."""
     (G,) = ctx.saved_tensors
-    return (((grad + grad.mT) @ G.to(grad.dtype))).to(G.dtype)
+    return ((grad + grad.mT) @ G.to(grad.dtype)).to(G.dtype)
 
 
 torch.library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)

@@ -1,8 +1,8 @@
 """Pure PyTorch reference of every op: readable, device-independent, and the specification the kernels are held to.
 
-Everything is computed in float64. These functions run wherever no kernel is built (see `fastmtl.ops`), so they follow the
-same accuracy policy as the kernels: small eigenproblems, and large ones whose diagonal is uneven, are solved by Jacobi
-rotations with a relative stopping rule; only large, even ones go to LAPACK.
+Everything is computed in float64. These functions run wherever no kernel is built (see `fastmtl.ops`), so they follow
+the same accuracy policy as the kernels: small eigenproblems, and large ones whose diagonal is uneven, are solved by
+Jacobi rotations with a relative stopping rule; only large, even ones go to LAPACK.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
     return M
 
 
-def combine(G: Tensor, alpha: Tensor, *, out: Tensor) -> None:
-    """out = αᵀ G, accumulated in float64. `G` [..., T, P], `alpha` [..., T], `out` [..., P]."""
+def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
+    """Writes out = αᵀ G, accumulated in float64. `G` [..., T, P], `alpha` [..., T], `out` [..., P]."""
     out.copy_((alpha[..., None, :] @ G.to(torch.float64)).squeeze(-2))
 
 
 def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
-    """out_k = Σ_t α_t g_{t,k}, accumulated in float64; None is zero."""
+    """Writes out_k = Σ_t α_t g_{t,k}, accumulated in float64; None is zero."""
     segments = len(out)
     weights = alpha.unbind()
     for k, target in enumerate(out):
@@ -67,7 +67,11 @@ def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
     if M.shape[-1] > JACOBI_MAX_TASKS:
         lam, V = torch.linalg.eigh(M)
         return lam, V
-    lam, V = _jacobi(M.to(torch.float64).reshape(-1, *M.shape[-2:]))
+    lower = M.to(torch.float64).tril().reshape(-1, *M.shape[-2:])
+    finite = lower.isfinite().all(-1).all(-1)[:, None]
+    lower = torch.where(finite[..., None], lower, torch.zeros_like(lower))
+    lam, V = _jacobi(lower + lower.tril(-1).mT)
+    lam, V = torch.where(finite, lam, torch.nan), torch.where(finite[..., None], V, torch.nan)
     return lam.reshape(M.shape[:-1]).to(M.dtype), V.reshape(M.shape).to(M.dtype)
 
 
@@ -76,8 +80,8 @@ def balance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """α = sqrt(s) V_R diag(λ_R^-1/2) V_Rᵀ w (paper, Algorithm 1), with the rank rule of docs/numerics.md.
 
-    `M` [..., T, T]; `weights` [T] or None for 1/T. Returns α [..., T], eigenvalues [..., T] in descending order (negative
-    rounding noise as zero) and rank [...] (int64).
+    `M` [..., T, T]; `weights` [T] or None for 1/T. Returns α [..., T], eigenvalues [..., T] in descending order
+    (negative rounding noise as zero) and rank [...] (int64).
     """
     T = M.shape[-1]
     shape = M.shape[:-2]
@@ -106,15 +110,13 @@ def balance(
     return alpha.reshape(*shape, T), lam.reshape(*shape, T), rank.reshape(shape)
 
 
-def align(
-    G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, *, out: Tensor
-) -> None:
+def align(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
     """gram, balance and combine of one matrix [T, P] or a batch [B, T, P]."""
     M = gram(G)
     if G.dtype is torch.float64:
         M = gram(G * _power_of_two(G, (-1, -2))[..., None, None])
     alpha, _, _ = balance(M, weights, scale, rtol, zero, rank_rule)
-    combine(G, alpha, out=out)
+    combine(G, alpha, out)
 
 
 def align_rows(
@@ -163,7 +165,7 @@ def _row_normalised(M: Tensor, zero: float) -> Tensor:
 
 
 def _eigh_psd(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of positive semi-definite `M` [B, T, T], small eigenvalues to high accuracy."""
+    """Ascending eigenvalues and eigenvectors of positive semi-definite `M` [B, T, T], small ones accurate too."""
     if M.shape[-1] <= JACOBI_MAX_TASKS:
         return _jacobi(M)
     lam, V = torch.linalg.eigh(M)
@@ -186,7 +188,6 @@ def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
     largest = M.abs().amax((-1, -2)) if T else M.new_zeros(B)
     exponent = torch.frexp(largest).exponent
     A = torch.ldexp(M, -exponent[:, None, None])
-    A = (A + A.mT) / 2
     V = torch.eye(T, dtype=M.dtype, device=M.device).expand(B, T, T).clone()
     players = T + T % 2
     circle = list(range(players))

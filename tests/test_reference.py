@@ -49,7 +49,9 @@ def test_gram(shape, dtype):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("T, P", [(1, 1), (1, 50), (2, 3), (3, 400), (6, 6), (10, 1000), (17, 900), (40, 2000), (80, 999)])
+@pytest.mark.parametrize(
+    ("T", "P"), [(1, 1), (1, 50), (2, 3), (3, 400), (6, 6), (10, 1000), (17, 900), (40, 2000), (80, 999)]
+)
 def test_align_equals_svd(T, P, scale):
     for dtype in DTYPES:
         G = randn(T, P, dtype=dtype, seed=T + P)
@@ -80,7 +82,7 @@ CONDITIONS = [
 ]
 
 
-@pytest.mark.parametrize("T, spread, kappa", CONDITIONS)
+@pytest.mark.parametrize(("T", "spread", "kappa"), CONDITIONS)
 def test_conditioning(T, spread, kappa):
     G = conditioned(T, 1500, kappa, spread)
     for scale in SCALES:
@@ -94,10 +96,10 @@ def test_small_eigenvalues_of_spread_rows_survive_beyond_the_small_solver():
     assert relative(aligned(G, rtol=rtol), svd_align(G, rtol=rtol)) <= contract(80, 1e2)
 
 
-@pytest.mark.parametrize("rank_rule, rank", [("normalized", 3), ("gram", 1)])
+@pytest.mark.parametrize(("rank_rule", "rank"), [("normalized", 3), ("gram", 1)])
 def test_a_large_task_is_not_mistaken_for_dependent_ones(rank_rule, rank):
     G = randn(3, 5000) * torch.tensor([1e5, 1.0, 1.0])[:, None]
-    alpha, lam, got = reference.balance(reference.gram(G), *policy(G, rank_rule=rank_rule))
+    _alpha, lam, got = reference.balance(reference.gram(G), *policy(G, rank_rule=rank_rule))
     assert got == rank == svd_rank(G, rank_rule=rank_rule)
     assert relative(aligned(G, rank_rule=rank_rule), svd_align(G, rank_rule=rank_rule)) <= 2e-6
     assert torch.equal(lam, lam.sort(descending=True).values)
@@ -112,7 +114,7 @@ def test_rows_at_the_rounding_floor_count_as_zero():
     assert reference.balance(reference.gram(wide), *policy(wide))[2] == 4
 
 
-@pytest.mark.parametrize("dtype, scale", [(F32, 1e25), (F32, 1e-25), (F64, 1e200), (F64, 1e-200), (F64, 1e-300)])
+@pytest.mark.parametrize(("dtype", "scale"), [(F32, 1e25), (F32, 1e-25), (F64, 1e200), (F64, 1e-200), (F64, 1e-300)])
 def test_scales_beyond_the_range_of_a_gram(dtype, scale):
     G = randn(5, 700, dtype=dtype)
     assert relative(aligned(G * scale), svd_align(G * scale)) <= contract(5, 2, dtype)
@@ -121,7 +123,7 @@ def test_scales_beyond_the_range_of_a_gram(dtype, scale):
         assert relative(got, svd_align(one)) <= contract(5, 2, dtype)
     rows = [list(r.split([1, 500, 199])) for r in G * scale]
     out = [torch.empty_like(g) for g in rows[0]]
-    M, alpha, lam, rank = reference.align_rows([g for r in rows for g in r], 5, *policy(G), out)
+    _M, alpha, _lam, rank = reference.align_rows([g for r in rows for g in r], 5, *policy(G), out)
     assert relative(flat(out), svd_align(G * scale)) <= contract(5, 2, dtype)
     assert rank == 5
     assert relative(alpha, reference.balance(reference.gram(G), *policy(G))[0]) <= 1e-6

@@ -1,25 +1,25 @@
 // The recombination out = αᵀ G of ragged rows, in float64.
 //
 // Reads T P sizeof(element) bytes and writes P sizeof(element): one pass at the speed of memory. More than about eight
-// concurrent streams slow the memory down, so a stretch of kStretch columns is summed kGroup rows at a time into float64
-// sums that stay in the first-level cache; up to kGroup rows need no such buffer. Each element's sum runs over the rows in
-// order, so the result does not depend on where threads split the columns.
+// concurrent streams slow the memory down, so a stretch of kStretch columns is summed kGroup rows at a time into
+// float64 sums that stay in the first-level cache; up to kGroup rows need no such buffer. Each element's sum runs over
+// the rows in order, so the result does not depend on where threads split the columns.
 #pragma once
 
 namespace fastmtl::cpu {
 namespace {
 
 constexpr int64_t kStretch = 1024; // columns
-constexpr int kGroup = 5; // rows read at once
+constexpr int kGroup = 5;          // rows read at once
 
 // Adds R rows to `sums`; the first group starts from zero, the last writes the result instead.
 template <class E, int R, bool is_first, bool is_last>
 void combine_group(
     const E* const* rows, // [R] -> [n]
-    const double* alpha, // [R]
+    const double* alpha,  // [R]
     int64_t n,
     double* sums, // [n rounded up to two vectors]
-    E* out, // [n]
+    E* out,       // [n]
     bool past_cache,
     int64_t ahead) { // bytes to the stretch that is read after this one
   Vd weight[R];
@@ -77,7 +77,14 @@ void combine_group(
 
 template <class E, bool is_first, bool is_last>
 void combine_rows(
-    int R, const E* const* rows, const double* alpha, int64_t n, double* sums, E* out, bool past_cache, int64_t ahead) {
+    int R,
+    const E* const* rows,
+    const double* alpha,
+    int64_t n,
+    double* sums,
+    E* out,
+    bool past_cache,
+    int64_t ahead) {
   switch (R) {
     case 1:
       return combine_group<E, 1, is_first, is_last>(rows, alpha, n, sums, out, past_cache, ahead);
@@ -97,7 +104,13 @@ void combine_rows(
 // One stretch of one segment: `count` rows present, n <= kStretch columns.
 template <class E>
 void combine_stretch(
-    const E** rows, const double* alpha, int64_t count, int64_t n, E* out, bool past_cache, int64_t ahead) {
+    const E** rows,
+    const double* alpha,
+    int64_t count,
+    int64_t n,
+    E* out,
+    bool past_cache,
+    int64_t ahead) {
   alignas(64) double sums[kStretch + 2 * kWidth];
   const int64_t groups = (count + kGroup - 1) / kGroup;
   for (int64_t g = 0; g < groups; ++g) {
@@ -117,7 +130,13 @@ void combine_stretch(
 
 template <class E>
 void combine_segment(
-    const Segment& segment, int64_t T, const double* alpha, double empty, int64_t begin, int64_t end, bool past_cache) {
+    const Segment& segment,
+    int64_t T,
+    const double* alpha,
+    double empty,
+    int64_t begin,
+    int64_t end,
+    bool past_cache) {
   double* scratch = thread_scratch(1, 2 * T);
   const E** rows = reinterpret_cast<const E**>(scratch);
   double* weights = scratch + T;

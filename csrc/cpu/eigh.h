@@ -1,12 +1,13 @@
-// Small symmetric eigenproblems by Jacobi rotations, which keep the small eigenvalues of a graded positive definite matrix
-// accurate where tridiagonalisation does not (Demmel and Veselić 1992). Both stop by the relative rule
-// |m_ij| <= eps sqrt(m_ii m_jj).
+// Small symmetric eigenproblems by Jacobi rotations, which keep the small eigenvalues of a graded positive definite
+// matrix accurate where tridiagonalisation does not (Demmel and Veselić 1992). Both stop by the relative rule |m_ij| <=
+// eps sqrt(m_ii m_jj).
 //
 // eigh_lanes: many matrices, one a SIMD lane, two-sided, round-robin: T - 1 rounds a sweep, each of T / 2 disjoint
 // rotations that are applied to 2 x 2 blocks, so every element is loaded once a round. About 6 T³ flops a sweep.
 //
-// psd_eigh: one positive semi-definite matrix of any size. Cholesky with diagonal pivoting, M = L Lᵀ, then one-sided Jacobi
-// on the columns of L: they end orthogonal, with norms sqrt(λ) and directions the eigenvectors. Rows are vectorised.
+// psd_eigh: one positive semi-definite matrix of any size. Cholesky with diagonal pivoting, M = L Lᵀ, then one-sided
+// Jacobi on the columns of L: they end orthogonal, with norms sqrt(λ) and directions the eigenvectors. Rows are
+// vectorised.
 #pragma once
 
 namespace fastmtl::cpu {
@@ -17,7 +18,7 @@ constexpr int kMaxSweeps = 40;
 
 struct Rotation {
   Vd t, c, s; // tangent, cosine, sine
-  Vi active; // lanes in which there is something to rotate
+  Vi active;  // lanes in which there is something to rotate
 };
 
 // 1 / sqrt(x) to full precision, x >= 1/2.
@@ -63,9 +64,8 @@ void jacobi_lanes(Vd* A, Vd* V, int64_t runtime_T, bool vectors) {
   const int64_t players = T + T % 2;
   constexpr int64_t kMaxPairs = kT ? (kT + 1) / 2 : 16;
   // Only i <= j is kept.
-  const auto at = [&](int64_t i, int64_t j) __attribute__((always_inline))->Vd& {
-    return i < j ? A[i * T + j] : A[j * T + i];
-  };
+  const auto at = [&](int64_t i, int64_t j)
+                      __attribute__((always_inline)) -> Vd& { return i < j ? A[i * T + j] : A[j * T + i]; };
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     Vi rotated{};
     for (int64_t round = 0; round < players - 1; ++round) {
@@ -132,8 +132,7 @@ void jacobi_lanes(Vd* A, Vd* V, int64_t runtime_T, bool vectors) {
   }
 }
 
-void eigh_lanes(
-    const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
+void eigh_lanes(const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
   Vd* a = reinterpret_cast<Vd*>(scratch);
   Vd* v = a + T * T;
   double scale[kWidth];
@@ -226,7 +225,7 @@ FASTMTL_INLINE double dot(const double* x, const double* y, int64_t n) { // n a 
 
 int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, double* scratch) {
   const int64_t ld = psd_stride(T);
-  double* left = scratch; // [T] what Cholesky has left of the diagonal
+  double* left = scratch;      // [T] what Cholesky has left of the diagonal
   double* norms = scratch + T; // [T] squared norms of the columns
   double largest = 0.0;
   for (int64_t i = 0; i < T; ++i) {

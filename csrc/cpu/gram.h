@@ -18,9 +18,15 @@ constexpr int kTile = 5; // 25 accumulators, 5 + 1 operands of 32 registers
 #else
 constexpr int kTile = 3; // 9 accumulators, 3 + 1 operands of 16 registers
 #endif
-constexpr int kMaxDirect = kTile + 1; // rows whose triangle of products fits the registers
+constexpr int kMaxDirect = kTile + 1;    // rows whose triangle of products fits the registers
 constexpr int64_t kDirectColumns = 4096; // of one block read in place
-constexpr int64_t kPackedBytes = 512; // columns x sizeof(accumulator) / 8 of one packed block: two panels in L1
+// Columns of one packed block: the two panels of a tile stay in the first-level cache.
+template <class A>
+constexpr int64_t kPackedColumns = sizeof(A) == 8 ? 256 : 1024;
+constexpr int64_t kFloatColumns = 2048; // after so many, float32 sums go to float64
+// Up to here the vectors of sums fit the second-level cache and are carried from block to block; beyond, every block is
+// summed up.
+constexpr int64_t kMaxLongSums = 128;
 constexpr int64_t kLine = 64; // bytes in a cache line
 
 template <class A>
@@ -37,13 +43,6 @@ template <class A>
 using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int64_t kLanes = int64_t(sizeof(Vec<A>) / sizeof(A));
-
-// Source rows whose next block is fetched while a tile works on this one.
-struct Prefetch {
-  static constexpr int kMax = 8;
-  const char* rows[kMax];
-  int count = 0;
-};
 
 // Sums of the R (R + 1) / 2 products of R rows read in place; U independent sets of sums hide the latency of few rows.
 template <class E, int R, int U>
@@ -124,121 +123,10 @@ void direct(const E* const* rows, int count, int64_t n, double* M, const int32_t
   }
 }
 
-// One tile: products of panel a (R rows) with panel b (C rows) over n columns; of a panel with itself, the triangle.
-template <class A, int R, int C, bool diagonal>
-void tile(
-    const A* a, // [n / lanes, R, lanes]
-    const A* b, // [n / lanes, C, lanes]
-    int64_t n,
-    double* M, // [T, T]
-    const int32_t* index_a, // [R] -> row of M
-    const int32_t* index_b, // [C] -> column of M
-    int64_t T,
-    const Prefetch& prefetch,
-    int64_t prefetch_step) { // bytes of a source row for one vector of columns
-  using V = Vec<A>;
-  constexpr int64_t L = kLanes<A>;
-  V sums[R][C];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      sums[r][c] = V{};
-    }
-  }
-  int64_t fetched = 0;
-  for (int64_t k = 0; k < n; k += L, a += R * L, b += C * L) {
-    V x[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      x[r] = read<V>(a + r * L);
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const V y = diagonal ? x[c] : read<V>(b + c * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < (diagonal ? c + 1 : R); ++r) {
-        sums[r][c] += x[r] * y;
-      }
-    }
-    if ((fetched & (kLine - 1)) == 0) { // vectors of a line are powers of two, so every line is met once
-      for (int i = 0; i < prefetch.count; ++i) {
-        __builtin_prefetch(prefetch.rows[i] + fetched, 0, 2);
-      }
-    }
-    fetched += prefetch_step;
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 8
-    for (int r = 0; r < (diagonal ? c + 1 : R); ++r) {
-      M[index_a[r] * T + index_b[c]] += sum(sums[r][c]);
-    }
-  }
-}
-
-template <class A>
-using TileFn =
-    void (*)(const A*, const A*, int64_t, double*, const int32_t*, const int32_t*, int64_t, const Prefetch&, int64_t);
-
-template <class A, int R>
-TileFn<A> tile_of_rows(int C, bool diagonal) {
-  switch (C) {
-    case 1:
-      return diagonal ? tile<A, R, R, true> : tile<A, R, 1, false>;
-    case 2:
-      return diagonal ? tile<A, R, R, true> : tile<A, R, 2, false>;
-    case 3:
-      return diagonal ? tile<A, R, R, true> : tile<A, R, 3, false>;
-#if FASTMTL_VECTOR_BYTES == 64
-    case 4:
-      return diagonal ? tile<A, R, R, true> : tile<A, R, 4, false>;
-    case 5:
-      return diagonal ? tile<A, R, R, true> : tile<A, R, 5, false>;
-#endif
-    default:
-      return nullptr;
-  }
-}
-
-template <class A>
-TileFn<A> tile_for(int R, int C, bool diagonal) {
-  switch (R) {
-    case 1:
-      return tile_of_rows<A, 1>(C, diagonal);
-    case 2:
-      return tile_of_rows<A, 2>(C, diagonal);
-    case 3:
-      return tile_of_rows<A, 3>(C, diagonal);
-#if FASTMTL_VECTOR_BYTES == 64
-    case 4:
-      return tile_of_rows<A, 4>(C, diagonal);
-    case 5:
-      return tile_of_rows<A, 5>(C, diagonal);
-#endif
-    default:
-      return nullptr;
-  }
-}
-
-// One source row into its place in a panel of R rows, zero-padded to a whole number of vectors.
-template <class A, class E>
-void pack_row(const E* source, int64_t n, A* panel, int64_t R) {
-  constexpr int64_t L = kLanes<A>;
-  int64_t k = 0;
-  for (; k + L <= n; k += L, panel += R * L) {
-    write(panel, load(source + k, A{}));
-  }
-  if (k < n) {
-    E tail[L];
-    __builtin_memset(tail, 0, sizeof(tail));
-    __builtin_memcpy(tail, source + k, size_t(n - k) * sizeof(E));
-    write(panel, load(tail, A{}));
-  }
-}
-
 // The rows present in a block, dealt to panels of even height.
 struct Panels {
-  const char** rows; // [count] -> first element of the block
-  int32_t* index; // [count] -> row of M
+  const void** rows; // [count] -> first element of the block
+  int32_t* index;    // [count] -> row of M
   int64_t count = 0;
 
   void collect(const Block& block, int64_t T) {
@@ -251,6 +139,9 @@ struct Panels {
       }
     }
   }
+  bool same_rows(const Panels& other) const {
+    return count == other.count && __builtin_memcmp(index, other.index, size_t(count) * sizeof(int32_t)) == 0;
+  }
   int64_t panels() const {
     return (count + kTile - 1) / kTile;
   }
@@ -259,56 +150,246 @@ struct Panels {
   }
 };
 
-template <class A>
-void multiply_packed(
-    const Panels& panels,
-    const A* packed,
-    int64_t padded,
-    double* M,
-    int64_t T,
-    const Panels& next, // rows to prefetch meanwhile (those of the next block), none at the end
-    int64_t next_element) {
-  const int64_t count = panels.panels(), tiles = count * (count + 1) / 2;
-  int64_t done = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t c0 = panels.first(j), C = panels.first(j + 1) - c0;
-    for (int64_t i = 0; i <= j; ++i, ++done) {
-      const int64_t r0 = panels.first(i), R = panels.first(i + 1) - r0;
-      Prefetch prefetch;
-      for (int64_t r = next.count * done / tiles; r < next.count * (done + 1) / tiles && prefetch.count < Prefetch::kMax;
-           ++r) {
-        prefetch.rows[prefetch.count++] = next.rows[r];
+// Rows of the next block of which a tile fetches its share, a line of each with every few steps.
+class Prefetch {
+ public:
+  Prefetch(const Panels& next, int64_t part, int64_t parts)
+      : rows_(next.rows + next.count * part / parts),
+        count_(int(next.count * (part + 1) / parts - next.count * part / parts)) {}
+
+  FASTMTL_INLINE void at(int64_t byte) const {
+    if (byte % kLine == 0) { // steps divide a line or are whole lines, so every line is met
+      for (int i = 0; i < count_; ++i) {
+        __builtin_prefetch(static_cast<const char*>(rows_[i]) + byte, 0, 2);
       }
-      tile_for<A>(int(R), int(C), i == j)(
-          packed + r0 * padded,
-          packed + c0 * padded,
-          padded,
-          M,
-          panels.index + r0,
-          panels.index + c0,
-          T,
-          prefetch,
-          next_element * kLanes<A>);
     }
   }
+
+ private:
+  const void* const* rows_;
+  int count_;
+};
+
+// The products of one panel with itself, read where the rows lie; on the way the panel is written to `packed`,
+// converted and zero-padded to a whole number of vectors, for the tiles that come.
+template <class A, class E, int R>
+void diagonal_tile(
+    const void* const* rows, // [R] -> [n] of E
+    int64_t n,
+    A* packed,    // [n / lanes rounded up, R, lanes]
+    Vec<A>* sums, // [R (R + 1) / 2] vectors
+    bool fresh,   // whether they start from zero
+    const Prefetch& prefetch,
+    int64_t prefetch_step) {
+  using V = Vec<A>;
+  constexpr int64_t L = kLanes<A>;
+  const E* at[R];
+  V s[R * (R + 1) / 2];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * (R + 1) / 2; ++i) {
+    s[i] = fresh ? V{} : sums[i];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    at[r] = static_cast<const E*>(rows[r]);
+  }
+  const auto step = [&](const E* const* from, int64_t k) __attribute__((always_inline)) {
+    V x[R];
+    int i = 0;
+#pragma GCC unroll 8
+    for (int c = 0; c < R; ++c) {
+      x[c] = load(from[c] + k, A{});
+      write(packed + c * L, x[c]);
+#pragma GCC unroll 8
+      for (int r = 0; r <= c; ++r, ++i) {
+        s[i] += x[r] * x[c];
+      }
+    }
+    packed += R * L;
+  };
+  int64_t k = 0, fetched = 0;
+  for (; k + L <= n; k += L) {
+    step(at, k);
+    prefetch.at(fetched);
+    fetched += prefetch_step;
+  }
+  if (k < n) { // the last, partial vector: through a buffer of zeros
+    E tail[R][L];
+    const E* from[R];
+    __builtin_memset(tail, 0, sizeof(tail));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_memcpy(tail[r], at[r] + k, size_t(n - k) * sizeof(E));
+      from[r] = tail[r];
+    }
+    step(from, 0);
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * (R + 1) / 2; ++i) {
+    sums[i] = s[i];
+  }
 }
+
+// One tile: products of panel a (R rows) with panel b (C rows) over n columns.
+template <class A, int R, int C>
+void tile(
+    const A* a, // [n / lanes, R, lanes]
+    const A* b, // [n / lanes, C, lanes]
+    int64_t n,
+    Vec<A>* sums, // [R, C] vectors
+    bool fresh,   // whether they start from zero
+    const Prefetch& prefetch,
+    int64_t prefetch_step) { // bytes of a source row for one vector of columns
+  using V = Vec<A>;
+  constexpr int64_t L = kLanes<A>;
+  V s[R * C];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * C; ++i) {
+    s[i] = fresh ? V{} : sums[i];
+  }
+  int64_t fetched = 0;
+  for (int64_t k = 0; k < n; k += L, a += R * L, b += C * L) {
+    V x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      x[r] = read<V>(a + r * L);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const V y = read<V>(b + c * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        s[r * C + c] += x[r] * y;
+      }
+    }
+    prefetch.at(fetched);
+    fetched += prefetch_step;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * C; ++i) {
+    sums[i] = s[i];
+  }
+}
+
+// Calls f with std::integral_constant<int, R>, R <= kTile.
+template <class F>
+FASTMTL_INLINE void with_height(int64_t R, F&& f) {
+  switch (R) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+#if FASTMTL_VECTOR_BYTES == 64
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+#endif
+    default:
+      return;
+  }
+}
+
+// A block of packed rows and the vectors of sums of its tiles, in the order of the tiles.
+template <class A>
+class PackedGram {
+ public:
+  static constexpr int64_t scratch(int64_t T, int64_t columns) { // in doubles
+    return (T * columns * int64_t(sizeof(A)) + tile_sums(T) * FASTMTL_VECTOR_BYTES) / 8;
+  }
+
+  PackedGram(double* memory, int64_t T)
+      : T_(T), sums_(reinterpret_cast<Vec<A>*>(memory)), packed_(reinterpret_cast<A*>(sums_ + tile_sums(T))) {}
+
+  // Adds the products of one block; `next` are the rows of the block to come (none at the end), fetched meanwhile.
+  template <class E>
+  void add(const Panels& panels, int64_t n, const Panels& next, int64_t next_element) {
+    const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    const int64_t count = panels.panels(), tiles = count * (count + 1) / 2, step = next_element * kLanes<A>;
+    Vec<A>* sums = sums_;
+    const bool fresh = columns_ == 0;
+    columns_ += n;
+    int64_t done = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t c0 = panels.first(j), width = panels.first(j + 1) - c0;
+      A* const b = packed_ + c0 * padded;
+      with_height(width, [&](auto C) __attribute__((always_inline)) {
+        diagonal_tile<A, E, C>(panels.rows + c0, n, b, sums, fresh, Prefetch(next, done, tiles), step);
+        sums += C * (C + 1) / 2;
+        ++done;
+        for (int64_t i = 0; i < j; ++i, ++done) {
+          const int64_t r0 = panels.first(i), height = panels.first(i + 1) - r0;
+          with_height(height, [&](auto R) __attribute__((always_inline)) {
+            tile<A, R, C>(packed_ + r0 * padded, b, padded, sums, fresh, Prefetch(next, done, tiles), step);
+            sums += R * C;
+          });
+        }
+      });
+    }
+  }
+
+  // M += the sums so far, which start again from zero.
+  void flush(const Panels& panels, double* M) {
+    const Vec<A>* sums = sums_;
+    const int64_t count = panels.panels();
+    alignas(64) double totals[kTile * kTile];
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t c0 = panels.first(j), C = panels.first(j + 1) - c0;
+      sum_each(sums, C * (C + 1) / 2, totals);
+      sums += C * (C + 1) / 2;
+      const double* total = totals;
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t r = 0; r <= c; ++r) {
+          M[panels.index[c0 + r] * T_ + panels.index[c0 + c]] += *total++;
+        }
+      }
+      for (int64_t i = 0; i < j; ++i) {
+        const int64_t r0 = panels.first(i), R = panels.first(i + 1) - r0;
+        sum_each(sums, R * C, totals);
+        sums += R * C;
+        total = totals;
+        for (int64_t r = 0; r < R; ++r) {
+          double* row = M + panels.index[r0 + r] * T_;
+          for (int64_t c = 0; c < C; ++c) {
+            row[panels.index[c0 + c]] += *total++;
+          }
+        }
+      }
+    }
+    columns_ = 0;
+  }
+
+  int64_t columns() const { // since the last flush
+    return columns_;
+  }
+
+ private:
+  static constexpr int64_t tile_sums(int64_t T) {
+    return T * (T + 1) / 2;
+  }
+  int64_t T_;
+  Vec<A>* sums_;
+  A* packed_;
+  int64_t columns_ = 0;
+};
 
 // The Gram of chunks [first, last), products in A.
 template <class A>
 void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M) {
   const int64_t T = G.tasks;
-  constexpr int64_t kColumns = kPackedBytes * 8 / int64_t(sizeof(A));
-  const bool small = T <= kMaxDirect;
-  const int64_t limit = small ? kDirectColumns : kColumns;
+  const bool small = T <= kMaxDirect, wide = T > kMaxLongSums;
+  const int64_t limit = small ? kDirectColumns : (wide ? 512 : kPackedColumns<A>);
   // Two sets of row pointers (this block's and the next one's), then the packed block.
   const int64_t pointers = (2 * (T + (T + 1) / 2) + 7) / 8 * 8;
-  double* scratch = thread_scratch(0, pointers + (small ? 0 : (T * kColumns * int64_t(sizeof(A)) + 7) / 8));
+  double* scratch = thread_scratch(0, pointers + (small ? 0 : PackedGram<A>::scratch(T, limit)));
   Panels now, next;
-  now.rows = reinterpret_cast<const char**>(scratch);
+  now.rows = reinterpret_cast<const void**>(scratch);
   next.rows = now.rows + T;
   now.index = reinterpret_cast<int32_t*>(next.rows + T);
   next.index = now.index + T;
-  A* packed = reinterpret_cast<A*>(scratch + pointers);
+  PackedGram<A> packed(scratch + pointers, small ? 0 : T);
 
   BlockCursor cursor(G, bounds, first, last, limit);
   Block block, following;
@@ -323,28 +404,20 @@ void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last
       next.collect(following, T);
     }
     double* into = M + block.chunk * T * T;
+    const bool direct_rows = now.count <= kMaxDirect;
     with_type(block.segment->dtype, [&](auto* type) __attribute__((always_inline)) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      if (now.count <= kMaxDirect) {
+      if (direct_rows) {
         direct(reinterpret_cast<const E* const*>(now.rows), int(now.count), block.length, into, now.index, T);
-        return;
-      }
-      if constexpr (sizeof(E) <= sizeof(A)) { // float64 never comes here with float32 blocks: see gram_blocks
-        const int64_t padded = (block.length + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-        for (int64_t p = 0; p < now.panels(); ++p) {
-          const int64_t r0 = now.first(p), R = now.first(p + 1) - r0;
-          for (int64_t r = 0; r < R; ++r) {
-            pack_row<A, E>(
-                reinterpret_cast<const E*>(now.rows[r0 + r]),
-                block.length,
-                packed + r0 * padded + r * kLanes<A>,
-                R);
-          }
-        }
-        const int64_t next_element = more ? element_size(following.segment->dtype) : 0;
-        multiply_packed<A>(now, packed, padded, into, T, next, next_element);
+      } else if constexpr (sizeof(E) <= sizeof(A)) { // float64 never comes here with float32 blocks: see gram_blocks
+        packed.template add<E>(now, block.length, next, more ? element_size(following.segment->dtype) : 0);
       }
     });
+    // Float32 sums stay short; otherwise they go on while the rows and the chunk stay the same.
+    if (!direct_rows && (wide || !more || (sizeof(A) == 4 && packed.columns() >= kFloatColumns) ||
+                         following.chunk != block.chunk || !now.same_rows(next))) {
+      packed.flush(now, into);
+    }
     std::swap(now, next);
   }
 }

@@ -10,7 +10,7 @@ enum class Dtype { f32, f64, bf16, f16 };
 // One tensor of every task: T rows of `length` elements each, in one dense layout.
 struct Segment {
   const void* const* rows; // [T] -> [length], null where the task has no gradient
-  void* out; // [length], written by combine
+  void* out;               // [length], written by combine
   int64_t length;
   Dtype dtype;
 };
@@ -18,8 +18,8 @@ struct Segment {
 // A gradient matrix: T rows, its columns being those of K segments in turn. Nothing is concatenated.
 struct Gradients {
   const Segment* segments; // [K]
-  int64_t count; // K
-  int64_t tasks; // T
+  int64_t count;           // K
+  int64_t tasks;           // T
 };
 
 // The same kernels for one instruction set; `kernels()` picks the best that this machine runs.
@@ -54,7 +54,7 @@ struct Kernels {
       const double* A, // [count, T, T]
       int64_t T,
       int64_t count,
-      double* eigenvalues, // [count, T]
+      double* eigenvalues,  // [count, T]
       double* eigenvectors, // [count, T, T] or null
       double* scratch);
 
@@ -64,8 +64,8 @@ struct Kernels {
       const double* A, // [T, T], full
       int64_t T,
       double* eigenvalues, // [T]
-      double* X, // [T, psd_stride(T)], aligned to 64 bytes
-      double* scratch); // [2 T]
+      double* X,           // [T, psd_stride(T)], aligned to 64 bytes
+      double* scratch);    // [2 T]
 };
 
 constexpr int64_t psd_stride(int64_t T) {

@@ -7,11 +7,16 @@
 #include <limits>
 #include <vector>
 
+#include "../common.h"
+
 namespace fastmtl::cpu {
 
 namespace {
 
 using torch::stable::parallel_for;
+
+// Columns that are not worth another partial sum.
+constexpr int64_t kMinChunk = 2048;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -19,9 +24,9 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kMaxExactTasks = 48;
 // A float32-block Gram is off by some 1e-8 of the row norms; with λ_min(C) above this the result is good to 1e-6.
 constexpr double kBlocksMinEigenvalue = 1e-2;
-// Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error is
-// about eps λ_max, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it, where the
-// rows are this even (then the Gram itself carries an error of that size).
+// Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error
+// is about eps λ_max, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it, where
+// the rows are this even (then the Gram itself carries an error of that size).
 constexpr int64_t kMaxJacobiTasks = 64;
 constexpr double kLapackMinRatio = 1e-8;
 constexpr double kLapackMaxDiagonalRatio = 1e2;
@@ -29,24 +34,6 @@ constexpr double kLapackMaxDiagonalRatio = 1e2;
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Results are written past the cache when G is larger than what a core's caches could hold of it.
 constexpr int64_t kStreamBytes = int64_t(48) << 20;
-
-// Memory that lives on the stack while it is small.
-template <class X, int64_t kInline>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    if (count > kInline) {
-      heap_.resize(size_t(count));
-    }
-  }
-  X* get() {
-    return heap_.empty() ? inline_ : heap_.data();
-  }
-
- private:
-  X inline_[kInline];
-  std::vector<X> heap_;
-};
 
 int64_t columns(const Gradients& G) {
   int64_t P = 0;
@@ -60,10 +47,10 @@ bool has_float64(const Gradients& G) {
   return std::any_of(G.segments, G.segments + G.count, [](const Segment& s) { return s.dtype == Dtype::f64; });
 }
 
-// Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the result
-// does not depend on the number of threads. Their number is limited by the memory of the partial sums.
+// Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the
+// result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
-  const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, 2048, 16384);
+  const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, kMinChunk, 16384);
   const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 20) / (T * T)));
   const int64_t chunks = std::clamp<int64_t>((P + wanted - 1) / wanted, 1, most);
   std::vector<int64_t> bounds(size_t(chunks) + 1);
@@ -76,7 +63,13 @@ std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
 using GramFn = decltype(Kernels::gram_exact);
 
 // Chunks [first, last) into partial[c], zeroed here.
-void gram_chunks(GramFn kernel, const Gradients& G, const std::vector<int64_t>& bounds, int64_t first, int64_t last, double* partial) {
+void gram_chunks(
+    GramFn kernel,
+    const Gradients& G,
+    const std::vector<int64_t>& bounds,
+    int64_t first,
+    int64_t last,
+    double* partial) {
   const int64_t TT = G.tasks * G.tasks;
   parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
     std::fill(partial + begin * TT, partial + end * TT, 0.0);
@@ -131,8 +124,8 @@ bool well_conditioned(const double* M, int64_t T) {
   return lapack_is_positive_definite(C.data(), T);
 }
 
-// The Gram of many rows: float32 blocks where the row-normalised Gram allows it, judged on the first chunks and again on
-// the whole; exact otherwise.
+// The Gram of many rows: float32 blocks where the row-normalised Gram allows it, judged on the first chunks and again
+// on the whole; exact otherwise.
 void gram_large(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
@@ -305,7 +298,13 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
 
 // Up to `lanes` small Gram matrices at once.
 void balance_lanes(
-    const double* M, int64_t count, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+    const double* M,
+    int64_t count,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank) {
   std::vector<double> memory(static_cast<size_t>(eigh_lanes_scratch(T) + count * T * T + 8));
   double *scratch = aligned(memory.data()), *vectors = scratch + eigh_lanes_scratch(T);
   kernels().eigh_lanes(M, T, count, eigenvalues, vectors, scratch);
@@ -340,13 +339,13 @@ bool share_out(const Gradients* G, int64_t B) {
 } // namespace
 
 void gram(const Gradients& G, double* M) {
-  const int64_t T = G.tasks;
-  const std::vector<int64_t> bounds = chunk_bounds(T, columns(G));
-  const int64_t chunks = int64_t(bounds.size()) - 1;
-  if (chunks == 1) {
+  const int64_t T = G.tasks, P = columns(G);
+  if (P <= kMinChunk) {
     gram_serial(G, M);
     return;
   }
+  const std::vector<int64_t> bounds = chunk_bounds(T, P);
+  const int64_t chunks = int64_t(bounds.size()) - 1;
   std::vector<double> partial(static_cast<size_t>(chunks * T * T));
   gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.data());
   sum_chunks(partial.data(), chunks, T, M);
@@ -368,7 +367,13 @@ void gram_batch(const Gradients* G, int64_t B, double* M) {
 }
 
 void balance(
-    const double* M, int64_t B, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank) {
   if (worth_lanes(B, T)) {
     const int64_t lanes = kernels().lanes;
     parallel_for(0, (B + lanes - 1) / lanes, 4, [&](int64_t begin, int64_t end) {

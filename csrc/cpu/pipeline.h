@@ -1,4 +1,5 @@
-// gradients -> Gram -> weights -> combine on the CPU: how the work is split over threads, and how accurate each part is.
+// gradients -> Gram -> weights -> combine on the CPU: how the work is split over threads, and how accurate each part
+// is.
 #pragma once
 
 #include "../math/balance.h"
@@ -17,9 +18,9 @@ void balance(
     int64_t B,
     int64_t T,
     const Policy& policy,
-    double* alpha, // [B, T]
+    double* alpha,       // [B, T]
     double* eigenvalues, // [B, T], descending
-    int64_t* rank); // [B]
+    int64_t* rank);      // [B]
 
 void combine(const Gradients& G, const double* alpha); // alpha [T]
 
@@ -29,8 +30,8 @@ void combine_batch(const Gradients* G, int64_t B, const double* alpha); // alpha
 void align(
     const Gradients& G,
     const Policy& policy,
-    double* M, // [T, T]
-    double* alpha, // [T]
+    double* M,           // [T, T]
+    double* alpha,       // [T]
     double* eigenvalues, // [T]
     int64_t* rank);
 
@@ -41,7 +42,7 @@ void eigh(
     const double* M, // [B, T, T]
     int64_t B,
     int64_t T,
-    double* eigenvalues, // [B, T]
+    double* eigenvalues,   // [B, T]
     double* eigenvectors); // [B, T, T]
 
 constexpr int64_t kMaxLanesTasks = 32;
@@ -50,7 +51,7 @@ constexpr int64_t kMaxLanesTasks = 32;
 void lapack_eigh(
     const double* M, // [T, T]
     int64_t T,
-    double* eigenvalues, // [T], ascending
+    double* eigenvalues,   // [T], ascending
     double* eigenvectors); // [T, T], in columns
 bool lapack_is_positive_definite(const double* M, int64_t T);
 

@@ -15,7 +15,7 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int64_t kWidth = FASTMTL_VECTOR_BYTES / 8; // doubles in a vector
+constexpr int64_t kWidth = FASTMTL_VECTOR_BYTES / 8;   // doubles in a vector
 constexpr int64_t kWidth32 = FASTMTL_VECTOR_BYTES / 4; // floats in a vector
 
 typedef double Vd __attribute__((vector_size(kWidth * 8)));
@@ -42,6 +42,44 @@ FASTMTL_INLINE void write(void* p, V v) {
 
 FASTMTL_INLINE Vd splat(double x) {
   return x - Vd{};
+}
+
+// __builtin_convertvector, which GCC splits into halves at full width.
+FASTMTL_INLINE Vd widen(HalfVf f) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return (Vd)_mm512_cvtps_pd((__m256)f);
+#elif FASTMTL_VECTOR_BYTES == 32
+  return (Vd)_mm256_cvtps_pd((__m128)f);
+#else
+  return __builtin_convertvector(f, Vd);
+#endif
+}
+FASTMTL_INLINE HalfVf narrow(Vd v) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return (HalfVf)_mm512_cvtpd_ps((__m512d)v);
+#elif FASTMTL_VECTOR_BYTES == 32
+  return (HalfVf)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, HalfVf);
+#endif
+}
+FASTMTL_INLINE HalfVu widen(HalfVh h) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return (HalfVu)_mm256_cvtepu16_epi32((__m128i)h);
+#elif FASTMTL_VECTOR_BYTES == 32
+  return (HalfVu)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)&h));
+#else
+  return __builtin_convertvector(h, HalfVu);
+#endif
+}
+FASTMTL_INLINE Vu widen(Vh h) {
+#if FASTMTL_VECTOR_BYTES == 64
+  return (Vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif FASTMTL_VECTOR_BYTES == 32
+  return (Vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Vu);
+#endif
 }
 
 FASTMTL_INLINE float half_to_float(uint16_t h) {
@@ -87,26 +125,25 @@ FASTMTL_INLINE Vd load(const double* p, double) {
   return read<Vd>(p);
 }
 FASTMTL_INLINE Vd load(const float* p, double) {
-  return __builtin_convertvector(read<HalfVf>(p), Vd);
+  return widen(read<HalfVf>(p));
 }
 FASTMTL_INLINE Vd load(const bf16* p, double) {
-  const HalfVu bits = __builtin_convertvector(read<HalfVh>(p), HalfVu) << 16;
-  return __builtin_convertvector((HalfVf)bits, Vd);
+  return widen((HalfVf)(widen(read<HalfVh>(p)) << 16));
 }
 FASTMTL_INLINE Vf load(const float* p, float) {
   return read<Vf>(p);
 }
 FASTMTL_INLINE Vf load(const bf16* p, float) {
-  return (Vf)(__builtin_convertvector(read<Vh>(p), Vu) << 16);
+  return (Vf)(widen(read<Vh>(p)) << 16);
 }
-#if defined(__F16C__) && FASTMTL_VECTOR_BYTES == 64
+#if FASTMTL_VECTOR_BYTES == 64
 FASTMTL_INLINE Vd load(const f16* p, double) {
   return (Vd)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 }
 FASTMTL_INLINE Vf load(const f16* p, float) {
   return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-#elif defined(__F16C__) && FASTMTL_VECTOR_BYTES == 32
+#elif FASTMTL_VECTOR_BYTES == 32
 FASTMTL_INLINE Vd load(const f16* p, double) {
   return (Vd)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
 }
@@ -135,19 +172,19 @@ FASTMTL_INLINE void store(double* p, Vd v) {
   write(p, v);
 }
 FASTMTL_INLINE void store(float* p, Vd v) {
-  write(p, __builtin_convertvector(v, HalfVf));
+  write(p, narrow(v));
 }
 FASTMTL_INLINE void store(bf16* p, Vd v) {
-  const HalfVf f = __builtin_convertvector(v, HalfVf);
+  const HalfVf f = narrow(v);
   const HalfVu bits = (HalfVu)f;
   const HalfVu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const HalfVu nan = (HalfVu)(f != f);
   write(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), HalfVh));
 }
 FASTMTL_INLINE void store(f16* p, Vd v) {
-#if defined(__F16C__) && FASTMTL_VECTOR_BYTES == 64
+#if FASTMTL_VECTOR_BYTES == 64
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)v), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__) && FASTMTL_VECTOR_BYTES == 32
+#elif FASTMTL_VECTOR_BYTES == 32
   _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(_mm256_cvtpd_ps((__m256d)v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int64_t i = 0; i < kWidth; ++i) {
@@ -187,11 +224,44 @@ FASTMTL_INLINE double sum(Vd v) {
 #endif
 }
 
-FASTMTL_INLINE double sum(Vf v) { // in float64: free of rounding beyond the lanes' own
-  HalfVf lo, hi;
-  __builtin_memcpy(&lo, &v, sizeof(lo));
-  __builtin_memcpy(&hi, (const char*)&v + sizeof(lo), sizeof(hi));
-  return sum(__builtin_convertvector(lo, Vd) + __builtin_convertvector(hi, Vd));
+// The sums of the lanes of many vectors, each over its own.
+FASTMTL_INLINE void sum_each(const Vd* v, int64_t count, double* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = sum(v[i]);
+  }
+}
+
+FASTMTL_INLINE void sum_each(const Vf* v, int64_t count, double* out) {
+  int64_t i = 0;
+#if FASTMTL_VECTOR_BYTES == 64
+  const auto low = [](Vf a, Vf b) { return _mm512_unpacklo_ps((__m512)a, (__m512)b); };
+  const auto high = [](Vf a, Vf b) { return _mm512_unpackhi_ps((__m512)a, (__m512)b); };
+  for (; i + 16 <= count; i += 16) { // a transposition whose every step adds: 16 vectors become one
+    __m512 pairs[8], quads[4];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      pairs[k] = _mm512_add_ps(low(v[i + 2 * k], v[i + 2 * k + 1]), high(v[i + 2 * k], v[i + 2 * k + 1]));
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * k]), b = _mm512_castps_pd(pairs[2 * k + 1]);
+      quads[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halve = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const __m512 sums = halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
+    _mm512_storeu_pd(out + i, _mm512_cvtps_pd(_mm512_castps512_ps256(sums)));
+    _mm512_storeu_pd(out + i + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sums, 1)));
+  }
+#endif
+  for (; i < count; ++i) {
+    double s = 0.0;
+    for (int64_t l = 0; l < kWidth32; ++l) {
+      s += double(v[i][l]);
+    }
+    out[i] = s;
+  }
 }
 
 FASTMTL_INLINE Vd square_root(Vd v) {

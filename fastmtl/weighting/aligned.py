@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import overload
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl._inputs import DTYPES, Rows, check_matrix, check_out, check_rows, describe, overlaps
+from fastmtl._inputs import DTYPES, Rows, check_apart, check_matrix, check_out, check_rows, describe
 from fastmtl.backward import Info, backward
 
 __all__ = ["AlignedMTL"]
@@ -19,32 +20,33 @@ _SCALES = ("min", "median", "rmse")
 _RANK_RULES = ("normalized", "gram")
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 _EPS32, _EPS64 = _EPS[torch.float32], _EPS[torch.float64]
+_HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
 
 
 class AlignedMTL:
     """Aligned-MTL (paper, Algorithm 1): align the principal components of the task gradients, then sum them weighted.
 
-    The gradient matrix G [T, P] is replaced by the nearest one with condition number 1 (Eq. 4 and 5), scaled by s, and its
-    rows are summed with the task weights w:
+    The gradient matrix G [T, P] is replaced by the nearest one with condition number 1 (Eq. 4 and 5), scaled by s, and
+    its rows are summed with the task weights w:
 
         λ, V = eigh(G Gᵀ)        α = sqrt(s) · V_R diag(λ_R^-1/2) V_Rᵀ w        g = αᵀ G
 
     An instance holds only these options: it is safe to share between threads and models.
 
     Args:
-        weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T numbers
-            (a tensor [T], list or tuple).
-        scale: s, from the kept eigenvalues: "min" (the paper's; the step has the size of the smallest kept singular value),
-            "median" (the lower median) or "rmse" (the mean).
-        rtol: singular values of the (row-normalised) gradient matrix at most `rtol` times the largest are treated as zero.
-            Default sqrt(T · eps) with eps of the gradients' dtype for float32 and float64, max(sqrt(T · eps32), eps(dtype))
-            for bfloat16 and float16.
-        rank_rule: what `rtol` is applied to: "normalized", the Gram of the gradients scaled to unit norm, so that a large
-            task is not mistaken for dependent ones; or "gram", the Gram itself, as in the public codes.
+        weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T
+            numbers (a tensor [T], list or tuple).
+        scale: s, from the kept eigenvalues: "min" (the paper's; the step has the size of the smallest kept singular
+            value), "median" (the lower median) or "rmse" (the mean).
+        rtol: singular values of the (row-normalised) gradient matrix at most `rtol` times the largest are treated as
+            zero. Default sqrt(T · eps) with eps of the gradients' dtype for float32 and float64, max(sqrt(T · eps32),
+            eps(dtype)) for bfloat16 and float16.
+        rank_rule: what `rtol` is applied to: "normalized", the Gram of the gradients scaled to unit norm, so that a
+            large task is not mistaken for dependent ones; or "gram", the Gram itself, as in the public codes.
 
     Raises:
-        ValueError: unknown `scale` or `rank_rule`, a negative or non-finite `rtol`, weights that are not one-dimensional or
-            not finite.
+        ValueError: unknown `scale` or `rank_rule`, a negative or non-finite `rtol`, weights that are not
+            one-dimensional or not finite.
         TypeError: `weights` of another kind.
     """
 
@@ -68,9 +70,7 @@ class AlignedMTL:
 
     def __repr__(self) -> str:
         weights = repr(self.weights) if isinstance(self.weights, str) else str(self.weights.tolist())
-        return (
-            f"AlignedMTL(weights={weights}, scale={self.scale!r}, rtol={self.rtol!r}, rank_rule={self.rank_rule!r})"
-        )
+        return f"AlignedMTL(weights={weights}, scale={self.scale!r}, rtol={self.rtol!r}, rank_rule={self.rank_rule!r})"
 
     @overload
     def __call__(self, gradients: Tensor, out: Tensor | None = None) -> Tensor: ...
@@ -80,9 +80,9 @@ class AlignedMTL:
         """The aligned gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
-            gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T rows,
-                each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing gradient counts
-                as zeros. Between tasks, tensors k must agree in shape and dtype.
+            gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
+                rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
+                gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
             out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients.
 
         Returns:
@@ -91,22 +91,22 @@ class AlignedMTL:
 
         Raises:
             TypeError: integer, complex or sparse gradients, or something that is no tensor.
-            ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device, gradients
-                that require grad, weights of another length than T, an `out` that does not fit or overlaps an input.
+            ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
+                gradients that require grad, weights of another length than T, an `out` that does not fit or overlaps an
+                input.
         """
         if not isinstance(gradients, Tensor):
             return self._align_rows(gradients, out)[0]
         G = gradients
-        check_matrix(G)
-        T = G.shape[-2]
-        shape = G.shape[:-2] + G.shape[-1:]
-        if out is None:
-            out = G.new_empty(shape)
-        else:
-            check_out(out, G, shape)
-            if not torch.compiler.is_compiling() and overlaps(out, G):
-                raise ValueError("out: expected memory that does not overlap G")
-        ops.align(G, *self._policy(T, G.dtype, G.device), out=out)
+        if G.requires_grad or out is None or not _HAS_KERNELS or not G.is_cpu:
+            out = _checked_out(G, out)
+        # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
+        # long, and ours are asked only for what to say.
+        try:
+            ops.align(G, *self._policy(G.shape[-2], G.dtype, G.device), out)
+        except Exception:
+            _checked_out(G, out)
+            raise
         _mark_written(out)
         return out
 
@@ -141,9 +141,9 @@ class AlignedMTL:
     ) -> Info:
         """T backward passes, then one commit: the aligned gradient is added to `.grad` of the shared parameters.
 
-        Every other parameter that a loss reaches gets the gradient of its own loss (of their sum, where several reach it).
-        Gradients are committed once through autograd, so that hooks fire; whatever fails before leaves every `.grad` as it
-        was.
+        Every other parameter that a loss reaches gets the gradient of its own loss (of their sum, where several reach
+        it). Gradients are committed once through autograd, so that hooks fire; whatever fails before leaves every
+        `.grad` as it was.
 
         Args:
             losses: T scalar losses.
@@ -156,49 +156,39 @@ class AlignedMTL:
 
         Raises:
             TypeError: a loss or a shared parameter is not a floating tensor, or a gradient is sparse.
-            ValueError: a loss that is not a scalar or does not require grad, no loss, an empty `shared`, a shared tensor
-                that is no leaf requiring grad, weights of another length than T.
+            ValueError: a loss that is not a scalar or does not require grad, no loss, an empty `shared`, a shared
+                tensor that is no leaf requiring grad, weights of another length than T.
         """
         return backward(self, losses, shared, scale_heads=scale_heads, retain_graph=retain_graph)
 
-    def _align_rows(
-        self, rows: Rows, out: Sequence[Tensor | None] | None = None
-    ) -> tuple[list[Tensor | None], Info]:
+    def _align_rows(self, rows: Rows, out: Sequence[Tensor | None] | None = None) -> tuple[list[Tensor | None], Info]:
         """The pipeline on a ragged list: results per parameter (None where no task has a gradient) and the info."""
         grads, K = check_rows(rows)
         T = len(rows)
-        like = [next((g for g in grads[k::K] if g is not None), None) for k in range(K)]
-        columns = [k for k in range(K) if like[k] is not None]
-        if not columns:
+        # Columns without any gradient have no shape: they stay None.
+        like = {k: g for k in range(K) if (g := next((x for x in grads[k::K] if x is not None), None)) is not None}
+        if not like:
             raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
-        if len(columns) < K:
-            grads = [grads[t * K + k] for t in range(T) for k in columns]
-        results: list[Tensor | None] = [None] * K
+        if len(like) < K:
+            grads = [grads[t * K + k] for t in range(T) for k in like]
         if out is None:
-            for k in columns:
-                results[k] = torch.empty_like(like[k])
+            targets = [torch.empty_like(g) for g in like.values()]
+        elif not isinstance(out, (list, tuple)) or len(out) != K:
+            got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
+            raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
         else:
-            if not isinstance(out, (list, tuple)) or len(out) != K:
-                got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
-                raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
-            for k in columns:
-                check_out(out[k], like[k], like[k].shape, f"out[{k}]")
-                if not torch.compiler.is_compiling() and any(
-                    g is not None and overlaps(out[k], g) for g in grads
-                ):
-                    raise ValueError(f"out[{k}]: expected memory that does not overlap the gradients")
-                results[k] = out[k]
-        targets = [results[k] for k in columns]
-        coarsest = max((like[k].dtype for k in columns), key=_EPS.__getitem__)
+            targets = [_checked_result(out[k], g, grads, f"out[{k}]") for k, g in like.items()]
+        coarsest = max((g.dtype for g in like.values()), key=_EPS.__getitem__)
         policy = self._policy(T, coarsest, targets[0].device)
         gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *policy, targets)
         _mark_written(targets)
+        results: list[Tensor | None] = [None] * K
+        for k, target in zip(like, targets, strict=True):
+            results[k] = target
         return results, Info(alpha, gram, eigenvalues, rank)
 
-    def _policy(
-        self, T: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor | None, str, float, float, str]:
-        """The numerical decisions as the ops take them: weights, scale, rtol, what row norm counts as zero, rank rule."""
+    def _policy(self, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, str, float, float, str]:
+        """The numerical decisions as the ops take them."""
         weights: Tensor | None
         if isinstance(self.weights, str):
             weights = None if self.weights == "mean" else torch.ones(T, dtype=torch.float64, device=device)
@@ -206,14 +196,36 @@ class AlignedMTL:
             raise ValueError(f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}")
         else:
             weights = self.weights.to(device)
-        rtol = self.rtol
-        if rtol is None:
-            eps = _EPS64 if dtype is torch.float64 else _EPS32
-            rtol = max(math.sqrt(T * eps), 0.0 if dtype is torch.float64 else _HALF_EPS.get(dtype, 0.0))
-        return weights, self.scale, rtol, _EPS64 if dtype is torch.float64 else _EPS32, self.rank_rule
+        default, zero = _tolerances(T, dtype)
+        return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
 
 
-_HALF_EPS = {dtype: _EPS[dtype] for dtype in (torch.bfloat16, torch.float16)}
+def _checked_result(out: Tensor | None, like: Tensor, grads: Sequence[Tensor | None], name: str) -> Tensor:
+    check_out(out, like, like.shape, name)
+    assert out is not None
+    for g in grads:
+        if g is not None:
+            check_apart(out, g, name)
+    return out
+
+
+def _checked_out(G: Tensor, out: Tensor | None) -> Tensor:
+    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
+    check_matrix(G)
+    *batch, _, P = G.shape
+    if out is None:
+        return G.new_empty((*batch, P))
+    check_out(out, G, (*batch, P))
+    check_apart(out, G, "out")
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Default rtol of T gradients of this dtype, and the relative row norm below which a row is rounding noise."""
+    if dtype is torch.float64:
+        return math.sqrt(T * _EPS64), _EPS64
+    return max(math.sqrt(T * _EPS32), _EPS[dtype] if dtype is not torch.float32 else 0.0), _EPS32
 
 
 def _checked_weights(weights: Tensor | Sequence[float] | str | None) -> Tensor | str:

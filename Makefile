@@ -1,0 +1,53 @@
+# The index of commands: `make help`. Every target works alone on a fresh clone, without a GPU, nvcc or root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+# CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
+export FASTMTL_CUDA ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench bench-check lint format clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch ninja numpy 'setuptools>=77' wheel
+	@touch $@
+
+# Editable, and built against the very torch that it will run on.
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.built ## create .venv, install torch and fastmtl, build the CPU kernels
+
+demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; writes demo.png
+	$(BIN)/python -m fastmtl demo
+
+test: install ## all tests (PYTEST_ARGS="-k gram" for some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: install ## every op beside plain PyTorch and TorchJD, under pytest-benchmark
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+bench-check: install ## the speed and memory targets: reached or missed (CHECK_ARGS="--only ragged" for some)
+	$(BIN)/python benchmarks/check.py $(CHECK_ARGS)
+
+lint: install ## formatting, lint and types, as CI checks them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+
+format: install ## put everything into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+// Small things that every part uses.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastmtl {
+
+// `count` uninitialised elements, on the stack while they are few.
+template <class X, int64_t kInline>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (count > kInline) {
+      heap_.resize(size_t(count));
+      data_ = heap_.data();
+    }
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  X* get() {
+    return data_;
+  }
+  X& operator[](int64_t i) {
+    return data_[i];
+  }
+
+ private:
+  X inline_[size_t(kInline)];
+  std::vector<X> heap_;
+  X* data_ = inline_;
+};
+
+} // namespace fastmtl

@@ -1,0 +1,470 @@
+"""`method.backward`: gradients land where an ordinary loop would put them, and nowhere else."""
+
+import pytest
+import torch
+from helpers import BF16, EPS, F16, F64, dtype_id, flat, randn, relative, svd_align, svd_rank
+from torch import nn
+
+import fastmtl
+
+
+class Model(nn.Module):
+    """A trunk and one head per task, task t with a loss of its own size."""
+
+    def __init__(self, tasks=3, width=8, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(1)
+        self.trunk = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()).to(dtype)
+        self.heads = nn.ModuleList([nn.Linear(width, 2) for _ in range(tasks)]).to(dtype)
+        self.x = randn(16, 5, dtype=dtype, seed=1)
+        self.y = [randn(16, 2, dtype=dtype, seed=2 + t) for t in range(tasks)]
+
+    def losses(self):
+        h = self.trunk(self.x)
+        return [
+            10.0**t * (head(h) - y).square().mean() for t, (head, y) in enumerate(zip(self.heads, self.y, strict=True))
+        ]
+
+    def shared(self):
+        return list(self.trunk.parameters())
+
+
+def gradient_rows(losses, parameters):
+    """[T][K] by T separate passes; an unreached parameter gets zeros."""
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
+    return rows
+
+
+def grads_of(parameters):
+    return [None if p.grad is None else p.grad.clone() for p in parameters]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=dtype_id)
+@pytest.mark.parametrize("scale", ["min", "median", "rmse"])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 7])
+def test_equals_separate_passes_and_an_svd(tasks, scale, dtype):
+    model = Model(tasks, dtype=dtype)
+    shared = model.shared()
+    rows = gradient_rows(model.losses(), shared)
+    G = torch.stack([flat(row) for row in rows]).to(dtype)
+    w = torch.rand(tasks, dtype=F64)
+    method = fastmtl.AlignedMTL(weights=w, scale=scale)
+    info = method.backward(model.losses(), shared=shared)
+    limit = 1e-9 if dtype is F64 else 2e-6
+    assert relative(flat([p.grad for p in shared]), svd_align(G, w, scale)) <= limit
+    for t, head in enumerate(model.heads):
+        own = torch.autograd.grad(model.losses()[t], list(head.parameters()))
+        for p, g in zip(head.parameters(), own, strict=True):
+            assert torch.equal(p.grad, g)
+    M = G.to(F64) @ G.to(F64).T
+    assert relative(info.gram, M) <= 1e-6
+    assert relative(info.eigenvalues, torch.linalg.svdvals(G.to(F64)).square()) <= 1e-6
+    assert info.rank == svd_rank(G) == tasks
+    assert relative(info.alpha @ G.to(F64), svd_align(G, w, scale)) <= limit
+    assert info.gram.dtype is info.alpha.dtype is info.eigenvalues.dtype is F64
+    assert info.rank.dtype is torch.int64
+    assert (info.alpha.shape, info.gram.shape, info.eigenvalues.shape, info.rank.shape) == (
+        (tasks,),
+        (tasks, tasks),
+        (tasks,),
+        (),
+    )
+    assert not any(x.requires_grad for x in info)
+
+
+def test_equals_the_call_on_rows():
+    model = Model()
+    rows = gradient_rows(model.losses(), model.shared())
+    method = fastmtl.AlignedMTL()
+    expected = method(rows)
+    method.backward(model.losses(), model.shared())
+    for p, g in zip(model.shared(), expected, strict=True):
+        assert torch.equal(p.grad, g)
+
+
+def test_scale_heads():
+    model = Model()
+    info = fastmtl.AlignedMTL().backward(model.losses(), model.shared(), scale_heads=True)
+    for t, head in enumerate(model.heads):
+        own = torch.autograd.grad(model.losses()[t], list(head.parameters()))
+        for p, g in zip(head.parameters(), own, strict=True):
+            assert relative(p.grad, info.alpha[t] * g.to(F64)) <= 1e-6
+    plain = Model()
+    fastmtl.AlignedMTL().backward(plain.losses(), plain.shared())
+    for p, q in zip(model.shared(), plain.shared(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_adds_to_existing_gradients():
+    model = Model()
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    once = grads_of(model.parameters())
+    buffers = [p.grad for p in model.parameters()]
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    for p, g, buffer in zip(model.parameters(), once, buffers, strict=True):
+        assert p.grad is buffer  # accumulated in place, as loss.backward() does
+        assert relative(p.grad, 2 * g.to(F64)) <= 1e-6
+
+
+def test_a_parameter_no_loss_reaches_is_untouched():
+    model = Model()
+    unused = nn.Parameter(torch.ones(3))
+    kept = nn.Parameter(torch.ones(3))
+    kept.grad = before = torch.full((3,), 7.0)
+    fastmtl.AlignedMTL().backward(model.losses(), [*model.shared(), unused, kept])
+    assert unused.grad is None
+    assert kept.grad is before
+    assert (before == 7.0).all()
+
+
+def test_frozen_parameters_and_inputs_are_untouched():
+    model = Model()
+    model.trunk[0].weight.requires_grad_(False)
+    model.heads[1].weight.requires_grad_(False)
+    shared = [p for p in model.shared() if p.requires_grad]
+    fastmtl.AlignedMTL().backward(model.losses(), shared)
+    assert model.trunk[0].weight.grad is None
+    assert model.heads[1].weight.grad is None
+    assert model.heads[1].bias.grad is not None
+    assert model.x.grad is None
+
+
+def test_tasks_that_miss_some_shared_parameters():
+    a, b, c = (nn.Parameter(randn(4, seed=s)) for s in range(3))
+
+    def losses():
+        return [(a * b).square().sum(), b.sum() + (b * randn(4, seed=5)).sum(), (c * randn(4, seed=6)).exp().sum()]
+
+    G = torch.stack([flat(row) for row in gradient_rows(losses(), [a, b, c])]).float()
+    info = fastmtl.AlignedMTL().backward(losses(), [a, b, c])
+    assert relative(flat([a.grad, b.grad, c.grad]), svd_align(G)) <= 2e-6
+    assert info.gram[0, 2] == 0.0
+
+
+def test_a_task_without_any_shared_gradient_counts_as_zero():
+    model = Model()
+    own = nn.Parameter(torch.tensor([1.0, 2.0]))
+    losses = [*model.losses(), own.square().sum()]
+    G = torch.stack([flat(row) for row in gradient_rows(losses, model.shared())]).float()
+    info = fastmtl.AlignedMTL().backward(losses, model.shared())
+    assert info.rank == 3
+    assert info.alpha[3] == 0.0
+    assert relative(flat([p.grad for p in model.shared()]), svd_align(G)) <= 2e-6
+    assert torch.equal(own.grad, torch.tensor([2.0, 4.0]))
+
+
+def test_a_parameter_outside_shared_that_several_losses_reach_gets_their_sum():
+    a, b, c = nn.Parameter(randn(4, seed=1)), nn.Parameter(randn(4, seed=2)), nn.Parameter(randn(4, seed=3))
+
+    def losses():
+        return [(a * b).sum(), (a * a * b).sum() + c.sum(), (a.sin() * randn(4, seed=4)).sum()]
+
+    own = [torch.autograd.grad(loss, b, allow_unused=True)[0] for loss in losses()]
+    fastmtl.AlignedMTL().backward(losses(), [a])
+    assert relative(b.grad, (own[0] + own[1]).to(F64)) <= 1e-6
+    assert torch.equal(c.grad, torch.ones(4))
+
+    a.grad = b.grad = c.grad = None
+    info = fastmtl.AlignedMTL().backward(losses(), [a], scale_heads=True)
+    assert relative(b.grad, info.alpha[0] * own[0] + info.alpha[1] * own[1]) <= 1e-6
+
+
+def test_parameters_shared_by_some_heads_only():
+    """An intermediate trunk between the encoder and two of three heads."""
+    x = randn(6, 4)
+    encoder, middle = nn.Linear(4, 4), nn.Linear(4, 3)
+    heads = [nn.Linear(3, 1), nn.Linear(3, 1), nn.Linear(4, 1)]
+
+    def losses():
+        h = encoder(x)
+        m = middle(h).tanh()
+        return [heads[0](m).square().sum(), heads[1](m).sum(), heads[2](h).sin().sum()]
+
+    both = torch.autograd.grad(sum(losses()[:2]), list(middle.parameters()))
+    fastmtl.AlignedMTL().backward(losses(), encoder.parameters())
+    for p, g in zip(middle.parameters(), both, strict=True):
+        assert relative(p.grad, g.to(F64)) <= 1e-6
+
+
+def test_tied_and_repeated_parameters():
+    """One weight used twice in the trunk and listed twice in `shared` is one parameter."""
+    weight = nn.Parameter(randn(4, 4))
+    x = randn(3, 4, seed=1)
+
+    def losses():
+        h = (x @ weight).tanh() @ weight.T
+        return [h.square().sum(), (h * randn(3, 4, seed=2)).sum()]
+
+    G = torch.stack([flat(row) for row in gradient_rows(losses(), [weight])]).float()
+    info = fastmtl.AlignedMTL().backward(losses(), [weight, weight])
+    assert relative(weight.grad.reshape(-1), svd_align(G)) <= 2e-6
+    assert relative(info.gram, G.to(F64) @ G.to(F64).T) <= 1e-6
+
+
+def test_retain_graph():
+    model = Model()
+    losses = model.losses()
+    method = fastmtl.AlignedMTL()
+    method.backward(losses, model.shared(), retain_graph=True)
+    once = grads_of(model.parameters())
+    method.backward(losses, model.shared())
+    for p, g in zip(model.parameters(), once, strict=True):
+        assert torch.equal(p.grad, 2 * g)
+    with pytest.raises(RuntimeError, match="second time"):
+        method.backward(losses, model.shared())
+    for p, g in zip(model.parameters(), once, strict=True):
+        assert torch.equal(p.grad, 2 * g)
+
+
+def test_the_graph_is_freed():
+    freed = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            freed.append(ctx)
+            return g * 2
+
+    a = nn.Parameter(randn(3))
+    h = Watch.apply(a)
+    fastmtl.AlignedMTL().backward([h.sum(), h.square().sum()], [a])
+    assert len(freed) == 2
+    with pytest.raises(RuntimeError):
+        _ = freed[-1].saved_tensors
+
+
+def test_losses_without_a_common_trunk_graph():
+    """Each loss from a forward pass of its own: the graphs are separate and all are freed."""
+    model = Model()
+    G = torch.stack([flat(row) for row in gradient_rows(model.losses(), model.shared())]).float()
+    fastmtl.AlignedMTL().backward([model.losses()[t] for t in range(3)], model.shared())
+    assert relative(flat([p.grad for p in model.shared()]), svd_align(G)) <= 2e-6
+
+
+def test_a_loss_that_is_itself_a_parameter():
+    a, b = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0))
+    fastmtl.AlignedMTL().backward([a, a * b], [a])  # gradients 1 and 3: rank one
+    expected = svd_align(torch.tensor([[1.0], [3.0]]))
+    assert a.grad.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert b.grad.item() == 2.0
+
+    a.grad = b.grad = None
+    fastmtl.AlignedMTL().backward([a, b * b], [b])  # the first loss is a head of its own
+    assert a.grad.item() == 1.0
+    assert b.grad.item() == pytest.approx(svd_align(torch.tensor([[0.0], [6.0]])).item(), rel=1e-6)
+
+
+def test_one_element_losses_of_any_shape():
+    a = nn.Parameter(randn(4))
+    method = fastmtl.AlignedMTL()
+    method.backward([a.square().sum(), a.sin().sum()], [a])
+    expected, a.grad = a.grad, None
+    method.backward([a.square().sum()[None], a.sin().sum().reshape(1, 1)], (p for p in [a]))
+    assert torch.equal(a.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
+def test_shared_parameters_of_different_dtypes(dtype):
+    a, b = nn.Parameter(randn(6)), nn.Parameter(randn(5, dtype=dtype, seed=1))
+
+    def losses():
+        return [
+            (a * randn(6, seed=2)).sum() + b.float().square().sum(),
+            a.square().sum() + (b.float() * randn(5, seed=3)).sum(),
+        ]
+
+    rows = gradient_rows(losses(), [a, b])
+    G = torch.stack([flat(row) for row in rows])
+    fastmtl.AlignedMTL().backward(losses(), [a, b])
+    assert a.grad.dtype is torch.float32
+    assert b.grad.dtype is dtype
+    expected = svd_align(G, rtol=EPS[dtype])
+    assert relative(a.grad, expected[:6]) <= 2e-6
+    assert relative(b.grad, expected[6:]) <= EPS[dtype]
+
+
+def test_low_precision_model():
+    model = Model(dtype=BF16)
+    G = torch.stack([flat(row) for row in gradient_rows(model.losses(), model.shared())]).to(BF16)
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    assert relative(flat([p.grad for p in model.shared()]), svd_align(G)) <= 2 * EPS[BF16]
+
+
+def test_non_finite_losses_reach_the_gradients():
+    """A loss scaler finds the overflow in `.grad` and skips the step."""
+    model = Model()
+    losses = model.losses()
+    info = fastmtl.AlignedMTL().backward([losses[0], losses[1] * torch.inf, losses[2]], model.shared())
+    assert not any(p.grad.isfinite().any() for p in model.shared())
+    assert info.alpha.isnan().all()
+    assert info.rank == 0
+    assert all(p.grad.isfinite().all() for p in model.heads[0].parameters())
+    assert not any(p.grad.isfinite().all() for p in model.heads[1].parameters())
+
+
+def test_grad_scaler_unscales_the_result():
+    plain, scaled = Model(), Model()
+    fastmtl.AlignedMTL().backward(plain.losses(), plain.shared())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
+    fastmtl.AlignedMTL().backward([scaler.scale(loss) for loss in scaled.losses()], scaled.shared())
+    scaler.unscale_(optimizer)
+    for p, q in zip(scaled.parameters(), plain.parameters(), strict=True):
+        assert relative(p.grad, q.grad.to(F64)) <= 1e-6
+
+
+def test_layout_of_the_parameter_is_kept():
+    weight = nn.Parameter(randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    x = randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def losses():
+        h = nn.functional.conv2d(x, weight)
+        return [h.square().sum(), (h * randn(2, 4, 6, 6, seed=1)).sum(), weight.abs().sum()]
+
+    G = torch.stack([flat(row) for row in gradient_rows(losses(), [weight])]).float()
+    fastmtl.AlignedMTL().backward(losses(), [weight])
+    assert relative(weight.grad.reshape(-1), svd_align(G)) <= 5e-6
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_grad_mode_does_not_matter_for_the_commit():
+    model, plain = Model(), Model()
+    fastmtl.AlignedMTL().backward(plain.losses(), plain.shared())
+    losses = model.losses()
+    with torch.no_grad():
+        fastmtl.AlignedMTL().backward(losses, model.shared())
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert not p.grad.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------ hooks
+
+
+def test_post_accumulate_hooks_fire_once_for_every_parameter():
+    model = Model()
+    fired = {}
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: fired.setdefault(name, []).append(p.grad.clone()))
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    assert set(fired) == {name for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        assert len(fired[name]) == 1, name
+        assert torch.equal(fired[name][0], p.grad)
+
+
+def test_post_accumulate_hooks_can_step_the_optimizer():
+    """The optimizer-in-backward pattern: step and free each gradient as soon as it is there."""
+    model, plain = Model(), Model()
+    for p in model.parameters():
+        optimizer = torch.optim.SGD([p], lr=0.1)
+
+        def step(p, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        p.register_post_accumulate_grad_hook(step)
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    fastmtl.AlignedMTL().backward(plain.losses(), plain.shared())
+    optimizer.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is None
+
+
+def test_tensor_hooks_act_once_on_what_is_committed():
+    """As in an ordinary backward: a hook that halves a gradient halves it once, on heads and on shared parameters."""
+    model, plain = Model(), Model()
+    seen = {}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: (seen.setdefault(name, []).append(g.clone()), g / 2)[1])
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    fastmtl.AlignedMTL().backward(plain.losses(), plain.shared())
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert len(seen[name]) == 1, f"{name}: the hook ran {len(seen[name])} times"
+        assert torch.equal(seen[name][0], q.grad)
+        assert torch.equal(p.grad, q.grad / 2)
+
+
+def test_hooks_survive():
+    """Whatever is done to hooks during the passes is undone, also when a pass fails."""
+    a = nn.Parameter(randn(3))
+    calls = []
+    handle = a.register_hook(lambda g: calls.append(1))
+    fastmtl.AlignedMTL().backward([a.sum(), a.square().sum()], [a])
+    with pytest.raises(ValueError, match="losses"):
+        fastmtl.AlignedMTL().backward([a.sum(), torch.tensor(1.0)], [a])
+    calls.clear()
+    a.sum().backward()
+    assert calls == [1]
+    handle.remove()
+    a.sum().backward()
+    assert calls == [1]
+
+
+def test_module_backward_hooks_fire_once_per_task():
+    """Hooks on modules belong to the passes, not to `.grad`: one call for each loss."""
+    model = Model()
+    calls = []
+    model.trunk[2].register_full_backward_hook(lambda *_: calls.append(1))
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    assert len(calls) == 3
+
+
+def test_gradient_buffers_are_handed_over_and_not_copied(monkeypatch):
+    model = Model()
+    aligned, own = [], []
+    align_rows, grad = fastmtl.ops.align_rows, torch.autograd.grad
+
+    def watch_align(*args):
+        aligned.extend(x.data_ptr() for x in args[-1])
+        return align_rows(*args)
+
+    def watch_grad(*args, **kwargs):
+        result = grad(*args, **kwargs)
+        own.extend(g.data_ptr() for g in result if g is not None)
+        return result
+
+    monkeypatch.setattr(fastmtl.ops, "align_rows", watch_align)
+    monkeypatch.setattr(torch.autograd, "grad", watch_grad)
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    assert [p.grad.data_ptr() for p in model.shared()] == aligned
+    assert {p.grad.data_ptr() for p in model.heads.parameters()} <= set(own)
+
+
+def test_gradients_are_handed_over_also_with_post_accumulate_hooks(monkeypatch):
+    model = Model()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    aligned = []
+    align_rows = fastmtl.ops.align_rows
+
+    def watch(*args):
+        aligned.extend(x.data_ptr() for x in args[-1])
+        return align_rows(*args)
+
+    monkeypatch.setattr(fastmtl.ops, "align_rows", watch)
+    fastmtl.AlignedMTL().backward(model.losses(), model.shared())
+    assert [p.grad.data_ptr() for p in model.shared()] == aligned
+
+
+def test_a_training_run_with_an_optimizer():
+    """An ordinary loop around `backward` brings every loss down."""
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    method = fastmtl.AlignedMTL()
+    before = [loss.item() for loss in model.losses()]
+    for _ in range(100):
+        optimizer.zero_grad()
+        method.backward(model.losses(), model.shared())
+        optimizer.step()
+    assert all(now.item() < then for now, then in zip(model.losses(), before, strict=True))

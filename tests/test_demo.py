@@ -1,0 +1,71 @@
+"""The demo: it runs end to end, and its plain PyTorch Aligned-MTL trains as fastmtl's does."""
+
+import pytest
+import torch
+
+from fastmtl import demo
+from fastmtl.__main__ import main
+
+
+def test_quick_run_prints_the_table_and_saves_the_figure(tmp_path, capsys):
+    figure = tmp_path / "new" / "curves.png"
+    assert main(["demo", "--quick", "--steps", "12", "--out", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "1 seed, 12 steps",
+        "left digit",
+        "right digit",
+        "κ of the task gradients",
+        "training step, ms",
+    ):
+        assert expected in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_first_gradients_agree(seed):
+    found = demo.first_gradients(seed)
+    assert demo.difference(found["fastmtl"], found["exact"]) < 2e-6
+    assert demo.difference(found["pure"], found["fastmtl"]) < demo.AGREE
+
+
+def test_heads_get_their_own_gradients_in_both():
+    grads = {}
+    for name in ("fastmtl", "pure"):
+        net = demo._network(0)
+        demo.STEPS[name](net, net.losses(demo.Digits(0).train()))
+        grads[name] = [p.grad for p in net.heads.parameters()]
+    for ours, theirs in zip(grads["fastmtl"], grads["pure"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fastmtl_and_pure_train_the_same():
+    ours, theirs = (demo.train(name, seed=0, steps=12) for name in ("fastmtl", "pure"))
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), rtol=5e-3, atol=0.0)
+    assert ours.mean_kappa == pytest.approx(theirs.mean_kappa, rel=5e-2)
+
+
+def test_runs_are_reproducible_and_leave_the_global_generator_alone():
+    state = torch.get_rng_state()
+    first, again = (demo.train("uniform", seed=3, steps=3) for _ in range(2))
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_test_pairs_share_no_digit_with_training():
+    digits = demo.Digits(0)
+    assert set(digits._train.tolist()).isdisjoint(digits._test.tolist())
+
+
+def test_a_digit_keeps_its_place():
+    batch = demo.Digits(0).test()
+    left = batch.apart.reshape(-1, 2, 8, 8)[:, 0]
+    image = batch.image.reshape(-1, 8, 12)
+    assert torch.equal(image[:, :, :4], left[:, :, :4])
+    assert bool((image[:, :, 4:8] >= left[:, :, 4:]).all())
+
+
+@pytest.mark.parametrize("arguments", [{"seeds": 0}, {"steps": 1}])
+def test_run_rejects_nothing_to_do(arguments):
+    with pytest.raises(ValueError, match="expected seeds >= 1 and steps >= 2"):
+        demo.run(**arguments)
