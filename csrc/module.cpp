@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -21,6 +23,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // What the ops need to know of a tensor, asked once: every question crosses the ABI.
 struct View {
@@ -468,13 +472,44 @@ std::tuple<Tensor, Tensor> call_linalg_eigh(const Tensor& M) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
+// LAPACK raises where a matrix is not finite: it sees zeros instead, and the result is NaN.
+std::tuple<Tensor, Tensor> large_eigh(const Tensor& M, const Tensor& wide) {
+  const int64_t T = M.size(-1), B = M.numel() / (T * T);
+  const double* entries = doubles(wide);
+  std::vector<int64_t> bad;
+  for (int64_t b = 0; b < B; ++b) {
+    bool finite = true;
+    for (int64_t i = 0; i < T; ++i) { // the lower triangle is what is read
+      const double* row = entries + (b * T + i) * T;
+      finite = finite && std::all_of(row, row + i + 1, [](double x) { return std::isfinite(x); });
+    }
+    if (!finite) {
+      bad.push_back(b);
+    }
+  }
+  if (bad.empty()) {
+    return call_linalg_eigh(M);
+  }
+  const Tensor clean = torch::stable::clone(wide);
+  for (const int64_t b : bad) {
+    std::fill_n(doubles(clean) + b * T * T, T * T, 0.0);
+  }
+  const auto [lam, V] = call_linalg_eigh(clean);
+  const Tensor vectors = torch::stable::contiguous(V);
+  for (const int64_t b : bad) {
+    std::fill_n(doubles(lam) + b * T, T, kNan);
+    std::fill_n(doubles(vectors) + b * T * T, T * T, kNan);
+  }
+  return {torch::stable::to(lam, M.scalar_type()), torch::stable::to(vectors, M.scalar_type())};
+}
+
 std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   STD_TORCH_CHECK(M.dim() >= 2 && M.size(-1) == M.size(-2), "M: expected shape [..., T, T], got ", shape_of(M));
   const int64_t T = M.size(-1);
-  if (T > kMaxLanesTasks) {
-    return call_linalg_eigh(M);
-  }
   const Tensor wide = as_float64(M);
+  if (T > kMaxLanesTasks) {
+    return large_eigh(M, wide);
+  }
   const Tensor eigenvalues = empty_float64(leading(M, 1), wide), eigenvectors = empty_float64(leading(M, 0), wide);
   if (T > 0) {
     eigh(

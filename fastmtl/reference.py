@@ -64,13 +64,11 @@ def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Te
 
 def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending) and eigenvectors (columns) of symmetric `M` [..., T, T], as torch.linalg.eigh returns."""
-    if M.shape[-1] > JACOBI_MAX_TASKS:
-        lam, V = torch.linalg.eigh(M)
-        return lam, V
     lower = M.to(torch.float64).tril().reshape(-1, *M.shape[-2:])
     finite = lower.isfinite().all(-1).all(-1)[:, None]
     lower = torch.where(finite[..., None], lower, torch.zeros_like(lower))
-    lam, V = _jacobi(lower + lower.tril(-1).mT)
+    lower = lower + lower.tril(-1).mT
+    lam, V = _jacobi(lower) if M.shape[-1] <= JACOBI_MAX_TASKS else torch.linalg.eigh(lower)
     lam, V = torch.where(finite, lam, torch.nan), torch.where(finite[..., None], V, torch.nan)
     return lam.reshape(M.shape[:-1]).to(M.dtype), V.reshape(M.shape).to(M.dtype)
 

@@ -166,7 +166,7 @@ def gram_error(got: Tensor, G: Tensor) -> float:
 
 def gram_limit(dtype: torch.dtype, T: int = 1) -> float:
     """Float64 products are exact to a few eps; `align` sums those of many benign rows in float32 blocks."""
-    return 1e-13 if dtype is F64 or T <= 40 else 2e-6
+    return 1e-12 if dtype is F64 or T <= 16 else 2e-6
 
 
 def dense(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:

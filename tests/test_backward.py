@@ -395,14 +395,22 @@ def test_tensor_hooks_act_once_on_what_is_committed():
         assert torch.equal(p.grad, q.grad / 2)
 
 
-def test_hooks_survive():
-    """Whatever is done to hooks during the passes is undone, also when a pass fails."""
+def test_hooks_survive_a_pass_that_fails():
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ArithmeticError
+
     a = nn.Parameter(randn(3))
     calls = []
     handle = a.register_hook(lambda g: calls.append(1))
     fastmtl.AlignedMTL().backward([a.sum(), a.square().sum()], [a])
-    with pytest.raises(ValueError, match="losses"):
-        fastmtl.AlignedMTL().backward([a.sum(), torch.tensor(1.0)], [a])
+    with pytest.raises(ArithmeticError):
+        fastmtl.AlignedMTL().backward([a.sum(), Fail.apply(a).sum()], [a])
     calls.clear()
     a.sum().backward()
     assert calls == [1]

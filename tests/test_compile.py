@@ -1,6 +1,7 @@
 """`torch.compile(fullgraph=True)`: no graph break anywhere in the call, and the same numbers as eager."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -70,6 +71,15 @@ def test_weighting_and_eigh():
     M = fastmtl.ops.gram(randn(3, 50))
     assert equal(torch.compile(lambda M: m.weighting(M), fullgraph=True, backend="aot_eager")(M), m.weighting(M))
     assert equal(torch.compile(fastmtl.eigh, fullgraph=True, backend="aot_eager")(M), fastmtl.eigh(M))
+
+
+def test_without_warnings():
+    """Dynamo warns of what it traces differently from eager Python: a user could do nothing about it."""
+    m = fastmtl.AlignedMTL()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(lambda G, rows: (m(G), m(rows)), fullgraph=True, backend="aot_eager")(randn(3, 100), ROWS)
+    assert not [str(w.message) for w in caught if "Dynamo" in str(w.message)]
 
 
 def test_changing_shapes():

@@ -66,6 +66,12 @@ def test_matrix(T, P, dtype):
     check(lambda: aligned(G))
 
 
+def test_larger_than_the_caches():
+    G = randn(4, 3_300_001)
+    check(lambda: ops.gram(G))
+    check(lambda: aligned(G))
+
+
 @pytest.mark.parametrize("T", [3, 10, 40])
 def test_unaligned_rows(T):
     G = randn(T * 20_003 + 1)[1:].view(T, 20_003)

@@ -152,6 +152,25 @@ def test_align(T, P):
         check_align(G, scale=("min", "median", "rmse")[(T + P + i) % 3], weights=w if (T + i) % 2 else None)
 
 
+@pytest.mark.parametrize(("T", "P", "dtype"), [(3, 4_400_003, F32), (7, 3_700_001, BF16)], ids=dtype_id)
+def test_larger_than_the_caches(T, P, dtype):
+    """Results are then written past the cache, which needs its own care with alignment and with the ends of tensors."""
+    G = randn(T, P + 1, dtype=dtype)[:, 1:]
+    alpha = alpha_for(T)
+    expected = sum(a * g for a, g in zip(alpha, G.to(F64), strict=True))
+    check_gram(G)
+    buffer, out = guarded((P,), dtype, offset=3)
+    ops.combine(G, alpha, out)
+    check_guard(buffer, P, offset=3)
+    assert rounded(out, expected, slack=1e-13 * expected.abs().max())
+    sizes = [17, P // 2, 1, 0, 33, P - P // 2 - 51]
+    buffers, outs = zip(*(guarded((n,), dtype) for n in sizes), strict=True)
+    ops.combine_rows([g for row in G for g in row.split(sizes)], alpha, list(outs))
+    for kept, n in zip(buffers, sizes, strict=True):
+        check_guard(kept, n)
+    assert torch.equal(torch.cat(outs), out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
     ("T", "P"), [(1, 9), (2, 65), (3, 1000), (5, 17), (8, 4097), (11, 513), (16, 1025), (33, 300), (70, 129)]
@@ -501,6 +520,17 @@ def test_conditioning_and_spread_rows(T, kappa):
         G = conditioned(T, 1100, kappa, spread, seed=T)
         check_align(G, kappa=kappa, rtol=T * EPS32, scale="min")
     check_align(G, kappa=kappa, rtol=T * EPS32, scale="rmse")
+
+
+@pytest.mark.parametrize("T", [17, 24, 40])
+def test_where_a_float32_gram_is_barely_good_enough(T):
+    """Sums in float32 blocks are allowed where the row-normalised Gram is benign: the bound must hold up to its edge."""
+    for P in (300, 2000, 9000):
+        for kappa in (7.0, 10.0, 12.0, 15.0, 18.0, 20.0, 25.0, 30.0):
+            G = conditioned(T, P, kappa, seed=T)
+            out = torch.empty(P)
+            ops.align(G, *policy(G, rtol=T * EPS32), out)
+            assert relative(out, svd_align(G, rtol=T * EPS32)) <= contract(T, kappa), (P, kappa)
 
 
 @pytest.mark.parametrize(("kappa", "T"), [(1e5, 2), (1e5, 10), (1e5, 24), (1e6, 2)])

@@ -18,195 +18,268 @@ constexpr int kMaxSweeps = 40;
 
 struct Rotation {
   Vd t, c, s; // tangent, cosine, sine
-  Vi active;  // lanes in which there is something to rotate
+  Vi active; // lanes in which there is something to rotate
 };
 
-// 1 / sqrt(x) to full precision, x >= 1/2.
-FASTMTL_INLINE Vd reciprocal_root(Vd x) {
-#if FASTMTL_VECTOR_BYTES == 64
-  Vd y = (Vd)_mm512_rsqrt14_pd((__m512d)x);
-  Vd e = 1.0 - x * y * y; // 14 -> 42 -> 84 bits
-  y += y * e * (0.5 + 0.375 * e);
-  e = 1.0 - x * y * y;
-  return y + 0.5 * y * e;
-#else
-  return 1.0 / square_root(x);
-#endif
-}
-
-// The rotation that annihilates b of [[a, b], [b, d]].
+// The rotation that annihilates b of [[a, b], [b, d]], from cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two inverse
+// roots, no division.
 FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b) {
-  const Vi active = b * b > kEps * kEps * magnitude(a * d);
+  // Entries are at most one; what is smaller than kTiny is zero, and its square would underflow.
+  constexpr double kTiny = 0x1p-500;
+  const Vi active = (b * b > kEps * kEps * magnitude(a * d)) & (magnitude(b) > splat(kTiny));
   const Vd h = d - a, b2 = b + b;
-  const Vd size = magnitude(b2);
-  Vd r = square_root(h * h + b2 * b2);
-  r = r < size ? size : r; // the squares may underflow
-  const Vd signed_b2 = (Vd)((Vi)b2 ^ ((Vi)h & INT64_MIN));
-  Vd t = signed_b2 / (magnitude(h) + r);
-  t = active ? t : Vd{};
-  const Vd c = reciprocal_root(1.0 + t * t);
-  return {t, c, t * c, active};
+  const Vd y = reciprocal_root(active ? h * h + b2 * b2 : splat(1.0));
+  const Vd square = 0.5 + 0.5 * magnitude(h) * y; // cos² θ
+  const Vd secant = reciprocal_root(square);
+  Vd s = (Vd)((Vi)b ^ ((Vi)h & INT64_MIN)) * y * secant;
+  s = active ? s : Vd{};
+  return {s * secant, active ? square * secant : splat(1.0), s, active};
 }
 
-// Pairs of round `round` of a round-robin tournament of `players` (even); indices from T on are byes.
+// Pair k of a round of a round-robin tournament of `players` (even); indices from T on are byes.
 FASTMTL_INLINE void pairing(int64_t players, int64_t round, int64_t k, int64_t& p, int64_t& q) {
-  p = k == 0 ? players - 1 : (round + k) % (players - 1);
-  q = (round + players - 1 - k) % (players - 1);
+  const int64_t others = players - 1;
+  p = k == 0 ? others : round + k < others ? round + k : round + k - others;
+  q = round >= k ? round - k : round - k + others;
   if (p > q) {
     std::swap(p, q);
   }
 }
 
-// T = 0 means that the size is known only at run time.
+// Rows of lanes are an odd number of cache lines apart: columns then fall into different cache sets.
+constexpr int64_t lanes_stride(int64_t T) {
+  return T | 1;
+}
+
+// Above this many tasks the vectors are rotated after each sweep of the matrix, a few components at a time: both then
+// stay in the first-level cache.
+constexpr int64_t kMaxTogether = 12;
+constexpr int64_t kMaxPairs = 16;
+
+struct Round {
+  int64_t p[kMaxPairs], q[kMaxPairs];
+  int64_t pairs = 0;
+  int64_t bye = -1;
+
+  FASTMTL_INLINE Round(int64_t T, int64_t round) {
+    const int64_t players = T + T % 2;
+    for (int64_t k = 0; k < players / 2; ++k) {
+      int64_t i, j;
+      pairing(players, round, k, i, j);
+      if (j < T) {
+        p[pairs] = i;
+        q[pairs++] = j;
+      } else {
+        bye = i;
+      }
+    }
+  }
+};
+
+FASTMTL_INLINE void rotate(Vd& x, Vd& y, Vd c, Vd s) {
+  const Vd a = x, b = y;
+  x = c * a - s * b;
+  y = s * a + c * b;
+}
+
+// One round of disjoint rotations on A (upper triangle); returns the lanes in which anything was rotated. T = 0 as a
+// template argument means that the size is known only at run time.
 template <int64_t kT>
-void jacobi_lanes(Vd* A, Vd* V, int64_t runtime_T, bool vectors) {
-  const int64_t T = kT ? kT : runtime_T;
-  const int64_t players = T + T % 2;
-  constexpr int64_t kMaxPairs = kT ? (kT + 1) / 2 : 16;
-  // Only i <= j is kept.
-  const auto at = [&](int64_t i, int64_t j)
-                      __attribute__((always_inline)) -> Vd& { return i < j ? A[i * T + j] : A[j * T + i]; };
+FASTMTL_INLINE Vi jacobi_round(Vd* A, int64_t runtime_T, const Round& round, Vd* c, Vd* s) {
+  const int64_t T = kT ? kT : runtime_T, ld = lanes_stride(T), pairs = kT ? kT / 2 : round.pairs;
+  Vi active{};
+  for (int64_t k = 0; k < pairs; ++k) {
+    const int64_t p = round.p[k], q = round.q[k];
+    Vd &app = A[p * ld + p], &aqq = A[q * ld + q], &apq = A[p * ld + q];
+    const Rotation r = rotation(app, aqq, apq);
+    app -= r.t * apq;
+    aqq += r.t * apq;
+    apq = r.active ? Vd{} : apq;
+    c[k] = r.c;
+    s[k] = r.s;
+    active |= r.active;
+  }
+  if (!any(active)) {
+    return active;
+  }
+  const auto at = [&](int64_t i, int64_t j) __attribute__((always_inline)) -> Vd& {
+    return A[i < j ? i * ld + j : j * ld + i];
+  };
+  for (int64_t k = 0; k < pairs; ++k) {
+    const int64_t p = round.p[k], q = round.q[k];
+    for (int64_t l = k + 1; l < pairs; ++l) {
+      Vd &px = at(p, round.p[l]), &py = at(p, round.q[l]), &qx = at(q, round.p[l]), &qy = at(q, round.q[l]);
+      Vd a = px, b = py, d = qx, e = qy;
+      rotate(a, d, c[k], s[k]);
+      rotate(b, e, c[k], s[k]);
+      rotate(a, b, c[l], s[l]);
+      rotate(d, e, c[l], s[l]);
+      px = a, py = b, qx = d, qy = e;
+    }
+    if (T % 2) {
+      rotate(at(p, round.bye), at(q, round.bye), c[k], s[k]);
+    }
+  }
+  return active;
+}
+
+// Sweeps until nothing is left to rotate. V[i ld + j] is component i of vector j, or null.
+template <int64_t kT>
+void jacobi_lanes(Vd* A, Vd* V, Vd* rotations, int64_t runtime_T) {
+  const int64_t T = kT ? kT : runtime_T, ld = lanes_stride(T), rounds = T - 1 + T % 2;
+  const bool together = kT || T <= kMaxTogether;
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     Vi rotated{};
-    for (int64_t round = 0; round < players - 1; ++round) {
-      int64_t P[kMaxPairs], Q[kMaxPairs], pairs = 0;
-      Vd c[kMaxPairs], s[kMaxPairs];
-      for (int64_t k = 0; k < players / 2; ++k) {
-        int64_t p, q;
-        pairing(players, round, k, p, q);
-        if (q < T) {
-          P[pairs] = p;
-          Q[pairs++] = q;
-        }
-      }
-      Vi active{};
-      for (int64_t k = 0; k < pairs; ++k) {
-        Vd &app = A[P[k] * T + P[k]], &aqq = A[Q[k] * T + Q[k]], &apq = A[P[k] * T + Q[k]];
-        const Rotation r = rotation(app, aqq, apq);
-        app -= r.t * apq;
-        aqq += r.t * apq;
-        apq = r.active ? Vd{} : apq;
-        c[k] = r.c;
-        s[k] = r.s;
-        active |= r.active;
-      }
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rounds; ++r) {
+      const Round round(T, r);
+      Vd* c = rotations + (together ? 0 : r * 2 * kMaxPairs);
+      Vd* s = c + kMaxPairs;
+      const Vi active = jacobi_round<kT>(A, T, round, c, s);
       rotated |= active;
-      if (!any(active)) {
-        continue;
-      }
-      for (int64_t k = 0; k < pairs; ++k) {
-        const int64_t p = P[k], q = Q[k];
-        const Vd ck = c[k], sk = s[k];
-        for (int64_t l = k + 1; l < pairs; ++l) {
-          Vd &px = at(p, P[l]), &py = at(p, Q[l]), &qx = at(q, P[l]), &qy = at(q, Q[l]);
-          const Vd cl = c[l], sl = s[l];
-          const Vd a = ck * px - sk * qx, d = sk * px + ck * qx;
-          const Vd b = ck * py - sk * qy, e = sk * py + ck * qy;
-          px = cl * a - sl * b;
-          py = sl * a + cl * b;
-          qx = cl * d - sl * e;
-          qy = sl * d + cl * e;
-        }
-        if (vectors) {
-          Vd *vp = V + p * T, *vq = V + q * T;
+      if (V && together && any(active)) {
+        for (int64_t k = 0; k < (kT ? kT / 2 : round.pairs); ++k) {
           for (int64_t i = 0; i < T; ++i) {
-            const Vd a = vp[i], b = vq[i];
-            vp[i] = ck * a - sk * b;
-            vq[i] = sk * a + ck * b;
+            rotate(V[i * ld + round.p[k]], V[i * ld + round.q[k]], c[k], s[k]);
           }
-        }
-      }
-      if (T % 2) { // the player with a bye
-        const int64_t f = round;
-        for (int64_t k = 0; k < pairs; ++k) {
-          Vd &ap = at(P[k], f), &aq = at(Q[k], f);
-          const Vd a = ap, b = aq;
-          ap = c[k] * a - s[k] * b;
-          aq = s[k] * a + c[k] * b;
         }
       }
     }
     if (!any(rotated)) {
       break;
     }
+    if (V && !together) {
+      constexpr int64_t kComponents = 4;
+      for (int64_t first = 0; first < T; first += kComponents) {
+        const int64_t last = std::min(T, first + kComponents);
+        for (int64_t r = 0; r < rounds; ++r) {
+          const Round round(T, r);
+          const Vd *c = rotations + r * 2 * kMaxPairs, *s = c + kMaxPairs;
+          for (int64_t k = 0; k < round.pairs; ++k) {
+            for (int64_t i = first; i < last; ++i) {
+              rotate(V[i * ld + round.p[k]], V[i * ld + round.q[k]], c[k], s[k]);
+            }
+          }
+        }
+      }
+    }
   }
 }
 
-void eigh_lanes(const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
-  Vd* a = reinterpret_cast<Vd*>(scratch);
-  Vd* v = a + T * T;
-  double scale[kWidth];
-  for (int64_t l = 0; l < kWidth; ++l) {
-    const double* m = A + (l < count ? l : 0) * T * T;
-    double largest = 0.0, sum = 0.0;
-    for (int64_t i = 0; i < T; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        const double x = m[i * T + j];
-        largest = std::max(largest, std::fabs(x));
-        sum += x * 0.0; // NaN where an entry is not finite
-      }
-    }
-    // A power of two: the eigenvectors stay the same bits.
-    int exponent = 0;
-    std::frexp(largest, &exponent);
-    scale[l] = largest > 0.0 && sum == 0.0 ? std::ldexp(1.0, exponent) : 1.0;
-    const double down = 1.0 / scale[l];
-    if (sum != 0.0) {
-      scale[l] = __builtin_nan("");
-    }
-    for (int64_t i = 0; i < T; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        a[j * T + i][l] = sum == 0.0 ? m[i * T + j] * down : double(i == j);
+// Ascending order in every lane, by compare-and-exchange of neighbours.
+FASTMTL_INLINE void sort_lanes(Vd* A, Vd* V, int64_t T) {
+  const int64_t ld = lanes_stride(T);
+  for (int64_t pass = T - 1; pass > 0; --pass) {
+    for (int64_t j = 0; j < pass; ++j) {
+      Vd &x = A[j * ld + j], &y = A[(j + 1) * ld + j + 1];
+      const Vi wrong = x > y;
+      const Vd lo = wrong ? y : x, hi = wrong ? x : y;
+      x = lo, y = hi;
+      for (int64_t i = 0; V && i < T; ++i) {
+        Vd &u = V[i * ld + j], &v = V[i * ld + j + 1];
+        const Vd first = wrong ? v : u, second = wrong ? u : v;
+        u = first, v = second;
       }
     }
   }
-  if (eigenvectors) {
+}
+
+template <int64_t kT>
+void solve_lanes(
+    const double* A, int64_t runtime_T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
+  const int64_t T = kT ? kT : runtime_T, ld = lanes_stride(T);
+  Vd* a = reinterpret_cast<Vd*>(scratch);
+  Vd* v = eigenvectors ? a + T * ld : nullptr;
+  Vd* rotations = a + 2 * T * ld;
+  // Lanes without a matrix repeat the last one.
+  double padded[kT && kT <= 4 ? kWidth * kT * kT : 1];
+  const bool gatherable = count == kWidth;
+  if (kT && kT <= 4 && !gatherable) {
+    for (int64_t l = 0; l < kWidth; ++l) {
+      std::copy_n(A + std::min(l, count - 1) * T * T, T * T, padded + l * T * T);
+    }
+    A = padded;
+  }
+  Vd largest{}, poison{};
+  for (int64_t i = 0; i < T; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      Vd x{};
+      if ((kT && kT <= 4) || gatherable) {
+        x = gather(A + i * T + j, T * T);
+      } else {
+        for (int64_t l = 0; l < kWidth; ++l) {
+          x[l] = A[std::min(l, count - 1) * T * T + i * T + j];
+        }
+      }
+      a[j * ld + i] = x;
+      largest = larger(magnitude(x), largest);
+      poison += x * 0.0; // NaN where an entry is not finite
+    }
+  }
+  // A power of two near the largest entry: scaling by it changes no bits. Subnormal matrices are left as they are.
+  const Vi finite = poison == 0.0;
+  const Vi exponent = (Vi)largest & INT64_C(0x7ff0000000000000);
+  const Vi scalable = finite & (exponent != 0) & (exponent < INT64_C(0x7fd0000000000000));
+  const Vd up = scalable ? (Vd)exponent : splat(1.0);
+  const Vd down = scalable ? (Vd)(INT64_C(0x7fe0000000000000) - exponent) : splat(1.0);
+  for (int64_t i = 0; i < T; ++i) {
+    for (int64_t j = i; j < T; ++j) {
+      a[i * ld + j] = finite ? a[i * ld + j] * down : splat(i == j ? 1.0 : 0.0);
+    }
+  }
+  if (v) {
     for (int64_t i = 0; i < T; ++i) {
       for (int64_t j = 0; j < T; ++j) {
-        v[i * T + j] = splat(i == j ? 1.0 : 0.0);
+        v[i * ld + j] = splat(i == j ? 1.0 : 0.0);
       }
     }
   }
-  const bool vectors = eigenvectors != nullptr;
-  switch (T) {
-    case 1:
-      break;
-    case 2:
-      jacobi_lanes<2>(a, v, T, vectors);
-      break;
-    case 3:
-      jacobi_lanes<3>(a, v, T, vectors);
-      break;
-    case 4:
-      jacobi_lanes<4>(a, v, T, vectors);
-      break;
-    default:
-      jacobi_lanes<0>(a, v, T, vectors);
+  if (T > 1) {
+    jacobi_lanes<kT>(a, v, rotations, T);
+  }
+  const bool sorted = T <= kMaxTogether;
+  if (sorted) {
+    sort_lanes(a, v, T);
+  }
+  for (int64_t i = 0; i < T; ++i) {
+    a[i * ld + i] = a[i * ld + i] * up + poison;
+    for (int64_t j = 0; v && j < T; ++j) {
+      v[i * ld + j] += poison;
+    }
   }
   for (int64_t l = 0; l < count; ++l) {
-    int32_t order[32];
-    for (int64_t i = 0; i < T; ++i) { // insertion sort: almost sorted input is common
-      const double x = a[i * T + i][l];
+    int32_t order[2 * kMaxPairs];
+    for (int64_t i = 0; i < T; ++i) {
+      const double x = a[i * ld + i][l];
       int64_t j = i;
-      for (; j > 0 && a[order[j - 1] * T + order[j - 1]][l] > x; --j) {
+      for (; !sorted && j > 0 && a[order[j - 1] * ld + order[j - 1]][l] > x; --j) {
         order[j] = order[j - 1];
       }
       order[j] = int32_t(i);
     }
-    double* lam = eigenvalues + l * T;
     for (int64_t j = 0; j < T; ++j) {
-      lam[j] = a[order[j] * T + order[j]][l] * scale[l];
-    }
-    if (eigenvectors) {
-      double* out = eigenvectors + l * T * T;
-      const double poison = scale[l] * 0.0;
-      for (int64_t j = 0; j < T; ++j) {
-        const double* from = reinterpret_cast<const double*>(v + order[j] * T) + l;
-        for (int64_t i = 0; i < T; ++i) {
-          out[i * T + j] = from[i * kWidth] + poison;
-        }
+      eigenvalues[l * T + j] = a[order[j] * ld + order[j]][l];
+      const double* from = reinterpret_cast<const double*>(v + order[j]) + l;
+      for (int64_t i = 0; v && i < T; ++i) {
+        eigenvectors[(l * T + i) * T + j] = from[i * ld * kWidth];
       }
     }
+  }
+}
+
+void eigh_lanes(
+    const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
+  switch (T) {
+    case 2:
+      return solve_lanes<2>(A, T, count, eigenvalues, eigenvectors, scratch);
+    case 3:
+      return solve_lanes<3>(A, T, count, eigenvalues, eigenvectors, scratch);
+    case 4:
+      return solve_lanes<4>(A, T, count, eigenvalues, eigenvectors, scratch);
+    case 8:
+      return solve_lanes<8>(A, T, count, eigenvalues, eigenvectors, scratch);
+    default:
+      return solve_lanes<0>(A, T, count, eigenvalues, eigenvectors, scratch);
   }
 }
 

@@ -24,9 +24,9 @@ constexpr int64_t kDirectColumns = 4096; // of one block read in place
 template <class A>
 constexpr int64_t kPackedColumns = sizeof(A) == 8 ? 256 : 1024;
 constexpr int64_t kFloatColumns = 2048; // after so many, float32 sums go to float64
-// Up to here the vectors of sums fit the second-level cache and are carried from block to block; beyond, every block is
-// summed up.
-constexpr int64_t kMaxLongSums = 128;
+// Up to here the vectors of sums fit the second-level cache and are carried from block to block.
+constexpr int64_t kMaxCarried = 128;
+constexpr int64_t kWideColumns = 512; // beyond: the packed block alone fills that cache
 constexpr int64_t kLine = 64; // bytes in a cache line
 
 template <class A>
@@ -126,8 +126,10 @@ void direct(const E* const* rows, int count, int64_t n, double* M, const int32_t
 // The rows present in a block, dealt to panels of even height.
 struct Panels {
   const void** rows; // [count] -> first element of the block
-  int32_t* index;    // [count] -> row of M
+  int32_t* index; // [count] -> row of M
+  int32_t* first; // [panels + 1] -> first row of a panel
   int64_t count = 0;
+  int64_t panels = 0;
 
   void collect(const Block& block, int64_t T) {
     count = 0;
@@ -138,36 +140,48 @@ struct Panels {
         index[count++] = int32_t(t);
       }
     }
+    panels = (count + kTile - 1) / kTile;
+    for (int64_t p = 0; p <= panels && panels; ++p) {
+      first[p] = int32_t(count * p / panels);
+    }
   }
   bool same_rows(const Panels& other) const {
     return count == other.count && __builtin_memcmp(index, other.index, size_t(count) * sizeof(int32_t)) == 0;
   }
-  int64_t panels() const {
-    return (count + kTile - 1) / kTile;
-  }
-  int64_t first(int64_t panel) const { // first row of a panel
-    return count * panel / panels();
-  }
 };
 
 // Rows of the next block of which a tile fetches its share, a line of each with every few steps.
-class Prefetch {
- public:
-  Prefetch(const Panels& next, int64_t part, int64_t parts)
-      : rows_(next.rows + next.count * part / parts),
-        count_(int(next.count * (part + 1) / parts - next.count * part / parts)) {}
+struct Prefetch {
+  const void* const* rows;
+  int64_t count;
 
   FASTMTL_INLINE void at(int64_t byte) const {
     if (byte % kLine == 0) { // steps divide a line or are whole lines, so every line is met
-      for (int i = 0; i < count_; ++i) {
-        __builtin_prefetch(static_cast<const char*>(rows_[i]) + byte, 0, 2);
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(static_cast<const char*>(rows[i]) + byte, 0, 2);
       }
     }
+  }
+};
+
+// Deals the rows of the next block evenly to the tiles of this one.
+class Shares {
+ public:
+  Shares(const Panels& next, int64_t tiles) : rows_(next.rows), count_(next.count), tiles_(tiles) {}
+
+  Prefetch next() {
+    int64_t take = 0;
+    for (due_ += count_; due_ >= tiles_; due_ -= tiles_) {
+      ++take;
+    }
+    const Prefetch share{rows_, take};
+    rows_ += take;
+    return share;
   }
 
  private:
   const void* const* rows_;
-  int count_;
+  int64_t count_, tiles_, due_ = 0;
 };
 
 // The products of one panel with itself, read where the rows lie; on the way the panel is written to `packed`,
@@ -292,103 +306,115 @@ FASTMTL_INLINE void with_height(int64_t R, F&& f) {
   }
 }
 
-// A block of packed rows and the vectors of sums of its tiles, in the order of the tiles.
+// The products of packed rows. Every tile has its vectors of sums; those are carried from block to block while they fit the
+// cache, then each is summed over its lanes into a float64 total. Totals stand in the order of the tiles.
 template <class A>
 class PackedGram {
  public:
-  static constexpr int64_t scratch(int64_t T, int64_t columns) { // in doubles
-    return (T * columns * int64_t(sizeof(A)) + tile_sums(T) * FASTMTL_VECTOR_BYTES) / 8;
+  static constexpr int64_t scratch(int64_t T, int64_t columns) { // in doubles, a multiple of a cache line
+    return (T * columns * int64_t(sizeof(A)) + carried(T) * FASTMTL_VECTOR_BYTES) / 8 + (products(T) + 7) / 8 * 8;
   }
 
   PackedGram(double* memory, int64_t T)
-      : T_(T), sums_(reinterpret_cast<Vec<A>*>(memory)), packed_(reinterpret_cast<A*>(sums_ + tile_sums(T))) {}
+      : T_(T),
+        sums_(reinterpret_cast<Vec<A>*>(memory)),
+        totals_(memory + carried(T) * FASTMTL_VECTOR_BYTES / 8),
+        packed_(reinterpret_cast<A*>(totals_ + (products(T) + 7) / 8 * 8)) {
+    __builtin_memset(totals_, 0, size_t(products(T)) * sizeof(double));
+  }
 
   // Adds the products of one block; `next` are the rows of the block to come (none at the end), fetched meanwhile.
+  // `last` says that the totals are wanted after this one.
   template <class E>
-  void add(const Panels& panels, int64_t n, const Panels& next, int64_t next_element) {
+  void add(const Panels& panels, int64_t n, const Panels& next, int64_t next_element, bool last) {
     const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-    const int64_t count = panels.panels(), tiles = count * (count + 1) / 2, step = next_element * kLanes<A>;
-    Vec<A>* sums = sums_;
-    const bool fresh = columns_ == 0;
+    const int64_t step = next_element * kLanes<A>;
+    const bool fresh = columns_ == 0, carry = T_ <= kMaxCarried;
     columns_ += n;
-    int64_t done = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t c0 = panels.first(j), width = panels.first(j + 1) - c0;
+    // Float32 sums stay short.
+    const bool total = last || !carry || (sizeof(A) == 4 && columns_ >= kFloatColumns);
+    columns_ = total ? 0 : columns_;
+    Vec<A>* sums = sums_;
+    double* totals = totals_;
+    const auto done = [&](int64_t products) __attribute__((always_inline)) {
+      if (total) {
+        add_sums(sums, products, totals);
+      }
+      sums += carry ? products : 0;
+      totals += products;
+    };
+    Shares shares(next, panels.panels * (panels.panels + 1) / 2);
+    for (int64_t j = 0; j < panels.panels; ++j) {
+      const int64_t c0 = panels.first[j], width = panels.first[j + 1] - c0;
       A* const b = packed_ + c0 * padded;
       with_height(width, [&](auto C) __attribute__((always_inline)) {
-        diagonal_tile<A, E, C>(panels.rows + c0, n, b, sums, fresh, Prefetch(next, done, tiles), step);
-        sums += C * (C + 1) / 2;
-        ++done;
-        for (int64_t i = 0; i < j; ++i, ++done) {
-          const int64_t r0 = panels.first(i), height = panels.first(i + 1) - r0;
+        diagonal_tile<A, E, C>(panels.rows + c0, n, b, sums, fresh, shares.next(), step);
+        done(C * (C + 1) / 2);
+        for (int64_t i = 0; i < j; ++i) {
+          const int64_t r0 = panels.first[i], height = panels.first[i + 1] - r0;
           with_height(height, [&](auto R) __attribute__((always_inline)) {
-            tile<A, R, C>(packed_ + r0 * padded, b, padded, sums, fresh, Prefetch(next, done, tiles), step);
-            sums += R * C;
+            tile<A, R, C>(packed_ + r0 * padded, b, padded, sums, fresh, shares.next(), step);
+            done(R * C);
           });
         }
       });
     }
   }
 
-  // M += the sums so far, which start again from zero.
+  // M += the totals, which start again from zero.
   void flush(const Panels& panels, double* M) {
-    const Vec<A>* sums = sums_;
-    const int64_t count = panels.panels();
-    alignas(64) double totals[kTile * kTile];
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t c0 = panels.first(j), C = panels.first(j + 1) - c0;
-      sum_each(sums, C * (C + 1) / 2, totals);
-      sums += C * (C + 1) / 2;
-      const double* total = totals;
-      for (int64_t c = 0; c < C; ++c) {
-        for (int64_t r = 0; r <= c; ++r) {
-          M[panels.index[c0 + r] * T_ + panels.index[c0 + c]] += *total++;
+    double* total = totals_;
+    const auto take = [&](int64_t row, int64_t column) {
+      M[panels.index[row] * T_ + panels.index[column]] += *total;
+      *total++ = 0.0;
+    };
+    for (int64_t j = 0; j < panels.panels; ++j) {
+      for (int64_t c = panels.first[j]; c < panels.first[j + 1]; ++c) {
+        for (int64_t r = panels.first[j]; r <= c; ++r) {
+          take(r, c);
         }
       }
       for (int64_t i = 0; i < j; ++i) {
-        const int64_t r0 = panels.first(i), R = panels.first(i + 1) - r0;
-        sum_each(sums, R * C, totals);
-        sums += R * C;
-        total = totals;
-        for (int64_t r = 0; r < R; ++r) {
-          double* row = M + panels.index[r0 + r] * T_;
-          for (int64_t c = 0; c < C; ++c) {
-            row[panels.index[c0 + c]] += *total++;
+        for (int64_t r = panels.first[i]; r < panels.first[i + 1]; ++r) {
+          for (int64_t c = panels.first[j]; c < panels.first[j + 1]; ++c) {
+            take(r, c);
           }
         }
       }
     }
-    columns_ = 0;
-  }
-
-  int64_t columns() const { // since the last flush
-    return columns_;
   }
 
  private:
-  static constexpr int64_t tile_sums(int64_t T) {
+  static constexpr int64_t products(int64_t T) {
     return T * (T + 1) / 2;
   }
+  static constexpr int64_t carried(int64_t T) { // vectors
+    return T <= kMaxCarried ? products(T) : kTile * kTile;
+  }
+
   int64_t T_;
   Vec<A>* sums_;
+  double* totals_;
   A* packed_;
-  int64_t columns_ = 0;
+  int64_t columns_ = 0; // in the sums
 };
 
 // The Gram of chunks [first, last), products in A.
 template <class A>
 void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M) {
   const int64_t T = G.tasks;
-  const bool small = T <= kMaxDirect, wide = T > kMaxLongSums;
-  const int64_t limit = small ? kDirectColumns : (wide ? 512 : kPackedColumns<A>);
+  const bool small = T <= kMaxDirect;
+  const int64_t limit = small ? kDirectColumns : T <= kMaxCarried ? kPackedColumns<A> : kWideColumns;
   // Two sets of row pointers (this block's and the next one's), then the packed block.
-  const int64_t pointers = (2 * (T + (T + 1) / 2) + 7) / 8 * 8;
+  const int64_t pointers = (2 * (2 * T + 1) + 7) / 8 * 8;
   double* scratch = thread_scratch(0, pointers + (small ? 0 : PackedGram<A>::scratch(T, limit)));
   Panels now, next;
   now.rows = reinterpret_cast<const void**>(scratch);
   next.rows = now.rows + T;
   now.index = reinterpret_cast<int32_t*>(next.rows + T);
   next.index = now.index + T;
+  now.first = next.index + T;
+  next.first = now.first + T + 1;
   PackedGram<A> packed(scratch + pointers, small ? 0 : T);
 
   BlockCursor cursor(G, bounds, first, last, limit);
@@ -405,17 +431,17 @@ void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last
     }
     double* into = M + block.chunk * T * T;
     const bool direct_rows = now.count <= kMaxDirect;
+    const bool last_of_rows = !more || following.chunk != block.chunk || !now.same_rows(next);
     with_type(block.segment->dtype, [&](auto* type) __attribute__((always_inline)) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       if (direct_rows) {
         direct(reinterpret_cast<const E* const*>(now.rows), int(now.count), block.length, into, now.index, T);
       } else if constexpr (sizeof(E) <= sizeof(A)) { // float64 never comes here with float32 blocks: see gram_blocks
-        packed.template add<E>(now, block.length, next, more ? element_size(following.segment->dtype) : 0);
+        packed.template add<E>(
+            now, block.length, next, more ? element_size(following.segment->dtype) : 0, last_of_rows);
       }
     });
-    // Float32 sums stay short; otherwise they go on while the rows and the chunk stay the same.
-    if (!direct_rows && (wide || !more || (sizeof(A) == 4 && packed.columns() >= kFloatColumns) ||
-                         following.chunk != block.chunk || !now.same_rows(next))) {
+    if (!direct_rows && last_of_rows) {
       packed.flush(now, into);
     }
     std::swap(now, next);

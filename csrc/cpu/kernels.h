@@ -73,7 +73,7 @@ constexpr int64_t psd_stride(int64_t T) {
 }
 
 constexpr int64_t eigh_lanes_scratch(int64_t T) {
-  return 2 * T * T * 8;
+  return (2 * T * (T + 1) + 32 * T) * 8; // matrix, vectors, the rotations of a sweep
 }
 
 // Memory of this thread that only grows, aligned to 64 bytes; `slot` (0 or 1) tells apart buffers in use at once.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "../common.h"
@@ -21,7 +22,7 @@ constexpr int64_t kMinChunk = 2048;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // Above this many tasks a float32 Gram is enough faster to try it first (below, exact products hide behind the reads).
-constexpr int64_t kMaxExactTasks = 48;
+constexpr int64_t kMaxExactTasks = 16;
 // A float32-block Gram is off by some 1e-8 of the row norms; with λ_min(C) above this the result is good to 1e-6.
 constexpr double kBlocksMinEigenvalue = 1e-2;
 // Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error
@@ -32,8 +33,8 @@ constexpr double kLapackMinRatio = 1e-8;
 constexpr double kLapackMaxDiagonalRatio = 1e2;
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
-// Results are written past the cache when G is larger than what a core's caches could hold of it.
-constexpr int64_t kStreamBytes = int64_t(48) << 20;
+// Results are written past the cache when G is larger than this: they would only push out what is read next.
+constexpr int64_t kStreamBytes = int64_t(4) << 20;
 
 int64_t columns(const Gradients& G) {
   int64_t P = 0;
@@ -51,7 +52,7 @@ bool has_float64(const Gradients& G) {
 // result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
   const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, kMinChunk, 16384);
-  const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 20) / (T * T)));
+  const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 18) / (T * T)));
   const int64_t chunks = std::clamp<int64_t>((P + wanted - 1) / wanted, 1, most);
   std::vector<int64_t> bounds(size_t(chunks) + 1);
   for (int64_t c = 0; c <= chunks; ++c) {
@@ -130,20 +131,20 @@ void gram_large(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
-  std::vector<double> partial(static_cast<size_t>(chunks * T * T));
+  const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
   if (!has_float64(G) && P >= 4 * T) {
-    gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.data());
-    sum_chunks(partial.data(), probe, T, M);
+    gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.get());
+    sum_chunks(partial.get(), probe, T, M);
     if (bounds[size_t(probe)] < 4 * T || well_conditioned(M, T)) {
-      gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.data());
-      sum_chunks(partial.data(), chunks, T, M);
+      gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.get());
+      sum_chunks(partial.get(), chunks, T, M);
       if (well_conditioned(M, T)) {
         return;
       }
     }
   }
-  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.data());
-  sum_chunks(partial.data(), chunks, T, M);
+  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.get());
+  sum_chunks(partial.get(), chunks, T, M);
 }
 
 // Gram of G scaled by the power of two that brings its largest entry near one; returns that factor.
@@ -346,9 +347,9 @@ void gram(const Gradients& G, double* M) {
   }
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1;
-  std::vector<double> partial(static_cast<size_t>(chunks * T * T));
-  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.data());
-  sum_chunks(partial.data(), chunks, T, M);
+  const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
+  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.get());
+  sum_chunks(partial.get(), chunks, T, M);
 }
 
 void gram_batch(const Gradients* G, int64_t B, double* M) {

@@ -224,14 +224,14 @@ FASTMTL_INLINE double sum(Vd v) {
 #endif
 }
 
-// The sums of the lanes of many vectors, each over its own.
-FASTMTL_INLINE void sum_each(const Vd* v, int64_t count, double* out) {
+// out[i] += the sum of the lanes of v[i]
+FASTMTL_INLINE void add_sums(const Vd* v, int64_t count, double* out) {
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = sum(v[i]);
+    out[i] += sum(v[i]);
   }
 }
 
-FASTMTL_INLINE void sum_each(const Vf* v, int64_t count, double* out) {
+FASTMTL_INLINE void add_sums(const Vf* v, int64_t count, double* out) {
   int64_t i = 0;
 #if FASTMTL_VECTOR_BYTES == 64
   const auto low = [](Vf a, Vf b) { return _mm512_unpacklo_ps((__m512)a, (__m512)b); };
@@ -251,8 +251,8 @@ FASTMTL_INLINE void sum_each(const Vf* v, int64_t count, double* out) {
       return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     };
     const __m512 sums = halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
-    _mm512_storeu_pd(out + i, _mm512_cvtps_pd(_mm512_castps512_ps256(sums)));
-    _mm512_storeu_pd(out + i + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sums, 1)));
+    write(out + i, read<Vd>(out + i) + (Vd)_mm512_cvtps_pd(_mm512_castps512_ps256(sums)));
+    write(out + i + 8, read<Vd>(out + i + 8) + (Vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps(sums, 1)));
   }
 #endif
   for (; i < count; ++i) {
@@ -260,7 +260,7 @@ FASTMTL_INLINE void sum_each(const Vf* v, int64_t count, double* out) {
     for (int64_t l = 0; l < kWidth32; ++l) {
       s += double(v[i][l]);
     }
-    out[i] = s;
+    out[i] += s;
   }
 }
 
@@ -275,6 +275,33 @@ FASTMTL_INLINE Vd square_root(Vd v) {
   }
   return v;
 #endif
+}
+
+// 1 / sqrt(x) to full precision, x a normal number.
+FASTMTL_INLINE Vd reciprocal_root(Vd x) {
+#if FASTMTL_VECTOR_BYTES == 64
+  Vd y = (Vd)_mm512_rsqrt14_pd((__m512d)x);
+  Vd e = 1.0 - x * y * y; // 14 -> 42 -> 84 bits
+  y += y * e * (0.5 + 0.375 * e);
+  e = 1.0 - x * y * y;
+  return y + 0.5 * y * e;
+#else
+  return 1.0 / square_root(x);
+#endif
+}
+
+FASTMTL_INLINE Vd larger(Vd a, Vd b) {
+  return a > b ? a : b;
+}
+
+// Elements p[0], p[step], p[2 step], ...
+FASTMTL_INLINE Vd gather(const double* p, int64_t step) {
+  Vd v{};
+#pragma GCC unroll 8
+  for (int64_t l = 0; l < kWidth; ++l) {
+    v[l] = p[l * step];
+  }
+  return v;
 }
 
 FASTMTL_INLINE Vd magnitude(Vd v) {

@@ -48,12 +48,15 @@ inline void normalize_rows(const double* M, int64_t T, double zero, double* C) {
     largest = M[i * T + i] > largest ? M[i * T + i] : largest;
   }
   const double floor = zero * std::sqrt(largest);
+  double* last = C + (T - 1) * T; // the inverse norms, until that row's turn comes
   for (int64_t i = 0; i < T; ++i) {
-    const double di = std::sqrt(M[i * T + i] > 0.0 ? M[i * T + i] : 0.0);
-    for (int64_t j = 0; j <= i; ++j) {
-      const double dj = std::sqrt(M[j * T + j] > 0.0 ? M[j * T + j] : 0.0);
-      const double c = di > floor && dj > floor ? M[i * T + j] / di / dj : 0.0;
-      C[i * T + j] = C[j * T + i] = c;
+    const double norm = std::sqrt(M[i * T + i] > 0.0 ? M[i * T + i] : 0.0);
+    last[i] = norm > floor ? 1.0 / norm : 0.0;
+  }
+  for (int64_t i = 0; i < T; ++i) {
+    const double inverse = last[i];
+    for (int64_t j = 0; j < T; ++j) {
+      C[i * T + j] = M[i * T + j] * inverse * last[j];
     }
   }
 }
