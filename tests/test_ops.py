@@ -524,7 +524,7 @@ def test_conditioning_and_spread_rows(T, kappa):
 
 @pytest.mark.parametrize("T", [17, 24, 40])
 def test_where_a_float32_gram_is_barely_good_enough(T):
-    """Sums in float32 blocks are allowed where the row-normalised Gram is benign: the bound must hold up to its edge."""
+    """Sums in float32 blocks are allowed where the row-normalised Gram is benign: up to its edge."""
     for P in (300, 2000, 9000):
         for kappa in (7.0, 10.0, 12.0, 15.0, 18.0, 20.0, 25.0, 30.0):
             G = conditioned(T, P, kappa, seed=T)

@@ -107,17 +107,19 @@ FASTMTL_INLINE Vi jacobi_round(Vd* A, int64_t runtime_T, const Round& round, Vd*
   };
   for (int64_t k = 0; k < pairs; ++k) {
     const int64_t p = round.p[k], q = round.q[k];
+    const Vd ck = c[k], sk = s[k];
     for (int64_t l = k + 1; l < pairs; ++l) {
+      const Vd cl = c[l], sl = s[l];
       Vd &px = at(p, round.p[l]), &py = at(p, round.q[l]), &qx = at(q, round.p[l]), &qy = at(q, round.q[l]);
       Vd a = px, b = py, d = qx, e = qy;
-      rotate(a, d, c[k], s[k]);
-      rotate(b, e, c[k], s[k]);
-      rotate(a, b, c[l], s[l]);
-      rotate(d, e, c[l], s[l]);
+      rotate(a, d, ck, sk);
+      rotate(b, e, ck, sk);
+      rotate(a, b, cl, sl);
+      rotate(d, e, cl, sl);
       px = a, py = b, qx = d, qy = e;
     }
     if (T % 2) {
-      rotate(at(p, round.bye), at(q, round.bye), c[k], s[k]);
+      rotate(at(p, round.bye), at(q, round.bye), ck, sk);
     }
   }
   return active;
@@ -139,8 +141,10 @@ void jacobi_lanes(Vd* A, Vd* V, Vd* rotations, int64_t runtime_T) {
       rotated |= active;
       if (V && together && any(active)) {
         for (int64_t k = 0; k < (kT ? kT / 2 : round.pairs); ++k) {
-          for (int64_t i = 0; i < T; ++i) {
-            rotate(V[i * ld + round.p[k]], V[i * ld + round.q[k]], c[k], s[k]);
+          const Vd ck = c[k], sk = s[k];
+          Vd *vp = V + round.p[k], *vq = V + round.q[k];
+          for (int64_t i = 0; i < T; ++i, vp += ld, vq += ld) {
+            rotate(*vp, *vq, ck, sk);
           }
         }
       }
@@ -149,15 +153,20 @@ void jacobi_lanes(Vd* A, Vd* V, Vd* rotations, int64_t runtime_T) {
       break;
     }
     if (V && !together) {
-      constexpr int64_t kComponents = 4;
+      constexpr int64_t kComponents = 8;
       for (int64_t first = 0; first < T; first += kComponents) {
         const int64_t last = std::min(T, first + kComponents);
         for (int64_t r = 0; r < rounds; ++r) {
           const Round round(T, r);
           const Vd *c = rotations + r * 2 * kMaxPairs, *s = c + kMaxPairs;
           for (int64_t k = 0; k < round.pairs; ++k) {
-            for (int64_t i = first; i < last; ++i) {
-              rotate(V[i * ld + round.p[k]], V[i * ld + round.q[k]], c[k], s[k]);
+            const Vd ck = c[k], sk = s[k];
+            if (!any(sk != 0.0)) { // common in the last sweeps
+              continue;
+            }
+            Vd *vp = V + first * ld + round.p[k], *vq = V + first * ld + round.q[k];
+            for (int64_t i = first; i < last; ++i, vp += ld, vq += ld) {
+              rotate(*vp, *vq, ck, sk);
             }
           }
         }
@@ -259,9 +268,11 @@ void solve_lanes(
     }
     for (int64_t j = 0; j < T; ++j) {
       eigenvalues[l * T + j] = a[order[j] * ld + order[j]][l];
-      const double* from = reinterpret_cast<const double*>(v + order[j]) + l;
-      for (int64_t i = 0; v && i < T; ++i) {
-        eigenvectors[(l * T + i) * T + j] = from[i * ld * kWidth];
+    }
+    for (int64_t i = 0; v && i < T; ++i) {
+      const double* from = reinterpret_cast<const double*>(v + i * ld) + l;
+      for (int64_t j = 0; j < T; ++j) {
+        eigenvectors[(l * T + i) * T + j] = from[order[j] * kWidth];
       }
     }
   }
