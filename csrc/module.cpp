@@ -283,28 +283,41 @@ class RaggedRows {
 
  private:
   void add(const std::vector<std::optional<Tensor>>& grads, int64_t k, const std::vector<Tensor>* out) {
-    const Tensor* first = nullptr;
-    for (int64_t t = 0; t < T_ && !first; ++t) {
+    // The layout that all are read in: that of the first gradient, made dense where it is not.
+    const Tensor* first = out ? &(*out)[size_t(k)] : nullptr;
+    for (int64_t t = T_ - 1; t >= 0; --t) {
       const auto& g = grads[size_t(t * K_ + k)];
-      first = g ? &*g : nullptr;
-    }
-    if (out) {
-      first = &(*out)[size_t(k)];
+      first = g ? &*g : first;
     }
     if (!first) {
       segments_[size_t(k)] = {rows_.data() + k * T_, nullptr, 0, Dtype::f32};
       return;
     }
-    // The layout that all are read in: that of the result, or of the first gradient, made dense where it is not.
     View layout(*first);
     if (!layout.dense()) {
       copies_.push_back(
           torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
-      if (out) {
-        copy_back_.emplace_back(*first, copies_.back());
-      }
       first = &copies_.back();
       layout = View(*first);
+    }
+    char* result = nullptr;
+    if (out) {
+      const Tensor& target = (*out)[size_t(k)];
+      const View view(target);
+      STD_TORCH_CHECK(
+          view.same_shape(layout) && target.is_cpu() && !view.repeats(),
+          "out: tensor ",
+          k,
+          ": expected the dtype, device and shape ",
+          shape_of(*first),
+          " of its gradients, got ",
+          shape_of(target));
+      result = view.data;
+      if (!view.same_layout(layout)) {
+        copies_.push_back(torch::stable::empty_like(*first));
+        copy_back_.emplace_back(target, copies_.back());
+        result = View(copies_.back()).data;
+      }
     }
     for (int64_t t = 0; t < T_; ++t) {
       const auto& g = grads[size_t(t * K_ + k)];
@@ -330,7 +343,7 @@ class RaggedRows {
         rows_[size_t(k * T_ + t)] = copies_.back().data_ptr();
       }
     }
-    segments_[size_t(k)] = {rows_.data() + k * T_, out ? layout.data : nullptr, layout.numel(), layout.dtype()};
+    segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
   }
 
   int64_t T_, K_;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -51,8 +53,8 @@ def check_matrix(G: Tensor) -> None:
         raise ValueError(f"G: expected at least one task (T >= 1), got {describe(G)}")
 
 
-def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out") -> None:
-    """A preallocated result must be a writable tensor of exactly the result's shape, dtype and device."""
+def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out") -> Tensor:
+    """Returns `out`, which must be a writable tensor of exactly the result's shape, dtype and device."""
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
     if out.shape != shape or out.dtype is not like.dtype or out.device != like.device:
@@ -62,18 +64,22 @@ def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out"
         raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
     if not out.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
+    return out
 
 
-def check_apart(out: Tensor, g: Tensor, name: str) -> None:
-    """A result must not span memory that a gradient spans: it would overwrite what is still to be read."""
-    if torch.compiler.is_compiling() or out.device.type == "meta":
+def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Results must not span memory that a gradient spans: they would overwrite what is still to be read."""
+    if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
         return
-    if out.untyped_storage().data_ptr() != g.untyped_storage().data_ptr() or not out.numel() or not g.numel():
-        return
-    a0, a1 = _extent(out)
-    b0, b1 = _extent(g)
-    if a0 < b1 and b0 < a1:
-        raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within it")
+    spans = sorted(_extent(g) for g in grads if g.numel())
+    starts = [start for start, _ in spans]
+    ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end of this span and all before
+    for k, out in enumerate(outs):
+        start, end = _extent(out)
+        before = bisect.bisect_left(starts, end)
+        if out.numel() and before and ends[before - 1] > start:
+            name = "out" if len(outs) == 1 else f"out[{k}]"
+            raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

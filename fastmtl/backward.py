@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,7 @@ class Info(NamedTuple):
 
 
 class _Method(Protocol):
+    def _check_tasks(self, T: int) -> None: ...
     def _align_rows(self, rows: Rows) -> tuple[list[Tensor | None], Info]: ...
 
 
@@ -38,19 +40,21 @@ def backward(
 ) -> Info:
     """The engine behind `method.backward`: see there. Nothing is written before `_commit`."""
     _check_losses(losses)
+    method._check_tasks(len(losses))
     parameters = _checked_shared(shared)
     private, common = _other_leaves(losses, parameters)
 
     rows: list[list[Tensor | None]] = []
     own: list[list[Tensor | None]] = []
-    for t, loss in enumerate(losses):
-        # Only the last pass may free the graph, since the losses share the trunk.
-        retain = retain_graph or t < len(losses) - 1
-        inputs = [*parameters, *private[t], *common]
-        grads: list[Tensor | None] = list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True))
-        rows.append(grads[: len(parameters)])
-        own.append(grads[len(parameters) :])
-        del grads  # `_commit` has to be the only owner of what it hands over
+    with _without_tensor_hooks([*parameters, *common, *(p for leaves in private for p in leaves)]):
+        for t, loss in enumerate(losses):
+            # Only the last pass may free the graph, since the losses share the trunk.
+            retain = retain_graph or t < len(losses) - 1
+            inputs = [*parameters, *private[t], *common]
+            grads: list[Tensor | None] = list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True))
+            rows.append(grads[: len(parameters)])
+            own.append(grads[len(parameters) :])
+            del grads  # `_commit` has to be the only owner of what it hands over
 
     reached = [k for k in range(len(parameters)) if any(row[k] is not None for row in rows)]
     if not reached:
@@ -85,6 +89,19 @@ def _own_gradients(
                 yield parameter, g
     for k in list(sums):
         yield common[k], sums.pop(k)
+
+
+@contextmanager
+def _without_tensor_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Hooks of a parameter are for what reaches its `.grad`; `autograd.grad` would run them on every task's too."""
+    silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for hooks, _ in silenced:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, entries in silenced:
+            hooks.update(entries)
 
 
 class _Commit(torch.autograd.Function):

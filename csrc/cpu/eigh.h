@@ -18,11 +18,11 @@ constexpr int kMaxSweeps = 40;
 
 struct Rotation {
   Vd t, c, s; // tangent, cosine, sine
-  Vi active; // lanes in which there is something to rotate
+  Vi active;  // lanes in which there is something to rotate
 };
 
-// The rotation that annihilates b of [[a, b], [b, d]], from cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two inverse
-// roots, no division.
+// The rotation that annihilates b of [[a, b], [b, d]], from cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two
+// inverse roots, no division.
 FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b) {
   // Entries are at most one; what is smaller than kTiny is zero, and its square would underflow.
   constexpr double kTiny = 0x1p-500;
@@ -102,9 +102,8 @@ FASTMTL_INLINE Vi jacobi_round(Vd* A, int64_t runtime_T, const Round& round, Vd*
   if (!any(active)) {
     return active;
   }
-  const auto at = [&](int64_t i, int64_t j) __attribute__((always_inline)) -> Vd& {
-    return A[i < j ? i * ld + j : j * ld + i];
-  };
+  const auto at = [&](int64_t i, int64_t j)
+                      __attribute__((always_inline)) -> Vd& { return A[i < j ? i * ld + j : j * ld + i]; };
   for (int64_t k = 0; k < pairs; ++k) {
     const int64_t p = round.p[k], q = round.q[k];
     const Vd ck = c[k], sk = s[k];
@@ -195,7 +194,12 @@ FASTMTL_INLINE void sort_lanes(Vd* A, Vd* V, int64_t T) {
 
 template <int64_t kT>
 void solve_lanes(
-    const double* A, int64_t runtime_T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
+    const double* A,
+    int64_t runtime_T,
+    int64_t count,
+    double* eigenvalues,
+    double* eigenvectors,
+    double* scratch) {
   const int64_t T = kT ? kT : runtime_T, ld = lanes_stride(T);
   Vd* a = reinterpret_cast<Vd*>(scratch);
   Vd* v = eigenvectors ? a + T * ld : nullptr;
@@ -278,8 +282,7 @@ void solve_lanes(
   }
 }
 
-void eigh_lanes(
-    const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
+void eigh_lanes(const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
   switch (T) {
     case 2:
       return solve_lanes<2>(A, T, count, eigenvalues, eigenvectors, scratch);
@@ -317,7 +320,7 @@ int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, dou
   }
   int exponent = 0;
   std::frexp(largest, &exponent);
-  exponent += exponent % 2; // its root is a power of two as well
+  exponent = std::max(exponent + exponent % 2, -1000); // its root is a power of two as well
   const double down = std::ldexp(1.0, -exponent), up = std::ldexp(1.0, exponent / 2);
   for (int64_t i = 0; i < T; ++i) {
     left[i] = A[i * T + i] * down;

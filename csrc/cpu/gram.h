@@ -20,14 +20,14 @@ constexpr int kTile = 3; // 9 accumulators, 3 + 1 operands of 16 registers
 #endif
 constexpr int kMaxDirect = kTile + 1;    // rows whose triangle of products fits the registers
 constexpr int64_t kDirectColumns = 4096; // of one block read in place
-// Columns of one packed block: the two panels of a tile stay in the first-level cache.
+// Columns of one packed block: the two panels of a tile stay in the first-level cache. Float32 sums over a block go to
+// float64 after it: 64 terms a lane, whatever the width of a vector.
 template <class A>
-constexpr int64_t kPackedColumns = sizeof(A) == 8 ? 256 : 1024;
-constexpr int64_t kFloatColumns = 2048; // after so many, float32 sums go to float64
+constexpr int64_t kPackedColumns = sizeof(A) == 8 ? 256 : 64 * kWidth32;
 // Up to here the vectors of sums fit the second-level cache and are carried from block to block.
 constexpr int64_t kMaxCarried = 128;
-constexpr int64_t kWideColumns = 512; // beyond: the packed block alone fills that cache
-constexpr int64_t kLine = 64; // bytes in a cache line
+constexpr int64_t kWideColumns = 32 * kWidth32; // beyond: the packed block alone fills that cache
+constexpr int64_t kLine = 64;                   // bytes in a cache line
 
 template <class A>
 struct VectorOf;
@@ -126,8 +126,8 @@ void direct(const E* const* rows, int count, int64_t n, double* M, const int32_t
 // The rows present in a block, dealt to panels of even height.
 struct Panels {
   const void** rows; // [count] -> first element of the block
-  int32_t* index; // [count] -> row of M
-  int32_t* first; // [panels + 1] -> first row of a panel
+  int32_t* index;    // [count] -> row of M
+  int32_t* first;    // [panels + 1] -> first row of a panel
   int64_t count = 0;
   int64_t panels = 0;
 
@@ -306,8 +306,8 @@ FASTMTL_INLINE void with_height(int64_t R, F&& f) {
   }
 }
 
-// The products of packed rows. Every tile has its vectors of sums; those are carried from block to block while they fit the
-// cache, then each is summed over its lanes into a float64 total. Totals stand in the order of the tiles.
+// The products of packed rows. Every tile has its vectors of sums; those are carried from block to block while they fit
+// the cache, then each is summed over its lanes into a float64 total. Totals stand in the order of the tiles.
 template <class A>
 class PackedGram {
  public:
@@ -331,8 +331,7 @@ class PackedGram {
     const int64_t step = next_element * kLanes<A>;
     const bool fresh = columns_ == 0, carry = T_ <= kMaxCarried;
     columns_ += n;
-    // Float32 sums stay short.
-    const bool total = last || !carry || (sizeof(A) == 4 && columns_ >= kFloatColumns);
+    const bool total = last || !carry || sizeof(A) == 4;
     columns_ = total ? 0 : columns_;
     Vec<A>* sums = sums_;
     double* totals = totals_;

@@ -61,7 +61,7 @@ class AlignedMTL:
             raise ValueError(f"scale: expected one of {_SCALES}, got {scale!r}")
         if rank_rule not in _RANK_RULES:
             raise ValueError(f"rank_rule: expected one of {_RANK_RULES}, got {rank_rule!r}")
-        if rtol is not None and not 0.0 <= float(rtol) < math.inf:
+        if rtol is not None and not (isinstance(rtol, (int, float)) and 0.0 <= rtol < math.inf):
             raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
         self.weights: Tensor | str = _checked_weights(weights)
         self.scale = scale
@@ -98,7 +98,7 @@ class AlignedMTL:
         if not isinstance(gradients, Tensor):
             return self._align_rows(gradients, out)[0]
         G = gradients
-        if G.requires_grad or out is None or not _HAS_KERNELS or not G.is_cpu:
+        if not isinstance(out, Tensor) or out.requires_grad or not out.is_cpu or G.requires_grad or not _HAS_KERNELS:
             out = _checked_out(G, out)
         # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
         # long, and ours are asked only for what to say.
@@ -161,12 +161,20 @@ class AlignedMTL:
         """
         return backward(self, losses, shared, scale_heads=scale_heads, retain_graph=retain_graph)
 
+    def _check_tasks(self, T: int) -> None:
+        if isinstance(self.weights, Tensor) and self.weights.shape[0] != T:
+            raise ValueError(f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}")
+
     def _align_rows(self, rows: Rows, out: Sequence[Tensor | None] | None = None) -> tuple[list[Tensor | None], Info]:
         """The pipeline on a ragged list: results per parameter (None where no task has a gradient) and the info."""
         grads, K = check_rows(rows)
         T = len(rows)
         # Columns without any gradient have no shape: they stay None.
-        like = {k: g for k in range(K) if (g := next((x for x in grads[k::K] if x is not None), None)) is not None}
+        like: dict[int, Tensor] = {}
+        for k in range(K):
+            first = next((g for g in grads[k::K] if g is not None), None)
+            if first is not None:
+                like[k] = first
         if not like:
             raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
         if len(like) < K:
@@ -177,7 +185,8 @@ class AlignedMTL:
             got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
             raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
         else:
-            targets = [_checked_result(out[k], g, grads, f"out[{k}]") for k, g in like.items()]
+            targets = [check_out(out[k], g, g.shape, f"out[{k}]") for k, g in like.items()]
+            check_apart(targets, [g for g in grads if g is not None])
         coarsest = max((g.dtype for g in like.values()), key=_EPS.__getitem__)
         policy = self._policy(T, coarsest, targets[0].device)
         gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *policy, targets)
@@ -192,21 +201,11 @@ class AlignedMTL:
         weights: Tensor | None
         if isinstance(self.weights, str):
             weights = None if self.weights == "mean" else torch.ones(T, dtype=torch.float64, device=device)
-        elif self.weights.shape[0] != T:
-            raise ValueError(f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}")
         else:
+            self._check_tasks(T)
             weights = self.weights.to(device)
-        default, zero = _tolerances(T, dtype)
+        default, zero = (_tolerances.__wrapped__ if torch.compiler.is_compiling() else _tolerances)(T, dtype)
         return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
-
-
-def _checked_result(out: Tensor | None, like: Tensor, grads: Sequence[Tensor | None], name: str) -> Tensor:
-    check_out(out, like, like.shape, name)
-    assert out is not None
-    for g in grads:
-        if g is not None:
-            check_apart(out, g, name)
-    return out
 
 
 def _checked_out(G: Tensor, out: Tensor | None) -> Tensor:
@@ -216,7 +215,7 @@ def _checked_out(G: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return G.new_empty((*batch, P))
     check_out(out, G, (*batch, P))
-    check_apart(out, G, "out")
+    check_apart([out], [G])
     return out
 
 
@@ -237,7 +236,10 @@ def _checked_weights(weights: Tensor | Sequence[float] | str | None) -> Tensor |
         return weights
     if not isinstance(weights, (Tensor, list, tuple)):
         raise TypeError(f'weights: expected None, "mean", "sum" or T numbers, got {describe(weights)}')
-    w = torch.as_tensor(weights, dtype=torch.float64).detach().clone()
+    try:
+        w = torch.as_tensor(weights, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f'weights: expected None, "mean", "sum" or T numbers, got {weights!r}') from error
     if w.ndim != 1 or w.shape[0] == 0:
         raise ValueError(f"weights: expected shape [T], got {list(w.shape)}")
     if not bool(w.isfinite().all()):
