@@ -176,16 +176,14 @@ def _other_leaves(losses: Sequence[Tensor], shared: list[Tensor]) -> tuple[list[
         while stack:
             node = stack.pop()
             known = owner.get(node)
-            if known is None:
-                owner[node] = t
-                variable = getattr(node, "variable", None)
-                if variable is not None:
-                    leaves[node] = variable
-            elif known in (t, several):
+            if known in (t, several):
                 continue
-            else:
-                owner[node] = several
-            stack.extend(successor for successor, _ in node.next_functions if successor is not None)
+            owner[node] = t if known is None else several
+            successors = node.next_functions
+            if successors:
+                stack.extend(successor for successor, _ in successors if successor is not None)
+            elif known is None and (variable := getattr(node, "variable", None)) is not None:
+                leaves[node] = variable
     excluded = {id(p) for p in shared}
     private: list[list[Tensor]] = [[] for _ in losses]
     common: list[Tensor] = []
