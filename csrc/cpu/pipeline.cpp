@@ -79,6 +79,14 @@ void gram_chunks(
   });
 }
 
+void mirror(double* M, int64_t T) {
+  for (int64_t i = 1; i < T; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      M[i * T + j] = M[j * T + i];
+    }
+  }
+}
+
 // M = Σ_c partial[c], mirrored.
 void sum_chunks(const double* partial, int64_t chunks, int64_t T, double* M) {
   const auto rows = [&](int64_t begin, int64_t end) {
@@ -98,21 +106,28 @@ void sum_chunks(const double* partial, int64_t chunks, int64_t T, double* M) {
   } else {
     rows(0, T);
   }
-  for (int64_t i = 1; i < T; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      M[i * T + j] = M[j * T + i];
-    }
-  }
+  mirror(M, T);
 }
 
 void gram_serial(const Gradients& G, double* M) {
   const int64_t T = G.tasks, bounds[2] = {0, columns(G)};
   std::fill(M, M + T * T, 0.0);
   kernels().gram_exact(G, bounds, 0, 1, M);
-  for (int64_t i = 1; i < T; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      M[i * T + j] = M[j * T + i];
-    }
+  mirror(M, T);
+}
+
+// The Grams of neighbours in a batch, in one walk over their columns: while one ends, the next is fetched. A batch has
+// one segment a matrix, and those of neighbours are neighbours.
+void gram_serial(const Gradients* G, int64_t count, double* M) {
+  const int64_t T = G[0].tasks, P = columns(G[0]);
+  Buffer<int64_t, 64> bounds(count + 1);
+  for (int64_t b = 0; b <= count; ++b) {
+    bounds[b] = b * P;
+  }
+  std::fill(M, M + count * T * T, 0.0);
+  kernels().gram_exact({G[0].segments, count, T}, bounds.get(), 0, count, M);
+  for (int64_t b = 0; b < count; ++b) {
+    mirror(M + b * T * T, T);
   }
 }
 
@@ -189,11 +204,7 @@ double gram_rescaled(const Gradients& G, double* M) {
       kernels().gram_exact({&scaled, 1, T}, bounds, 0, 1, M);
     }
   }
-  for (int64_t i = 1; i < T; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      M[i * T + j] = M[j * T + i];
-    }
-  }
+  mirror(M, T);
   return half * rest;
 }
 
@@ -357,8 +368,8 @@ void gram_batch(const Gradients* G, int64_t B, double* M) {
   const int64_t TT = B ? G[0].tasks * G[0].tasks : 0;
   if (B && share_out(G, B)) {
     parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        gram_serial(G[b], M + b * TT);
+      if (begin < end) {
+        gram_serial(G + begin, end - begin, M + begin * TT);
       }
     });
     return;
@@ -474,9 +485,7 @@ void align_batch(const Gradients* G, int64_t B, const Policy& policy) {
     double *M = memory.data(), *alpha = M + group * T * T, *eigenvalues = alpha + group * T;
     for (int64_t b = begin * group; b < std::min(B, end * group); b += group) {
       const int64_t count = std::min(group, B - b);
-      for (int64_t i = 0; i < count; ++i) {
-        gram_serial(G[b + i], M + i * T * T);
-      }
+      gram_serial(G + b, count, M);
       if (worth_lanes(B, T)) {
         balance_lanes(M, count, T, policy, alpha, eigenvalues, rank.data());
       }

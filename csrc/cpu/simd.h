@@ -224,6 +224,22 @@ FASTMTL_INLINE double sum(Vd v) {
 #endif
 }
 
+FASTMTL_INLINE double sum(Vf v) { // in float64
+#if FASTMTL_VECTOR_BYTES == 64
+  const __m256 lo = _mm512_castps512_ps256((__m512)v), hi = _mm512_extractf32x8_ps((__m512)v, 1);
+  return sum((Vd)_mm512_add_pd(_mm512_cvtps_pd(lo), _mm512_cvtps_pd(hi)));
+#elif FASTMTL_VECTOR_BYTES == 32
+  const __m128 lo = _mm256_castps256_ps128((__m256)v), hi = _mm256_extractf128_ps((__m256)v, 1);
+  return sum((Vd)_mm256_add_pd(_mm256_cvtps_pd(lo), _mm256_cvtps_pd(hi)));
+#else
+  double s = 0.0;
+  for (int64_t i = 0; i < kWidth32; ++i) {
+    s += double(v[i]);
+  }
+  return s;
+#endif
+}
+
 // out[i] += the sum of the lanes of v[i]
 FASTMTL_INLINE void add_sums(const Vd* v, int64_t count, double* out) {
   for (int64_t i = 0; i < count; ++i) {
@@ -256,11 +272,7 @@ FASTMTL_INLINE void add_sums(const Vf* v, int64_t count, double* out) {
   }
 #endif
   for (; i < count; ++i) {
-    double s = 0.0;
-    for (int64_t l = 0; l < kWidth32; ++l) {
-      s += double(v[i][l]);
-    }
-    out[i] += s;
+    out[i] += sum(v[i]);
   }
 }
 
