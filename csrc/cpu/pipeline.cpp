@@ -131,7 +131,7 @@ void gram_serial(const Gradients* G, int64_t count, double* M) {
   }
 }
 
-// Whether C - kBlocksMinEigenvalue I is positive definite, C the row-normalised M.
+// Whether float32 blocks are good enough for M: λ_min(C) > kBlocksMinEigenvalue, C the row-normalised M.
 bool well_conditioned(const double* M, int64_t T) {
   std::vector<double> C(static_cast<size_t>(T * T));
   normalize_rows(M, T, 0.0, C.data());
@@ -141,26 +141,24 @@ bool well_conditioned(const double* M, int64_t T) {
   return lapack_is_positive_definite(C.data(), T);
 }
 
-// The Gram of many rows: float32 blocks where the row-normalised Gram allows it, judged on the first chunks and again
-// on the whole; exact otherwise.
-void gram_large(const Gradients& G, double* M) {
+// The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, and M is not
+// written. The whole is to be judged again.
+bool gram_from_blocks(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
+  if (T <= kMaxExactTasks || P < 4 * T || has_float64(G)) {
+    return false;
+  }
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
   const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
-  if (!has_float64(G) && P >= 4 * T) {
-    gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.get());
-    sum_chunks(partial.get(), probe, T, M);
-    if (bounds[size_t(probe)] < 4 * T || well_conditioned(M, T)) {
-      gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.get());
-      sum_chunks(partial.get(), chunks, T, M);
-      if (well_conditioned(M, T)) {
-        return;
-      }
-    }
+  gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.get());
+  sum_chunks(partial.get(), probe, T, M);
+  if (bounds[size_t(probe)] >= 4 * T && !well_conditioned(M, T)) { // fewer columns say nothing of the whole
+    return false;
   }
-  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.get());
+  gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.get());
   sum_chunks(partial.get(), chunks, T, M);
+  return true;
 }
 
 // Gram of G scaled by the power of two that brings its largest entry near one; returns that factor.
@@ -266,8 +264,7 @@ int64_t decide_rank(const double* M, const double* eigenvalues, int64_t T, const
   if (T <= kMaxJacobiTasks) {
     kernels().psd_eigh(C, T, judged, X, X + T * psd_stride(T));
   } else { // the diagonal of C is even
-    std::vector<double> vectors(static_cast<size_t>(T * T));
-    lapack_eigh(C, T, judged, vectors.data());
+    lapack_eigenvalues(C, T, judged);
     std::reverse(judged, judged + T);
   }
   int64_t positive = 0; // of M's own, Cholesky may have found fewer
@@ -297,8 +294,8 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
         eigenvalues[j] = std::max(eigenvalues[j], 0.0);
       }
       *rank = decide_rank(M, eigenvalues, T, policy);
-      // Vectors stand in columns, ascending: walk them from the last.
-      task_weights({eigenvalues, vectors.data() + T - 1, -1, T}, *rank, T, policy, alpha);
+      // Ascending: walk them from the last.
+      task_weights({eigenvalues, vectors.data() + (T - 1) * T, -T, 1}, *rank, T, policy, alpha);
       return;
     }
   }
@@ -443,11 +440,15 @@ void combine_batch(const Gradients* G, int64_t B, const double* alpha) {
 
 void align(const Gradients& G, const Policy& policy, double* M, double* alpha, double* eigenvalues, int64_t* rank) {
   const int64_t T = G.tasks;
-  if (T > kMaxExactTasks) {
-    gram_large(G, M);
-  } else {
-    gram(G, M);
+  if (gram_from_blocks(G, M)) {
+    balance_one(M, T, policy, alpha, eigenvalues, rank);
+    // λ_min(C) >= λ_min(M) / max D often says it without another factorisation.
+    if (eigenvalues[T - 1] > kBlocksMinEigenvalue * largest_diagonal(M, T) || well_conditioned(M, T)) {
+      combine(G, alpha);
+      return;
+    }
   }
+  gram(G, M);
   if (out_of_range(G, M)) {
     std::vector<double> scaled(static_cast<size_t>(T * T));
     const double factor = gram_rescaled(G, scaled.data());

@@ -47,12 +47,13 @@ void eigh(
 
 constexpr int64_t kMaxLanesTasks = 32;
 
-// LAPACK's eigensolver and Cholesky test, which torch carries; defined with the ops.
+// LAPACK's eigensolvers and Cholesky test, which torch carries; defined with the ops.
 void lapack_eigh(
     const double* M, // [T, T]
     int64_t T,
-    double* eigenvalues,   // [T], ascending
-    double* eigenvectors); // [T, T], in columns
+    double* eigenvalues, // [T], ascending
+    double* eigenvectors); // [T, T], one a row
+void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues);
 bool lapack_is_positive_definite(const double* M, int64_t T);
 
 } // namespace fastmtl::cpu

@@ -1,0 +1,70 @@
+"""setup.py says what it builds and why not, and fails with a way out where it cannot build."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests run without the source tree")
+
+
+def setup(*, path=None, **switches):
+    """`setup.py --version` takes every decision of a build and builds nothing."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTMTL_") and k not in ("CXX", "CUDA_HOME")}
+    env.update(switches)
+    if path is not None:
+        env["PATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_kernels_on_request():
+    result = setup(FASTMTL_NO_EXT="1")
+    assert result.returncode == 0, result.stderr
+    assert "no kernels built: FASTMTL_NO_EXT=1" in result.stderr
+
+
+def test_without_cuda_on_request():
+    result = setup(FASTMTL_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert "CPU kernels built" in result.stderr
+    assert "CUDA kernels not built: FASTMTL_CUDA=0" in result.stderr
+
+
+def test_auto_says_what_it_decided_about_cuda():
+    result = setup(FASTMTL_CUDA="auto")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA kernels not built: " in result.stderr or "CUDA kernels built with " in result.stderr
+
+
+def test_cuda_on_demand_fails_where_it_cannot_be_built(tmp_path):
+    decided = setup(FASTMTL_CUDA="auto").stderr
+    result = setup(FASTMTL_CUDA="1")
+    if "CUDA kernels not built: " in decided:
+        assert result.returncode != 0
+        assert "FASTMTL_CUDA=1, but " in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_switch_is_named():
+    result = setup(FASTMTL_CUDA="maybe")
+    assert result.returncode != 0
+    assert "FASTMTL_CUDA: expected 0, 1 or auto, got 'maybe'" in result.stderr
+
+
+def test_no_compiler_names_the_ways_out(tmp_path):
+    result = setup(path=tmp_path, FASTMTL_CUDA="0")
+    assert result.returncode != 0
+    assert "no C++ compiler found" in result.stderr
+    assert "FASTMTL_NO_EXT=1" in result.stderr
+
+
+def test_no_compiler_is_needed_without_kernels(tmp_path):
+    result = setup(path=tmp_path, FASTMTL_NO_EXT="1")
+    assert result.returncode == 0, result.stderr
