@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import overload
@@ -103,7 +102,7 @@ class AlignedMTL:
         # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
         # long, and ours are asked only for what to say.
         try:
-            ops.align(G, *self._policy(G.shape[-2], G.dtype, G.device), out)
+            ops.align(G, *self._policy(G.shape[-2], G.dtype, G), out)
         except Exception:
             _checked_out(G, out)
             raise
@@ -130,7 +129,7 @@ class AlignedMTL:
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
-        return ops.balance(M, *self._policy(M.shape[-1], dtype or M.dtype, M.device))[0]
+        return ops.balance(M, *self._policy(M.shape[-1], dtype or M.dtype, M))[0]
 
     def backward(
         self,
@@ -188,7 +187,7 @@ class AlignedMTL:
             targets = [check_out(out[k], g, g.shape, f"out[{k}]") for k, g in like.items()]
             check_apart(targets, [g for g in grads if g is not None])
         coarsest = max((g.dtype for g in like.values()), key=_EPS.__getitem__)
-        policy = self._policy(T, coarsest, targets[0].device)
+        policy = self._policy(T, coarsest, targets[0])
         gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *policy, targets)
         _mark_written(targets)
         results: list[Tensor | None] = [None] * K
@@ -196,15 +195,15 @@ class AlignedMTL:
             results[k] = target
         return results, Info(alpha, gram, eigenvalues, rank)
 
-    def _policy(self, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, str, float, float, str]:
+    def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
         """The numerical decisions as the ops take them."""
         weights: Tensor | None
         if isinstance(self.weights, str):
-            weights = None if self.weights == "mean" else torch.ones(T, dtype=torch.float64, device=device)
+            weights = None if self.weights == "mean" else like.new_ones(T, dtype=torch.float64)
         else:
             self._check_tasks(T)
-            weights = self.weights.to(device)
-        default, zero = (_tolerances.__wrapped__ if torch.compiler.is_compiling() else _tolerances)(T, dtype)
+            weights = self.weights.to(like.device)
+        default, zero = _tolerances(T, dtype)
         return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
 
 
@@ -219,12 +218,13 @@ def _checked_out(G: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
-@functools.lru_cache(maxsize=256)
 def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
     """Default rtol of T gradients of this dtype, and the relative row norm below which a row is rounding noise."""
+    if dtype is torch.float32:
+        return math.sqrt(T * _EPS32), _EPS32
     if dtype is torch.float64:
         return math.sqrt(T * _EPS64), _EPS64
-    return max(math.sqrt(T * _EPS32), _EPS[dtype] if dtype is not torch.float32 else 0.0), _EPS32
+    return max(math.sqrt(T * _EPS32), _EPS[dtype]), _EPS32
 
 
 def _checked_weights(weights: Tensor | Sequence[float] | str | None) -> Tensor | str:
