@@ -51,7 +51,7 @@ constexpr int64_t kMaxLanesTasks = 32;
 void lapack_eigh(
     const double* M, // [T, T]
     int64_t T,
-    double* eigenvalues, // [T], ascending
+    double* eigenvalues,   // [T], ascending
     double* eigenvectors); // [T, T], one a row
 void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues);
 bool lapack_is_positive_definite(const double* M, int64_t T);
