@@ -141,8 +141,8 @@ bool well_conditioned(const double* M, int64_t T) {
   return lapack_is_positive_definite(C.data(), T);
 }
 
-// The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, and M is not
-// written. The whole is to be judged again.
+// The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, with nothing
+// of use in M. The whole is to be judged again.
 bool gram_from_blocks(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
   if (T <= kMaxExactTasks || P < 4 * T || has_float64(G)) {
@@ -165,8 +165,10 @@ bool gram_from_blocks(const Gradients& G, double* M) {
 double gram_rescaled(const Gradients& G, double* M) {
   constexpr int64_t kColumns = 4096;
   const int64_t T = G.tasks;
+  // Beside entries this large nothing of another type counts, and beside entries this small nothing of another type is
+  // there: M would have been in range.
   const auto entry = [](const Segment& s, int64_t t, int64_t i) {
-    return s.dtype == Dtype::f64 ? static_cast<const double*>(s.rows[t])[i] : 0.0; // no other type over- or underflows
+    return s.dtype == Dtype::f64 ? static_cast<const double*>(s.rows[t])[i] : 0.0;
   };
   double largest = 0.0;
   for (int64_t k = 0; k < G.count; ++k) {
