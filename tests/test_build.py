@@ -42,7 +42,7 @@ def test_auto_says_what_it_decided_about_cuda():
     assert "CUDA kernels not built: " in result.stderr or "CUDA kernels built with " in result.stderr
 
 
-def test_cuda_on_demand_fails_where_it_cannot_be_built(tmp_path):
+def test_cuda_on_demand_fails_where_it_cannot_be_built():
     decided = setup(FASTMTL_CUDA="auto").stderr
     result = setup(FASTMTL_CUDA="1")
     if "CUDA kernels not built: " in decided:
