@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 export FASTMTL_CUDA ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-check lint format clean
+.PHONY: help install demo test emulate cuda cuda-all cuda-report bench bench-check lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,21 @@ demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; 
 
 test: install ## all tests (PYTEST_ARGS="-k gram" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
+	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
+
+cuda: install ## build the CUDA kernels too (needs nvcc, no GPU), for TORCH_CUDA_ARCH_LIST or 7.5 and 8.0, and import them
+	FASTMTL_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0}" PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -c "import fastmtl; assert fastmtl.ops.EXTENSIONS['_C_cuda'], 'built, but not loaded'"
+	$(BIN)/python -m fastmtl info
+
+cuda-all: ## the same for every architecture of the design
+	TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(MAKE) cuda
+
+cuda-report: install ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
+	$(BIN)/python tools/cuda_report.py
 
 bench: install ## every op beside plain PyTorch and TorchJD, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)

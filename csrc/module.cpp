@@ -16,163 +16,13 @@
 
 #include "common.h"
 #include "cpu/pipeline.h"
+#include "tensors.h"
 
 namespace fastmtl::cpu {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-// What the ops need to know of a tensor, asked once: every question crosses the ABI.
-struct View {
-  explicit View(const Tensor& x)
-      : sizes(x.sizes().data()),
-        strides(x.strides().data()),
-        dims(x.dim()),
-        type(x.scalar_type()),
-        data(static_cast<char*>(x.data_ptr())) {}
-
-  Dtype dtype() const {
-    switch (type) {
-      case ScalarType::Float:
-        return Dtype::f32;
-      case ScalarType::Double:
-        return Dtype::f64;
-      case ScalarType::BFloat16:
-        return Dtype::bf16;
-      case ScalarType::Half:
-        return Dtype::f16;
-      default:
-        STD_TORCH_CHECK(false, "fastmtl: expected float32, float64, bfloat16 or float16 gradients");
-    }
-  }
-  int64_t element() const { // bytes
-    const Dtype d = dtype();
-    return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2;
-  }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int64_t i = 0; i < dims; ++i) {
-      n *= sizes[i];
-    }
-    return n;
-  }
-  // Bytes from the first to the last element.
-  int64_t span() const {
-    int64_t last = 0;
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] == 0) {
-        return 0;
-      }
-      last += (sizes[i] - 1) * strides[i];
-    }
-    return (last + 1) * element();
-  }
-  bool overlaps(const View& other) const {
-    return data < other.data + other.span() && other.data < data + span();
-  }
-  bool repeats() const {
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1 && strides[i] == 0) {
-        return true;
-      }
-    }
-    return false;
-  }
-  bool same_shape(const View& other) const {
-    return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
-  }
-  bool same_layout(const View& other) const {
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1 && strides[i] != other.strides[i]) {
-        return false;
-      }
-    }
-    return true;
-  }
-  // Whether the elements fill one stretch of memory, in whatever order of dimensions.
-  bool dense() const {
-    int64_t expected = 1;
-    bool contiguous = true;
-    for (int64_t i = dims - 1; i >= 0; --i) {
-      contiguous = contiguous && (sizes[i] == 1 || strides[i] == expected);
-      expected *= sizes[i];
-    }
-    if (contiguous || expected == 0) {
-      return true;
-    }
-    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1) {
-        order.emplace_back(strides[i], sizes[i]);
-      }
-    }
-    std::sort(order.begin(), order.end());
-    expected = 1;
-    for (const auto& [stride, size] : order) {
-      if (stride != expected) {
-        return false;
-      }
-      expected *= size;
-    }
-    return true;
-  }
-
-  const int64_t* sizes;
-  const int64_t* strides;
-  int64_t dims;
-  ScalarType type;
-  char* data;
-};
-
-std::string shape_of(const Tensor& x) {
-  std::string s = "[";
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    s += (i ? ", " : "") + std::to_string(x.size(i));
-  }
-  return s + "]";
-}
-
-Policy policy_of(
-    const std::optional<Tensor>& weights,
-    int64_t T,
-    const std::string& scale,
-    double rtol,
-    double zero,
-    const std::string& rank_rule) {
-  if (weights) {
-    STD_TORCH_CHECK(
-        weights->scalar_type() == ScalarType::Double && weights->dim() == 1 && weights->size(0) == T &&
-            weights->is_contiguous(),
-        "weights: expected a contiguous float64 tensor of shape [",
-        T,
-        "], got shape ",
-        shape_of(*weights));
-  }
-  STD_TORCH_CHECK(
-      scale == "min" || scale == "median" || scale == "rmse", "scale: expected min, median or rmse, got ", scale);
-  STD_TORCH_CHECK(
-      rank_rule == "normalized" || rank_rule == "gram", "rank_rule: expected normalized or gram, got ", rank_rule);
-  return {
-      weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr,
-      scale == "min"      ? Scale::min
-      : scale == "median" ? Scale::median
-                          : Scale::rmse,
-      rank_rule == "normalized" ? RankRule::normalized : RankRule::gram,
-      rtol,
-      zero};
-}
-
-Tensor empty_float64(const std::vector<int64_t>& size, const Tensor& like) {
-  return torch::stable::new_empty(like, size, ScalarType::Double);
-}
-
-double* doubles(const Tensor& x) {
-  return static_cast<double*>(x.mutable_data_ptr());
-}
 
 // A matrix [T, P] or batch [B, T, P] as row pointers. Rows may have any stride; only columns that are not neighbours in
 // memory force a copy.
@@ -199,19 +49,13 @@ class Matrix {
 
  private:
   Matrix(const Tensor& G, View source, const Tensor* out)
-      : B_(check(G, source)), T_(source.sizes[source.dims - 2]), rows_(B_ * T_), segments_(B_), matrices_(B_) {
+      : B_(check_matrix(G, source)), T_(source.sizes[source.dims - 2]), rows_(B_ * T_), segments_(B_), matrices_(B_) {
     const int64_t dims = source.dims, P = source.sizes[dims - 1], size = source.element();
     char* base_out = nullptr;
     int64_t next_out = 0;
     if (out) {
       View target(*out);
-      STD_TORCH_CHECK(
-          target.dims == dims - 1 && target.sizes[dims - 2] == P && (dims == 2 || target.sizes[0] == B_) &&
-              target.type == source.type && out->is_cpu() && !target.repeats() && !target.overlaps(source),
-          "out: expected the dtype and device of G, shape [P] or [B, P] and memory of its own, for G of shape ",
-          shape_of(G),
-          "; got shape ",
-          shape_of(*out));
+      check_result(G, source, *out, target);
       if (P > 1 && target.strides[dims - 2] != 1) {
         strided_out_ = *out;
         dense_out_ = torch::stable::new_empty(*out, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
@@ -234,140 +78,12 @@ class Matrix {
     }
   }
 
-  static int64_t check(const Tensor& G, const View& v) { // returns B
-    STD_TORCH_CHECK(
-        (v.dims == 2 || v.dims == 3) && v.sizes[v.dims - 2] >= 1,
-        "G: expected shape [T, P] or [B, T, P] with T >= 1, got ",
-        shape_of(G));
-    return v.dims == 3 ? v.sizes[0] : 1;
-  }
-
   int64_t B_, T_;
   std::optional<Tensor> copy_, dense_out_, strided_out_;
   Buffer<const void*, 64> rows_;
   Buffer<Segment, 4> segments_;
   Buffer<Gradients, 4> matrices_;
 };
-
-// T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
-// result) share one dense layout; the others of that parameter are copied.
-class RaggedRows {
- public:
-  RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out)
-      : T_(tasks) {
-    STD_TORCH_CHECK(
-        tasks >= 1 && int64_t(grads.size()) % tasks == 0,
-        "grads: expected a multiple of ",
-        tasks,
-        " tensors, got ",
-        grads.size());
-    K_ = int64_t(grads.size()) / tasks;
-    STD_TORCH_CHECK(!out || int64_t(out->size()) == K_, "out: expected ", K_, " tensors, got ", out ? out->size() : 0);
-    rows_.assign(grads.size(), nullptr);
-    segments_.resize(size_t(K_));
-    for (int64_t k = 0; k < K_; ++k) {
-      add(grads, k, out);
-    }
-    gradients_ = {segments_.data(), K_, T_};
-  }
-
-  void finish() {
-    for (auto& [target, result] : copy_back_) {
-      torch::stable::copy_(target, result);
-    }
-  }
-
-  const Gradients& gradients() const {
-    return gradients_;
-  }
-
- private:
-  void add(const std::vector<std::optional<Tensor>>& grads, int64_t k, const std::vector<Tensor>* out) {
-    // The layout that all are read in: that of the first gradient, made dense where it is not.
-    const Tensor* first = out ? &(*out)[size_t(k)] : nullptr;
-    for (int64_t t = T_ - 1; t >= 0; --t) {
-      const auto& g = grads[size_t(t * K_ + k)];
-      first = g ? &*g : first;
-    }
-    if (!first) {
-      segments_[size_t(k)] = {rows_.data() + k * T_, nullptr, 0, Dtype::f32};
-      return;
-    }
-    View layout(*first);
-    if (!layout.dense()) {
-      copies_.push_back(
-          torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
-      first = &copies_.back();
-      layout = View(*first);
-    }
-    char* result = nullptr;
-    if (out) {
-      const Tensor& target = (*out)[size_t(k)];
-      const View view(target);
-      STD_TORCH_CHECK(
-          view.same_shape(layout) && target.is_cpu() && !view.repeats(),
-          "out: tensor ",
-          k,
-          ": expected the dtype, device and shape ",
-          shape_of(*first),
-          " of its gradients, got ",
-          shape_of(target));
-      result = view.data;
-      if (!view.same_layout(layout)) {
-        copies_.push_back(torch::stable::empty_like(*first));
-        copy_back_.emplace_back(target, copies_.back());
-        result = View(copies_.back()).data;
-      }
-    }
-    for (int64_t t = 0; t < T_; ++t) {
-      const auto& g = grads[size_t(t * K_ + k)];
-      if (!g) {
-        continue;
-      }
-      const View row(*g);
-      STD_TORCH_CHECK(
-          row.same_shape(layout),
-          "grads: row ",
-          t,
-          ", tensor ",
-          k,
-          ": expected the dtype and shape ",
-          shape_of(*first),
-          " of the others, got ",
-          shape_of(*g));
-      if (row.same_layout(layout)) {
-        rows_[size_t(k * T_ + t)] = row.data;
-      } else {
-        copies_.push_back(torch::stable::empty_like(*first));
-        torch::stable::copy_(copies_.back(), *g);
-        rows_[size_t(k * T_ + t)] = copies_.back().data_ptr();
-      }
-    }
-    segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
-  }
-
-  int64_t T_, K_;
-  std::vector<const void*> rows_; // [K, T]
-  std::vector<Segment> segments_;
-  std::deque<Tensor> copies_; // addresses stay
-  std::vector<std::pair<Tensor, Tensor>> copy_back_;
-  Gradients gradients_;
-};
-
-std::vector<int64_t> leading(const Tensor& M, int64_t drop) {
-  return {M.sizes().begin(), M.sizes().end() - drop};
-}
-
-void check_square(const Tensor& M) {
-  STD_TORCH_CHECK(
-      M.dim() >= 2 && M.size(-1) == M.size(-2) && M.size(-1) >= 1,
-      "M: expected shape [..., T, T] with T >= 1, got ",
-      shape_of(M));
-}
-
-Tensor as_float64(const Tensor& M) {
-  return torch::stable::contiguous(torch::stable::to(M, ScalarType::Double));
-}
 
 // --- the ops
 
@@ -378,15 +94,6 @@ Tensor gram_op(const Tensor& G) {
   const Tensor M = empty_float64(size, G);
   gram_batch(matrix.matrices(), matrix.B(), doubles(M));
   return M;
-}
-
-const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
-  for (const auto& g : grads) {
-    if (g) {
-      return *g;
-    }
-  }
-  STD_TORCH_CHECK(false, "grads: expected at least one tensor");
 }
 
 Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
@@ -417,15 +124,6 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
       doubles(eigenvalues),
       static_cast<int64_t*>(rank.mutable_data_ptr()));
   return {alpha, eigenvalues, rank};
-}
-
-void check_alpha(const Tensor& alpha, int64_t count) {
-  STD_TORCH_CHECK(
-      alpha.scalar_type() == ScalarType::Double && alpha.numel() == count && alpha.is_contiguous(),
-      "alpha: expected a contiguous float64 tensor of ",
-      count,
-      " task weights, got shape ",
-      shape_of(alpha));
 }
 
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {

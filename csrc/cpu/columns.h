@@ -67,10 +67,6 @@ FASTMTL_INLINE const E* row(const Block& block, int64_t t) {
   return p ? p + block.begin : nullptr;
 }
 
-FASTMTL_INLINE int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
-
 // Calls f with a null pointer of the segment's element type.
 template <class F>
 FASTMTL_INLINE void with_type(Dtype dtype, F&& f) {

@@ -21,11 +21,6 @@ constexpr int64_t kMinChunk = 2048;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Above this many tasks a float32 Gram is enough faster to try it first (below, exact products hide behind the reads).
-constexpr int64_t kMaxExactTasks = 16;
-// A float32-block Gram is off by some 1e-7 of the row norms at worst, typically by 1e-9; divided by λ_min(C) that is
-// what it costs the result.
-constexpr double kBlocksMinEigenvalue = 0.1;
 // Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error
 // is about eps λ_max, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it, where
 // the rows are this even (then the Gram itself carries an error of that size).

@@ -1,10 +1,22 @@
-// From the spectrum of a Gram matrix to task weights: rank rule, scale and α. Torch-free.
+// From the spectrum of a Gram matrix to task weights: rank rule, scale and α. Torch-free, for host and device.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTMTL_HOST_DEVICE __host__ __device__
+#else
+#define FASTMTL_HOST_DEVICE
+#endif
+
 namespace fastmtl {
+
+// Above this many tasks a float32 Gram is enough faster to try it first (below, exact products hide behind the reads).
+constexpr int64_t kMaxExactTasks = 16;
+// A float32-block Gram is off by some 1e-7 of the row norms at worst, typically by 1e-9; divided by λ_min(C) that is
+// what it costs the result.
+constexpr double kBlocksMinEigenvalue = 0.1;
 
 enum class Scale { min, median, rmse };
 enum class RankRule { normalized, gram };
@@ -26,7 +38,7 @@ struct Spectrum {
 };
 
 // How many eigenvalues (descending) the cut keeps.
-inline int64_t kept(const double* eigenvalues, int64_t T, double rtol) {
+FASTMTL_HOST_DEVICE inline int64_t kept(const double* eigenvalues, int64_t T, double rtol) {
   const double cut = eigenvalues[0] * rtol * rtol;
   int64_t rank = 0;
   while (rank < T && eigenvalues[rank] > cut && eigenvalues[rank] > 0.0) {
@@ -37,7 +49,7 @@ inline int64_t kept(const double* eigenvalues, int64_t T, double rtol) {
 
 // Whether the spectrum of M alone proves that all T rows are independent, whatever their norms:
 // λ_min(C) >= λ_min(M) / max D and λ_max(C) <= T for C = D^-1/2 M D^-1/2.
-inline bool proves_full_rank(double smallest, double largest_diagonal, int64_t T, double rtol) {
+FASTMTL_HOST_DEVICE inline bool proves_full_rank(double smallest, double largest_diagonal, int64_t T, double rtol) {
   return smallest > largest_diagonal * double(T) * rtol * rtol;
 }
 
@@ -61,6 +73,21 @@ inline void normalize_rows(const double* M, int64_t T, double zero, double* C) {
   }
 }
 
+// s, from the kept ones of descending eigenvalues; rank >= 1.
+FASTMTL_HOST_DEVICE inline double squared_scale(const double* eigenvalues, int64_t rank, Scale scale) {
+  if (scale == Scale::min) {
+    return eigenvalues[rank - 1];
+  }
+  if (scale == Scale::median) { // the lower one of an even number
+    return eigenvalues[rank / 2];
+  }
+  double mean = 0.0;
+  for (int64_t j = 0; j < rank; ++j) {
+    mean += eigenvalues[j] / double(rank);
+  }
+  return mean;
+}
+
 // α = sqrt(s) Σ_{j < rank} λ_j^-1/2 v_j (v_jᵀ w)
 inline void task_weights(const Spectrum& spectrum, int64_t rank, int64_t T, const Policy& policy, double* alpha) {
   for (int64_t i = 0; i < T; ++i) {
@@ -70,15 +97,7 @@ inline void task_weights(const Spectrum& spectrum, int64_t rank, int64_t T, cons
     return;
   }
   const double* lam = spectrum.eigenvalues;
-  double s = lam[rank - 1];
-  if (policy.scale == Scale::median) { // the lower one of an even number
-    s = lam[rank / 2];
-  } else if (policy.scale == Scale::rmse) {
-    s = 0.0;
-    for (int64_t j = 0; j < rank; ++j) {
-      s += lam[j] / double(rank);
-    }
-  }
+  const double s = squared_scale(lam, rank, policy.scale);
   for (int64_t j = 0; j < rank; ++j) {
     const double* v = spectrum.vectors + j * spectrum.next_vector;
     double along = 0.0, square = 0.0;

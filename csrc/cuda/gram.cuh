@@ -1,0 +1,481 @@
+// Gram matrices M = G Gᵀ in two stages: every block sums the products of a run of columns into a partial of its own,
+// then `gram_reduce` (kernels_weights.cu) adds the partials in order. No atomics: the bits depend on the shapes alone.
+//
+// gram_stream, T <= 8: a thread reads 16 bytes of each row and keeps all T (T + 1) / 2 sums in registers, in float64.
+//   Reads T P sizeof(scalar) bytes once, writes blocks (T (T + 1) / 2 + 1) 8 bytes; T (T + 1) / 2 P float64 FMA.
+//
+// gram_tiles, any T: columns are staged in shared memory as `accumulator`, the next ones being fetched into registers
+//   meanwhile; a thread owns a 4 x 4 tile of M. With float32 the sums of at most 128 columns go to a pair of float32
+//   (TwoSum), which holds 48 bits without float64 arithmetic; with float64 all products are exact to rounding.
+//   Reads G once for T <= 64, beyond that once for every 64 other rows; (T + 3)² / 2 P FMA.
+#pragma once
+
+#include "platform.h"
+#include "reduce.cuh"
+#include "source.cuh"
+#include "vector.cuh"
+
+namespace fastmtl::cuda {
+
+// What the first look at M decided for the second pass over G, on the device.
+struct Verdict {
+  int again;         // whether there is to be a second pass
+  double half, rest; // its G is scaled by half * rest, a power of two that alone might not be representable
+  __device__ double factor() const {
+    return half * rest;
+  }
+};
+
+// A pass over G: the first one always takes place, the second one where the verdict says so.
+struct Pass {
+  const Verdict* verdict; // [B], or null in the first pass
+  __device__ bool skip(int64_t b) const {
+    return verdict && !verdict[b].again;
+  }
+  __device__ bool rescales(int64_t b) const {
+    return verdict && verdict[b].half != 1.0;
+  }
+};
+
+// --- T <= 8
+
+template <int kRows>
+constexpr int kStreamValues = kRows * (kRows + 1) / 2;
+
+template <class scalar>
+__device__ double scaled(scalar x, double half, double rest) {
+  if constexpr (sizeof(scalar) == 8) {
+    return x * half * rest;
+  }
+  // Beside float64 entries that need a scale nothing of another type counts.
+  return half == 1.0 ? widen<double>(x) : 0.0;
+}
+
+// The sums of pieces [first, last) into values[0 .. kStreamValues), row-major upper triangle, and the largest float64
+// entry into the one behind. `shared` holds kThreads / 32 * (kStreamValues + 1) doubles.
+template <class scalar, int kRows, int kThreads>
+__device__ void
+stream_block(const Source& source, int64_t b, Run run, double half, double rest, double* shared, double* values) {
+  constexpr int kValues = kStreamValues<kRows>, kV = kVec<scalar>;
+  constexpr int kDepth = kRows >= 8 ? 1 : 8 / kRows; // vectors of a row in flight
+  double sum[kValues] = {};
+  double largest = 0.0;
+  Pieces pieces(source, run.first, run.last);
+  Piece piece;
+  while (pieces.next(piece)) {
+    const scalar* rows[kRows];
+#pragma unroll
+    for (int t = 0; t < kRows; ++t) {
+      rows[t] = row_of<scalar>(source, b, piece.segment, t);
+    }
+    const auto accumulate = [&](const Vector<scalar>* v) {
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        double x[kRows];
+#pragma unroll
+        for (int t = 0; t < kRows; ++t) {
+          x[t] = scaled(v[t][i], half, rest);
+          if constexpr (sizeof(scalar) == 8) {
+            largest = fmax(largest, fabs(x[t]));
+          }
+        }
+        int k = 0;
+#pragma unroll
+        for (int t = 0; t < kRows; ++t) {
+#pragma unroll
+          for (int u = t; u < kRows; ++u) {
+            sum[k] = fma(x[t], x[u], sum[k]);
+            ++k;
+          }
+        }
+      }
+    };
+    constexpr int64_t kStep = int64_t(kThreads) * kV;
+    int64_t at = piece.begin + int64_t(threadIdx.x) * kV;
+    if (piece.wide) { // whole vectors of all rows
+      const int64_t whole = piece.end - (piece.end - piece.begin) % kV;
+      for (; at < whole; at += kDepth * kStep) {
+        Vector<scalar> v[kDepth][kRows];
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+          for (int t = 0; t < kRows; ++t) {
+            const int64_t c = at + d * kStep;
+            v[d][t] = zeros<scalar>();
+            if (rows[t] && c < whole) {
+              v[d][t].bits = *reinterpret_cast<const uint4*>(rows[t] + c);
+            }
+          }
+        }
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          accumulate(v[d]);
+        }
+      }
+      at = threadIdx.x == 0 ? whole : piece.end; // what is left is less than a vector
+    }
+    for (; at < piece.end; at += kStep) {
+      Vector<scalar> v[kRows];
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) {
+        v[t] = read(rows[t], at, piece.end, false);
+      }
+      accumulate(v);
+    }
+  }
+  largest = block_max<kThreads>(largest, shared);
+  __syncthreads();
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  int low, high;
+  warp_sums<kValues>(sum, lane, low, high);
+#pragma unroll
+  for (int i = 0; i < (kValues + 31) / 32; ++i) {
+    if (low + i < high) {
+      shared[warp * kValues + low + i] = sum[i];
+    }
+  }
+  __syncthreads();
+  for (int k = int(threadIdx.x); k < kValues; k += kThreads) {
+    double total = shared[k];
+    for (int w = 1; w < kThreads / 32; ++w) {
+      total += shared[w * kValues + k];
+    }
+    values[k] = total;
+  }
+  if (threadIdx.x == 0) {
+    values[kValues] = largest;
+  }
+  __syncthreads();
+}
+
+constexpr int kStreamThreads = 128;
+
+template <int kRows>
+constexpr size_t kStreamShared = kStreamThreads / 32 * (kStreamValues<kRows> + 1) * sizeof(double);
+
+template <class scalar, int kRows>
+__global__ __launch_bounds__(kStreamThreads) void gram_stream(
+    const __grid_constant__ Source source,
+    Pass pass,
+    int64_t blocks,
+    int64_t next_partial, // doubles from one matrix to the next
+    double* partial) {    // [B, >= blocks, kStreamValues + 1]
+  const int64_t b = blockIdx.x / blocks, c = blockIdx.x % blocks;
+  if (pass.skip(b)) {
+    return;
+  }
+  FASTMTL_DYNAMIC_SHARED(shared);
+  const bool rescales = pass.rescales(b);
+  stream_block<scalar, kRows, kStreamThreads>(
+      source,
+      b,
+      Run(source.tiles, c, blocks),
+      rescales ? pass.verdict[b].half : 1.0,
+      rescales ? pass.verdict[b].rest : 1.0,
+      reinterpret_cast<double*>(shared),
+      partial + b * next_partial + c * (kStreamValues<kRows> + 1));
+}
+
+// --- any T
+
+constexpr int kTilesThreads = 288; // 28, 8 or 2 threads for each tile of 16, 32 or 64 rows
+constexpr int kGroupRows = 64;     // beyond, M is made of blocks of 64 x 64
+
+// kRows: 16, 32 or 64 rows with each other, or 128: the first 64 with the other 64.
+template <class accumulator, int kRows>
+struct Tiling {
+  static constexpr bool kPair = kRows == 2 * kGroupRows;
+  static constexpr int kSide = kPair ? kGroupRows / 4 : kRows / 4; // tiles on a side
+  static constexpr int kTiles = kPair ? kSide * kSide : kSide * (kSide + 1) / 2;
+  static constexpr int kSlices = kTilesThreads / kTiles; // threads that share a tile's columns
+  static constexpr int kColumns = (kPair ? 256 : 16384 / kRows) / int(sizeof(accumulator));
+  static constexpr int kWidth = 16 / int(sizeof(accumulator)); // columns read from shared memory at once
+  static constexpr int kStride = kColumns + kWidth; // odd in units of 16 bytes: neighbour rows in different banks
+  static constexpr int kValues = kTiles * 16;
+  static constexpr size_t kStage = size_t(kRows) * kStride * sizeof(accumulator);
+  static constexpr size_t kSums = size_t(kTilesThreads) * 4 * sizeof(double);
+  static constexpr size_t kLong = sizeof(accumulator) == 4 ? size_t(kTilesThreads) * 32 * sizeof(float) : 0;
+  static constexpr size_t kShared = (kStage > kSums ? kStage : kSums) + kLong;
+};
+
+// Tile k of the upper triangle (or of the square) of tiles.
+template <int kSide, bool kPair>
+__device__ void tile_place(int k, int& i, int& j) {
+  if constexpr (kPair) {
+    i = k / kSide;
+    j = k % kSide;
+  } else {
+    i = 0;
+    while (k >= kSide - i) {
+      k -= kSide - i;
+      ++i;
+    }
+    j = i + k;
+  }
+}
+
+// hi + lo += x, exactly but for the rounding of lo.
+__device__ inline void add_exactly(float& hi, float& lo, float x) {
+  const float sum = hi + x, other = sum - hi;
+  lo += (hi - (sum - other)) + (x - other);
+  hi = sum;
+}
+
+// The sums of pieces [first, last) into values[0 .. Tiling::kValues), tile by tile, and the largest float64 entry
+// behind them. Row r of the tiling is row first_row + r of G; of a pair, row second_row + r - 64 from 64 on.
+template <class scalar, class accumulator, int kRows>
+__device__ void tiles_block(
+    const Source& source,
+    int64_t b,
+    Run run,
+    int64_t first_row,
+    int64_t second_row,
+    double half,
+    double rest,
+    unsigned char* shared,
+    double* values) {
+  using Shape = Tiling<accumulator, kRows>;
+  constexpr int kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
+  constexpr int kLoads = (kRows * kRowVectors + kTilesThreads - 1) / kTilesThreads;
+  constexpr int kColumnsUnflushed = 128;
+  constexpr bool kBlocks = sizeof(accumulator) == 4;
+  accumulator* stage = reinterpret_cast<accumulator*>(shared); // [kRows, kStride]
+  const int tile = int(threadIdx.x) % Shape::kTiles, slice = int(threadIdx.x) / Shape::kTiles;
+  int ti, tj;
+  tile_place<Shape::kSide, Shape::kPair>(tile, ti, tj);
+  accumulator sum[4][4] = {};
+  // [2, 16, kTilesThreads]: the pairs that short sums are added to, in shared memory, for registers are scarce.
+  float* longer = reinterpret_cast<float*>(shared + Shape::kShared - Shape::kLong) + threadIdx.x;
+  double largest = 0.0;
+  int unflushed = 0;
+
+  if constexpr (kBlocks) {
+    for (int k = 0; k < 32; ++k) {
+      longer[k * kTilesThreads] = 0.0f;
+    }
+  }
+  const auto flush = [&] {
+    if constexpr (kBlocks) {
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        add_exactly(longer[k * kTilesThreads], longer[(16 + k) * kTilesThreads], sum[k / 4][k % 4]);
+        sum[k / 4][k % 4] = 0;
+      }
+    }
+  };
+
+  Pieces pieces(source, run.first, run.last);
+  Piece piece{};
+  int64_t at = 0;
+  bool more = pieces.next(piece);
+  if (more) {
+    at = piece.begin;
+  }
+  Vector<scalar> next[kLoads];
+  const auto fetch = [&] {
+    if (piece.wide && at + Shape::kColumns <= piece.end) {
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+        next[l] = zeros<scalar>();
+        if (r < kRows) {
+          const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
+          const scalar* row = row_of<scalar>(source, b, piece.segment, t);
+          if (row) {
+            next[l].bits = *reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV);
+          }
+        }
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int l = 0; l < kLoads; ++l) {
+      const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+      Vector<scalar> v = zeros<scalar>();
+      if (r < kRows) {
+        const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
+        v = read(row_of<scalar>(source, b, piece.segment, t), at + (k % kRowVectors) * kV, piece.end, piece.wide);
+      }
+#pragma unroll
+      for (int m = 0; m < kLoads; ++m) { // a register has no address
+        if (m == l) {
+          next[m] = v;
+        }
+      }
+    }
+  };
+
+  if (more) {
+    fetch();
+  }
+  while (more) {
+    __syncthreads(); // the stage has been read
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+      if (r < kRows) {
+        accumulator* to = stage + r * Shape::kStride + (k % kRowVectors) * kV;
+#pragma unroll
+        for (int i = 0; i < kV; ++i) {
+          if constexpr (kBlocks) {
+            to[i] = widen<float>(next[l][i]);
+          } else {
+            to[i] = scaled(next[l][i], half, rest);
+            if constexpr (sizeof(scalar) == 8) {
+              largest = fmax(largest, fabs(to[i]));
+            }
+          }
+        }
+      }
+    }
+    at += Shape::kColumns;
+    if (at >= piece.end) {
+      more = pieces.next(piece);
+      at = piece.begin;
+    }
+    if (more) {
+      fetch(); // on its way while this stage is worked on
+    }
+    __syncthreads();
+    if (slice < Shape::kSlices) {
+      struct alignas(16) Group {
+        accumulator x[Shape::kWidth];
+      };
+      const accumulator* from_i = stage + ti * Shape::kStride;
+      const accumulator* from_j = stage + ((Shape::kPair ? kGroupRows : 0) + tj) * Shape::kStride;
+      for (int g = slice * Shape::kWidth; g < Shape::kColumns; g += Shape::kSlices * Shape::kWidth) {
+        Group x[4], y[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) { // rows of a tile are kSide apart: those of neighbour threads are neighbours
+          x[r] = *reinterpret_cast<const Group*>(from_i + r * Shape::kSide * Shape::kStride + g);
+          y[r] = *reinterpret_cast<const Group*>(from_j + r * Shape::kSide * Shape::kStride + g);
+        }
+#pragma unroll
+        for (int k = 0; k < Shape::kWidth; ++k) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              sum[r][c] = fma(x[r].x[k], y[c].x[k], sum[r][c]);
+            }
+          }
+        }
+      }
+    }
+    unflushed += (Shape::kColumns + Shape::kSlices - 1) / Shape::kSlices;
+    if (unflushed >= kColumnsUnflushed) {
+      flush();
+      unflushed = 0;
+    }
+  }
+  flush();
+  if constexpr (sizeof(scalar) == 8) {
+    largest = block_max<kTilesThreads>(largest, reinterpret_cast<double*>(shared));
+  }
+  double* sums = reinterpret_cast<double*>(shared); // [kTilesThreads, 4]
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (kBlocks) {
+        const float* pair = longer + (r * 4 + c) * kTilesThreads;
+        sums[threadIdx.x * 4 + c] = double(pair[0]) + double(pair[16 * kTilesThreads]);
+      } else {
+        sums[threadIdx.x * 4 + c] = sum[r][c];
+      }
+    }
+    __syncthreads();
+    for (int k = int(threadIdx.x); k < Shape::kTiles * 4; k += kTilesThreads) {
+      double total = sums[k];
+      for (int s = 1; s < Shape::kSlices; ++s) {
+        total += sums[s * Shape::kTiles * 4 + k];
+      }
+      values[k / 4 * 16 + r * 4 + k % 4] = total;
+    }
+  }
+  if (threadIdx.x == 0) {
+    values[Shape::kValues] = largest;
+  }
+  __syncthreads();
+}
+
+template <class scalar, class accumulator, int kRows>
+__global__ __launch_bounds__(kTilesThreads) void gram_tiles(
+    const __grid_constant__ Source source,
+    Pass pass,
+    int64_t blocks,
+    int64_t next_partial, // doubles from one matrix to the next
+    int64_t next_group,   // and from one 64 x 64 block of M to the next
+    double* partial) {    // [B, groups, >= blocks, Tiling::kValues + 1]
+  using Shape = Tiling<accumulator, kRows>;
+  const int64_t b = blockIdx.x / blocks, c = blockIdx.x % blocks;
+  if (pass.skip(b)) {
+    return;
+  }
+  FASTMTL_DYNAMIC_SHARED(shared);
+  const bool rescales = pass.rescales(b);
+  // Block (i, j), i < j, of M, or the diagonal one (i, i).
+  int64_t i = blockIdx.y, j = blockIdx.y;
+  if (Shape::kPair) {
+    for (j = 1; i >= j; ++j) {
+      i -= j;
+    }
+  }
+  tiles_block<scalar, accumulator, kRows>(
+      source,
+      b,
+      Run(source.tiles, c, blocks),
+      i * kGroupRows,
+      j * kGroupRows,
+      rescales ? pass.verdict[b].half : 1.0,
+      rescales ? pass.verdict[b].rest : 1.0,
+      shared,
+      partial + b * next_partial + blockIdx.y * next_group + c * (Shape::kValues + 1));
+}
+
+// --- second stage
+
+// Where the entries of M lie in a partial.
+struct Layout {
+  int side; // tiles on a side, or 0: row-major upper triangle of `rows`
+  int rows;
+  bool pair;
+
+  __host__ __device__ constexpr int values() const {
+    return side == 0 ? rows * (rows + 1) / 2 : pair ? side * side * 16 : side * (side + 1) / 2 * 16;
+  }
+
+  // Tiles on the diagonal hold their entries twice: one of them is read.
+  __device__ bool owns(int i, int j) const {
+    return pair || side == 0 || i % side != j % side || i <= j;
+  }
+
+  // The entry (i, j) that value k belongs to.
+  __device__ void place(int k, int& i, int& j) const {
+    if (side == 0) {
+      i = 0;
+      while (k >= rows - i) {
+        k -= rows - i;
+        ++i;
+      }
+      j = i + k;
+      return;
+    }
+    const int r = k % 16 / 4, c = k % 4;
+    int tile = k / 16;
+    if (pair) {
+      i = tile / side;
+      j = tile % side;
+    } else {
+      for (i = 0; tile >= side - i; ++i) {
+        tile -= side - i;
+      }
+      j = i + tile;
+    }
+    i += r * side;
+    j += c * side;
+  }
+};
+
+} // namespace fastmtl::cuda

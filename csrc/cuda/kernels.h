@@ -1,0 +1,95 @@
+// The kernels of csrc/cuda as host functions: one place that knows their grids and shared memory. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "../gradients.h"
+#include "balance.cuh"
+#include "source.cuh"
+
+namespace fastmtl::cuda {
+
+// How a Gram matrix is computed.
+struct GramPlan {
+  int rows;         // 2, 4 or 8: gram_stream; 16, 32 or 64: gram_tiles
+  bool blocks;      // gram_tiles in float32
+  int64_t diagonal; // 64 x 64 blocks on the diagonal of M (one up to T = 64), and above it
+  int64_t pairs() const {
+    return diagonal * (diagonal - 1) / 2;
+  }
+};
+
+// The partial sums of a source of `B` matrices into blocks [first, first + blocks) of each matrix's partials.
+template <class scalar>
+void launch_gram(
+    const Source& source,
+    int64_t B,
+    const GramPlan& plan,
+    Pass pass,
+    int64_t first,
+    int64_t blocks,     // of this source
+    int64_t all_blocks, // of all sources
+    double* diagonal,   // [B, plan.diagonal, all_blocks, values + 1]
+    double* pairs,      // [B, plan.pairs(), all_blocks, values + 1]
+    cudaStream_t stream);
+
+template <class scalar>
+void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream);
+
+// T <= kMaxSmallTasks; results but the combined gradient may be null.
+constexpr int64_t kMaxSmallTasks = 32;
+
+template <class scalar>
+void launch_align_small(
+    const Source& source,
+    int64_t B,
+    const Policy& policy,
+    double* gram,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank,
+    cudaStream_t stream);
+
+// table[i] = words[i], i < count: carried by kernel arguments.
+void launch_upload(const uint64_t* words, int64_t count, uint64_t* table, cudaStream_t stream);
+
+// M from its partials, and `largest` [B] of the float64 entries, unless null.
+void launch_reduce(
+    const GramPlan& plan,
+    Pass pass,
+    int64_t B,
+    int64_t T,
+    int64_t blocks,
+    const double* diagonal, // as above
+    const double* pairs,
+    double* M, // [B, T, T]
+    double* largest,
+    cudaStream_t stream);
+
+// T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
+void launch_balance(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    Judge judge,
+    Pass pass,
+    const double* largest, // [B]
+    double* scratch,
+    double* alpha,       // [B, T]
+    double* eigenvalues, // [B, T]
+    int64_t* rank,       // [B]
+    Verdict* verdict,    // [B], or null
+    double* gram,        // [B, T, T], or null
+    cudaStream_t stream);
+
+void launch_eigh(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    double* eigenvalues,  // [B, T]
+    double* eigenvectors, // [B, T, T]
+    double* scratch,      // [B, T, T], or null
+    cudaStream_t stream);
+
+} // namespace fastmtl::cuda

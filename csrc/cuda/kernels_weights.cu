@@ -1,0 +1,303 @@
+// The kernels that do not depend on the gradients' type, and their launches.
+#include "kernels.h"
+
+namespace fastmtl::cuda {
+
+namespace {
+
+constexpr int kReduceThreads = 256, kReduceValues = 32;
+
+// M[i, j] = M[j, i] = Σ_c partial[c, k] in order of c: eight threads sum every eighth partial each, then one of them
+// the eight. Reads each partial once, coalesced over k.
+__global__ __launch_bounds__(kReduceThreads) void gram_reduce(
+    Layout layout,
+    Pass pass,
+    int64_t T,
+    int64_t blocks,
+    int64_t next_partial,
+    int64_t next_group,
+    const double* partial, // [B, groups, blocks, values + 1]
+    double* M,             // [B, T, T]
+    double* largest) {     // [B], or null
+  const int values = layout.values();
+  const int64_t columns = (values + kReduceValues) / kReduceValues; // blocks of a matrix; one value more is the largest
+  const int64_t b = blockIdx.x / columns;
+  if (pass.skip(b)) {
+    return;
+  }
+  FASTMTL_DYNAMIC_SHARED(shared);
+  double* sums = reinterpret_cast<double*>(shared); // [8, 32]
+  constexpr int kParts = kReduceThreads / kReduceValues;
+  const int x = int(threadIdx.x) % kReduceValues, y = int(threadIdx.x) / kReduceValues;
+  const int k = int(blockIdx.x % columns) * kReduceValues + x;
+  const double* from = partial + b * next_partial + blockIdx.y * next_group;
+  double sum = 0.0;
+  if (k < values) {
+    for (int64_t c = y; c < blocks; c += kParts) {
+      sum += from[c * (values + 1) + k];
+    }
+  } else if (k == values) {
+    for (int64_t c = y; c < blocks; c += kParts) {
+      sum = fmax(sum, from[c * (values + 1) + k]);
+    }
+  }
+  sums[y * kReduceValues + x] = sum;
+  __syncthreads();
+  if (y != 0) {
+    return;
+  }
+  for (int p = 1; p < kParts; ++p) {
+    sum = k == values ? fmax(sum, sums[p * kReduceValues + x]) : sum + sums[p * kReduceValues + x];
+  }
+  if (k == values && largest && blockIdx.y == 0 && !layout.pair) {
+    largest[b] = sum;
+  }
+  if (k >= values) {
+    return;
+  }
+  int i, j;
+  layout.place(k, i, j);
+  int64_t row = i, column = j;
+  if (layout.pair) {
+    int64_t p = blockIdx.y, q = 1;
+    for (; p >= q; ++q) {
+      p -= q;
+    }
+    row += p * kGroupRows;
+    column += q * kGroupRows;
+  } else {
+    row += blockIdx.y * kGroupRows;
+    column += blockIdx.y * kGroupRows;
+  }
+  if (row < T && column < T && layout.owns(i, j)) {
+    M[(b * T + row) * T + column] = sum;
+    M[(b * T + column) * T + row] = sum;
+  }
+}
+
+// Eigenvalues (ascending) and vectors (columns); the lower triangle is read. NaN where an entry is not finite.
+__global__ __launch_bounds__(256) void eigh(
+    const double* M, // [B, T, T]
+    int T,
+    bool vectors_shared,  // else they are rotated where they lie
+    double* eigenvalues,  // [B, T]
+    double* eigenvectors, // [B, T, T]
+    double* scratch) {    // [B, T, T] where the vectors do not fit shared memory
+  FASTMTL_DYNAMIC_SHARED(shared);
+  const int64_t b = blockIdx.x;
+  const int ld = jacobi_stride(T);
+  double* A = reinterpret_cast<double*>(shared); // [T, ld]
+  double* cosine = A + T * ld;
+  double* sine = cosine + kMaxJacobiTasks / 2;
+  double* sorted = sine + kMaxJacobiTasks / 2;
+  int* place = reinterpret_cast<int*>(sorted + kMaxJacobiTasks);
+  double* V = vectors_shared ? sorted + 2 * kMaxJacobiTasks : scratch + b * T * T;
+  const int next_row = vectors_shared ? ld : T;
+  M += b * T * T;
+  double poison = 0.0, largest = 0.0;
+  for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+    const int i = k / T, j = k % T;
+    if (j <= i) {
+      const double x = M[k];
+      A[j * ld + i] = x;
+      poison += x * 0.0;
+    }
+  }
+  const bool finite = !__syncthreads_or(poison != 0.0);
+  if (finite) {
+    for (int i = 0; i < T; ++i) { // by all threads alike, which is cheaper than telling each other
+      for (int j = int(threadIdx.x) % 32; j < T; j += 32) {
+        largest = j >= i ? fmax(largest, fabs(A[i * ld + j])) : largest;
+      }
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    }
+    double down, up;
+    power_of_two(largest, down, up);
+    __syncthreads();
+    for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+      if (k % T >= k / T) {
+        A[k / T * ld + k % T] *= down;
+      }
+    }
+    jacobi(A, ld, V, next_row, T, cosine, sine);
+    sort(A, ld, T, false, sorted, place);
+    for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+      eigenvectors[b * T * T + k] = V[k / T * next_row + place[k % T]];
+    }
+    for (int i = int(threadIdx.x); i < T; i += int(blockDim.x)) {
+      eigenvalues[b * T + i] = sorted[i] * up;
+    }
+    return;
+  }
+  const double nan = poison != 0.0 ? poison : 0.0 / 0.0;
+  for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+    eigenvectors[b * T * T + k] = nan;
+  }
+  for (int i = int(threadIdx.x); i < T; i += int(blockDim.x)) {
+    eigenvalues[b * T + i] = nan;
+  }
+}
+
+__global__ __launch_bounds__(256) void balance(
+    const double* M, // [B, T, T]
+    int T,
+    Policy policy,
+    Judge judge,
+    Pass pass,
+    const double* largest, // [B], of float64 entries, where range is judged
+    bool vectors_shared,
+    double* scratch,     // [B, T, ld] where the vectors do not fit shared memory
+    double* alpha,       // [B, T]
+    double* eigenvalues, // [B, T]
+    int64_t* rank,       // [B]
+    Verdict* verdict,    // [B], or null
+    double* gram) {      // [B, T, T]: where the second pass leaves an M that needed no scaling, or null
+  const int64_t b = blockIdx.x;
+  if (pass.skip(b)) {
+    return;
+  }
+  FASTMTL_DYNAMIC_SHARED(shared);
+  M += b * T * T;
+  const bool again = balance_block(
+      M,
+      T,
+      policy,
+      judge,
+      pass.verdict ? pass.verdict[b].factor() : 1.0,
+      shared,
+      vectors_shared ? nullptr : scratch + b * T * jacobi_stride(T),
+      alpha + b * T,
+      eigenvalues + b * T,
+      rank + b);
+  if (gram && !pass.rescales(b)) {
+    for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+      gram[b * T * T + k] = M[k];
+    }
+  }
+  if (verdict && threadIdx.x == 0) {
+    Verdict v{again, 1.0, 1.0};
+    if (judge == Judge::range && again) {
+      rescale(largest[b], v.half, v.rest);
+      v.again = v.half != 1.0;
+    }
+    verdict[b] = v;
+  }
+}
+
+} // namespace
+
+void launch_upload(const uint64_t* words, int64_t count, uint64_t* table, cudaStream_t stream) {
+  while (count > 0) {
+    const int part = int(count < kManyWords ? count : kManyWords);
+    if (part <= kFewWords) {
+      Words<kFewWords> few{};
+      memcpy(few.word, words, size_t(part) * 8);
+      FASTMTL_LAUNCH(upload<kFewWords>, dim3(1), dim3(256), 0, stream, few, part, table);
+    } else {
+      Words<kManyWords> many;
+      memcpy(many.word, words, size_t(part) * 8);
+      FASTMTL_LAUNCH(upload<kManyWords>, dim3(4), dim3(256), 0, stream, many, part, table);
+    }
+    words += part;
+    table += part;
+    count -= part;
+  }
+}
+
+void launch_reduce(
+    const GramPlan& plan,
+    Pass pass,
+    int64_t B,
+    int64_t T,
+    int64_t blocks,
+    const double* diagonal,
+    const double* pairs,
+    double* M,
+    double* largest,
+    cudaStream_t stream) {
+  const auto launch = [&](Layout layout, int64_t groups, const double* partial) {
+    const int64_t slot = layout.values() + 1, columns = (slot + kReduceValues - 1) / kReduceValues;
+    FASTMTL_LAUNCH(
+        gram_reduce,
+        dim3(unsigned(B * columns), unsigned(groups)),
+        dim3(kReduceThreads),
+        kReduceThreads * sizeof(double),
+        stream,
+        layout,
+        pass,
+        T,
+        blocks,
+        groups * blocks * slot,
+        blocks * slot,
+        partial,
+        M,
+        largest);
+  };
+  launch(
+      plan.rows <= 8 ? Layout{0, plan.rows, false} : Layout{plan.rows / 4, plan.rows, false}, plan.diagonal, diagonal);
+  if (plan.pairs() > 0) {
+    launch(Layout{kGroupRows / 4, 2 * kGroupRows, true}, plan.pairs(), pairs);
+  }
+}
+
+void launch_balance(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    Judge judge,
+    Pass pass,
+    const double* largest,
+    double* scratch,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank,
+    Verdict* verdict,
+    double* gram,
+    cudaStream_t stream) {
+  FASTMTL_LAUNCH(
+      balance,
+      dim3(unsigned(B)),
+      dim3(unsigned(jacobi_threads(T))),
+      balance_shared(T, !scratch),
+      stream,
+      M,
+      int(T),
+      policy,
+      judge,
+      pass,
+      largest,
+      !scratch,
+      scratch,
+      alpha,
+      eigenvalues,
+      rank,
+      verdict,
+      gram);
+}
+
+void launch_eigh(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    double* eigenvalues,
+    double* eigenvectors,
+    double* scratch,
+    cudaStream_t stream) {
+  FASTMTL_LAUNCH(
+      eigh,
+      dim3(unsigned(B)),
+      dim3(unsigned(jacobi_threads(T))),
+      jacobi_shared(T, !scratch),
+      stream,
+      M,
+      int(T),
+      !scratch,
+      eigenvalues,
+      eigenvectors,
+      scratch);
+}
+
+} // namespace fastmtl::cuda

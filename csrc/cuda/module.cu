@@ -1,0 +1,427 @@
+// The ops on CUDA tensors: what torch hands over becomes sources, and the pipeline runs on the current stream.
+//
+// Up to T = 64 nothing waits for the device. Beyond, the eigenproblem goes to the CPU's `balance` (LAPACK, or Jacobi
+// where LAPACK is not accurate enough): that waits, and cannot be captured in a CUDA graph.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "pipeline.h"
+
+namespace fastmtl::cuda {
+
+namespace {
+
+using torch::stable::Device;
+using torch::stable::accelerator::DeviceGuard;
+
+const Device kHost(torch::headeronly::DeviceType::CPU);
+
+// The device and stream of a call, and the memory that its kernels use: it goes back to torch's allocator when the
+// launches are queued, and is reused in the order of the stream.
+class Call {
+ public:
+  explicit Call(const Tensor& like) : guard_(like.get_device_index()), like_(like) {
+    const int32_t device = like.get_device_index();
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    int ratio = 0, shared = 0;
+    check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device));
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    context_.stream = static_cast<cudaStream_t>(stream);
+    context_.slow_float64 = ratio > 4;
+    context_.shared_limit = shared;
+    context_.allocate = [this](int64_t bytes) {
+      memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+      return memory_.back().mutable_data_ptr();
+    };
+  }
+
+  const Context& context() const {
+    return context_;
+  }
+
+ private:
+  DeviceGuard guard_;
+  Tensor like_;
+  std::vector<Tensor> memory_;
+  Context context_;
+};
+
+// A matrix [T, P] or batch [B, T, P]: rows may have any stride, only columns that are not neighbours in memory force a
+// copy.
+class Matrix {
+ public:
+  explicit Matrix(const Tensor& G, const Tensor* out = nullptr) {
+    View source(G);
+    const int64_t B = check_matrix(G, source), dims = source.dims, T = source.sizes[dims - 2],
+                  P = source.sizes[dims - 1], size = source.element();
+    char* result = nullptr;
+    int64_t next_out = 0;
+    if (out) {
+      View target(*out);
+      check_result(G, source, *out, target);
+      if (P > 1 && target.strides[dims - 2] != 1) {
+        strided_out_ = *out;
+        dense_out_ = torch::stable::new_empty(*out, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
+        target = View(*dense_out_);
+      }
+      result = target.data;
+      next_out = dims == 3 ? target.strides[0] * size : 0;
+    }
+    if (P > 1 && source.strides[dims - 1] != 1) {
+      copy_ = torch::stable::contiguous(G);
+      source = View(*copy_);
+    }
+    batch_.emplace(
+        source.data,
+        B,
+        T,
+        P,
+        dims == 3 ? source.strides[0] * size : 0,
+        source.strides[dims - 2] * size,
+        result,
+        next_out,
+        source.dtype());
+  }
+
+  void finish() {
+    if (strided_out_) {
+      torch::stable::copy_(*strided_out_, *dense_out_);
+    }
+  }
+
+  const Batch& batch() const {
+    return *batch_;
+  }
+
+ private:
+  std::optional<Tensor> copy_, dense_out_, strided_out_;
+  std::optional<Batch> batch_;
+};
+
+void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(
+      same_device(x, like),
+      name,
+      ": expected all tensors of a call on one CUDA device, cuda:",
+      like.get_device_index(),
+      ", got one on ",
+      x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : std::string("another device"));
+}
+
+void check_devices(
+    const std::vector<std::optional<Tensor>>& grads,
+    const std::vector<Tensor>* out,
+    const Tensor& like) {
+  for (const auto& g : grads) {
+    if (g) {
+      check_device("grads", *g, like);
+    }
+  }
+  for (size_t k = 0; out && k < out->size(); ++k) {
+    check_device("out", (*out)[k], like);
+  }
+}
+
+// A policy as Python hands it over.
+struct Options {
+  std::optional<Tensor> weights;
+  std::string scale;
+  double rtol, zero;
+  std::string rank_rule;
+
+  Policy policy(int64_t T, const Tensor& like) const {
+    if (weights) {
+      check_device("weights", *weights, like);
+    }
+    return policy_of(weights, T, scale, rtol, zero, rank_rule);
+  }
+};
+
+struct Balanced {
+  Tensor alpha, eigenvalues, rank;
+};
+
+Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int64_t T) {
+  std::vector<int64_t> size = batch;
+  size.push_back(T);
+  return {
+      empty_float64(size, like), empty_float64(size, like), torch::stable::new_empty(like, batch, ScalarType::Long)};
+}
+
+int64_t* integers(const Tensor& x) {
+  return static_cast<int64_t*>(x.mutable_data_ptr());
+}
+
+// T > 64, M on the CPU: the op's CPU kernel, results on the CPU.
+Balanced balance_on_host(const Tensor& M, const Options& options) {
+  std::optional<Tensor> weights;
+  if (options.weights) {
+    weights = torch::stable::to(*options.weights, kHost); // waits: T > 64
+  }
+  StableIValue stack[6] = {
+      torch::stable::detail::from(M),
+      torch::stable::detail::from(weights),
+      torch::stable::detail::from(options.scale),
+      torch::stable::detail::from(options.rtol),
+      torch::stable::detail::from(options.zero),
+      torch::stable::detail::from(options.rank_rule)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastmtl::balance", "", stack, TORCH_ABI_VERSION));
+  return {
+      torch::stable::detail::to<Tensor>(stack[0]),
+      torch::stable::detail::to<Tensor>(stack[1]),
+      torch::stable::detail::to<Tensor>(stack[2])};
+}
+
+void to_device(const Balanced& from, const Balanced& to) {
+  Tensor alpha = to.alpha, eigenvalues = to.eigenvalues, rank = to.rank;
+  torch::stable::copy_(alpha, from.alpha);
+  torch::stable::copy_(eigenvalues, from.eigenvalues);
+  torch::stable::copy_(rank, from.rank);
+}
+
+// Whether a Gram matrix from float32 blocks will do: what `balance` decides on the device for smaller T. That the
+// spectrum of M alone proves it is enough here; an exact pass is what it costs where it does not.
+bool blocks_suffice(const double* M, const double* eigenvalues, int64_t T) {
+  double largest = 0.0, smallest = INFINITY;
+  for (int64_t i = 0; i < T; ++i) {
+    largest = std::fmax(largest, M[i * T + i]);
+    smallest = std::fmin(smallest, M[i * T + i]);
+  }
+  return eigenvalues[T - 1] > kBlocksMinEigenvalue * largest && smallest >= 1e-20; // false for NaN
+}
+
+// `align` for T > 64, which waits for the device.
+void align_large(const Batch& G, const Options& options, const Tensor& M, const Balanced& result, const Call& call) {
+  const int64_t B = G.matrices(), T = G.tasks();
+  const Context& context = call.context();
+  const GramResult first = gram(G, false, {}, doubles(M), context);
+  Tensor host = torch::stable::to(M, kHost); // waits: T > 64
+  Balanced balanced = balance_on_host(host, options);
+  std::vector<Verdict> verdicts(size_t(B), Verdict{0, 1.0, 1.0});
+  bool again = false;
+  std::vector<double> largest(size_t(B), 0.0);
+  if (first.largest) {
+    check(cudaMemcpyAsync(
+        largest.data(), first.largest, size_t(B) * sizeof(double), cudaMemcpyDeviceToHost, context.stream));
+    check(cudaStreamSynchronize(context.stream)); // waits: T > 64
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    Verdict& v = verdicts[size_t(b)];
+    const double* entries = doubles(host) + b * T * T;
+    if (first.blocks) {
+      v.again = !blocks_suffice(entries, doubles(balanced.eigenvalues) + b * T, T);
+    } else if (first.largest) {
+      double diagonal = 0.0;
+      for (int64_t i = 0; i < T; ++i) {
+        const double d = entries[i * T + i];
+        diagonal = d > diagonal || d != d ? d : diagonal;
+      }
+      if (!(diagonal > 1e-200 && diagonal < 1e200)) {
+        rescale(largest[size_t(b)], v.half, v.rest);
+        v.again = v.half != 1.0;
+      }
+    }
+    again = again || v.again;
+  }
+  if (again) {
+    static_assert(sizeof(Verdict) == 24);
+    std::vector<uint64_t> words(size_t(B) * 3);
+    memcpy(words.data(), verdicts.data(), words.size() * 8);
+    auto* on_device = static_cast<uint64_t*>(context.allocate(int64_t(words.size()) * 8));
+    launch_upload(words.data(), int64_t(words.size()), on_device, context.stream);
+    const Tensor second = torch::stable::clone(M);
+    gram(G, true, Pass{reinterpret_cast<Verdict*>(on_device)}, doubles(second), context);
+    const Tensor second_host = torch::stable::to(second, kHost); // waits: T > 64
+    balanced = balance_on_host(second_host, options);
+    bool rescaled = false;
+    for (int64_t b = 0; b < B; ++b) {
+      const Verdict& v = verdicts[size_t(b)];
+      double* eigenvalues = doubles(balanced.eigenvalues) + b * T;
+      for (int64_t j = 0; j < T && v.half != 1.0; ++j) {
+        eigenvalues[j] = eigenvalues[j] / v.half / v.rest / v.half / v.rest;
+        rescaled = true;
+      }
+    }
+    if (!rescaled) { // of those that were rescaled, the public Gram matrix stays as it was
+      Tensor target = M;
+      torch::stable::copy_(target, second);
+    }
+  }
+  to_device(balanced, result);
+  combine(G, doubles(result.alpha), context);
+}
+
+// --- the ops
+
+Tensor gram_op(const Tensor& G) {
+  const Call call(G);
+  const Matrix matrix(G);
+  std::vector<int64_t> size = leading(G, 1);
+  size.push_back(matrix.batch().tasks());
+  const Tensor M = empty_float64(size, G);
+  gram(matrix.batch(), true, {}, doubles(M), call.context());
+  return M;
+}
+
+Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
+  const Tensor& like = any_of(grads);
+  check_devices(grads, nullptr, like);
+  const Call call(like);
+  const RaggedRows rows(grads, tasks, nullptr);
+  const Tensor M = empty_float64({tasks, tasks}, like);
+  gram(Batch(rows.gradients(), call.context()), true, {}, doubles(M), call.context());
+  return M;
+}
+
+std::tuple<Tensor, Tensor, Tensor> balance_op(
+    const Tensor& M,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule) {
+  check_square(M);
+  const Call call(M);
+  const Options options{weights, scale, rtol, zero, rank_rule};
+  const Tensor wide = as_float64(M);
+  const int64_t T = M.size(-1), B = M.numel() / (T * T);
+  const Balanced result = new_balanced(wide, leading(M, 2), T);
+  const Policy policy = options.policy(T, M);
+  if (T > kMaxJacobiTasks) {
+    to_device(balance_on_host(torch::stable::to(wide, kHost), options), result); // waits: T > 64
+  } else {
+    balance(
+        doubles(wide),
+        B,
+        T,
+        policy,
+        doubles(result.alpha),
+        doubles(result.eigenvalues),
+        integers(result.rank),
+        call.context());
+  }
+  return {result.alpha, result.eigenvalues, result.rank};
+}
+
+void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
+  const Call call(G);
+  Matrix matrix(G, &out);
+  check_alpha(alpha, matrix.batch().matrices() * matrix.batch().tasks());
+  check_device("alpha", alpha, G);
+  combine(matrix.batch(), doubles(alpha), call.context());
+  matrix.finish();
+}
+
+void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
+  check_devices(grads, &out, alpha);
+  const Call call(alpha);
+  RaggedRows rows(grads, alpha.numel(), &out);
+  check_alpha(alpha, alpha.numel());
+  combine(Batch(rows.gradients(), call.context()), doubles(alpha), call.context());
+  rows.finish();
+}
+
+void align_op(
+    const Tensor& G,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule,
+    Tensor out) {
+  const Call call(G);
+  Matrix matrix(G, &out);
+  const Options options{weights, scale, rtol, zero, rank_rule};
+  const int64_t T = matrix.batch().tasks();
+  const Policy policy = options.policy(T, G);
+  if (T > kMaxJacobiTasks) {
+    const std::vector<int64_t> batch = leading(G, 2);
+    std::vector<int64_t> size = batch;
+    size.insert(size.end(), {T, T});
+    align_large(matrix.batch(), options, empty_float64(size, G), new_balanced(G, batch, T), call);
+  } else {
+    align(matrix.batch(), policy, nullptr, nullptr, nullptr, nullptr, call.context());
+  }
+  matrix.finish();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
+    std::vector<std::optional<Tensor>> grads,
+    int64_t tasks,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule,
+    std::vector<Tensor> out) {
+  const Tensor& like = any_of(grads);
+  check_devices(grads, &out, like);
+  const Call call(like);
+  RaggedRows rows(grads, tasks, &out);
+  const Batch batch(rows.gradients(), call.context());
+  const Options options{weights, scale, rtol, zero, rank_rule};
+  const Policy policy = options.policy(tasks, like);
+  const Tensor M = empty_float64({tasks, tasks}, like);
+  const Balanced result = new_balanced(like, {}, tasks);
+  if (tasks > kMaxJacobiTasks) {
+    align_large(batch, options, M, result, call);
+  } else {
+    align(
+        batch,
+        policy,
+        doubles(M),
+        doubles(result.alpha),
+        doubles(result.eigenvalues),
+        integers(result.rank),
+        call.context());
+  }
+  rows.finish();
+  return {M, result.alpha, result.eigenvalues, result.rank};
+}
+
+std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
+  STD_TORCH_CHECK(M.dim() >= 2 && M.size(-1) == M.size(-2), "M: expected shape [..., T, T], got ", shape_of(M));
+  const Call call(M);
+  const int64_t T = M.size(-1);
+  const Tensor wide = as_float64(M);
+  if (T > kMaxJacobiTasks) {
+    StableIValue stack[2] = {torch::stable::detail::from(torch::stable::to(wide, kHost))}; // waits: T > 64
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastmtl::eigh", "", stack, TORCH_ABI_VERSION));
+    const Tensor eigenvalues = torch::stable::detail::to<Tensor>(stack[0]),
+                 eigenvectors = torch::stable::detail::to<Tensor>(stack[1]);
+    return {
+        torch::stable::to(eigenvalues, M.scalar_type(), std::nullopt, M.device()),
+        torch::stable::to(eigenvectors, M.scalar_type(), std::nullopt, M.device())};
+  }
+  const Tensor eigenvalues = empty_float64(leading(M, 1), wide), eigenvectors = empty_float64(leading(M, 0), wide);
+  if (T > 0) {
+    eigh(doubles(wide), M.numel() / (T * T), T, doubles(eigenvalues), doubles(eigenvectors), call.context());
+  }
+  return {torch::stable::to(eigenvalues, M.scalar_type()), torch::stable::to(eigenvectors, M.scalar_type())};
+}
+
+} // namespace
+
+} // namespace fastmtl::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&fastmtl::cuda::gram_op));
+  m.impl("gram_rows", TORCH_BOX(&fastmtl::cuda::gram_rows_op));
+  m.impl("balance", TORCH_BOX(&fastmtl::cuda::balance_op));
+  m.impl("combine", TORCH_BOX(&fastmtl::cuda::combine_op));
+  m.impl("combine_rows", TORCH_BOX(&fastmtl::cuda::combine_rows_op));
+  m.impl("align", TORCH_BOX(&fastmtl::cuda::align_op));
+  m.impl("align_rows", TORCH_BOX(&fastmtl::cuda::align_rows_op));
+  m.impl("eigh", TORCH_BOX(&fastmtl::cuda::eigh_op));
+}

@@ -1,0 +1,264 @@
+#include "pipeline.h"
+
+#include <algorithm>
+
+namespace fastmtl::cuda {
+
+namespace {
+
+// One block does a matrix of at most this many entries in the time that three launches take; in a batch there are
+// enough blocks for larger ones.
+constexpr int64_t kSmallEntries = int64_t(1) << 15, kSmallEntriesInBatch = int64_t(1) << 20, kManyMatrices = 64;
+// Partial sums may take this much memory.
+constexpr int64_t kPartialBytes = int64_t(32) << 20;
+
+template <class F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::bf16:
+      return f(bfloat16{});
+    case Dtype::f16:
+      return f(float16{});
+  }
+}
+
+template <class X>
+X* allocate(const Context& context, int64_t count) {
+  return static_cast<X*>(context.allocate(std::max<int64_t>(count, 1) * int64_t(sizeof(X))));
+}
+
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+int64_t tiles_of(int64_t columns) {
+  return (columns + kTileColumns - 1) / kTileColumns;
+}
+
+GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
+  const int64_t T = G.tasks();
+  // Exact products hide behind the reads up to kMaxExactTasks, or four where float64 is slow.
+  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 4 : kMaxExactTasks);
+  const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
+  return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
+}
+
+// Blocks that share the tiles of one matrix: a function of the shapes alone, so that the bits are the same on any GPU.
+int64_t blocks_of(const GramPlan& plan, int64_t tiles, int64_t B, int64_t bytes) {
+  const int64_t enough = plan.rows <= 8 ? 256 : 512;
+  // gram_stream ends with a reduction worth several tiles, the other kernel has several stages in a tile.
+  const int64_t wanted = plan.rows <= 8 ? std::clamp<int64_t>(tiles / 4, enough, 2048) : enough;
+  return std::max<int64_t>(1, std::min({tiles, wanted / B, kPartialBytes / bytes}));
+}
+
+double* vectors_scratch(int64_t B, int64_t count, size_t shared, const Context& context) {
+  return int64_t(shared) <= context.shared_limit ? nullptr : allocate<double>(context, B * count);
+}
+
+void balance(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    Judge judge,
+    Pass pass,
+    const double* largest,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank,
+    Verdict* verdict,
+    double* gram,
+    const Context& context) {
+  double* scratch = vectors_scratch(B, T * jacobi_stride(T), balance_shared(T, true), context);
+  launch_balance(
+      M, B, T, policy, judge, pass, largest, scratch, alpha, eigenvalues, rank, verdict, gram, context.stream);
+}
+
+bool is_small(const Batch& G) {
+  const int64_t entries = G.tasks() * G.columns();
+  return G.parts().size() == 1 && G.tasks() <= kMaxSmallTasks &&
+         entries <= (G.matrices() >= kManyMatrices ? kSmallEntriesInBatch : kSmallEntries);
+}
+
+} // namespace
+
+Batch::Batch(
+    const char* base,
+    int64_t B,
+    int64_t T,
+    int64_t P,
+    int64_t next_matrix,
+    int64_t next_row,
+    char* out,
+    int64_t next_out,
+    Dtype dtype)
+    : B_(B), T_(T), P_(P) {
+  Source source{};
+  source.tasks = T;
+  source.tiles = tiles_of(P);
+  source.segments = 1;
+  source.base = base;
+  source.next_row = next_row;
+  source.next_matrix = next_matrix;
+  source.length = P;
+  source.out = out;
+  source.next_out = next_out;
+  source.wide = aligned(base) && aligned(out) && (T == 1 || next_row % 16 == 0) &&
+                (B == 1 || (next_matrix % 16 == 0 && next_out % 16 == 0));
+  parts_.push_back({dtype, source});
+}
+
+Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P_(0) {
+  const int64_t record = kRows0 + T_;
+  std::vector<uint64_t> words;
+  words.reserve(size_t(G.count * record));
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+    Source source{};
+    source.tasks = T_;
+    // Offsets until the table has an address.
+    source.length = int64_t(words.size());
+    for (int64_t k = 0; k < G.count; ++k) {
+      const Segment& segment = G.segments[k];
+      if (segment.dtype != dtype || segment.length == 0) {
+        continue;
+      }
+      bool wide = aligned(segment.out);
+      for (int64_t t = 0; t < T_; ++t) {
+        wide = wide && aligned(segment.rows[t]);
+      }
+      words.push_back(uint64_t(source.tiles));
+      words.push_back(uint64_t(segment.length));
+      words.push_back(reinterpret_cast<uintptr_t>(segment.out));
+      words.push_back(wide);
+      for (int64_t t = 0; t < T_; ++t) {
+        words.push_back(reinterpret_cast<uintptr_t>(segment.rows[t]));
+      }
+      source.tiles += tiles_of(segment.length);
+      source.segments += 1;
+      P_ += segment.length;
+    }
+    if (source.segments > 0) {
+      parts_.push_back({dtype, source});
+    }
+  }
+  if (words.empty()) {
+    return;
+  }
+  uint64_t* table = allocate<uint64_t>(context, int64_t(words.size()));
+  launch_upload(words.data(), int64_t(words.size()), table, context.stream);
+  for (Part& part : parts_) {
+    part.source.table = table + part.source.length;
+    part.source.length = 0;
+  }
+}
+
+bool Batch::has(Dtype dtype) const {
+  return std::any_of(parts_.begin(), parts_.end(), [&](const Part& part) { return part.dtype == dtype; });
+}
+
+GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context& context) {
+  const int64_t B = G.matrices(), T = G.tasks();
+  const GramPlan plan = plan_of(G, exact, context);
+  const bool wide = G.has(Dtype::f64);
+  GramResult result{plan.blocks, wide ? allocate<double>(context, B) : nullptr};
+  if (B == 0) {
+    return result;
+  }
+  const Layout diagonal_layout{plan.rows <= 8 ? 0 : plan.rows / 4, plan.rows, false};
+  const int64_t diagonal_slot = diagonal_layout.values() + 1, pairs_slot = Tiling<double, 2 * kGroupRows>::kValues + 1;
+  const int64_t bytes = B * int64_t(sizeof(double)) * (plan.diagonal * diagonal_slot + plan.pairs() * pairs_slot);
+  std::vector<int64_t> blocks;
+  int64_t all = 0;
+  for (const Batch::Part& part : G.parts()) {
+    blocks.push_back(part.source.tiles ? blocks_of(plan, part.source.tiles, B, bytes) : 0);
+    all += blocks.back();
+  }
+  double* diagonal = allocate<double>(context, B * plan.diagonal * all * diagonal_slot);
+  double* pairs = allocate<double>(context, B * plan.pairs() * all * pairs_slot);
+  int64_t first = 0;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (blocks[i] > 0) {
+      with_type(G.parts()[i].dtype, [&](auto scalar) {
+        launch_gram<decltype(scalar)>(
+            G.parts()[i].source, B, plan, pass, first, blocks[i], all, diagonal, pairs, context.stream);
+      });
+    }
+    first += blocks[i];
+  }
+  launch_reduce(plan, pass, B, T, all, diagonal, pairs, M, result.largest, context.stream);
+  return result;
+}
+
+void balance(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank,
+    const Context& context) {
+  if (B > 0) {
+    balance(M, B, T, policy, Judge::none, {}, nullptr, alpha, eigenvalues, rank, nullptr, nullptr, context);
+  }
+}
+
+void combine(const Batch& G, const double* alpha, const Context& context) {
+  for (const Batch::Part& part : G.parts()) {
+    if (part.source.tiles > 0 && G.matrices() > 0) {
+      with_type(part.dtype, [&](auto scalar) {
+        launch_combine<decltype(scalar)>(part.source, G.matrices(), alpha, context.stream);
+      });
+    }
+  }
+}
+
+void align(
+    const Batch& G,
+    const Policy& policy,
+    double* M,
+    double* alpha,
+    double* eigenvalues,
+    int64_t* rank,
+    const Context& context) {
+  const int64_t B = G.matrices(), T = G.tasks();
+  if (B == 0) {
+    return;
+  }
+  if (is_small(G)) {
+    with_type(G.parts()[0].dtype, [&](auto scalar) {
+      launch_align_small<decltype(scalar)>(G.parts()[0].source, B, policy, M, alpha, eigenvalues, rank, context.stream);
+    });
+    return;
+  }
+  if (!M) {
+    M = allocate<double>(context, B * T * T);
+    alpha = allocate<double>(context, B * T);
+    eigenvalues = allocate<double>(context, B * T);
+    rank = allocate<int64_t>(context, B);
+  }
+  const GramResult first = gram(G, false, {}, M, context);
+  const Judge judge = first.largest ? Judge::range : first.blocks ? Judge::blocks : Judge::none;
+  Verdict* verdict = judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
+  balance(M, B, T, policy, judge, {}, first.largest, alpha, eigenvalues, rank, verdict, nullptr, context);
+  if (verdict) { // kernels that do nothing where the verdict is good
+    const Pass pass{verdict};
+    double* again = allocate<double>(context, B * T * T);
+    gram(G, true, pass, again, context);
+    balance(again, B, T, policy, Judge::none, pass, nullptr, alpha, eigenvalues, rank, nullptr, M, context);
+  }
+  combine(G, alpha, context);
+}
+
+void eigh(const double* M, int64_t B, int64_t T, double* eigenvalues, double* eigenvectors, const Context& context) {
+  if (B > 0) {
+    double* scratch = vectors_scratch(B, T * T, jacobi_shared(T, true), context);
+    launch_eigh(M, B, T, eigenvalues, eigenvectors, scratch, context.stream);
+  }
+}
+
+} // namespace fastmtl::cuda

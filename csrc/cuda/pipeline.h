@@ -1,0 +1,100 @@
+// gradients -> Gram -> weights -> combine on a GPU: which kernels run, in which order, on how much memory. Torch-free.
+// Up to T = 64 nothing here waits for the device or asks it anything, so that all of it can be captured in a CUDA
+// graph.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "../gradients.h"
+#include "kernels.h"
+
+namespace fastmtl::cuda {
+
+// Where and with what the kernels run.
+struct Context {
+  cudaStream_t stream;
+  std::function<void*(int64_t)> allocate; // so many bytes of device memory, until the launches are queued
+  bool slow_float64;                      // consumer cards have a 64th of the float32 rate, others half of it
+  int64_t shared_limit;                   // bytes of shared memory that a block can have
+};
+
+// B gradient matrices of T tasks on the device: for each type of gradient a source.
+class Batch {
+ public:
+  // [B, T, P] by strides in bytes; `out` [B, P] or null.
+  Batch(
+      const char* base,
+      int64_t B,
+      int64_t T,
+      int64_t P,
+      int64_t next_matrix,
+      int64_t next_row,
+      char* out,
+      int64_t next_out,
+      Dtype dtype);
+
+  // One matrix, T rows of K tensors.
+  Batch(const Gradients& G, const Context& context);
+
+  struct Part {
+    Dtype dtype;
+    Source source;
+  };
+  int64_t matrices() const {
+    return B_;
+  }
+  int64_t tasks() const {
+    return T_;
+  }
+  int64_t columns() const {
+    return P_;
+  }
+  const std::vector<Part>& parts() const {
+    return parts_;
+  }
+  bool has(Dtype dtype) const;
+
+ private:
+  int64_t B_, T_, P_;
+  std::vector<Part> parts_;
+};
+
+// M = G Gᵀ, exact (products and sums in float64) or in float32 blocks where those pay.
+struct GramResult {
+  bool blocks;
+  double* largest; // [B], of the float64 entries; null where there are none
+};
+GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context& context);
+
+void balance(
+    const double* M, // [B, T, T], T <= kMaxJacobiTasks
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,       // [B, T]
+    double* eigenvalues, // [B, T], descending
+    int64_t* rank,       // [B]
+    const Context& context);
+
+void combine(const Batch& G, const double* alpha, const Context& context); // alpha [B, T]
+
+// All three, T <= kMaxJacobiTasks.
+void align(
+    const Batch& G,
+    const Policy& policy,
+    double* M,           // [B, T, T], or null with the next three: not wanted
+    double* alpha,       // [B, T]
+    double* eigenvalues, // [B, T]
+    int64_t* rank,       // [B]
+    const Context& context);
+
+void eigh(
+    const double* M, // [B, T, T], T <= kMaxJacobiTasks
+    int64_t B,
+    int64_t T,
+    double* eigenvalues,  // [B, T], ascending
+    double* eigenvectors, // [B, T, T], columns
+    const Context& context);
+
+} // namespace fastmtl::cuda

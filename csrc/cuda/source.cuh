@@ -1,0 +1,129 @@
+// Where the gradients lie: T rows of K tensors, read in place, and how their columns are shared out over blocks.
+//
+// A flat matrix (or a batch of them) is a base address and strides. A ragged list is a table in device memory, one
+// record a tensor, that `upload` writes from kernel arguments: no copy from host memory, so nothing waits and a CUDA
+// graph holds the table by value.
+#pragma once
+
+#include <cstdint>
+
+#include "platform.h"
+
+namespace fastmtl::cuda {
+
+// The columns of every tensor are cut into tiles; a block works on a run of tiles. It is a multiple of every vector.
+constexpr int64_t kTileColumns = 512;
+
+// A record of the table: the words below, then the T addresses of the rows (0 where a task has no gradient).
+enum RecordWord { kFirstTile, kLength, kOut, kWide, kRows0 };
+
+struct Source {
+  int64_t tasks;                 // T
+  int64_t tiles;                 // of one matrix
+  int64_t segments;              // tensors; 1 where there is no table
+  const uint64_t* table;         // [segments, kRows0 + T], or null: then
+  const char* base;              // row t of matrix b is at base + b * next_matrix + t * next_row
+  int64_t next_row, next_matrix; // bytes
+  int64_t length;                // columns
+  char* out;                     // result of matrix b at out + b * next_out, or null
+  int64_t next_out;              // bytes
+  bool wide;                     // all addresses are multiples of 16
+
+  __device__ const uint64_t* record(int64_t segment) const {
+    return table + segment * (kRows0 + tasks);
+  }
+};
+
+// A stretch of columns of one tensor.
+struct Piece {
+  int64_t segment, begin, end; // columns
+  bool wide;                   // its rows (and result) may be accessed 16 bytes at a time
+};
+
+// Address of row t, null where the task has no gradient.
+template <class scalar>
+__device__ const scalar* row_of(const Source& source, int64_t b, int64_t segment, int64_t t) {
+  if (t >= source.tasks) {
+    return nullptr;
+  }
+  if (source.table) {
+    return reinterpret_cast<const scalar*>(source.record(segment)[kRows0 + t]);
+  }
+  return reinterpret_cast<const scalar*>(source.base + b * source.next_matrix + t * source.next_row);
+}
+
+template <class scalar>
+__device__ scalar* out_of(const Source& source, int64_t b, int64_t segment) {
+  if (source.table) {
+    return reinterpret_cast<scalar*>(source.record(segment)[kOut]);
+  }
+  return reinterpret_cast<scalar*>(source.out + b * source.next_out);
+}
+
+// Walks the pieces of tiles [tile, last); every thread of a block walks alike.
+class Pieces {
+ public:
+  __device__ Pieces(const Source& source, int64_t first, int64_t last) : source_(source), tile_(first), last_(last) {
+    if (source.table) { // the last segment that starts at or before the first tile
+      int64_t low = 0, high = source.segments;
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (int64_t(source.record(middle)[kFirstTile]) <= first ? low : high) = middle;
+      }
+      segment_ = low;
+    }
+  }
+
+  __device__ bool next(Piece& piece) {
+    if (tile_ >= last_) {
+      return false;
+    }
+    int64_t first = 0, length = source_.length, end = source_.tiles;
+    piece.wide = source_.wide;
+    if (source_.table) {
+      // Segments without columns have no tiles: they start where their successor does.
+      while (segment_ + 1 < source_.segments && int64_t(source_.record(segment_ + 1)[kFirstTile]) <= tile_) {
+        ++segment_;
+      }
+      const uint64_t* record = source_.record(segment_);
+      first = int64_t(record[kFirstTile]);
+      length = int64_t(record[kLength]);
+      piece.wide = record[kWide] != 0;
+      end = segment_ + 1 < source_.segments ? int64_t(source_.record(segment_ + 1)[kFirstTile]) : source_.tiles;
+    }
+    end = end < last_ ? end : last_;
+    piece.segment = segment_;
+    piece.begin = (tile_ - first) * kTileColumns;
+    piece.end = (end - first) * kTileColumns < length ? (end - first) * kTileColumns : length;
+    tile_ = end;
+    return true;
+  }
+
+ private:
+  const Source& source_;
+  int64_t tile_, last_, segment_ = 0;
+};
+
+// The run of tiles of block `block` of `blocks`.
+struct Run {
+  int64_t first, last;
+  __device__ Run(int64_t tiles, int64_t block, int64_t blocks)
+      : first(tiles * block / blocks), last(tiles * (block + 1) / blocks) {}
+};
+
+// As many words as fit kernel arguments (32764 bytes since CUDA 12.1), and few for short lists.
+template <int kWords>
+struct Words {
+  uint64_t word[kWords];
+};
+constexpr int kFewWords = 440, kManyWords = 4080;
+
+// table[i] = words[i]: 8 bytes written a word.
+template <int kWords>
+__global__ __launch_bounds__(256) void upload(const __grid_constant__ Words<kWords> words, int count, uint64_t* table) {
+  for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += int(gridDim.x * blockDim.x)) {
+    table[i] = words.word[i];
+  }
+}
+
+} // namespace fastmtl::cuda
