@@ -34,10 +34,10 @@ test: install ## all tests (PYTEST_ARGS="-k gram" for some)
 emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
 
-cuda: install ## build the CUDA kernels too (needs nvcc, no GPU), for TORCH_CUDA_ARCH_LIST or 7.5 and 8.0, and import them
-	FASTMTL_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0}" PATH="$(abspath $(BIN)):$$PATH" \
-		$(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -c "import fastmtl; assert fastmtl.ops.EXTENSIONS['_C_cuda'], 'built, but not loaded'"
+cuda: ## build with the CUDA kernels (needs nvcc, no GPU) for TORCH_CUDA_ARCH_LIST, default 7.5 and 8.0; import them
+	@rm -f $(VENV)/.built
+	FASTMTL_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0}" $(MAKE) install
+	$(BIN)/python -c "import fastmtl; assert fastmtl.ops.EXTENSIONS['_C_cuda'], 'not loaded'"
 	$(BIN)/python -m fastmtl info
 
 cuda-all: ## the same for every architecture of the design
@@ -56,12 +56,12 @@ lint: install ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
 format: install ## put everything into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache

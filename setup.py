@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,15 @@ def say(message: str) -> None:
     print(f"fastmtl: {message}", file=sys.stderr, flush=True)
 
 
+def find_toolkit() -> None:
+    """Sets CUDA_HOME where it is not: torch takes the folder above the `nvcc` on PATH, which may be a wrapper."""
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or shutil.which("nvcc") is None:
+        return
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    if top := re.search(r"TOP=(.*)", said):
+        os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
+
+
 def wants_cuda() -> bool:
     """FASTMTL_CUDA=0|1|auto: auto builds where torch is a CUDA build and there is a toolkit (a GPU is not needed)."""
     import torch
@@ -34,8 +45,6 @@ def wants_cuda() -> bool:
         say("CUDA kernels not built: FASTMTL_CUDA=0")
         return False
     missing = []
-    if not CUDA_SOURCES:
-        missing.append("this release has no CUDA sources")
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is not a CUDA build")
     if CUDA_HOME is None:
@@ -54,6 +63,7 @@ def extensions() -> dict:
     if os.environ.get("FASTMTL_NO_EXT", "0") not in ("", "0"):
         say("no kernels built: FASTMTL_NO_EXT=1; the ops run on their pure PyTorch reference, slowly")
         return {}
+    find_toolkit()
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
