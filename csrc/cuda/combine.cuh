@@ -31,7 +31,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
             const scalar* row = row_of<scalar>(source, b, piece.segment, t + d);
             v[d] = zeros<scalar>();
             if (row) {
-              v[d].bits = *reinterpret_cast<const uint4*>(row + at);
+              v[d].bits = __ldcs(reinterpret_cast<const uint4*>(row + at));
             }
           }
 #pragma unroll
@@ -48,7 +48,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
         for (int i = 0; i < kV; ++i) {
           result.set(i, narrow<scalar>(sum[i]));
         }
-        *reinterpret_cast<uint4*>(out + at) = result.bits;
+        __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
       }
       begin = whole;
     }

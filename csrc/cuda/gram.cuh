@@ -103,7 +103,7 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
             const int64_t c = at + d * kStep;
             v[d][t] = zeros<scalar>();
             if (rows[t] && c < whole) {
-              v[d][t].bits = *reinterpret_cast<const uint4*>(rows[t] + c);
+              v[d][t].bits = __ldg(reinterpret_cast<const uint4*>(rows[t] + c));
             }
           }
         }
@@ -178,8 +178,7 @@ __global__ __launch_bounds__(kStreamThreads) void gram_stream(
 
 // --- any T
 
-constexpr int kTilesThreads = 288; // 28, 8 or 2 threads for each tile of 16, 32 or 64 rows
-constexpr int kGroupRows = 64;     // beyond, M is made of blocks of 64 x 64
+constexpr int kGroupRows = 64; // beyond, M is made of blocks of 64 x 64
 
 // kRows: 16, 32 or 64 rows with each other, or 128: the first 64 with the other 64.
 template <class accumulator, int kRows>
@@ -187,14 +186,15 @@ struct Tiling {
   static constexpr bool kPair = kRows == 2 * kGroupRows;
   static constexpr int kSide = kPair ? kGroupRows / 4 : kRows / 4; // tiles on a side
   static constexpr int kTiles = kPair ? kSide * kSide : kSide * (kSide + 1) / 2;
-  static constexpr int kSlices = kTilesThreads / kTiles; // threads that share a tile's columns
+  static constexpr int kThreads = kRows != 64 ? 256 : sizeof(accumulator) == 4 ? 288 : 160;
+  static constexpr int kSlices = kThreads / kTiles; // threads that share a tile's columns: 25, 7, 2 or 1
   static constexpr int kColumns = (kPair ? 256 : 16384 / kRows) / int(sizeof(accumulator));
   static constexpr int kWidth = 16 / int(sizeof(accumulator)); // columns read from shared memory at once
   static constexpr int kStride = kColumns + kWidth; // odd in units of 16 bytes: neighbour rows in different banks
   static constexpr int kValues = kTiles * 16;
   static constexpr size_t kStage = size_t(kRows) * kStride * sizeof(accumulator);
-  static constexpr size_t kSums = size_t(kTilesThreads) * 4 * sizeof(double);
-  static constexpr size_t kLong = sizeof(accumulator) == 4 ? size_t(kTilesThreads) * 32 * sizeof(float) : 0;
+  static constexpr size_t kSums = size_t(kThreads) * 4 * sizeof(double);
+  static constexpr size_t kLong = sizeof(accumulator) == 4 ? size_t(kThreads) * 32 * sizeof(float) : 0;
   static constexpr size_t kShared = (kStage > kSums ? kStage : kSums) + kLong;
 };
 
@@ -236,7 +236,7 @@ __device__ void tiles_block(
     double* values) {
   using Shape = Tiling<accumulator, kRows>;
   constexpr int kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
-  constexpr int kLoads = (kRows * kRowVectors + kTilesThreads - 1) / kTilesThreads;
+  constexpr int kLoads = (kRows * kRowVectors + Shape::kThreads - 1) / Shape::kThreads;
   constexpr int kColumnsUnflushed = 128;
   constexpr bool kBlocks = sizeof(accumulator) == 4;
   accumulator* stage = reinterpret_cast<accumulator*>(shared); // [kRows, kStride]
@@ -244,21 +244,21 @@ __device__ void tiles_block(
   int ti, tj;
   tile_place<Shape::kSide, Shape::kPair>(tile, ti, tj);
   accumulator sum[4][4] = {};
-  // [2, 16, kTilesThreads]: the pairs that short sums are added to, in shared memory, for registers are scarce.
+  // [2, 16, Shape::kThreads]: the pairs that short sums are added to, in shared memory, for registers are scarce.
   float* longer = reinterpret_cast<float*>(shared + Shape::kShared - Shape::kLong) + threadIdx.x;
   double largest = 0.0;
   int unflushed = 0;
 
   if constexpr (kBlocks) {
     for (int k = 0; k < 32; ++k) {
-      longer[k * kTilesThreads] = 0.0f;
+      longer[k * Shape::kThreads] = 0.0f;
     }
   }
   const auto flush = [&] {
     if constexpr (kBlocks) {
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
-        add_exactly(longer[k * kTilesThreads], longer[(16 + k) * kTilesThreads], sum[k / 4][k % 4]);
+        add_exactly(longer[k * Shape::kThreads], longer[(16 + k) * Shape::kThreads], sum[k / 4][k % 4]);
         sum[k / 4][k % 4] = 0;
       }
     }
@@ -276,13 +276,13 @@ __device__ void tiles_block(
     if (piece.wide && at + Shape::kColumns <= piece.end) {
 #pragma unroll
       for (int l = 0; l < kLoads; ++l) {
-        const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+        const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
         next[l] = zeros<scalar>();
         if (r < kRows) {
           const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
           const scalar* row = row_of<scalar>(source, b, piece.segment, t);
           if (row) {
-            next[l].bits = *reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV);
+            next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV));
           }
         }
       }
@@ -290,7 +290,7 @@ __device__ void tiles_block(
     }
 #pragma unroll 1
     for (int l = 0; l < kLoads; ++l) {
-      const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+      const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
       Vector<scalar> v = zeros<scalar>();
       if (r < kRows) {
         const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
@@ -312,7 +312,7 @@ __device__ void tiles_block(
     __syncthreads(); // the stage has been read
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
-      const int k = int(threadIdx.x) + l * kTilesThreads, r = k / kRowVectors;
+      const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
       if (r < kRows) {
         accumulator* to = stage + r * Shape::kStride + (k % kRowVectors) * kV;
 #pragma unroll
@@ -370,23 +370,23 @@ __device__ void tiles_block(
   }
   flush();
   if constexpr (sizeof(scalar) == 8) {
-    largest = block_max<kTilesThreads>(largest, reinterpret_cast<double*>(shared));
+    largest = block_max<Shape::kThreads>(largest, reinterpret_cast<double*>(shared));
   }
-  double* sums = reinterpret_cast<double*>(shared); // [kTilesThreads, 4]
+  double* sums = reinterpret_cast<double*>(shared); // [Shape::kThreads, 4]
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       if constexpr (kBlocks) {
-        const float* pair = longer + (r * 4 + c) * kTilesThreads;
-        sums[threadIdx.x * 4 + c] = double(pair[0]) + double(pair[16 * kTilesThreads]);
+        const float* pair = longer + (r * 4 + c) * Shape::kThreads;
+        sums[threadIdx.x * 4 + c] = double(pair[0]) + double(pair[16 * Shape::kThreads]);
       } else {
         sums[threadIdx.x * 4 + c] = sum[r][c];
       }
     }
     __syncthreads();
-    for (int k = int(threadIdx.x); k < Shape::kTiles * 4; k += kTilesThreads) {
+    for (int k = int(threadIdx.x); k < Shape::kTiles * 4; k += Shape::kThreads) {
       double total = sums[k];
       for (int s = 1; s < Shape::kSlices; ++s) {
         total += sums[s * Shape::kTiles * 4 + k];
@@ -400,14 +400,19 @@ __device__ void tiles_block(
   __syncthreads();
 }
 
+// Blocks of a multiprocessor that are worth fewer registers; float64 sums of many rows would spill.
 template <class scalar, class accumulator, int kRows>
-__global__ __launch_bounds__(kTilesThreads) void gram_tiles(
-    const __grid_constant__ Source source,
-    Pass pass,
-    int64_t blocks,
-    int64_t next_partial, // doubles from one matrix to the next
-    int64_t next_group,   // and from one 64 x 64 block of M to the next
-    double* partial) {    // [B, groups, >= blocks, Tiling::kValues + 1]
+constexpr int kTilesResident = sizeof(accumulator) == 8 && (sizeof(scalar) == 8 || kRows >= kGroupRows) ? 1 : 2;
+
+template <class scalar, class accumulator, int kRows>
+__global__
+    __launch_bounds__((Tiling<accumulator, kRows>::kThreads), (kTilesResident<scalar, accumulator, kRows>)) void gram_tiles(
+        const __grid_constant__ Source source,
+        Pass pass,
+        int64_t blocks,
+        int64_t next_partial, // doubles from one matrix to the next
+        int64_t next_group,   // and from one 64 x 64 block of M to the next
+        double* partial) {    // [B, groups, >= blocks, Tiling::kValues + 1]
   using Shape = Tiling<accumulator, kRows>;
   const int64_t b = blockIdx.x / blocks, c = blockIdx.x % blocks;
   if (pass.skip(b)) {

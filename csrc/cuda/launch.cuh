@@ -24,7 +24,7 @@ void launch_tiles(
   FASTMTL_LAUNCH(
       (gram_tiles<scalar, accumulator, kRows>),
       dim3(unsigned(B * blocks), unsigned(groups)),
-      dim3(kTilesThreads),
+      dim3(Shape::kThreads),
       Shape::kShared,
       stream,
       source,

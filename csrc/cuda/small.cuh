@@ -11,11 +11,11 @@ namespace fastmtl::cuda {
 // kRows: 8 (gram_stream's way) or 32 (gram_tiles').
 template <class scalar, int kRows>
 struct Small {
-  static constexpr int kThreads = kRows == 8 ? 256 : kTilesThreads;
+  static constexpr int kThreads = kRows == 8 ? 256 : Tiling<double, 32>::kThreads;
   static constexpr int kValues = kRows == 8 ? kStreamValues<8> : Tiling<double, 32>::kValues;
 
   // Bytes: the partial, M and α beside what the larger of the parts needs.
-  static size_t shared(int64_t T) {
+  static constexpr size_t shared(int64_t T) {
     const size_t gram =
         kRows == 8 ? size_t(kThreads / 32) * (kStreamValues<8> + 1) * sizeof(double) : Tiling<double, 32>::kShared;
     const size_t balance = balance_shared(T, true);

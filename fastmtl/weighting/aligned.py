@@ -20,6 +20,7 @@ _RANK_RULES = ("normalized", "gram")
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 _EPS32, _EPS64 = _EPS[torch.float32], _EPS[torch.float64]
 _HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class AlignedMTL:
@@ -30,7 +31,8 @@ class AlignedMTL:
 
         λ, V = eigh(G Gᵀ)        α = sqrt(s) · V_R diag(λ_R^-1/2) V_Rᵀ w        g = αᵀ G
 
-    An instance holds only these options: it is safe to share between threads and models.
+    An instance holds only these options (and a copy of the weights for each device that it met): it is safe to share
+    between threads and models.
 
     Args:
         weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T
@@ -63,9 +65,13 @@ class AlignedMTL:
         if rtol is not None and not (isinstance(rtol, (int, float)) and 0.0 <= rtol < math.inf):
             raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
         self.weights: Tensor | str = _checked_weights(weights)
+        self._placed: dict[tuple[Tensor | str, int, torch.device], Tensor] = {}
         self.scale = scale
         self.rtol = None if rtol is None else float(rtol)
         self.rank_rule = rank_rule
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_placed": {}}  # pickles and copies hold the options alone
 
     def __repr__(self) -> str:
         weights = repr(self.weights) if isinstance(self.weights, str) else str(self.weights.tolist())
@@ -197,14 +203,38 @@ class AlignedMTL:
 
     def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
         """The numerical decisions as the ops take them."""
-        weights: Tensor | None
+        weights: Tensor | None = None
         if isinstance(self.weights, str):
-            weights = None if self.weights == "mean" else like.new_ones(T, dtype=torch.float64)
+            if self.weights != "mean":
+                weights = self._weights_on(T, like)
         else:
             self._check_tasks(T)
-            weights = self.weights.to(like.device)
+            weights = self.weights if self.weights.device == like.device else self._weights_on(T, like)
         default, zero = _tolerances(T, dtype)
         return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
+
+    def _weights_on(self, T: int, like: Tensor) -> Tensor:
+        """The weights [T] where the gradients are. A copy is kept: to make one, the host waits for the device."""
+        # What a compiled or captured graph allocates is its own, and a fake tensor has no numbers.
+        if torch.compiler.is_compiling() or type(like) not in _PLAIN:
+            return self._new_weights(T, like)
+        weights = self.weights
+        key = (weights, T, like.device)
+        placed = self._placed.get(key)
+        if placed is None:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._new_weights(T, like)
+            with torch.inference_mode(False):
+                host = torch.ones(T, dtype=torch.float64, device="cpu") if isinstance(weights, str) else weights.cpu()
+                placed = host.to(like.device)  # from the host: complete for every stream when it returns
+            if type(placed) is Tensor:
+                self._placed[key] = placed
+        return placed
+
+    def _new_weights(self, T: int, like: Tensor) -> Tensor:
+        if isinstance(self.weights, str):
+            return like.new_ones(T, dtype=torch.float64)
+        return self.weights.to(like.device)
 
 
 def _checked_out(G: Tensor, out: Tensor | None) -> Tensor:
