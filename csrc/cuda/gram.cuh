@@ -47,8 +47,8 @@ __device__ double scaled(scalar x, double half, double rest) {
   if constexpr (sizeof(scalar) == 8) {
     return x * half * rest;
   }
-  // Beside float64 entries that need a scale nothing of another type counts.
-  return half == 1.0 ? widen<double>(x) : 0.0;
+  // Beside float64 entries that need a scale nothing of another type counts, unless it is not finite.
+  return half == 1.0 ? widen<double>(x) : widen<double>(x) * 0.0;
 }
 
 // The sums of pieces [first, last) into values[0 .. kStreamValues), row-major upper triangle, and the largest float64
@@ -188,7 +188,7 @@ struct Tiling {
   static constexpr int kTiles = kPair ? kSide * kSide : kSide * (kSide + 1) / 2;
   static constexpr int kThreads = kRows != 64 ? 256 : sizeof(accumulator) == 4 ? 288 : 160;
   static constexpr int kSlices = kThreads / kTiles; // threads that share a tile's columns: 25, 7, 2 or 1
-  static constexpr int kColumns = (kPair ? 256 : 16384 / kRows) / int(sizeof(accumulator));
+  static constexpr int kColumns = kPair ? 32 : 16384 / kRows / int(sizeof(accumulator));
   static constexpr int kWidth = 16 / int(sizeof(accumulator)); // columns read from shared memory at once
   static constexpr int kStride = kColumns + kWidth; // odd in units of 16 bytes: neighbour rows in different banks
   static constexpr int kValues = kTiles * 16;
@@ -196,6 +196,7 @@ struct Tiling {
   static constexpr size_t kSums = size_t(kThreads) * 4 * sizeof(double);
   static constexpr size_t kLong = sizeof(accumulator) == 4 ? size_t(kThreads) * 32 * sizeof(float) : 0;
   static constexpr size_t kShared = (kStage > kSums ? kStage : kSums) + kLong;
+  static_assert(kShared <= 65536); // all that a block has on compute capability 7.5
 };
 
 // Tile k of the upper triangle (or of the square) of tiles.

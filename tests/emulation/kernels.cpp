@@ -1,0 +1,200 @@
+// The CUDA kernels and their pipeline compiled for the host, on numpy arrays: addresses come as integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+// FASTMTL_EMULATE_ONLY_F32 leaves out the kernels of the other types of gradients, which halves the time to compile.
+#ifdef FASTMTL_EMULATE_ONLY_F32
+#include <stdexcept>
+
+#include "cuda/kernels.h"
+#include "cuda/vector.cuh"
+
+namespace fastmtl::cuda {
+
+#define FASTMTL_LEFT_OUT(scalar)                                                                                  \
+  template <>                                                                                                     \
+  void launch_gram<scalar>(                                                                                       \
+      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, int64_t, double*, double*, cudaStream_t) { \
+    throw std::logic_error("only float32 was compiled");                                                          \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t) {                              \
+    throw std::logic_error("only float32 was compiled");                                                          \
+  }                                                                                                               \
+  template <>                                                                                                     \
+  void launch_align_small<scalar>(                                                                                \
+      const Source&, int64_t, const Policy&, double*, double*, double*, int64_t*, cudaStream_t) {                 \
+    throw std::logic_error("only float32 was compiled");                                                          \
+  }
+FASTMTL_LEFT_OUT(double)
+FASTMTL_LEFT_OUT(bfloat16)
+FASTMTL_LEFT_OUT(float16)
+
+} // namespace fastmtl::cuda
+#else
+#include "cuda/kernels_bf16.cu"
+#include "cuda/kernels_f16.cu"
+#include "cuda/kernels_f64.cu"
+#endif
+#include "cuda/kernels_f32.cu"
+#include "cuda/kernels_weights.cu"
+#include "cuda/pipeline.cu"
+
+#ifndef FASTMTL_EMULATION_MODULE
+#define FASTMTL_EMULATION_MODULE kernels
+#endif
+
+namespace py = pybind11;
+
+namespace fastmtl::cuda {
+
+namespace {
+
+// Device memory of one call: exact allocations, so that AddressSanitizer sees their ends, filled with NaN.
+struct Session {
+  std::vector<std::unique_ptr<unsigned char[]>> memory;
+  Context context;
+
+  Session(bool slow_float64, int64_t shared_limit) : context{nullptr, {}, slow_float64, shared_limit} {
+    context.allocate = [this](int64_t bytes) {
+      memory.emplace_back(new unsigned char[size_t(bytes)]);
+      memset(memory.back().get(), 0xff, size_t(bytes));
+      return static_cast<void*>(memory.back().get());
+    };
+  }
+};
+
+template <class X>
+X* at(uintptr_t address) {
+  return reinterpret_cast<X*>(address);
+}
+
+Dtype dtype_of(const std::string& name) {
+  return name == "float32"    ? Dtype::f32
+         : name == "float64"  ? Dtype::f64
+         : name == "bfloat16" ? Dtype::bf16
+                              : Dtype::f16;
+}
+
+Policy policy_of(const py::dict& options) {
+  const std::string scale = py::cast<std::string>(options["scale"]);
+  return {
+      at<const double>(py::cast<uintptr_t>(options["weights"])),
+      scale == "min"      ? Scale::min
+      : scale == "median" ? Scale::median
+                          : Scale::rmse,
+      py::cast<std::string>(options["rank_rule"]) == "normalized" ? RankRule::normalized : RankRule::gram,
+      py::cast<double>(options["rtol"]),
+      py::cast<double>(options["zero"])};
+}
+
+// A gradient matrix as tests hand it over: strides of a flat batch, or segments (addresses of T rows, result, length,
+// dtype).
+struct Input {
+  int64_t B = 1, T = 1, P = 0, next_matrix = 0, next_row = 0, next_out = 0;
+  uintptr_t base = 0, out = 0;
+  std::string dtype;
+  std::vector<std::tuple<std::vector<uintptr_t>, uintptr_t, int64_t, std::string>> segments;
+  bool ragged = false;
+
+  Batch batch(const Context& context) const {
+    if (!ragged) {
+      return Batch(at<char>(base), B, T, P, next_matrix, next_row, at<char>(out), next_out, dtype_of(dtype));
+    }
+    std::vector<Segment> list;
+    for (const auto& [rows, result, length, name] : segments) {
+      list.push_back({reinterpret_cast<const void* const*>(rows.data()), at<void>(result), length, dtype_of(name)});
+    }
+    return Batch(Gradients{list.data(), int64_t(list.size()), T}, context);
+  }
+};
+
+PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
+  m.def("set_order", [](const std::string& order, unsigned seed) { host_cuda::set_order(order, seed); });
+  m.def("set_shared_limit", [](size_t bytes) { host_cuda::set_shared_limit(bytes); });
+#ifdef FASTMTL_EMULATE_ONLY_F32
+  m.attr("dtypes") = std::vector<std::string>{"float32"};
+#else
+  m.attr("dtypes") = std::vector<std::string>{"float32", "float64", "bfloat16", "float16"};
+#endif
+  m.def("launches", [] {
+    std::vector<std::string> names;
+    for (const auto& launch : host_cuda::launches()) {
+      names.emplace_back(launch.kernel);
+    }
+    return names;
+  });
+  m.def("reset_launches", [] { host_cuda::reset_launches(); });
+
+  py::class_<Input>(m, "Input")
+      .def(py::init<>())
+      .def_readwrite("B", &Input::B)
+      .def_readwrite("T", &Input::T)
+      .def_readwrite("P", &Input::P)
+      .def_readwrite("next_matrix", &Input::next_matrix)
+      .def_readwrite("next_row", &Input::next_row)
+      .def_readwrite("next_out", &Input::next_out)
+      .def_readwrite("base", &Input::base)
+      .def_readwrite("out", &Input::out)
+      .def_readwrite("dtype", &Input::dtype)
+      .def_readwrite("segments", &Input::segments)
+      .def_readwrite("ragged", &Input::ragged);
+  py::class_<Session>(m, "Session").def(py::init<bool, int64_t>());
+
+  m.def("gram", [](Session& session, const Input& G, bool exact, uintptr_t M) {
+    return gram(G.batch(session.context), exact, {}, at<double>(M), session.context).blocks;
+  });
+  m.def(
+      "balance",
+      [](Session& session,
+         uintptr_t M,
+         int64_t B,
+         int64_t T,
+         const py::dict& options,
+         uintptr_t alpha,
+         uintptr_t eigenvalues,
+         uintptr_t rank) {
+        balance(
+            at<double>(M),
+            B,
+            T,
+            policy_of(options),
+            at<double>(alpha),
+            at<double>(eigenvalues),
+            at<int64_t>(rank),
+            session.context);
+      });
+  m.def("combine", [](Session& session, const Input& G, uintptr_t alpha) {
+    combine(G.batch(session.context), at<double>(alpha), session.context);
+  });
+  m.def(
+      "align",
+      [](Session& session,
+         const Input& G,
+         const py::dict& options,
+         uintptr_t M,
+         uintptr_t alpha,
+         uintptr_t eigenvalues,
+         uintptr_t rank) {
+        align(
+            G.batch(session.context),
+            policy_of(options),
+            at<double>(M),
+            at<double>(alpha),
+            at<double>(eigenvalues),
+            at<int64_t>(rank),
+            session.context);
+      });
+  m.def("eigh", [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t eigenvalues, uintptr_t eigenvectors) {
+    eigh(at<double>(M), B, T, at<double>(eigenvalues), at<double>(eigenvectors), session.context);
+  });
+}
+
+} // namespace
+
+} // namespace fastmtl::cuda
