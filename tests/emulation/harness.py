@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import build
 import torch
 from helpers import EPS32, EPS64, F64, default_rtol
 from torch import Tensor
-
-import build
 
 # Shared memory that a block can have: compute capability 7.5, where the eigenvectors of many tasks do not fit, and 9.0.
 SMALL_SHARED, LARGE_SHARED = 65536, 232448

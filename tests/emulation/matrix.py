@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
-
 import build
+import numpy as np
 
 ORDERS = ("sequential", "reversed", "shuffled")
 F64 = np.float64
