@@ -1,0 +1,398 @@
+"""A model, not a measurement: what bytes, operations and launches alone would take on three GPUs. Needs none of them.
+
+    python benchmarks/cuda_model.py             # prints the tables, as Markdown
+    python benchmarks/cuda_model.py --write     # puts them into docs/performance.md
+
+Every kernel of csrc/cuda is counted as it is launched for well-conditioned gradients: bytes from and to memory,
+multiply-adds (those on zero rows included: tiles are padded), and launches. A kernel takes the longer of bytes /
+bandwidth and multiply-adds / rate, and `LAUNCH` for each launch. A kernel of fewer blocks than the GPU has
+multiprocessors has that share of the rate.
+
+Left out, hence a lower bound: latency (which is most of an eigenproblem: its `steps` depend on each other), conversions
+to float64, shared memory, occupancy, blocks that end late, and the host. Caches are left out as well: that makes a
+matrix that fits the second-level cache, and partial sums, look slower than they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import workloads
+
+__all__ = ["CASES", "CONSTANTS", "DEVICES", "Case", "Device", "Kernel", "align", "document", "plain", "tables"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- benchmarks/cuda_model.py -->\n", "<!-- end -->\n"
+
+# The numbers that csrc/cuda decides by, each with its own name there: tests/test_cuda_model.py compares them.
+CONSTANTS = {
+    "kTileColumns": 512,  # source.cuh
+    "kFewWords": 440,
+    "kManyWords": 4080,
+    "kGroupRows": 64,  # gram.cuh
+    "kMaxJacobiTasks": 64,  # eigh.cuh
+    "kMaxSmallTasks": 32,  # small.cuh
+    "kCombineThreads": 256,  # combine.cuh
+    "kReduceValues": 32,  # kernels_weights.cu
+    "kMaxExactTasks": 16,  # ../math/balance.h
+    "kSmallEntries": 1 << 15,  # pipeline.cu
+    "kSmallEntriesInBatch": 1 << 20,
+    "kManyMatrices": 64,
+    "kPartialBytes": 32 << 20,
+    "slow float64, tasks in float64": 4,  # plan_of
+    "slow float64, least ratio": 4,  # module.cu
+    "blocks, stream": 256,  # blocks_of
+    "blocks, tiles": 512,
+    "blocks, at most": 2048,
+    "tiles of a block": 4,
+}
+SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
+LAUNCH = 2.5e-6  # seconds
+PLAIN_WEIGHTS = 6  # launches of pure.task_weights beside its eigh
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the vendor states: bytes a second, operations a second (two a multiply-add, no tensor cores)."""
+
+    name: str
+    bandwidth: float
+    float32: float
+    float64: float
+    processors: int
+
+    @property
+    def slow_float64(self) -> bool:
+        """`Context::slow_float64`."""
+        return self.float32 / self.float64 > CONSTANTS["slow float64, least ratio"]
+
+
+DEVICES = (
+    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 132),
+    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 108),
+    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 128),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kind of launch in a step.
+
+    Attributes:
+        name: of the kernel, with what tells its instances apart.
+        blocks: that work at once, at most.
+        bytes: moved from and to memory.
+        fma32: multiply-adds in float32.
+        fma64: multiply-adds in float64.
+        steps: that follow each other in an eigenproblem; they are in no time.
+        launches: of this kernel.
+    """
+
+    name: str
+    blocks: int
+    bytes: float = 0
+    fma32: float = 0
+    fma64: float = 0
+    steps: int = 0
+    launches: int = 1
+
+    def seconds(self, device: Device) -> float:
+        """The roofline."""
+        share = min(1.0, self.blocks / device.processors)
+        operations = 2 * (self.fma32 / device.float32 + self.fma64 / device.float64) / share
+        return max(self.bytes / device.bandwidth, operations) + self.launches * LAUNCH
+
+
+@dataclass(frozen=True)
+class Case:
+    """B matrices [T, P], or one of tensors of `sizes`."""
+
+    T: int
+    P: int
+    dtype: torch.dtype = torch.float32
+    B: int = 1
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How the tables call it."""
+        if self.sizes:
+            return f"{self.T}×{self.P / 1e6:.1f}e6 in {len(self.sizes)} tensors"
+        batch = f"{self.B}×" if self.B > 1 else ""
+        columns = f"{self.P:.0e}".replace("e+0", "e") if self.P >= 100_000 else str(self.P)
+        return f"{batch}{self.T}×{columns}" + ("" if self.dtype is torch.float32 else f" {str(self.dtype)[6:]}")
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a matrix: the columns of every tensor are cut on their own."""
+        return sum(_up(n, CONSTANTS["kTileColumns"]) for n in self.sizes or (self.P,))
+
+    @property
+    def entries(self) -> int:
+        """Bytes of all rows."""
+        return self.B * self.T * self.P * self.dtype.itemsize
+
+
+CASES = (
+    Case(2, 1_000_000),
+    Case(10, 1_000_000),
+    Case(10, 10_000_000),
+    Case(10, 1_000_000, torch.bfloat16),
+    Case(32, 1_000_000),
+    Case(64, 1_000_000),
+    Case(128, 100_000),
+    Case(8, 2048, B=512),
+    Case(8, 25_557_032, sizes=tuple(torch.Size(shape).numel() for shape in workloads.resnet50())),
+)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`GramPlan`."""
+
+    rows: int
+    blocks: bool
+    groups: int
+
+    @property
+    def pairs(self) -> int:
+        """Blocks of M above its diagonal."""
+        return _triangle(self.groups - 1)
+
+    @property
+    def values(self) -> int:
+        """`Layout::values`: the sums that a block keeps, hence multiply-adds a column."""
+        return _triangle(self.rows) if self.rows <= 8 else _triangle(self.rows // 4) * 16
+
+
+PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
+
+
+def _plan(case: Case, exact: bool, device: Device) -> Plan:
+    T = case.T
+    most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxExactTasks"]
+    blocks = not exact and case.dtype is not torch.float64 and most < T
+    wide = [rows for rows in (2, 4, 8) if rows >= T and not blocks]
+    tiled = [rows for rows in (16, 32) if rows >= T]
+    return Plan(next(iter([*wide, *tiled, 64])), blocks, _up(T, CONSTANTS["kGroupRows"]))
+
+
+def _gram(case: Case, plan: Plan, again: bool) -> Iterable[Kernel]:
+    """The partial sums and their reduction; where `again`, the launches of a second pass that finds nothing to do."""
+    slot, pair_slot = plan.values + 1, PAIR_VALUES + 1
+    partial = case.B * 8 * (plan.groups * slot + plan.pairs * pair_slot)
+    enough = CONSTANTS["blocks, stream" if plan.rows <= 8 else "blocks, tiles"]
+    wanted = enough
+    if plan.rows <= 8:
+        wanted = min(max(case.tiles // CONSTANTS["tiles of a block"], enough), CONSTANTS["blocks, at most"])
+    blocks = max(1, min(case.tiles, wanted // case.B, CONSTANTS["kPartialBytes"] // partial))
+    kind = "stream" if plan.rows <= 8 else "tiles"
+    accumulator = "float" if plan.blocks else "double"
+    parts = [(f"gram_{kind}<{accumulator}, {plan.rows}>", plan.groups, plan.values, slot, case.entries)]
+    if plan.pairs:  # each reads two groups of rows
+        name = f"gram_tiles<{accumulator}, 128>"
+        parts.append((name, plan.pairs, PAIR_VALUES, pair_slot, case.entries * (plan.groups - 1)))
+    if again:
+        yield from (Kernel(name, 1) for name, *_ in parts)
+        yield from (Kernel("gram_reduce", 1) for _ in parts)
+        return
+    for name, groups, values, part_slot, read in parts:
+        work = float(case.B) * groups * values * case.P
+        moved = read + case.B * groups * blocks * part_slot * 8
+        fma32, fma64 = (work, 0.0) if plan.blocks else (0.0, work)
+        yield Kernel(name, case.B * blocks * groups, moved, fma32, fma64)
+    for _, groups, _, part_slot, _ in parts:
+        sums = case.B * groups * blocks * part_slot
+        columns = _up(part_slot, CONSTANTS["kReduceValues"])
+        yield Kernel("gram_reduce", case.B * columns * groups, 8 * (sums + case.B * case.T**2))
+
+
+def _jacobi(T: int) -> tuple[float, int]:
+    """Multiply-adds (or what takes as long: two products and two multiply-adds a rotation) and steps of a solution."""
+    return 4.0 * SWEEPS * T**3, SWEEPS * (T + T % 2 - 1)
+
+
+def _balance(case: Case) -> Kernel:
+    work, steps = _jacobi(case.T)
+    return Kernel("balance", case.B, case.B * (case.T**2 + 2 * case.T + 1) * 8, fma64=case.B * work, steps=steps)
+
+
+def _combine(case: Case) -> Kernel:
+    run = CONSTANTS["kCombineThreads"] * (16 // case.dtype.itemsize) // CONSTANTS["kTileColumns"]
+    moved = case.entries + case.entries // case.T
+    work = float(case.B) * case.T * case.P
+    return Kernel("combine", case.B * _up(case.tiles, max(run, 1)), moved, fma64=work)
+
+
+def _small(matrices: int, tasks: int, columns: int) -> bool:
+    """`is_small`."""
+    many = matrices >= CONSTANTS["kManyMatrices"]
+    entries = CONSTANTS["kSmallEntriesInBatch" if many else "kSmallEntries"]
+    return tasks <= CONSTANTS["kMaxSmallTasks"] and tasks * columns <= entries
+
+
+def align(case: Case, device: Device) -> list[Kernel]:
+    """The launches of a step on well-conditioned gradients, in order."""
+    kernels: list[Kernel] = []
+    if case.sizes:
+        words = len(case.sizes) * (4 + case.T)
+        kernels.append(Kernel("upload", 4, 2 * words * 8, launches=_up(words, CONSTANTS["kManyWords"])))
+    if _small(case.B, case.T, case.P):
+        rows = 8 if case.T <= 8 else 32
+        values = _triangle(8) if rows == 8 else _triangle(8) * 16
+        work, steps = _jacobi(case.T)
+        moved = case.entries + case.entries // case.T
+        each = (values + case.T) * case.P + work
+        return [*kernels, Kernel(f"align_small<{rows}>", case.B, moved, fma64=case.B * each, steps=steps)]
+    first = _plan(case, False, device)
+    kernels += _gram(case, first, False)
+    large = case.T - CONSTANTS["kMaxJacobiTasks"]
+    if large > 0:  # to the host and back: M, then α, eigenvalues and rank
+        kernels.append(Kernel("copies to the host and back", 1, case.B * (case.T**2 + 2 * case.T + 1) * 8, launches=4))
+    else:
+        kernels.append(_balance(case))
+        if first.blocks or case.dtype is torch.float64:
+            kernels += _gram(case, _plan(case, True, device), True)
+            kernels.append(Kernel("balance", 1))
+    return [*kernels, _combine(case)]
+
+
+def plain(case: Case) -> list[Kernel] | None:
+    """`G @ G.T`, torch.linalg.eigh without its time, torch.mv; None where eigh does not take the dtype."""
+    if case.dtype is not torch.float32:
+        return None
+    T, P, B = case.T, case.P, case.B
+    many = 1 << 10
+    kernels = []
+    if case.sizes:  # concatenated first, a launch for each task
+        kernels.append(Kernel("cat", many, 2 * case.entries, launches=T))
+    kernels.append(Kernel("G @ G.T", many, case.entries + B * T * T * 4, fma32=float(B) * T * T * P))
+    kernels.append(Kernel("weights without eigh", many, launches=PLAIN_WEIGHTS))
+    kernels.append(Kernel("mv", many, case.entries + case.entries // T, fma32=float(B) * T * P))
+    return kernels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _number(x: float) -> str:
+    """Three digits, plainly written."""
+    if x == 0:
+        return "0"
+    digits = max(0, 2 - len(str(int(x))) + 1) if x >= 1 else 2
+    return f"{x:.{digits}f}"
+
+
+def _microseconds(kernels: Sequence[Kernel], device: Device) -> str:
+    return _number(1e6 * sum(kernel.seconds(device) for kernel in kernels))
+
+
+def _merged(kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
+    """Kernels by what a row shows: those that do nothing make one row."""
+    merged: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        idle = not (kernel.bytes or kernel.fma32 or kernel.fma64)
+        merged.setdefault("second pass, not needed" if idle else kernel.name, []).append(kernel)
+    return merged
+
+
+def _totals() -> str:
+    names = [device.name for device in DEVICES]
+    text = _row(["T×P", "launches", *names, *(f"plain: {name}" for name in names)])
+    text += "|---" * (2 + 2 * len(names)) + "|\n"
+    for case in CASES:
+        ours = [align(case, device) for device in DEVICES]
+        theirs = plain(case)
+        launches = sorted({sum(kernel.launches for kernel in kernels) for kernels in ours})
+        base = ["" if theirs is None else _microseconds(theirs, device) for device in DEVICES]
+        times = [_microseconds(kernels, device) for kernels, device in zip(ours, DEVICES, strict=True)]
+        text += _row([case.name, " or ".join(map(str, launches)), *times, *base])
+    return text
+
+
+def _place(name: str) -> int:
+    """Where a row of the second table stands among those of its case."""
+    order = ("upload", "align", "gram_stream", "gram_tiles", "gram_reduce", "balance", "copies", "second", "combine")
+    return next(i for i, start in enumerate(order) if name.startswith(start))
+
+
+def _kernels() -> str:
+    names = [device.name for device in DEVICES]
+    text = _row(["T×P", "kernel", "launches", "MB", "10⁶ FMA32", "10⁶ FMA64", "steps", *names])
+    text += "|---" * (7 + len(names)) + "|\n"
+    for case in CASES:
+        runs = [_merged(align(case, device)) for device in DEVICES]
+        # Devices may take different kernels: a row for each, in the order of the launches.
+        order = sorted({name: None for run in runs for name in run}, key=_place)
+        first = True
+        for name in order:
+            seen: list[list[Kernel]] = []
+            for run in runs:
+                if name in run and run[name] not in seen:
+                    seen.append(run[name])
+            for kernels in seen:
+                kernel_name = name if name.startswith(("second", "copies")) else f"`{name}`"
+                cells: list[object] = [case.name if first else "", kernel_name]
+                first = False
+                cells.append(sum(kernel.launches for kernel in kernels))
+                cells.append(_number(sum(kernel.bytes for kernel in kernels) / 1e6))
+                cells.append(_number(sum(kernel.fma32 for kernel in kernels) / 1e6))
+                cells.append(_number(sum(kernel.fma64 for kernel in kernels) / 1e6))
+                cells.append(max(kernel.steps for kernel in kernels) or "")
+                for run, device in zip(runs, DEVICES, strict=True):
+                    cells.append(_microseconds(kernels, device) if run.get(name) == kernels else "")
+                text += _row(cells)
+    return text
+
+
+def tables() -> str:
+    """Both tables, as they stand in the documentation."""
+    return (
+        "Modelled microseconds of a step: fastmtl, then plain PyTorch without its `eigh`, which is not modelled.\n\n"
+        f"{_totals()}\nThe kernels behind fastmtl's columns, modelled microseconds on the right:\n\n{_kernels()}"
+    )
+
+
+def document(page: str) -> str:
+    """The page with today's tables between its marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected {BEGIN.strip()} and {END.strip()} in the page")
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables, or writes them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"put the tables into docs/{PAGE.name}")
+    if parser.parse_args(arguments).write:
+        PAGE.write_text(document(PAGE.read_text()))
+    else:
+        sys.stdout.write(tables())
+
+
+if __name__ == "__main__":
+    main()

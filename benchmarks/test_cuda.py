@@ -1,0 +1,212 @@
+"""On a GPU: fastmtl beside plain PyTorch, called eagerly and as a CUDA graph, timed by CUDA events."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pure
+import pytest
+import torch
+import workloads
+from torch import Tensor
+
+import fastmtl
+
+pytest.importorskip("pytest_benchmark")
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+FLAT = [(2, 1_000_000), (10, 1_000_000), (10, 10_000_000), (32, 1_000_000), (64, 1_000_000), (128, 100_000)]
+EIGH = [(512, 3), (4096, 8), (1024, 33), (500, 64)]
+ROUNDS, ENOUGH = 30, 2e-3  # timed rounds, and seconds of the device that a round takes at least
+MEGABYTE = 1_000_000
+
+ways = pytest.mark.parametrize("way", ["eager", "graph"])
+names = pytest.mark.parametrize("name", ["fastmtl", "pure"])
+
+
+class Times(NamedTuple):
+    """Seconds of one call on the device, a number a round."""
+
+    rounds: list[float]
+    bytes: int  # that the call allocates at most
+
+
+def name_of(shape: tuple[int, ...]) -> str:
+    """2x1000000."""
+    return "x".join(map(str, shape))
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph, or a skip where it cannot be one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        pytest.skip(f"cannot be captured: {str(error).splitlines()[0]}")
+    return graph.replay
+
+
+def measure(call: Callable[[], object]) -> Times:
+    """Warm and preallocated. A round is as many calls in a row as fill `ENOUGH`, between two events."""
+
+    def elapsed(n: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(n):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / n
+
+    for _ in range(5):
+        call()
+    n = max(1, round(ENOUGH / elapsed(10)))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rounds = [elapsed(n) for _ in range(ROUNDS)]
+    return Times(rounds, torch.cuda.max_memory_allocated() - before)
+
+
+def report(benchmark: Any, group: str, call: Callable[[], object], way: str, moved: int) -> None:
+    """Times the call: events in `extra_info`, and pytest-benchmark's own clock around a call and a wait for it.
+
+    `moved` is what reading the input twice and writing the result once takes, in bytes.
+    """
+    call = captured(call) if way == "graph" else call
+    times = measure(call)
+    median = statistics.median(times.rounds)
+    benchmark.group = group
+    benchmark.extra_info["device"] = torch.cuda.get_device_name()
+    benchmark.extra_info["microseconds"] = round(median * 1e6, 2)
+    benchmark.extra_info["fastest, microseconds"] = round(min(times.rounds) * 1e6, 2)
+    benchmark.extra_info["GB/s of two reads and a write"] = round(moved / median / 1e9, 1)
+    benchmark.extra_info["megabytes allocated"] = round(times.bytes / MEGABYTE, 2)
+
+    def wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(wait, rounds=ROUNDS, warmup_rounds=3)
+
+
+class Flat(pure.Flat):
+    """`pure.Flat` with its buffers on the GPU."""
+
+    def __init__(self, T: int, P: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(T, P, dtype)
+        self.w, self.out = self.w.cuda(), self.out.cuda()
+
+
+class Ragged(pure.Ragged):
+    """`pure.Ragged` with its buffers on the GPU."""
+
+    def __init__(self, T: int, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__(T, shapes)
+        self.matrix, self.flat = self.matrix.cuda(), Flat(*self.matrix.shape)
+
+
+@ways
+@names
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", FLAT, ids=name_of)
+def test_flat(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, name: str, way: str) -> None:
+    """One matrix [T, P] of full rank; plain PyTorch has a Gram matrix and an eigenproblem in float32."""
+    T, P = shape
+    if name == "pure" and dtype is not torch.float32:
+        pytest.skip("torch.linalg.eigh takes no bfloat16")
+    if name == "fastmtl" and way == "graph" and T > 64:
+        pytest.skip("waits for the device beyond 64 tasks")
+    host = workloads.matrix(T, P, dtype=dtype)
+    G = host.cuda()
+    method, out, base = fastmtl.AlignedMTL(), torch.empty(P, dtype=dtype, device="cuda"), Flat(T, P, dtype)
+
+    def run() -> Tensor:
+        return method(G, out=out) if name == "fastmtl" else base(G)
+
+    limit = workloads.tolerance(T, dtype) if name == "fastmtl" else 1e-3
+    assert workloads.error(run().cpu(), workloads.exact(host)) <= limit
+    moved = (2 * T + 1) * P * G.element_size()
+    report(benchmark, f"cuda {str(dtype)[6:]} {name_of(shape)}", run, way, moved)
+
+
+@ways
+@pytest.mark.parametrize("shape", [(10, 1_000_000), (32, 1_000_000)], ids=name_of)
+def test_ill_conditioned(benchmark: Any, shape: tuple[int, int], way: str) -> None:
+    """A condition number of 1000: float32 blocks do not do, and a second pass over G is taken where T > 16."""
+    host = workloads.matrix(*shape, kappa=1e3)
+    G = host.cuda()
+    method, out = fastmtl.AlignedMTL(), torch.empty(shape[1], device="cuda")
+
+    def run() -> Tensor:
+        return method(G, out=out)
+
+    assert workloads.error(run().cpu(), workloads.exact(host)) <= workloads.tolerance(shape[0])
+    report(benchmark, f"cuda κ=1e3 {name_of(shape)}", run, way, (2 * shape[0] + 1) * shape[1] * 4)
+
+
+@ways
+@names
+@pytest.mark.parametrize("shape", [(512, 8, 2048)], ids=name_of)
+def test_batched(benchmark: Any, shape: tuple[int, int, int], name: str, way: str) -> None:
+    """[B, T, P]: one launch, against bmm and a batched torch.linalg.eigh."""
+    B, T, P = shape
+    host = workloads.matrix(*shape)
+    G = host.cuda()
+    method, out, base = fastmtl.AlignedMTL(), torch.empty(B, P, device="cuda"), pure.Batched(*shape)
+    base.w, base.out = base.w.cuda(), base.out.cuda()
+
+    def run() -> Tensor:
+        return method(G, out=out) if name == "fastmtl" else base(G)
+
+    assert workloads.error(run().cpu(), workloads.exact(host)) <= (1e-5 if name == "fastmtl" else 1e-3)
+    report(benchmark, f"cuda batched {name_of(shape)}", run, way, B * (2 * T + 1) * P * 4)
+
+
+@ways
+@names
+@pytest.mark.parametrize("shape", EIGH, ids=name_of)
+def test_eigh(benchmark: Any, shape: tuple[int, int], name: str, way: str) -> None:
+    """B eigenproblems of T x T in float64."""
+    host = workloads.symmetric(*shape)
+    M = host.cuda()
+    run = (lambda: fastmtl.eigh(M)) if name == "fastmtl" else (lambda: tuple(torch.linalg.eigh(M)))
+    eigenvalues, eigenvectors = run()
+    assert workloads.eigen_error(host, eigenvalues.cpu(), eigenvectors.cpu()) <= 10
+    B, T = shape
+    report(benchmark, f"cuda eigh {name_of(shape)}", run, way, B * (2 * T * T + T) * 8)
+
+
+@ways
+@names
+@pytest.mark.parametrize("T", [8])
+def test_ragged(benchmark: Any, T: int, name: str, way: str) -> None:
+    """The 161 gradients of a ResNet-50, read where they lie, against a concatenation into a preallocated matrix."""
+    shapes = workloads.resnet50()
+    host = workloads.ragged(T, shapes)
+    rows = [[g.cuda() for g in row] for row in host]
+    base, method = Ragged(T, shapes), fastmtl.AlignedMTL()
+    out = [torch.empty_like(g) for g in rows[0]]
+
+    def run() -> Sequence[Tensor | None]:
+        return method(rows, out=out) if name == "fastmtl" else base(rows)
+
+    expected = workloads.exact(pure.Ragged(T, shapes).flatten(host))
+    assert workloads.error([g.cpu() for g in run() if g is not None], expected) <= (2e-6 if name == "fastmtl" else 1e-3)
+    report(benchmark, f"cuda ragged resnet50 T={T}", run, way, (2 * T + 1) * expected.numel() * 4)
+    if name == "fastmtl":
+        assert benchmark.extra_info["megabytes allocated"] <= 8  # no copy of G, which takes 818
