@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,17 @@ GUARD = 64
 KERNELS = Path(__file__).with_name("kernels.cpp")
 
 
-def built(mode: str = "plain") -> Path:
-    """The path of the compiled module; what is missing to compile it is an error, not a reason to skip."""
+def require_tools() -> None:
+    """What is missing to compile the kernels is an error, not a reason to skip."""
     if shutil.which(build.COMPILER) is None:
         raise RuntimeError(f"the emulated CUDA tests need a C++20 compiler: {build.COMPILER} not found")
-    try:
-        import pybind11  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("the emulated CUDA tests need pybind11: pip install pybind11") from error
+    if importlib.util.find_spec("pybind11") is None:
+        raise RuntimeError("the emulated CUDA tests need pybind11: pip install pybind11")
+
+
+def built(mode: str = "plain") -> Path:
+    """The path of the compiled module."""
+    require_tools()
     return build.build(mode, KERNELS)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import build
 import harness
 import pytest
 import torch
@@ -811,3 +812,15 @@ def test_small_eigenvalues_of_graded_matrices(T):
             expected = torch.tensor(sorted(float(x) for x in exact), dtype=F64)
         lam, _ = FAST.eigh(A)
         assert ((lam - expected) / expected).abs().max().item() <= 50 * T * EPS64
+
+
+# ------------------------------------------------------------------------------------------------ sanitizers
+
+
+@pytest.mark.parametrize(("mode", "order_of_threads"), [("address", "sequential"), ("thread", "reversed")])
+def test_under_a_sanitizer(mode, order_of_threads):
+    """Accesses outside of arrays, undefined behaviour and races, over a smaller matrix of cases."""
+    matrix = str(harness.KERNELS.with_name("matrix.py"))
+    result = build.run(mode, [matrix, str(harness.built(mode)), order_of_threads])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("cases hold\n")
