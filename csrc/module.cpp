@@ -24,62 +24,37 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// A matrix [T, P] or batch [B, T, P] as row pointers. Rows may have any stride; only columns that are not neighbours in
-// memory force a copy.
+// A matrix [T, P] or batch [B, T, P] as row pointers.
 class Matrix {
  public:
-  explicit Matrix(const Tensor& G, const Tensor* out = nullptr) : Matrix(G, View(G), out) {}
-
-  // To be called when `out` has been written.
-  void finish() {
-    if (strided_out_) {
-      torch::stable::copy_(*strided_out_, *dense_out_);
+  explicit Matrix(const Tensor& G, const Tensor* out = nullptr)
+      : strided_(G, out), rows_(B() * T()), segments_(B()), matrices_(B()) {
+    for (int64_t b = 0; b < B(); ++b) {
+      const char* base = strided_.base + b * strided_.next_matrix;
+      for (int64_t t = 0; t < T(); ++t) {
+        rows_[b * T() + t] = base + t * strided_.next_row;
+      }
+      char* result = strided_.out ? strided_.out + b * strided_.next_out : nullptr;
+      segments_[b] = {rows_.get() + b * T(), result, strided_.P, strided_.dtype};
+      matrices_[b] = {segments_.get() + b, 1, T()};
     }
   }
 
+  void finish() {
+    strided_.finish();
+  }
   const Gradients* matrices() {
     return matrices_.get();
   }
   int64_t B() const {
-    return B_;
+    return strided_.B;
   }
   int64_t T() const {
-    return T_;
+    return strided_.T;
   }
 
  private:
-  Matrix(const Tensor& G, View source, const Tensor* out)
-      : B_(check_matrix(G, source)), T_(source.sizes[source.dims - 2]), rows_(B_ * T_), segments_(B_), matrices_(B_) {
-    const int64_t dims = source.dims, P = source.sizes[dims - 1], size = source.element();
-    char* base_out = nullptr;
-    int64_t next_out = 0;
-    if (out) {
-      View target(*out);
-      check_result(G, source, *out, target);
-      if (P > 1 && target.strides[dims - 2] != 1) {
-        strided_out_ = *out;
-        dense_out_ = torch::stable::new_empty(*out, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
-        target = View(*dense_out_);
-      }
-      base_out = target.data;
-      next_out = dims == 3 ? target.strides[0] * size : 0;
-    }
-    if (P > 1 && source.strides[dims - 1] != 1) {
-      copy_ = torch::stable::contiguous(G);
-      source = View(*copy_);
-    }
-    const int64_t next_row = source.strides[dims - 2] * size, next_matrix = dims == 3 ? source.strides[0] * size : 0;
-    for (int64_t b = 0; b < B_; ++b) {
-      for (int64_t t = 0; t < T_; ++t) {
-        rows_[b * T_ + t] = source.data + b * next_matrix + t * next_row;
-      }
-      segments_[b] = {rows_.get() + b * T_, base_out ? base_out + b * next_out : nullptr, P, source.dtype()};
-      matrices_[b] = {segments_.get() + b, 1, T_};
-    }
-  }
-
-  int64_t B_, T_;
-  std::optional<Tensor> copy_, dense_out_, strided_out_;
+  Strided strided_;
   Buffer<const void*, 64> rows_;
   Buffer<Segment, 4> segments_;
   Buffer<Gradients, 4> matrices_;

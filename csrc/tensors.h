@@ -194,6 +194,55 @@ inline void check_result(const Tensor& G, const View& source, const Tensor& out,
       shape_of(out));
 }
 
+// A matrix [T, P] or batch [B, T, P], and its result, by strides in bytes. Rows may have any stride; only columns that
+// are not neighbours in memory force a copy.
+class Strided {
+ public:
+  explicit Strided(const Tensor& G, const Tensor* result = nullptr) {
+    View source(G);
+    const int64_t dims = source.dims;
+    B = check_matrix(G, source);
+    T = source.sizes[dims - 2];
+    P = source.sizes[dims - 1];
+    dtype = source.dtype();
+    const int64_t size = source.element();
+    if (result) {
+      View target(*result);
+      check_result(G, source, *result, target);
+      if (P > 1 && target.strides[dims - 2] != 1) {
+        strided_ = *result;
+        dense_ = torch::stable::new_empty(*result, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
+        target = View(*dense_);
+      }
+      out = target.data;
+      next_out = dims == 3 ? target.strides[0] * size : 0;
+    }
+    if (P > 1 && source.strides[dims - 1] != 1) {
+      copy_ = torch::stable::contiguous(G);
+      source = View(*copy_);
+    }
+    base = source.data;
+    next_row = source.strides[dims - 2] * size;
+    next_matrix = dims == 3 ? source.strides[0] * size : 0;
+  }
+
+  // To be called when `out` has been written.
+  void finish() {
+    if (strided_) {
+      torch::stable::copy_(*strided_, *dense_);
+    }
+  }
+
+  int64_t B, T, P;
+  Dtype dtype;
+  char* base;
+  char* out = nullptr;
+  int64_t next_row, next_matrix, next_out = 0; // bytes
+
+ private:
+  std::optional<Tensor> copy_, dense_, strided_;
+};
+
 // T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
 // result) share one dense layout; the others of that parameter are copied.
 class RaggedRows {

@@ -357,7 +357,7 @@ def test_copies_place_their_own(weights, transfer):
 
 WAITING_CALLS = re.compile(
     r"\b(cudaDeviceSynchronize|cudaStreamSynchronize|cudaEventSynchronize|cudaMemcpy(?=\()|cudaMemset(?=\()"
-    r"|cudaMalloc(?=\()|cudaFree(?=\())|\.item\("
+    r"|cudaMalloc(?=\()|cudaFree(?=\())|\.item\(|\bto\([^;]*\bkHost\b"
 )
 EXCEPTION = "// waits: T > 64"
 
@@ -403,5 +403,6 @@ def test_what_the_sources_are_searched_for():
   cudaEventSynchronize(event);
   x.item<double>();
   x.item();
+  y = torch::stable::to(x, kHost);
 """
-    assert [number for number, _ in waiting_calls(text)] == [2, 12, 14]
+    assert [number for number, _ in waiting_calls(text)] == [2, 12, 14, 15]

@@ -579,6 +579,20 @@ def test_float64_scales_of_ragged_rows_and_batches():
     check_align(torch.stack([G, G * 1e200, G * 1e-200, G * 0]))
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=dtype_id)
+def test_a_nan_beside_float64_that_is_rescaled(dtype, scale):
+    """The rescaled Gram leaves finite entries of other types out; it must not lose a NaN with them."""
+    wide = randn(3, 40, dtype=F64) * scale
+    for bad in (0.0, torch.nan, torch.inf):
+        rows = [g for t in range(3) for g in (wide[t], torch.full((9,), bad if t == 1 else 0.0, dtype=dtype))]
+        out = [torch.empty(40, dtype=F64), torch.empty(9, dtype=dtype)]
+        _, alpha, _, rank = ops.align_rows(rows, 3, *policy(wide), out)
+        assert rank == (3 if bad == 0.0 else 0)
+        assert alpha.isfinite().all() == (bad == 0.0)
+        assert all(g.isfinite().all() == (bad == 0.0) for g in out)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("T", "P"), [(1, 1), (2, 9), (3, 1000), (5, 70), (8, 4099), (13, 65), (50, 301), (70, 40)])
 def test_non_finite(T, P, dtype):

@@ -156,20 +156,20 @@ bool gram_from_blocks(const Gradients& G, double* M) {
   return true;
 }
 
-// Gram of G scaled by the power of two that brings its largest entry near one; returns that factor.
+// Gram of G scaled by the power of two that brings its largest float64 entry near one; returns that factor.
 double gram_rescaled(const Gradients& G, double* M) {
   constexpr int64_t kColumns = 4096;
   const int64_t T = G.tasks;
-  // Beside entries this large nothing of another type counts, and beside entries this small nothing of another type is
-  // there: M would have been in range.
-  const auto entry = [](const Segment& s, int64_t t, int64_t i) {
-    return s.dtype == Dtype::f64 ? static_cast<const double*>(s.rows[t])[i] : 0.0;
-  };
-  double largest = 0.0;
+  std::vector<Segment> wide, others;
   for (int64_t k = 0; k < G.count; ++k) {
+    (G.segments[k].dtype == Dtype::f64 ? wide : others).push_back(G.segments[k]);
+  }
+  double largest = 0.0;
+  for (const Segment& segment : wide) {
     for (int64_t t = 0; t < T; ++t) {
-      for (int64_t i = 0; G.segments[k].rows[t] && i < G.segments[k].length; ++i) {
-        const double x = std::fabs(entry(G.segments[k], t, i));
+      const double* row = static_cast<const double*>(segment.rows[t]);
+      for (int64_t i = 0; row && i < segment.length; ++i) {
+        const double x = std::fabs(row[i]);
         largest = x > largest || std::isnan(x) ? x : largest;
       }
     }
@@ -181,17 +181,23 @@ double gram_rescaled(const Gradients& G, double* M) {
   std::frexp(largest, &exponent);
   // Two factors: one alone could not be represented for subnormal entries.
   const double half = std::ldexp(1.0, -exponent / 2), rest = std::ldexp(1.0, -exponent + exponent / 2);
-  std::fill(M, M + T * T, 0.0);
+  // Beside entries this large nothing of another type counts, and beside entries this small nothing of another type is
+  // there, or M would have been in range. But what is not finite does count.
+  const Gradients narrow{others.data(), int64_t(others.size()), T};
+  gram_serial(narrow, M);
+  for (int64_t i = 0; i < T * T; ++i) {
+    M[i] *= 0.0;
+  }
   std::vector<double> block(static_cast<size_t>(T * kColumns));
   std::vector<const void*> rows(static_cast<size_t>(T));
-  for (int64_t k = 0; k < G.count; ++k) {
-    const Segment& segment = G.segments[k];
+  for (const Segment& segment : wide) {
     for (int64_t begin = 0; begin < segment.length; begin += kColumns) {
       const int64_t n = std::min(kColumns, segment.length - begin);
       for (int64_t t = 0; t < T; ++t) {
-        rows[size_t(t)] = segment.rows[t] ? block.data() + t * kColumns : nullptr;
-        for (int64_t i = 0; segment.rows[t] && i < n; ++i) {
-          block[size_t(t * kColumns + i)] = entry(segment, t, begin + i) * half * rest;
+        const double* row = static_cast<const double*>(segment.rows[t]);
+        rows[size_t(t)] = row ? block.data() + t * kColumns : nullptr;
+        for (int64_t i = 0; row && i < n; ++i) {
+          block[size_t(t * kColumns + i)] = row[begin + i] * half * rest;
         }
       }
       const Segment scaled{rows.data(), nullptr, n, Dtype::f64};

@@ -17,9 +17,29 @@ struct GramPlan {
   int64_t pairs() const {
     return diagonal * (diagonal - 1) / 2;
   }
+  Layout diagonal_layout() const {
+    return {rows <= 8 ? 0 : rows / 4, rows, false};
+  }
+  static Layout pair_layout() {
+    return {kGroupRows / 4, 2 * kGroupRows, true};
+  }
 };
 
-// The partial sums of a source of `B` matrices into blocks [first, first + blocks) of each matrix's partials.
+// Where the blocks of a Gram pass leave their sums.
+struct Partials {
+  double* diagonal; // [B, plan.diagonal, blocks, plan.diagonal_layout().values() + 1]
+  double* pairs;    // [B, plan.pairs(), blocks, plan.pair_layout().values() + 1]
+  int64_t blocks;   // of each matrix, over all sources
+};
+
+// What a Gram matrix is turned into.
+struct Weights {
+  double* alpha;       // [B, T]
+  double* eigenvalues; // [B, T], descending
+  int64_t* rank;       // [B]
+};
+
+// The partial sums of a source of B matrices, in blocks [first, first + blocks) of each matrix's partials.
 template <class scalar>
 void launch_gram(
     const Source& source,
@@ -27,27 +47,23 @@ void launch_gram(
     const GramPlan& plan,
     Pass pass,
     int64_t first,
-    int64_t blocks,     // of this source
-    int64_t all_blocks, // of all sources
-    double* diagonal,   // [B, plan.diagonal, all_blocks, values + 1]
-    double* pairs,      // [B, plan.pairs(), all_blocks, values + 1]
+    int64_t blocks,
+    const Partials& partials,
     cudaStream_t stream);
 
 template <class scalar>
-void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream);
+void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream); // alpha [B, T]
 
-// T <= kMaxSmallTasks; results but the combined gradient may be null.
 constexpr int64_t kMaxSmallTasks = 32;
 
+// T <= kMaxSmallTasks; gram [B, T, T] and weights may be null, where only the combined gradient is wanted.
 template <class scalar>
 void launch_align_small(
     const Source& source,
     int64_t B,
     const Policy& policy,
     double* gram,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
+    const Weights& weights,
     cudaStream_t stream);
 
 // table[i] = words[i], i < count: carried by kernel arguments.
@@ -59,9 +75,7 @@ void launch_reduce(
     Pass pass,
     int64_t B,
     int64_t T,
-    int64_t blocks,
-    const double* diagonal, // as above
-    const double* pairs,
+    const Partials& partials,
     double* M, // [B, T, T]
     double* largest,
     cudaStream_t stream);
@@ -76,11 +90,9 @@ void launch_balance(
     Pass pass,
     const double* largest, // [B]
     double* scratch,
-    double* alpha,       // [B, T]
-    double* eigenvalues, // [B, T]
-    int64_t* rank,       // [B]
-    Verdict* verdict,    // [B], or null
-    double* gram,        // [B, T, T], or null
+    const Weights& weights,
+    Verdict* verdict, // [B], or null
+    double* gram,     // [B, T, T], or null
     cudaStream_t stream);
 
 void launch_eigh(

@@ -211,9 +211,7 @@ void launch_reduce(
     Pass pass,
     int64_t B,
     int64_t T,
-    int64_t blocks,
-    const double* diagonal,
-    const double* pairs,
+    const Partials& partials,
     double* M,
     double* largest,
     cudaStream_t stream) {
@@ -228,17 +226,16 @@ void launch_reduce(
         layout,
         pass,
         T,
-        blocks,
-        groups * blocks * slot,
-        blocks * slot,
+        partials.blocks,
+        groups * partials.blocks * slot,
+        partials.blocks * slot,
         partial,
         M,
         largest);
   };
-  launch(
-      plan.rows <= 8 ? Layout{0, plan.rows, false} : Layout{plan.rows / 4, plan.rows, false}, plan.diagonal, diagonal);
+  launch(plan.diagonal_layout(), plan.diagonal, partials.diagonal);
   if (plan.pairs() > 0) {
-    launch(Layout{kGroupRows / 4, 2 * kGroupRows, true}, plan.pairs(), pairs);
+    launch(plan.pair_layout(), plan.pairs(), partials.pairs);
   }
 }
 
@@ -251,9 +248,7 @@ void launch_balance(
     Pass pass,
     const double* largest,
     double* scratch,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
+    const Weights& weights,
     Verdict* verdict,
     double* gram,
     cudaStream_t stream) {
@@ -271,9 +266,9 @@ void launch_balance(
       largest,
       !scratch,
       scratch,
-      alpha,
-      eigenvalues,
-      rank,
+      weights.alpha,
+      weights.eigenvalues,
+      weights.rank,
       verdict,
       gram);
 }

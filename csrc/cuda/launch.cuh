@@ -6,107 +6,6 @@
 
 namespace fastmtl::cuda {
 
-namespace {
-
-template <class scalar, class accumulator, int kRows>
-void launch_tiles(
-    const Source& source,
-    int64_t B,
-    int64_t groups,
-    Pass pass,
-    int64_t first,
-    int64_t blocks,
-    int64_t all_blocks,
-    double* partial,
-    cudaStream_t stream) {
-  using Shape = Tiling<accumulator, kRows>;
-  const int64_t slot = Shape::kValues + 1, next_group = all_blocks * slot, next_partial = groups * next_group;
-  FASTMTL_LAUNCH(
-      (gram_tiles<scalar, accumulator, kRows>),
-      dim3(unsigned(B * blocks), unsigned(groups)),
-      dim3(Shape::kThreads),
-      Shape::kShared,
-      stream,
-      source,
-      pass,
-      blocks,
-      next_partial,
-      next_group,
-      partial + first * slot);
-}
-
-template <class scalar, class accumulator>
-void launch_tiles(
-    const Source& source,
-    int64_t B,
-    const GramPlan& plan,
-    Pass pass,
-    int64_t first,
-    int64_t blocks,
-    int64_t all_blocks,
-    double* diagonal,
-    double* pairs,
-    cudaStream_t stream) {
-  const auto launch = plan.rows == 16   ? launch_tiles<scalar, accumulator, 16>
-                      : plan.rows == 32 ? launch_tiles<scalar, accumulator, 32>
-                                        : launch_tiles<scalar, accumulator, 64>;
-  launch(source, B, plan.diagonal, pass, first, blocks, all_blocks, diagonal, stream);
-  if (plan.pairs() > 0) {
-    launch_tiles<scalar, accumulator, 128>(source, B, plan.pairs(), pass, first, blocks, all_blocks, pairs, stream);
-  }
-}
-
-template <class scalar, int kRows>
-void launch_stream(
-    const Source& source,
-    int64_t B,
-    Pass pass,
-    int64_t first,
-    int64_t blocks,
-    int64_t all_blocks,
-    double* partial,
-    cudaStream_t stream) {
-  constexpr int64_t kSlot = kStreamValues<kRows> + 1;
-  FASTMTL_LAUNCH(
-      (gram_stream<scalar, kRows>),
-      dim3(unsigned(B * blocks)),
-      dim3(kStreamThreads),
-      kStreamShared<kRows>,
-      stream,
-      source,
-      pass,
-      blocks,
-      all_blocks * kSlot,
-      partial + first * kSlot);
-}
-
-template <class scalar, int kRows>
-void launch_small(
-    const Source& source,
-    int64_t B,
-    const Policy& policy,
-    double* gram,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
-    cudaStream_t stream) {
-  using Shape = Small<scalar, kRows>;
-  FASTMTL_LAUNCH(
-      (align_small<scalar, kRows>),
-      dim3(unsigned(B)),
-      dim3(Shape::kThreads),
-      Shape::shared(source.tasks),
-      stream,
-      source,
-      policy,
-      gram,
-      alpha,
-      eigenvalues,
-      rank);
-}
-
-} // namespace
-
 template <class scalar>
 void launch_gram(
     const Source& source,
@@ -115,30 +14,67 @@ void launch_gram(
     Pass pass,
     int64_t first,
     int64_t blocks,
-    int64_t all_blocks,
-    double* diagonal,
-    double* pairs,
+    const Partials& partials,
     cudaStream_t stream) {
-  if (plan.rows <= 8) {
-    const auto launch = plan.rows == 2   ? launch_stream<scalar, 2>
-                        : plan.rows == 4 ? launch_stream<scalar, 4>
-                                         : launch_stream<scalar, 8>;
-    launch(source, B, pass, first, blocks, all_blocks, diagonal, stream);
-    return;
-  }
-  if constexpr (sizeof(scalar) < 8) {
-    if (plan.blocks) {
-      launch_tiles<scalar, float>(source, B, plan, pass, first, blocks, all_blocks, diagonal, pairs, stream);
-      return;
+  const auto stream_rows = [&]<int kRows>() {
+    constexpr int64_t kSlot = kStreamValues<kRows> + 1;
+    FASTMTL_LAUNCH(
+        (gram_stream<scalar, kRows>),
+        dim3(unsigned(B * blocks)),
+        dim3(kStreamThreads),
+        kStreamShared<kRows>,
+        stream,
+        source,
+        pass,
+        blocks,
+        partials.blocks * kSlot,
+        partials.diagonal + first * kSlot);
+  };
+  const auto tiles = [&]<class accumulator, int kRows>(int64_t groups, double* partial) {
+    using Shape = Tiling<accumulator, kRows>;
+    constexpr int64_t kSlot = Shape::kValues + 1;
+    FASTMTL_LAUNCH(
+        (gram_tiles<scalar, accumulator, kRows>),
+        dim3(unsigned(B * blocks), unsigned(groups)),
+        dim3(Shape::kThreads),
+        Shape::kShared,
+        stream,
+        source,
+        pass,
+        blocks,
+        groups * partials.blocks * kSlot,
+        partials.blocks * kSlot,
+        partial + first * kSlot);
+  };
+  const auto accumulate_in = [&]<class accumulator>() {
+    if (plan.rows == 16) {
+      tiles.template operator()<accumulator, 16>(plan.diagonal, partials.diagonal);
+    } else if (plan.rows == 32) {
+      tiles.template operator()<accumulator, 32>(plan.diagonal, partials.diagonal);
+    } else {
+      tiles.template operator()<accumulator, 64>(plan.diagonal, partials.diagonal);
     }
+    if (plan.pairs() > 0) {
+      tiles.template operator()<accumulator, 128>(plan.pairs(), partials.pairs);
+    }
+  };
+  if (plan.rows == 2) {
+    stream_rows.template operator()<2>();
+  } else if (plan.rows == 4) {
+    stream_rows.template operator()<4>();
+  } else if (plan.rows == 8) {
+    stream_rows.template operator()<8>();
+  } else if (!plan.blocks) {
+    accumulate_in.template operator()<double>();
+  } else if constexpr (sizeof(scalar) < 8) { // float64 has no float32 pass
+    accumulate_in.template operator()<float>();
   }
-  launch_tiles<scalar, double>(source, B, plan, pass, first, blocks, all_blocks, diagonal, pairs, stream);
 }
 
 template <class scalar>
 void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream) {
-  const int64_t run = kCombineThreads * kVec<scalar> / kTileColumns; // tiles that keep a block's threads busy once
-  const int64_t blocks = (source.tiles + run - 1) / (run > 0 ? run : 1);
+  constexpr int64_t kRun = kCombineThreads * kVec<scalar> / kTileColumns; // tiles that keep a block's threads busy once
+  const int64_t blocks = (source.tiles + kRun - 1) / kRun;
   FASTMTL_LAUNCH(combine<scalar>, dim3(unsigned(B * blocks)), dim3(kCombineThreads), 0, stream, source, blocks, alpha);
 }
 
@@ -148,19 +84,35 @@ void launch_align_small(
     int64_t B,
     const Policy& policy,
     double* gram,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
+    const Weights& weights,
     cudaStream_t stream) {
-  const auto launch = source.tasks <= 8 ? launch_small<scalar, 8> : launch_small<scalar, 32>;
-  launch(source, B, policy, gram, alpha, eigenvalues, rank, stream);
+  const auto launch = [&]<int kRows>() {
+    using Shape = Small<scalar, kRows>;
+    FASTMTL_LAUNCH(
+        (align_small<scalar, kRows>),
+        dim3(unsigned(B)),
+        dim3(Shape::kThreads),
+        Shape::shared(source.tasks),
+        stream,
+        source,
+        policy,
+        gram,
+        weights.alpha,
+        weights.eigenvalues,
+        weights.rank);
+  };
+  if (source.tasks <= 8) {
+    launch.template operator()<8>();
+  } else {
+    launch.template operator()<32>();
+  }
 }
 
-#define FASTMTL_INSTANTIATE(scalar)                                                                              \
-  template void launch_gram<scalar>(                                                                             \
-      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, int64_t, double*, double*, cudaStream_t); \
-  template void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t);                     \
-  template void launch_align_small<scalar>(                                                                      \
-      const Source&, int64_t, const Policy&, double*, double*, double*, int64_t*, cudaStream_t);
+#define FASTMTL_INSTANTIATE(scalar)                                                                    \
+  template void launch_gram<scalar>(                                                                   \
+      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t); \
+  template void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t);           \
+  template void launch_align_small<scalar>(                                                            \
+      const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t);
 
 } // namespace fastmtl::cuda

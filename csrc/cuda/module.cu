@@ -57,57 +57,9 @@ class Call {
   Context context_;
 };
 
-// A matrix [T, P] or batch [B, T, P]: rows may have any stride, only columns that are not neighbours in memory force a
-// copy.
-class Matrix {
- public:
-  explicit Matrix(const Tensor& G, const Tensor* out = nullptr) {
-    View source(G);
-    const int64_t B = check_matrix(G, source), dims = source.dims, T = source.sizes[dims - 2],
-                  P = source.sizes[dims - 1], size = source.element();
-    char* result = nullptr;
-    int64_t next_out = 0;
-    if (out) {
-      View target(*out);
-      check_result(G, source, *out, target);
-      if (P > 1 && target.strides[dims - 2] != 1) {
-        strided_out_ = *out;
-        dense_out_ = torch::stable::new_empty(*out, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
-        target = View(*dense_out_);
-      }
-      result = target.data;
-      next_out = dims == 3 ? target.strides[0] * size : 0;
-    }
-    if (P > 1 && source.strides[dims - 1] != 1) {
-      copy_ = torch::stable::contiguous(G);
-      source = View(*copy_);
-    }
-    batch_.emplace(
-        source.data,
-        B,
-        T,
-        P,
-        dims == 3 ? source.strides[0] * size : 0,
-        source.strides[dims - 2] * size,
-        result,
-        next_out,
-        source.dtype());
-  }
-
-  void finish() {
-    if (strided_out_) {
-      torch::stable::copy_(*strided_out_, *dense_out_);
-    }
-  }
-
-  const Batch& batch() const {
-    return *batch_;
-  }
-
- private:
-  std::optional<Tensor> copy_, dense_out_, strided_out_;
-  std::optional<Batch> batch_;
-};
+Batch batch_of(const Strided& G) {
+  return Batch(G.base, G.B, G.T, G.P, G.next_matrix, G.next_row, G.out, G.next_out, G.dtype);
+}
 
 void check_device(const char* name, const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(
@@ -150,6 +102,10 @@ struct Options {
 
 struct Balanced {
   Tensor alpha, eigenvalues, rank;
+
+  Weights weights() const {
+    return {doubles(alpha), doubles(eigenvalues), static_cast<int64_t*>(rank.mutable_data_ptr())};
+  }
 };
 
 Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int64_t T) {
@@ -157,10 +113,6 @@ Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int
   size.push_back(T);
   return {
       empty_float64(size, like), empty_float64(size, like), torch::stable::new_empty(like, batch, ScalarType::Long)};
-}
-
-int64_t* integers(const Tensor& x) {
-  return static_cast<int64_t*>(x.mutable_data_ptr());
 }
 
 // T > 64, M on the CPU: the op's CPU kernel, results on the CPU.
@@ -266,11 +218,11 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
 
 Tensor gram_op(const Tensor& G) {
   const Call call(G);
-  const Matrix matrix(G);
+  const Strided matrix(G);
   std::vector<int64_t> size = leading(G, 1);
-  size.push_back(matrix.batch().tasks());
+  size.push_back(matrix.T);
   const Tensor M = empty_float64(size, G);
-  gram(matrix.batch(), true, {}, doubles(M), call.context());
+  gram(batch_of(matrix), true, {}, doubles(M), call.context());
   return M;
 }
 
@@ -301,25 +253,17 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   if (T > kMaxJacobiTasks) {
     to_device(balance_on_host(torch::stable::to(wide, kHost), options), result); // waits: T > 64
   } else {
-    balance(
-        doubles(wide),
-        B,
-        T,
-        policy,
-        doubles(result.alpha),
-        doubles(result.eigenvalues),
-        integers(result.rank),
-        call.context());
+    balance(doubles(wide), B, T, policy, result.weights(), call.context());
   }
   return {result.alpha, result.eigenvalues, result.rank};
 }
 
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
   const Call call(G);
-  Matrix matrix(G, &out);
-  check_alpha(alpha, matrix.batch().matrices() * matrix.batch().tasks());
+  Strided matrix(G, &out);
+  check_alpha(alpha, matrix.B * matrix.T);
   check_device("alpha", alpha, G);
-  combine(matrix.batch(), doubles(alpha), call.context());
+  combine(batch_of(matrix), doubles(alpha), call.context());
   matrix.finish();
 }
 
@@ -341,17 +285,17 @@ void align_op(
     std::string rank_rule,
     Tensor out) {
   const Call call(G);
-  Matrix matrix(G, &out);
+  Strided matrix(G, &out);
   const Options options{weights, scale, rtol, zero, rank_rule};
-  const int64_t T = matrix.batch().tasks();
+  const int64_t T = matrix.T;
   const Policy policy = options.policy(T, G);
   if (T > kMaxJacobiTasks) {
     const std::vector<int64_t> batch = leading(G, 2);
     std::vector<int64_t> size = batch;
     size.insert(size.end(), {T, T});
-    align_large(matrix.batch(), options, empty_float64(size, G), new_balanced(G, batch, T), call);
+    align_large(batch_of(matrix), options, empty_float64(size, G), new_balanced(G, batch, T), call);
   } else {
-    align(matrix.batch(), policy, nullptr, nullptr, nullptr, nullptr, call.context());
+    align(batch_of(matrix), policy, nullptr, {}, call.context());
   }
   matrix.finish();
 }
@@ -377,14 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
   if (tasks > kMaxJacobiTasks) {
     align_large(batch, options, M, result, call);
   } else {
-    align(
-        batch,
-        policy,
-        doubles(M),
-        doubles(result.alpha),
-        doubles(result.eigenvalues),
-        integers(result.rank),
-        call.context());
+    align(batch, policy, doubles(M), result.weights(), call.context());
   }
   rows.finish();
   return {M, result.alpha, result.eigenvalues, result.rank};

@@ -41,7 +41,8 @@ int64_t tiles_of(int64_t columns) {
 
 GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   const int64_t T = G.tasks();
-  // Exact products hide behind the reads up to kMaxExactTasks, or four where float64 is slow.
+  // By the model (docs/performance.md) exact products hide behind the reads of float32 up to 16 tasks on an H100, 8 on
+  // an A100 (up to 16 they are still cheaper than a second pass), and four where float64 is slow.
   const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 4 : kMaxExactTasks);
   const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
@@ -67,15 +68,12 @@ void balance(
     Judge judge,
     Pass pass,
     const double* largest,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
+    const Weights& weights,
     Verdict* verdict,
     double* gram,
     const Context& context) {
   double* scratch = vectors_scratch(B, T * jacobi_stride(T), balance_shared(T, true), context);
-  launch_balance(
-      M, B, T, policy, judge, pass, largest, scratch, alpha, eigenvalues, rank, verdict, gram, context.stream);
+  launch_balance(M, B, T, policy, judge, pass, largest, scratch, weights, verdict, gram, context.stream);
 }
 
 bool is_small(const Batch& G) {
@@ -168,8 +166,7 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
   if (B == 0) {
     return result;
   }
-  const Layout diagonal_layout{plan.rows <= 8 ? 0 : plan.rows / 4, plan.rows, false};
-  const int64_t diagonal_slot = diagonal_layout.values() + 1, pairs_slot = Tiling<double, 2 * kGroupRows>::kValues + 1;
+  const int64_t diagonal_slot = plan.diagonal_layout().values() + 1, pairs_slot = plan.pair_layout().values() + 1;
   const int64_t bytes = B * int64_t(sizeof(double)) * (plan.diagonal * diagonal_slot + plan.pairs() * pairs_slot);
   std::vector<int64_t> blocks;
   int64_t all = 0;
@@ -177,19 +174,20 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
     blocks.push_back(part.source.tiles ? blocks_of(plan, part.source.tiles, B, bytes) : 0);
     all += blocks.back();
   }
-  double* diagonal = allocate<double>(context, B * plan.diagonal * all * diagonal_slot);
-  double* pairs = allocate<double>(context, B * plan.pairs() * all * pairs_slot);
+  const Partials partials{
+      allocate<double>(context, B * plan.diagonal * all * diagonal_slot),
+      allocate<double>(context, B * plan.pairs() * all * pairs_slot),
+      all};
   int64_t first = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (blocks[i] > 0) {
       with_type(G.parts()[i].dtype, [&](auto scalar) {
-        launch_gram<decltype(scalar)>(
-            G.parts()[i].source, B, plan, pass, first, blocks[i], all, diagonal, pairs, context.stream);
+        launch_gram<decltype(scalar)>(G.parts()[i].source, B, plan, pass, first, blocks[i], partials, context.stream);
       });
     }
     first += blocks[i];
   }
-  launch_reduce(plan, pass, B, T, all, diagonal, pairs, M, result.largest, context.stream);
+  launch_reduce(plan, pass, B, T, partials, M, result.largest, context.stream);
   return result;
 }
 
@@ -198,12 +196,10 @@ void balance(
     int64_t B,
     int64_t T,
     const Policy& policy,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
+    const Weights& weights,
     const Context& context) {
   if (B > 0) {
-    balance(M, B, T, policy, Judge::none, {}, nullptr, alpha, eigenvalues, rank, nullptr, nullptr, context);
+    balance(M, B, T, policy, Judge::none, {}, nullptr, weights, nullptr, nullptr, context);
   }
 }
 
@@ -217,41 +213,33 @@ void combine(const Batch& G, const double* alpha, const Context& context) {
   }
 }
 
-void align(
-    const Batch& G,
-    const Policy& policy,
-    double* M,
-    double* alpha,
-    double* eigenvalues,
-    int64_t* rank,
-    const Context& context) {
+void align(const Batch& G, const Policy& policy, double* M, const Weights& weights, const Context& context) {
   const int64_t B = G.matrices(), T = G.tasks();
   if (B == 0) {
     return;
   }
   if (is_small(G)) {
     with_type(G.parts()[0].dtype, [&](auto scalar) {
-      launch_align_small<decltype(scalar)>(G.parts()[0].source, B, policy, M, alpha, eigenvalues, rank, context.stream);
+      launch_align_small<decltype(scalar)>(G.parts()[0].source, B, policy, M, weights, context.stream);
     });
     return;
   }
+  Weights kept = weights;
   if (!M) {
     M = allocate<double>(context, B * T * T);
-    alpha = allocate<double>(context, B * T);
-    eigenvalues = allocate<double>(context, B * T);
-    rank = allocate<int64_t>(context, B);
+    kept = {allocate<double>(context, B * T), allocate<double>(context, B * T), allocate<int64_t>(context, B)};
   }
   const GramResult first = gram(G, false, {}, M, context);
   const Judge judge = first.largest ? Judge::range : first.blocks ? Judge::blocks : Judge::none;
   Verdict* verdict = judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
-  balance(M, B, T, policy, judge, {}, first.largest, alpha, eigenvalues, rank, verdict, nullptr, context);
+  balance(M, B, T, policy, judge, {}, first.largest, kept, verdict, nullptr, context);
   if (verdict) { // kernels that do nothing where the verdict is good
     const Pass pass{verdict};
     double* again = allocate<double>(context, B * T * T);
     gram(G, true, pass, again, context);
-    balance(again, B, T, policy, Judge::none, pass, nullptr, alpha, eigenvalues, rank, nullptr, M, context);
+    balance(again, B, T, policy, Judge::none, pass, nullptr, kept, nullptr, M, context);
   }
-  combine(G, alpha, context);
+  combine(G, kept.alpha, context);
 }
 
 void eigh(const double* M, int64_t B, int64_t T, double* eigenvalues, double* eigenvectors, const Context& context) {

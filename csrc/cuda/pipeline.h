@@ -72,9 +72,7 @@ void balance(
     int64_t B,
     int64_t T,
     const Policy& policy,
-    double* alpha,       // [B, T]
-    double* eigenvalues, // [B, T], descending
-    int64_t* rank,       // [B]
+    const Weights& weights,
     const Context& context);
 
 void combine(const Batch& G, const double* alpha, const Context& context); // alpha [B, T]
@@ -83,10 +81,8 @@ void combine(const Batch& G, const double* alpha, const Context& context); // al
 void align(
     const Batch& G,
     const Policy& policy,
-    double* M,           // [B, T, T], or null with the next three: not wanted
-    double* alpha,       // [B, T]
-    double* eigenvalues, // [B, T]
-    int64_t* rank,       // [B]
+    double* M, // [B, T, T], or null together with what `weights` holds: not wanted
+    const Weights& weights,
     const Context& context);
 
 void eigh(

@@ -1,5 +1,5 @@
 // Gram, weights and recombination of one small matrix in one block, a whole batch in one launch: G is read once from
-// memory and once more from the cache. Same parts, same bits for a matrix alone and in a batch.
+// memory and once more from the cache.
 #pragma once
 
 #include "balance.cuh"

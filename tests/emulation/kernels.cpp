@@ -19,7 +19,7 @@ namespace fastmtl::cuda {
 #define FASTMTL_LEFT_OUT(scalar)                                                                                  \
   template <>                                                                                                     \
   void launch_gram<scalar>(                                                                                       \
-      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, int64_t, double*, double*, cudaStream_t) { \
+      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t) {           \
     throw std::logic_error("only float32 was compiled");                                                          \
   }                                                                                                               \
   template <>                                                                                                     \
@@ -27,8 +27,7 @@ namespace fastmtl::cuda {
     throw std::logic_error("only float32 was compiled");                                                          \
   }                                                                                                               \
   template <>                                                                                                     \
-  void launch_align_small<scalar>(                                                                                \
-      const Source&, int64_t, const Policy&, double*, double*, double*, int64_t*, cudaStream_t) {                 \
+  void launch_align_small<scalar>(const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t) { \
     throw std::logic_error("only float32 was compiled");                                                          \
   }
 FASTMTL_LEFT_OUT(double)
@@ -164,9 +163,7 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
             B,
             T,
             policy_of(options),
-            at<double>(alpha),
-            at<double>(eigenvalues),
-            at<int64_t>(rank),
+            {at<double>(alpha), at<double>(eigenvalues), at<int64_t>(rank)},
             session.context);
       });
   m.def("combine", [](Session& session, const Input& G, uintptr_t alpha) {
@@ -185,9 +182,7 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
             G.batch(session.context),
             policy_of(options),
             at<double>(M),
-            at<double>(alpha),
-            at<double>(eigenvalues),
-            at<int64_t>(rank),
+            {at<double>(alpha), at<double>(eigenvalues), at<int64_t>(rank)},
             session.context);
       });
   m.def("eigh", [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t eigenvalues, uintptr_t eigenvectors) {
