@@ -131,8 +131,9 @@ def _prefix(mode: str) -> tuple[str, ...]:
     fixed = ("setarch", platform.machine(), "-R", *prefix)
     output = ""
     for attempt in (prefix, fixed) if shutil.which("setarch") else (prefix,):
+        command, environment = [*attempt, sys.executable, "-c", ""], {**os.environ, **OPTIONS}
         # Three times: it is a matter of chance.
-        runs = [subprocess.run([*attempt, sys.executable, "-c", ""], capture_output=True, text=True) for _ in range(3)]
+        runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(3)]
         if not any(run.returncode for run in runs):
             return attempt
         output += "".join(run.stderr for run in runs)
