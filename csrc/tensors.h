@@ -14,6 +14,11 @@
 #include "gradients.h"
 #include "math/balance.h"
 
+// torch 2.10 and 2.11 have only the macro that does not repeat what torch said.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace fastmtl {
 
 using torch::headeronly::ScalarType;
