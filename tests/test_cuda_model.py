@@ -49,7 +49,7 @@ def test_the_constants_are_those_of_the_sources(model):
         return values.pop()
 
     patterns = {
-        "slow float64, tasks in float64": r"slow_float64 \? (\d+) : kMaxExactTasks",
+        "slow float64, tasks in float64": r"slow_float64 \? (\d+) : kMaxJacobiTasks",
         "slow float64, least ratio": r"slow_float64 = ratio > (\d+);",
         "blocks, stream": r"enough = plan\.rows <= 8 \? (\d+) : \d+;",
         "blocks, tiles": r"enough = plan\.rows <= 8 \? \d+ : (\d+);",
@@ -69,7 +69,7 @@ def names(kernels):
 @pytest.mark.parametrize("slow", [False, True], ids=["float64", "slow float64"])
 def test_launches_of_a_matrix(model, emulation, T, dtype, slow):
     device = next(d for d in model.DEVICES if d.slow_float64 == slow)
-    small = model.CONSTANTS["kSmallEntries"] // T
+    small = model.CONSTANTS["kSmallEntries"] // max(T, 8)
     for P in (700, small, small + 1) if T <= 32 else (700,):
         got = emulation.Device(slow).align(randn(T, P, dtype=dtype)).launches
         assert names(model.align(model.Case(T, P, dtype), device)) == got
@@ -107,11 +107,12 @@ def test_devices(model):
 
 
 def test_the_roofline(model):
-    device = model.Device("test", bandwidth=1e9, float32=4e9, float64=2e9, processors=10)
+    device = model.Device("test", bandwidth=1e9, float32=4e9, float64=2e9, matrix64=4e9, processors=10)
     launch = model.LAUNCH
     assert model.Kernel("reads", 10, bytes=1e6, fma32=1e6).seconds(device) == pytest.approx(1e-3 + launch)
     assert model.Kernel("float32", 10, bytes=1e6, fma32=4e6).seconds(device) == pytest.approx(2e-3 + launch)
     assert model.Kernel("float64", 10, fma64=1e6).seconds(device) == pytest.approx(1e-3 + launch)
+    assert model.Kernel("matrix products", 10, mma64=1e6).seconds(device) == pytest.approx(5e-4 + launch)
     assert model.Kernel("one block", 1, fma64=1e6).seconds(device) == pytest.approx(1e-2 + launch)
     assert model.Kernel("nothing", 1, launches=3).seconds(device) == pytest.approx(3 * launch)
 

@@ -62,13 +62,14 @@ PROLOGUE = '#include "small.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/c
 
 KERNELS = {
     "gram_stream": Expected(loads=True, shared="kStreamShared<{1}>"),
+    "gram_groups": Expected(loads=True, shared="Groups<{1}>::kShared"),
     "gram_tiles": Expected(loads=True, shared="Tiling<{1}, {2}>::kShared"),
     "gram_reduce": Expected(shared="256 * sizeof(double)"),
     # One block a matrix; fewer threads and less memory the smaller it is: this is T = 64.
     "balance": Expected(shared="balance_shared(64, true)"),
     "eigh": Expected(shared="jacobi_shared(64, true)"),
     "combine": Expected(loads=True, stores=True),
-    "align_small": Expected(shared="Small<{0}, {1}>::shared({1})"),
+    "align_small": Expected(shared="Small<{1}>::shared({1})"),
     "upload": Expected(),
 }
 

@@ -14,9 +14,11 @@ namespace fastmtl::cuda {
 
 constexpr int kMaxJacobiTasks = 64;
 
-// Threads that solve one matrix: a row and a pair of columns each for the smallest, at least one warp.
+constexpr int kMaxJacobiThreads = 512;
+
+// Threads that solve one matrix, as measured: fewer have more to do one after the other, more wait longer at barriers.
 __host__ __device__ constexpr int jacobi_threads(int64_t T) {
-  return T <= 8 ? 32 : T <= 16 ? 64 : T <= 32 ? 128 : 256;
+  return T <= 16 ? 64 : T <= 32 ? 256 : kMaxJacobiThreads;
 }
 
 // Rows are an odd number of doubles apart: a column then lies in different banks.
@@ -59,30 +61,42 @@ __device__ inline void power_of_two(double largest, double& down, double& up) {
 __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T, double* cosine, double* sine) {
   constexpr double kEps = 0x1p-52, kTiny = 0x1p-500; // what is smaller is zero, and its square would underflow
   constexpr int kMaxSweeps = 40;
-  const int players = T + T % 2, pairs = players / 2;
-  // A power of two threads handle one pair (or one row) together, one pair of columns each.
+  const int players = T + T % 2, pairs = players / 2, thread = int(threadIdx.x);
+  // Half of the threads turn V while the others turn A; a power of two of them has a row, or two short ones.
+  const int threads = V ? int(blockDim.x) / 2 : int(blockDim.x), mine = thread % threads;
   int width = 1;
   while (width < pairs) {
     width *= 2;
   }
-  const int l = int(threadIdx.x) % width, group = int(threadIdx.x) / width, groups = int(blockDim.x) / width;
+  const int l = mine % width, group = mine / width, groups = threads / width;
   if (V) {
-    for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {
+    for (int k = thread; k < T * T; k += int(blockDim.x)) {
       V[k / T * next_row + k % T] = k / T == k % T ? 1.0 : 0.0;
     }
   }
   const auto at = [&](int i, int j) -> double& { return A[i < j ? i * ld + j : j * ld + i]; };
+  const auto matters = [&](double a, double d, double b) {
+    return b * b > kEps * kEps * fabs(a * d) && fabs(b) > kTiny;
+  };
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-    bool rotated = false;
+    __syncthreads();
+    bool more = false;
+    for (int k = thread; k < T * T; k += int(blockDim.x)) {
+      const int i = k / T, j = k % T;
+      more = more || (i < j && matters(A[i * ld + i], A[j * ld + j], A[i * ld + j]));
+    }
+    if (!__syncthreads_or(more)) {
+      break;
+    }
     for (int round = 0; round < players - 1; ++round) {
       __syncthreads();
-      if (int(threadIdx.x) < pairs) {
+      if (thread < pairs) {
         int p, q;
-        pairing(players, round, int(threadIdx.x), p, q);
+        pairing(players, round, thread, p, q);
         double c = 1.0, s = 0.0;
         if (q < T) {
           double &a = A[p * ld + p], &d = A[q * ld + q], &b = A[p * ld + q];
-          if (b * b > kEps * kEps * fabs(a * d) && fabs(b) > kTiny) {
+          if (matters(a, d, b)) {
             // cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two inverse roots, no division.
             const double h = d - a, y = rsqrt(h * h + 4.0 * b * b);
             const double square = 0.5 + 0.5 * fabs(h) * y, secant = rsqrt(square);
@@ -92,52 +106,50 @@ __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T,
             a -= t * b;
             d += t * b;
             b = 0.0;
-            rotated = true;
           }
         }
-        cosine[threadIdx.x] = c;
-        sine[threadIdx.x] = s;
+        cosine[thread] = c;
+        sine[thread] = s;
       }
       __syncthreads();
-      int pl = 0, ql = T;
-      double cl = 1.0, sl = 0.0;
-      if (l < pairs) {
-        pairing(players, round, l, pl, ql);
-        cl = cosine[l];
-        sl = sine[l];
-      }
-      for (int k = group; k < pairs && l < pairs; k += groups) { // the 2 x 2 blocks above the diagonal
-        int pk, qk;
-        pairing(players, round, k, pk, qk);
-        const double ck = cosine[k], sk = sine[k];
-        if (k >= l || (sk == 0.0 && sl == 0.0)) {
-          continue;
-        }
-        if (qk >= T) { // the row without an opponent
-          rotate(at(pk, pl), at(pk, ql), cl, sl);
-        } else if (ql >= T) {
-          rotate(at(pk, pl), at(qk, pl), ck, sk);
-        } else {
-          double &pp = at(pk, pl), &pq = at(pk, ql), &qp = at(qk, pl), &qq = at(qk, ql);
-          double a = pp, b = pq, c = qp, d = qq;
-          rotate(a, c, ck, sk);
-          rotate(b, d, ck, sk);
-          rotate(a, b, cl, sl);
-          rotate(c, d, cl, sl);
-          pp = a;
-          pq = b;
-          qp = c;
-          qq = d;
-        }
-      }
-      for (int i = group; V && i < T && l < pairs; i += groups) {
-        if (ql < T && sl != 0.0) {
-          rotate(V[i * next_row + pl], V[i * next_row + ql], cl, sl);
+      if (thread < threads) {
+        // The 2 x 2 blocks above the diagonal: row k of them has pairs - 1 - k, and row pairs - 1 - k has the k others.
+        for (int row = group; row < (pairs + 1) / 2 && l < pairs - 1; row += groups) {
+          const bool second = l >= pairs - 1 - row;
+          const int k = second ? pairs - 1 - row : row, m = second ? l + 1 : row + 1 + l;
+          const double ck = cosine[k], sk = sine[k], cm = cosine[m], sm = sine[m];
+          if ((second && k == row) || (sk == 0.0 && sm == 0.0)) { // an odd number of rows: the middle one is alone
+            continue;
+          }
+          int pk, qk, pm, qm;
+          pairing(players, round, k, pk, qk);
+          pairing(players, round, m, pm, qm);
+          if (qk >= T) { // the row without an opponent
+            rotate(at(pk, pm), at(pk, qm), cm, sm);
+          } else if (qm >= T) {
+            rotate(at(pk, pm), at(qk, pm), ck, sk);
+          } else {
+            double &pp = at(pk, pm), &pq = at(pk, qm), &qp = at(qk, pm), &qq = at(qk, qm);
+            double a = pp, b = pq, c = qp, d = qq;
+            rotate(a, c, ck, sk);
+            rotate(b, d, ck, sk);
+            rotate(a, b, cm, sm);
+            rotate(c, d, cm, sm);
+            pp = a;
+            pq = b;
+            qp = c;
+            qq = d;
+          }
         }
       }
-    }
-    if (!__syncthreads_or(rotated)) {
-      break;
+      if (V && thread >= threads && l < pairs && sine[l] != 0.0) {
+        int p, q;
+        pairing(players, round, l, p, q);
+        const double c = cosine[l], s = sine[l];
+        for (int i = group; i < T; i += groups) {
+          rotate(V[i * next_row + p], V[i * next_row + q], c, s);
+        }
+      }
     }
   }
   __syncthreads();

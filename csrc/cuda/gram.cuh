@@ -1,15 +1,21 @@
 // Gram matrices M = G Gᵀ in two stages: every block sums the products of a run of columns into a partial of its own,
-// then `gram_reduce` (kernels_weights.cu) adds the partials in order. No atomics: the bits depend on the shapes alone.
+// then `gram_reduce` (kernels_weights.cu) adds the partials in order. No atomics: the bits do not change from run to
+// run.
 //
 // gram_stream, T <= 8: a thread reads 16 bytes of each row and keeps all T (T + 1) / 2 sums in registers, in float64.
 //   Reads T P sizeof(scalar) bytes once, writes blocks (T (T + 1) / 2 + 1) 8 bytes; T (T + 1) / 2 P float64 FMA.
 //
-// gram_tiles, any T: columns are staged in shared memory as `accumulator`, the next ones being fetched into registers
-//   meanwhile; a thread owns a 4 x 4 tile of M. With float32 the sums of at most 128 columns go to a pair of float32
-//   (TwoSum), which holds 48 bits without float64 arithmetic; with float64 all products are exact to rounding.
+// gram_groups, T <= 64 and the 64 x 64 blocks on the diagonal of more, in float64 through the tensor cores (mma.cuh):
+//   what a lane has read is its part of the factors as it is, so nothing goes through shared memory but the sums of the
+//   warps at the end. Reads G once; 256, 768 or 2560 P multiply-adds for 16, 32 or 64 rows, zeros where T is less.
+//
+// gram_tiles, in float32 for any T, and in float64 the blocks off the diagonal: columns are staged in shared memory as
+//   `accumulator`, the next ones being fetched into registers meanwhile; a thread owns a 4 x 4 tile of M. With float32
+//   the sums of at most 128 columns go to a pair of float32 (TwoSum), which holds 48 bits without float64 arithmetic.
 //   Reads G once for T <= 64, beyond that once for every 64 other rows; (T + 3)² / 2 P FMA.
 #pragma once
 
+#include "mma.cuh"
 #include "platform.h"
 #include "reduce.cuh"
 #include "source.cuh"
@@ -176,9 +182,209 @@ __global__ __launch_bounds__(kStreamThreads) void gram_stream(
       partial + b * next_partial + c * (kStreamValues<kRows> + 1));
 }
 
-// --- any T
-
 constexpr int kGroupRows = 64; // beyond, M is made of blocks of 64 x 64
+
+// --- T > 8, in float64
+
+// Rows are taken eight at a time: a lane holds 16 bytes of row lane / 4 of each group, as it has read them. Tiles of
+// 16 x 8 entries of M: two groups with each group that does not come before them. 64 rows have too many tiles for the
+// registers of one warp: two share them, and read the same columns.
+template <int kRows, int kBlock = 128>
+struct Groups {
+  static constexpr int kGroups = kRows / 8, kPairs = kGroups / 2;
+  static constexpr int kShare = kRows == 64 ? 2 : 1;            // warps to a strip of columns
+  static constexpr int kTiles = kPairs * (kPairs + 1) / kShare; // of a warp
+  static constexpr int kThreads = kBlock, kWarps = kThreads / 32;
+  static constexpr int kResident = kRows == 16 ? 4 : kRows == 32 ? 3 : 2; // blocks of a multiprocessor
+  static constexpr int kDepth = 1024 / kThreads / kGroups;                // vectors of a row in flight
+  static constexpr int kValues = kRows * (kRows + 1) / 2;
+  static constexpr size_t kShared = size_t(kWarps) / 2 * kTiles * 4 * 32 * sizeof(double);
+  static_assert(kShared <= 49152);
+
+  // Whether the tiles of groups r and r + 1 are those of warp `part` of kShare: as many for each.
+  __host__ __device__ static constexpr bool owns(int part, int r) {
+    return kShare == 1 || ((r / 2 ^ r / 4) & 1) == part;
+  }
+};
+
+// The sums of a warp over the pieces of a run: its tiles in turn. The largest float64 entry goes to `largest`.
+template <class scalar, int kRows, int kThreads, int kPart>
+__device__ void groups_warp(
+    const Source& source,
+    int64_t b,
+    Run run,
+    int64_t first_row,
+    double half,
+    double rest,
+    double (&sum)[Groups<kRows>::kTiles][4],
+    double& largest) {
+  using Shape = Groups<kRows, kThreads>;
+  constexpr int kV = kVec<scalar>, kGroups = Shape::kGroups, kDepth = Shape::kDepth, kFirst = kPart * 2;
+  const int lane = int(threadIdx.x % 32), g = lane / 4, q = lane % 4;
+  Pieces pieces(source, run.first, run.last);
+  Piece piece;
+  while (pieces.next(piece)) {
+    const scalar* rows[kGroups];
+#pragma unroll
+    for (int r = kFirst; r < kGroups; ++r) {
+      rows[r] = row_of<scalar>(source, b, piece.segment, first_row + r * 8 + g);
+    }
+    const auto accumulate = [&](const Vector<scalar>* v) {
+#pragma unroll
+      for (int i = 0; i < kV; i += 2) { // whichever eight columns: all rows have the same
+        double x[kGroups][2];
+#pragma unroll
+        for (int r = kFirst; r < kGroups; ++r) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            x[r][e] = scaled(v[r][i + e], half, rest);
+            if constexpr (sizeof(scalar) == 8) {
+              largest = fmax(largest, fabs(x[r][e]));
+            }
+          }
+        }
+        int k = 0;
+#pragma unroll
+        for (int r = kFirst; r < kGroups; r += 2) {
+#pragma unroll
+          for (int u = r; u < kGroups && Shape::owns(kPart, r); ++u) {
+            mma(sum[k], x[r], x[r + 1], x[u]);
+            ++k;
+          }
+        }
+      }
+    };
+    constexpr int64_t kStrip = 4 * kV, kStep = kDepth * kStrip; // columns of a warp's vectors
+    const int64_t strip = int64_t(threadIdx.x / 32 / Shape::kShare);
+    for (int64_t at = piece.begin + strip * kStep; at < piece.end; at += Shape::kWarps / Shape::kShare * kStep) {
+      if (piece.wide && at + kStep <= piece.end) {
+        Vector<scalar> v[kDepth][kGroups];
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+          for (int r = kFirst; r < kGroups; ++r) {
+            v[d][r] = zeros<scalar>();
+            if (rows[r]) {
+              v[d][r].bits = __ldg(reinterpret_cast<const uint4*>(rows[r] + at + d * kStrip + q * kV));
+            }
+          }
+        }
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          accumulate(v[d]);
+        }
+        continue;
+      }
+#pragma unroll 1
+      for (int64_t c = at; c < at + kStep && c < piece.end; c += kStrip) {
+        Vector<scalar> v[kGroups];
+#pragma unroll
+        for (int r = kFirst; r < kGroups; ++r) {
+          v[r] = read(rows[r], c + q * kV, piece.end, piece.wide);
+        }
+        accumulate(v);
+      }
+    }
+  }
+}
+
+// The sums of pieces [first, last) into values[0 .. Groups::kValues), row-major upper triangle, and the largest float64
+// entry into the one behind. Row r is row first_row + r of G.
+template <class scalar, int kRows, int kThreads>
+__device__ void groups_block(
+    const Source& source,
+    int64_t b,
+    Run run,
+    int64_t first_row,
+    double half,
+    double rest,
+    double* shared,
+    double* values) {
+  using Shape = Groups<kRows, kThreads>;
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), part = warp % Shape::kShare;
+  double sum[Shape::kTiles][4] = {};
+  double largest = 0.0;
+  if (part == 0) {
+    groups_warp<scalar, kRows, kThreads, 0>(source, b, run, first_row, half, rest, sum, largest);
+  } else {
+    groups_warp<scalar, kRows, kThreads, Shape::kShare - 1>(source, b, run, first_row, half, rest, sum, largest);
+  }
+  if constexpr (sizeof(scalar) == 8) {
+    largest = block_max<Shape::kThreads>(largest, shared);
+  }
+  // Half of the warps hand their sums to the other half, until each part is with one.
+#pragma unroll
+  for (int n = Shape::kWarps / 2; n >= Shape::kShare; n /= 2) {
+    double* of_warp = shared + (warp % n) * Shape::kTiles * 4 * 32 + lane;
+    __syncthreads();
+    if (warp >= n && warp < 2 * n) {
+#pragma unroll
+      for (int k = 0; k < Shape::kTiles * 4; ++k) {
+        of_warp[k * 32] = sum[k / 4][k % 4];
+      }
+    }
+    __syncthreads();
+    if (warp < n) {
+#pragma unroll
+      for (int k = 0; k < Shape::kTiles * 4; ++k) {
+        sum[k / 4][k % 4] += of_warp[k * 32];
+      }
+    }
+  }
+  const auto leave = [&](auto own) { // of warp `own()`
+    int k = 0;
+#pragma unroll
+    for (int r = 0; r < Shape::kGroups; r += 2) {
+#pragma unroll
+      for (int u = r; u < Shape::kGroups && Shape::owns(own(), r); ++u) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = r * 8 + lane / 4 + e / 2 * 8, j = u * 8 + 2 * (lane % 4) + e % 2;
+          if (i <= j) {
+            values[i * kRows - i * (i - 1) / 2 + j - i] = sum[k][e];
+          }
+        }
+        ++k;
+      }
+    }
+  };
+  if (warp == 0) {
+    leave([] { return 0; });
+  } else if (warp < Shape::kShare) {
+    leave([] { return Shape::kShare - 1; });
+  }
+  if (threadIdx.x == 0) {
+    values[Shape::kValues] = largest;
+  }
+  __syncthreads();
+}
+
+template <class scalar, int kRows>
+__global__ __launch_bounds__((Groups<kRows>::kThreads), (Groups<kRows>::kResident)) void gram_groups(
+    const __grid_constant__ Source source,
+    Pass pass,
+    int64_t blocks,
+    int64_t next_partial, // doubles from one matrix to the next
+    int64_t next_group,   // and from one 64 x 64 block of M to the next
+    double* partial) {    // [B, groups, >= blocks, Groups::kValues + 1]
+  const int64_t b = blockIdx.x / blocks, c = blockIdx.x % blocks;
+  if (pass.skip(b)) {
+    return;
+  }
+  FASTMTL_DYNAMIC_SHARED(shared);
+  const bool rescales = pass.rescales(b);
+  groups_block<scalar, kRows, Groups<kRows>::kThreads>(
+      source,
+      b,
+      Run(source.tiles, c, blocks),
+      int64_t(blockIdx.y) * kGroupRows,
+      rescales ? pass.verdict[b].half : 1.0,
+      rescales ? pass.verdict[b].rest : 1.0,
+      reinterpret_cast<double*>(shared),
+      partial + b * next_partial + blockIdx.y * next_group + c * (Groups<kRows>::kValues + 1));
+}
+
+// --- any T, in float32, and 64 rows with 64 others
 
 // kRows: 16, 32 or 64 rows with each other, or 128: the first 64 with the other 64.
 template <class accumulator, int kRows>
@@ -186,7 +392,7 @@ struct Tiling {
   static constexpr bool kPair = kRows == 2 * kGroupRows;
   static constexpr int kSide = kPair ? kGroupRows / 4 : kRows / 4; // tiles on a side
   static constexpr int kTiles = kPair ? kSide * kSide : kSide * (kSide + 1) / 2;
-  static constexpr int kThreads = kRows != 64 ? 256 : sizeof(accumulator) == 4 ? 288 : 160;
+  static constexpr int kThreads = kRows == 64 ? 288 : 256;
   static constexpr int kSlices = kThreads / kTiles; // threads that share a tile's columns: 25, 7, 2 or 1
   static constexpr int kColumns = kPair ? 32 : 16384 / kRows / int(sizeof(accumulator));
   static constexpr int kWidth = 16 / int(sizeof(accumulator)); // columns read from shared memory at once
@@ -403,7 +609,7 @@ __device__ void tiles_block(
 
 // Blocks of a multiprocessor that are worth fewer registers; float64 sums of many rows would spill.
 template <class scalar, class accumulator, int kRows>
-constexpr int kTilesResident = sizeof(accumulator) == 8 && (sizeof(scalar) == 8 || kRows >= kGroupRows) ? 1 : 2;
+constexpr int kTilesResident = sizeof(accumulator) == 8 ? 1 : 2;
 
 template <class scalar, class accumulator, int kRows>
 __global__

@@ -5,10 +5,11 @@ namespace fastmtl::cuda {
 
 namespace {
 
-constexpr int kReduceThreads = 256, kReduceValues = 32;
+constexpr int kReduceThreads = 1024, kReduceValues = 32;
 
-// M[i, j] = M[j, i] = Σ_c partial[c, k] in order of c: eight threads sum every eighth partial each, then one of them
-// the eight. Reads each partial once, coalesced over k.
+// M[i, j] = M[j, i] = Σ_c partial[c, k] in order of c: 32 threads sum every 32nd partial each, then one of them the 32.
+// Reads each partial once, coalesced over k. There are few values of few tasks: what counts is how many reads wait at
+// the same time.
 __global__ __launch_bounds__(kReduceThreads) void gram_reduce(
     Layout layout,
     Pass pass,
@@ -26,17 +27,19 @@ __global__ __launch_bounds__(kReduceThreads) void gram_reduce(
     return;
   }
   FASTMTL_DYNAMIC_SHARED(shared);
-  double* sums = reinterpret_cast<double*>(shared); // [8, 32]
+  double* sums = reinterpret_cast<double*>(shared); // [kParts, kReduceValues]
   constexpr int kParts = kReduceThreads / kReduceValues;
   const int x = int(threadIdx.x) % kReduceValues, y = int(threadIdx.x) / kReduceValues;
   const int k = int(blockIdx.x % columns) * kReduceValues + x;
   const double* from = partial + b * next_partial + blockIdx.y * next_group;
   double sum = 0.0;
   if (k < values) {
+#pragma unroll 8
     for (int64_t c = y; c < blocks; c += kParts) {
       sum += from[c * (values + 1) + k];
     }
   } else if (k == values) {
+#pragma unroll 8
     for (int64_t c = y; c < blocks; c += kParts) {
       sum = fmax(sum, from[c * (values + 1) + k]);
     }
@@ -76,7 +79,7 @@ __global__ __launch_bounds__(kReduceThreads) void gram_reduce(
 }
 
 // Eigenvalues (ascending) and vectors (columns); the lower triangle is read. NaN where an entry is not finite.
-__global__ __launch_bounds__(256) void eigh(
+__global__ __launch_bounds__(kMaxJacobiThreads, 2) void eigh(
     const double* M, // [B, T, T]
     int T,
     bool vectors_shared,  // else they are rotated where they lie
@@ -140,7 +143,7 @@ __global__ __launch_bounds__(256) void eigh(
   }
 }
 
-__global__ __launch_bounds__(256) void balance(
+__global__ __launch_bounds__(kMaxJacobiThreads, 2) void balance(
     const double* M, // [B, T, T]
     int T,
     Policy policy,

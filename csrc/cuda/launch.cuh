@@ -46,17 +46,21 @@ void launch_gram(
         partials.blocks * kSlot,
         partial + first * kSlot);
   };
-  const auto accumulate_in = [&]<class accumulator>() {
-    if (plan.rows == 16) {
-      tiles.template operator()<accumulator, 16>(plan.diagonal, partials.diagonal);
-    } else if (plan.rows == 32) {
-      tiles.template operator()<accumulator, 32>(plan.diagonal, partials.diagonal);
-    } else {
-      tiles.template operator()<accumulator, 64>(plan.diagonal, partials.diagonal);
-    }
-    if (plan.pairs() > 0) {
-      tiles.template operator()<accumulator, 128>(plan.pairs(), partials.pairs);
-    }
+  const auto groups = [&]<int kRows>() {
+    using Shape = Groups<kRows>;
+    constexpr int64_t kSlot = Shape::kValues + 1;
+    FASTMTL_LAUNCH(
+        (gram_groups<scalar, kRows>),
+        dim3(unsigned(B * blocks), unsigned(plan.diagonal)),
+        dim3(Shape::kThreads),
+        Shape::kShared,
+        stream,
+        source,
+        pass,
+        blocks,
+        plan.diagonal * partials.blocks * kSlot,
+        partials.blocks * kSlot,
+        partials.diagonal + first * kSlot);
   };
   if (plan.rows == 2) {
     stream_rows.template operator()<2>();
@@ -65,9 +69,27 @@ void launch_gram(
   } else if (plan.rows == 8) {
     stream_rows.template operator()<8>();
   } else if (!plan.blocks) {
-    accumulate_in.template operator()<double>();
+    if (plan.rows == 16) {
+      groups.template operator()<16>();
+    } else if (plan.rows == 32) {
+      groups.template operator()<32>();
+    } else {
+      groups.template operator()<64>();
+    }
+    if (plan.pairs() > 0) {
+      tiles.template operator()<double, 128>(plan.pairs(), partials.pairs);
+    }
   } else if constexpr (sizeof(scalar) < 8) { // float64 has no float32 pass
-    accumulate_in.template operator()<float>();
+    if (plan.rows == 16) {
+      tiles.template operator()<float, 16>(plan.diagonal, partials.diagonal);
+    } else if (plan.rows == 32) {
+      tiles.template operator()<float, 32>(plan.diagonal, partials.diagonal);
+    } else {
+      tiles.template operator()<float, 64>(plan.diagonal, partials.diagonal);
+    }
+    if (plan.pairs() > 0) {
+      tiles.template operator()<float, 128>(plan.pairs(), partials.pairs);
+    }
   }
 }
 
@@ -87,7 +109,7 @@ void launch_align_small(
     const Weights& weights,
     cudaStream_t stream) {
   const auto launch = [&]<int kRows>() {
-    using Shape = Small<scalar, kRows>;
+    using Shape = Small<kRows>;
     FASTMTL_LAUNCH(
         (align_small<scalar, kRows>),
         dim3(unsigned(B)),
@@ -103,6 +125,8 @@ void launch_align_small(
   };
   if (source.tasks <= 8) {
     launch.template operator()<8>();
+  } else if (source.tasks <= 16) {
+    launch.template operator()<16>();
   } else {
     launch.template operator()<32>();
   }

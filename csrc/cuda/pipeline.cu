@@ -41,18 +41,19 @@ int64_t tiles_of(int64_t columns) {
 
 GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   const int64_t T = G.tasks();
-  // By the model (docs/performance.md) exact products hide behind the reads of float32 up to 16 tasks on an H100, 8 on
-  // an A100 (up to 16 they are still cheaper than a second pass), and four where float64 is slow.
-  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 4 : kMaxExactTasks);
+  // Float64 tensor cores multiply as fast as float32 does elsewhere, and spare the second pass over G. Where float64 is
+  // slow, and for the blocks off the diagonal beyond 64 tasks, float32 comes first.
+  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 4 : kMaxJacobiTasks);
   const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
 }
 
-// Blocks that share the tiles of one matrix: a function of the shapes alone, so that the bits are the same on any GPU.
+// Blocks that share the tiles of one matrix: a function of the shapes alone, so that the order of the sums does not
+// depend on the GPU (within one instruction of gram_groups it may).
 int64_t blocks_of(const GramPlan& plan, int64_t tiles, int64_t B, int64_t bytes) {
   const int64_t enough = plan.rows <= 8 ? 256 : 512;
-  // gram_stream ends with a reduction worth several tiles, the other kernel has several stages in a tile.
-  const int64_t wanted = plan.rows <= 8 ? std::clamp<int64_t>(tiles / 4, enough, 2048) : enough;
+  // Every block ends with sums worth several tiles, and leaves a partial; those of many rows are large.
+  const int64_t wanted = plan.rows <= 16 ? std::clamp<int64_t>(tiles / 4, enough, 1024) : enough;
   return std::max<int64_t>(1, std::min({tiles, wanted / B, kPartialBytes / bytes}));
 }
 
@@ -77,7 +78,7 @@ void balance(
 }
 
 bool is_small(const Batch& G) {
-  const int64_t entries = G.tasks() * G.columns();
+  const int64_t entries = std::max<int64_t>(G.tasks(), 8) * G.columns(); // 8 rows take as long as fewer
   return G.parts().size() == 1 && G.tasks() <= kMaxSmallTasks &&
          entries <= (G.matrices() >= kManyMatrices ? kSmallEntriesInBatch : kSmallEntries);
 }

@@ -8,30 +8,38 @@
 
 namespace fastmtl::cuda {
 
-// kRows: 8 (gram_stream's way) or 32 (gram_tiles').
-template <class scalar, int kRows>
+// kRows: 8 (gram_stream's way), 16 or 32 (gram_groups').
+template <int kRows>
 struct Small {
-  static constexpr int kThreads = kRows == 8 ? 256 : Tiling<double, 32>::kThreads;
-  static constexpr int kValues = kRows == 8 ? kStreamValues<8> : Tiling<double, 32>::kValues;
+  static constexpr int kThreads = kRows == 8 ? 128 : 256;
+  static constexpr int kValues = kStreamValues<kRows>;
 
   // Bytes: the partial, M and α beside what the larger of the parts needs.
   static constexpr size_t shared(int64_t T) {
-    const size_t gram =
-        kRows == 8 ? size_t(kThreads / 32) * (kStreamValues<8> + 1) * sizeof(double) : Tiling<double, 32>::kShared;
     const size_t balance = balance_shared(T, true);
+    size_t gram = size_t(kThreads / 32) * (kValues + 1) * sizeof(double);
+    if constexpr (kRows > 8) {
+      gram = Groups<kRows, kThreads>::kShared;
+    }
     return (gram > balance ? gram : balance) + size_t(kValues + 1 + T * T + 2 * T + 2) * sizeof(double);
   }
 };
 
+// Blocks of a multiprocessor that are worth fewer registers; where they would spill, one.
 template <class scalar, int kRows>
-__global__ __launch_bounds__(Small<scalar, kRows>::kThreads) void align_small(
+constexpr int kSmallResident = kRows == 8                           ? 3
+                               : kRows == 16 || sizeof(scalar) == 4 ? 2
+                                                                    : 1;
+
+template <class scalar, int kRows>
+__global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRows>)) void align_small(
     const __grid_constant__ Source source,
     Policy policy,
     double* gram,            // [B, T, T], as are the rest: results where they are wanted, else null
     double* alpha_out,       // [B, T]
     double* eigenvalues_out, // [B, T]
     int64_t* rank_out) {     // [B]
-  using Shape = Small<scalar, kRows>;
+  using Shape = Small<kRows>;
   FASTMTL_DYNAMIC_SHARED(shared);
   const int64_t b = blockIdx.x;
   const int T = int(source.tasks);
@@ -50,9 +58,10 @@ __global__ __launch_bounds__(Small<scalar, kRows>::kThreads) void align_small(
       stream_block<scalar, kRows, Shape::kThreads>(
           source, b, all, half, rest, reinterpret_cast<double*>(rest_of_shared), values);
     } else {
-      tiles_block<scalar, double, kRows>(source, b, all, 0, 0, half, rest, rest_of_shared, values);
+      groups_block<scalar, kRows, Shape::kThreads>(
+          source, b, all, 0, half, rest, reinterpret_cast<double*>(rest_of_shared), values);
     }
-    constexpr Layout layout = kRows == 8 ? Layout{0, 8, false} : Layout{Tiling<double, 32>::kSide, 32, false};
+    constexpr Layout layout{0, kRows, false};
     for (int k = int(threadIdx.x); k < Shape::kValues; k += Shape::kThreads) {
       int i, j;
       layout.place(k, i, j);

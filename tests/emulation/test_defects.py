@@ -57,7 +57,11 @@ DEFECTS = {
         "vector.cuh", "if (at + i < end) {", "if (at + i <= end) {", "heap-buffer-overflow", "address"
     ),
     "too little shared memory": Defect(
-        "launch.cuh", "Shape::kShared,", "Shape::kShared - 64,", "heap-buffer-overflow", "address"
+        "launch.cuh",
+        "unsigned(groups)),\n        dim3(Shape::kThreads),\n        Shape::kShared,",
+        "unsigned(groups)),\n        dim3(Shape::kThreads),\n        Shape::kShared - 64,",
+        "heap-buffer-overflow",
+        "address",
     ),
 }
 

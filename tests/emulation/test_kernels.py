@@ -44,8 +44,13 @@ FAST, SLOW = Device(False), Device(True)
 
 SMALL = ["align_small"]
 EXACT = ["gram_stream", "gram_reduce", "balance", "combine"]
-EXACT_TILES = ["gram_tiles", "gram_reduce", "balance", "combine"]
-BLOCKS = [*EXACT_TILES[:3], *EXACT_TILES]  # float32 blocks, then an exact pass, which may be of either kind
+EXACT_GROUPS = ["gram_groups", "gram_reduce", "balance", "combine"]
+BLOCKS = [
+    "gram_tiles",
+    "gram_reduce",
+    "balance",
+    *EXACT_GROUPS,
+]  # float32 blocks, then an exact pass, which may be of either kind
 
 
 def sizes(T):
@@ -79,7 +84,7 @@ def alpha_for(*shape):
 
 
 def in_blocks(device, T, dtype):
-    return dtype is not F64 and (4 if device.slow else 16) < T
+    return dtype is not F64 and (4 if device.slow else 64) < T
 
 
 def blocks_limit(blocks):
@@ -279,19 +284,20 @@ def test_float16_subnormals_and_overflow():
 @pytest.mark.parametrize(
     ("device", "T", "P", "dtype", "launches"),
     [
-        (FAST, 3, 10_922, F32, SMALL),
+        (FAST, 3, 4096, F32, SMALL),
         (FAST, 32, 1024, F64, SMALL),
         (SLOW, 32, 1024, BF16, SMALL),
-        (FAST, 3, 10_923, F32, EXACT),
+        (FAST, 3, 4097, F32, EXACT),
         (FAST, 8, 5000, BF16, EXACT),
         (SLOW, 4, 9000, F32, EXACT),
-        (FAST, 9, 4000, F32, EXACT_TILES),
-        (FAST, 16, 4000, F16, EXACT_TILES),
-        (FAST, 17, 2000, F32, BLOCKS),
-        (FAST, 33, 100, F16, BLOCKS),
+        (FAST, 9, 4000, F32, EXACT_GROUPS),
+        (FAST, 16, 4000, F16, EXACT_GROUPS),
+        (FAST, 17, 2000, F32, EXACT_GROUPS),
+        (FAST, 33, 100, F16, EXACT_GROUPS),
         (SLOW, 5, 7000, F32, [*BLOCKS[:3], *EXACT]),
         (SLOW, 9, 4000, F32, BLOCKS),
-        (FAST, 64, 700, F64, BLOCKS),
+        (SLOW, 33, 100, F16, BLOCKS),
+        (FAST, 64, 700, F64, [*EXACT_GROUPS[:3], *EXACT_GROUPS]),
         (SLOW, 3, 12_000, F64, [*EXACT[:3], *EXACT]),
     ],
     ids=lambda value: "" if isinstance(value, (list, Device)) else dtype_id(value),
@@ -310,9 +316,9 @@ def test_launches(device, T, P, dtype, launches):
 def test_launches_of_other_functions():
     G = randn(100, 600)
     FAST.gram(G)
-    assert FAST.launches() == ["gram_tiles", "gram_tiles", "gram_reduce", "gram_reduce"]
+    assert FAST.launches() == ["gram_groups", "gram_tiles", "gram_reduce", "gram_reduce"]
     FAST.gram(G[:64])
-    assert FAST.launches() == ["gram_tiles", "gram_reduce"]
+    assert FAST.launches() == ["gram_groups", "gram_reduce"]
     FAST.combine(G, alpha_for(100))
     assert FAST.launches() == ["combine"]
     FAST.balance(torch.eye(5, dtype=F64))
