@@ -1,7 +1,9 @@
-"""A model, not a measurement: what bytes, operations and launches alone would take on three GPUs. Needs none of them.
+"""A model: what bytes, operations and launches alone would take on three GPUs. And what was measured, beside it.
 
-    python benchmarks/cuda_model.py             # prints the tables, as Markdown
+    python benchmarks/cuda_model.py             # prints the tables, as Markdown; needs no GPU
     python benchmarks/cuda_model.py --write     # puts them into docs/performance.md
+
+What was measured is read from benchmarks/results, where pytest benchmarks/test_cuda.py has left it.
 
 Every kernel of csrc/cuda is counted as it is launched for well-conditioned gradients: bytes from and to memory,
 multiply-adds (those on zero rows included: tiles are padded), and launches. A kernel takes the longer of bytes /
@@ -16,18 +18,32 @@ matrix that fits the second-level cache, and partial sums, look slower than they
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import workloads
 
-__all__ = ["CASES", "CONSTANTS", "DEVICES", "Case", "Device", "Kernel", "align", "document", "plain", "tables"]
+__all__ = [
+    "CASES",
+    "CONSTANTS",
+    "DEVICES",
+    "Case",
+    "Device",
+    "Kernel",
+    "align",
+    "document",
+    "measured",
+    "plain",
+    "tables",
+]
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-BEGIN, END = "<!-- benchmarks/cuda_model.py -->\n", "<!-- end -->\n"
+RESULTS = Path(__file__).parent / "results" / "h100-sxm" / "cuda.json"
 
 # The numbers that csrc/cuda decides by, each with its own name there: tests/test_cuda_model.py compares them.
 CONSTANTS = {
@@ -39,7 +55,6 @@ CONSTANTS = {
     "kMaxSmallTasks": 32,  # small.cuh
     "kCombineThreads": 256,  # combine.cuh
     "kReduceValues": 32,  # kernels_weights.cu
-    "kMaxExactTasks": 16,  # ../math/balance.h
     "kSmallEntries": 1 << 15,  # pipeline.cu
     "kSmallEntriesInBatch": 1 << 20,
     "kManyMatrices": 64,
@@ -48,7 +63,7 @@ CONSTANTS = {
     "slow float64, least ratio": 4,  # module.cu
     "blocks, stream": 256,  # blocks_of
     "blocks, tiles": 512,
-    "blocks, at most": 2048,
+    "blocks, at most": 1024,
     "tiles of a block": 4,
 }
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
@@ -58,12 +73,13 @@ PLAIN_WEIGHTS = 6  # launches of pure.task_weights beside its eigh
 
 @dataclass(frozen=True)
 class Device:
-    """What the vendor states: bytes a second, operations a second (two a multiply-add, no tensor cores)."""
+    """What the vendor states: bytes a second, operations a second (two a multiply-add)."""
 
     name: str
     bandwidth: float
     float32: float
     float64: float
+    matrix64: float  # float64 in the tensor cores, where it is faster there
     processors: int
 
     @property
@@ -73,9 +89,9 @@ class Device:
 
 
 DEVICES = (
-    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 132),
-    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 108),
-    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 128),
+    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 66.9e12, 132),
+    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 19.5e12, 108),
+    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 1.29e12, 128),
 )
 
 
@@ -89,6 +105,7 @@ class Kernel:
         bytes: moved from and to memory.
         fma32: multiply-adds in float32.
         fma64: multiply-adds in float64.
+        mma64: multiply-adds of float64 matrix products.
         steps: that follow each other in an eigenproblem; they are in no time.
         launches: of this kernel.
     """
@@ -98,13 +115,15 @@ class Kernel:
     bytes: float = 0
     fma32: float = 0
     fma64: float = 0
+    mma64: float = 0
     steps: int = 0
     launches: int = 1
 
     def seconds(self, device: Device) -> float:
         """The roofline."""
         share = min(1.0, self.blocks / device.processors)
-        operations = 2 * (self.fma32 / device.float32 + self.fma64 / device.float64) / share
+        work = self.fma32 / device.float32 + self.fma64 / device.float64 + self.mma64 / device.matrix64
+        operations = 2 * work / share
         return max(self.bytes / device.bandwidth, operations) + self.launches * LAUNCH
 
 
@@ -174,8 +193,19 @@ class Plan:
 
     @property
     def values(self) -> int:
-        """`Layout::values`: the sums that a block keeps, hence multiply-adds a column."""
-        return _triangle(self.rows) if self.rows <= 8 else _triangle(self.rows // 4) * 16
+        """`Layout::values`: the sums that a block leaves."""
+        return _triangle(self.rows // 4) * 16 if self.blocks else _triangle(self.rows)
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds a column."""
+        return self.values if self.blocks or self.rows <= 8 else _groups(self.rows)
+
+
+def _groups(rows: int) -> int:
+    """`Groups`: tiles of 16 x 8 entries, those on and above the diagonal."""
+    pairs = rows // 16
+    return pairs * (pairs + 1) * 16 * 8
 
 
 PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
@@ -183,7 +213,7 @@ PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
 
 def _plan(case: Case, exact: bool, device: Device) -> Plan:
     T = case.T
-    most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxExactTasks"]
+    most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxJacobiTasks"]
     blocks = not exact and case.dtype is not torch.float64 and most < T
     wide = [rows for rows in (2, 4, 8) if rows >= T and not blocks]
     tiled = [rows for rows in (16, 32) if rows >= T]
@@ -196,24 +226,24 @@ def _gram(case: Case, plan: Plan, again: bool) -> Iterable[Kernel]:
     partial = case.B * 8 * (plan.groups * slot + plan.pairs * pair_slot)
     enough = CONSTANTS["blocks, stream" if plan.rows <= 8 else "blocks, tiles"]
     wanted = enough
-    if plan.rows <= 8:
+    if plan.rows <= 16:
         wanted = min(max(case.tiles // CONSTANTS["tiles of a block"], enough), CONSTANTS["blocks, at most"])
     blocks = max(1, min(case.tiles, wanted // case.B, CONSTANTS["kPartialBytes"] // partial))
-    kind = "stream" if plan.rows <= 8 else "tiles"
-    accumulator = "float" if plan.blocks else "double"
-    parts = [(f"gram_{kind}<{accumulator}, {plan.rows}>", plan.groups, plan.values, slot, case.entries)]
+    name = "tiles<float, " if plan.blocks else "stream<" if plan.rows <= 8 else "groups<"
+    parts = [(f"gram_{name}{plan.rows}>", plan.groups, plan.work, slot, case.entries)]
     if plan.pairs:  # each reads two groups of rows
-        name = f"gram_tiles<{accumulator}, 128>"
+        name = f"gram_tiles<{'float' if plan.blocks else 'double'}, 128>"
         parts.append((name, plan.pairs, PAIR_VALUES, pair_slot, case.entries * (plan.groups - 1)))
     if again:
         yield from (Kernel(name, 1) for name, *_ in parts)
         yield from (Kernel("gram_reduce", 1) for _ in parts)
         return
-    for name, groups, values, part_slot, read in parts:
-        work = float(case.B) * groups * values * case.P
+    for name, groups, each, part_slot, read in parts:
+        work = float(case.B) * groups * each * case.P
         moved = read + case.B * groups * blocks * part_slot * 8
-        fma32, fma64 = (work, 0.0) if plan.blocks else (0.0, work)
-        yield Kernel(name, case.B * blocks * groups, moved, fma32, fma64)
+        fma32, mma64 = work * plan.blocks, work * ("groups" in name)
+        fma64 = work - fma32 - mma64
+        yield Kernel(name, case.B * blocks * groups, moved, fma32, fma64, mma64)
     for _, groups, _, part_slot, _ in parts:
         sums = case.B * groups * blocks * part_slot
         columns = _up(part_slot, CONSTANTS["kReduceValues"])
@@ -241,7 +271,7 @@ def _small(matrices: int, tasks: int, columns: int) -> bool:
     """`is_small`."""
     many = matrices >= CONSTANTS["kManyMatrices"]
     entries = CONSTANTS["kSmallEntriesInBatch" if many else "kSmallEntries"]
-    return tasks <= CONSTANTS["kMaxSmallTasks"] and tasks * columns <= entries
+    return tasks <= CONSTANTS["kMaxSmallTasks"] and max(tasks, 8) * columns <= entries
 
 
 def align(case: Case, device: Device) -> list[Kernel]:
@@ -251,12 +281,13 @@ def align(case: Case, device: Device) -> list[Kernel]:
         words = len(case.sizes) * (4 + case.T)
         kernels.append(Kernel("upload", 4, 2 * words * 8, launches=_up(words, CONSTANTS["kManyWords"])))
     if _small(case.B, case.T, case.P):
-        rows = 8 if case.T <= 8 else 32
-        values = _triangle(8) if rows == 8 else _triangle(8) * 16
+        rows = 8 if case.T <= 8 else 16 if case.T <= 16 else 32
         work, steps = _jacobi(case.T)
         moved = case.entries + case.entries // case.T
-        each = (values + case.T) * case.P + work
-        return [*kernels, Kernel(f"align_small<{rows}>", case.B, moved, fma64=case.B * each, steps=steps)]
+        stream, products = (_triangle(8), 0.0) if rows == 8 else (0, float(_groups(rows) * case.P))
+        each = (stream + case.T) * case.P + work
+        name = f"align_small<{rows}>"
+        return [*kernels, Kernel(name, case.B, moved, fma64=case.B * each, mma64=case.B * products, steps=steps)]
     first = _plan(case, False, device)
     kernels += _gram(case, first, False)
     large = case.T - CONSTANTS["kMaxJacobiTasks"]
@@ -309,7 +340,7 @@ def _merged(kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
     """Kernels by what a row shows: those that do nothing make one row."""
     merged: dict[str, list[Kernel]] = {}
     for kernel in kernels:
-        idle = not (kernel.bytes or kernel.fma32 or kernel.fma64)
+        idle = not (kernel.bytes or kernel.fma32 or kernel.fma64 or kernel.mma64)
         merged.setdefault("second pass, not needed" if idle else kernel.name, []).append(kernel)
     return merged
 
@@ -330,14 +361,25 @@ def _totals() -> str:
 
 def _place(name: str) -> int:
     """Where a row of the second table stands among those of its case."""
-    order = ("upload", "align", "gram_stream", "gram_tiles", "gram_reduce", "balance", "copies", "second", "combine")
+    order = (
+        "upload",
+        "align",
+        "gram_stream",
+        "gram_groups",
+        "gram_tiles",
+        "gram_reduce",
+        "balance",
+        "copies",
+        "second",
+        "combine",
+    )
     return next(i for i, start in enumerate(order) if name.startswith(start))
 
 
 def _kernels() -> str:
     names = [device.name for device in DEVICES]
-    text = _row(["T×P", "kernel", "launches", "MB", "10⁶ FMA32", "10⁶ FMA64", "steps", *names])
-    text += "|---" * (7 + len(names)) + "|\n"
+    text = _row(["T×P", "kernel", "launches", "MB", "10⁶ FMA32", "10⁶ FMA64", "10⁶ MMA64", "steps", *names])
+    text += "|---" * (8 + len(names)) + "|\n"
     for case in CASES:
         runs = [_merged(align(case, device)) for device in DEVICES]
         # Devices may take different kernels: a row for each, in the order of the launches.
@@ -356,6 +398,7 @@ def _kernels() -> str:
                 cells.append(_number(sum(kernel.bytes for kernel in kernels) / 1e6))
                 cells.append(_number(sum(kernel.fma32 for kernel in kernels) / 1e6))
                 cells.append(_number(sum(kernel.fma64 for kernel in kernels) / 1e6))
+                cells.append(_number(sum(kernel.mma64 for kernel in kernels) / 1e6))
                 cells.append(max(kernel.steps for kernel in kernels) or "")
                 for run, device in zip(runs, DEVICES, strict=True):
                     cells.append(_microseconds(kernels, device) if run.get(name) == kernels else "")
@@ -371,17 +414,57 @@ def tables() -> str:
     )
 
 
+def measured() -> str:
+    """The table of what was measured: of a step in microseconds, and as multiples of what it is compared with."""
+    results = json.loads(RESULTS.read_text())
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for benchmark in results["benchmarks"]:
+        params = benchmark["params"]
+        way = params.get("name", "fastmtl"), params.get("way", "eager")
+        found.setdefault(benchmark["group"], {})[way] = benchmark["extra_info"]
+    roof = found.pop("cuda roof")
+    copy, read = (roof[name, "eager"]["GB/s"] for name in ("copy", "sum"))
+    machine = results["machine_info"]["fastmtl"]
+    text = f"{roof['copy', 'eager']['device']}, torch {machine['torch']}, commit {machine['commit'][:7]}. "
+    text += f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
+    text += (
+        _row(["case", "µs", "called eagerly", "plain PyTorch", "× plain", "× the reads", "model"]) + "|---" * 7 + "|\n"
+    )
+    models = {_group(case): case for case in CASES}
+    for group, ways in found.items():
+        graph, eager, plain = (ways.get(w) for w in (("fastmtl", "graph"), ("fastmtl", "eager"), ("pure", "eager")))
+        if eager is None:
+            continue
+        best = graph or eager
+        cells = [f"{x['microseconds']:.1f}" if x else "" for x in (graph, eager, plain)]
+        cells.append(f"{plain['microseconds'] / eager['microseconds']:.1f}" if plain else "")
+        cells.append("" if "eigh" in group else f"{copy / best['GB/s']:.2f}")
+        cells.append(_microseconds(align(models[group], DEVICES[0]), DEVICES[0]) if group in models else "")
+        text += _row([group.removeprefix("cuda "), *cells])
+    return text
+
+
+def _group(case: Case) -> str:
+    """What benchmarks/test_cuda.py calls the case."""
+    if case.sizes:
+        return f"cuda ragged resnet50 T={case.T}"
+    return f"cuda batched {case.B}x{case.T}x{case.P}" if case.B > 1 else f"cuda {str(case.dtype)[6:]} {case.T}x{case.P}"
+
+
 def document(page: str) -> str:
-    """The page with today's tables between its marks.
+    """The page with today's tables between their marks.
 
     Raises:
         ValueError: the marks are missing.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected {BEGIN.strip()} and {END.strip()} in the page")
-    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+    for name, content in (("measured", measured()), ("model", tables())):
+        begin, end = f"<!-- benchmarks/cuda_model.py: {name} -->\n", f"<!-- end: {name} -->\n"
+        before, first, rest = page.partition(begin)
+        _, last, after = rest.partition(end)
+        if not first or not last:
+            raise ValueError(f"expected {begin.strip()} and {end.strip()} in the page")
+        page = f"{before}{begin}\n{content}\n{end}{after}"
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -391,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parser.parse_args(arguments).write:
         PAGE.write_text(document(PAGE.read_text()))
     else:
-        sys.stdout.write(tables())
+        sys.stdout.write(f"{measured()}\n{tables()}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ DEFECTS = {
     "missing barrier": Defect("gram.cuh", "__syncthreads(); // the stage has been read", "", "AssertionError"),
     "missing barrier in Jacobi": Defect(
         "eigh.cuh",
-        "sine[threadIdx.x] = s;\n      }\n      __syncthreads();",
-        "sine[threadIdx.x] = s;\n      }",
+        "sine[thread] = s;\n      }\n      __syncthreads();",
+        "sine[thread] = s;\n      }",
         "Error",
     ),
     "divergent barrier": Defect(
