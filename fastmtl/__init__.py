@@ -3,11 +3,13 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fastmtl import ops
-from fastmtl.backward import Info
+from fastmtl.attach import attach
 from fastmtl.eigen import eigh
-from fastmtl.weighting import AlignedMTL
+from fastmtl.hooks import FanOut, fan_out
+from fastmtl.info import Info
+from fastmtl.weighting import MGDA, AlignedMTL, GradDrop
 
-__all__ = ["AlignedMTL", "Info", "__version__", "eigh", "ops"]
+__all__ = ["MGDA", "AlignedMTL", "FanOut", "GradDrop", "Info", "__version__", "attach", "eigh", "fan_out", "ops"]
 
 try:
     __version__ = version("fastmtl-torch")

@@ -1,81 +1,333 @@
-"""From T losses to `.grad`: T backward passes, one aggregation, one commit through autograd."""
+"""From T losses to `.grad`: backward passes for the task gradients, one aggregation, one commit through autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from fastmtl._inputs import DTYPES, Rows, describe
+from fastmtl import ops
+from fastmtl._inputs import DTYPES, check_rows, describe
+from fastmtl._structure import tensors_of
+from fastmtl.info import Info
 
-__all__ = ["Info", "backward"]
+if TYPE_CHECKING:
+    from fastmtl.weighting._method import Method
 
+__all__ = ["backward"]
 
-class Info(NamedTuple):
-    """What a method saw and did in one step; all tensors lie on the gradients' device.
-
-    Attributes:
-        alpha: task weights α, float64 [T]: the committed gradient is αᵀ G.
-        gram: Gram matrix of the task gradients, float64 [T, T].
-        eigenvalues: its eigenvalues, float64 [T], descending; the first `rank` are kept.
-        rank: number of independent task gradients under the method's rank rule, int64 [].
-    """
-
-    alpha: Tensor
-    gram: Tensor
-    eigenvalues: Tensor
-    rank: Tensor
-
-
-class _Method(Protocol):
-    def _check_tasks(self, T: int) -> None: ...
-    def _align_rows(self, rows: Rows) -> tuple[list[Tensor | None], Info]: ...
+# The gradients of one task: K tensors, None where it has none.
+Row: TypeAlias = "list[Tensor | None]"
+# Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
+Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def backward(
-    method: _Method, losses: Sequence[Tensor], shared: Iterable[Tensor], *, scale_heads: bool, retain_graph: bool
+    method: Method,
+    losses: Sequence[Tensor],
+    shared: Iterable[Tensor] | None,
+    *,
+    representation: Any,
+    features: Any,
+    batched: bool,
+    groups: Sequence[Iterable[Tensor]] | None,
+    scale_heads: bool,
+    retain_graph: bool,
+    process_group: Any,
 ) -> Info:
-    """The engine behind `method.backward`: see there. Nothing is written before `_commit`."""
+    """The engine behind `Method.backward`: see there. Nothing is written before `_commit`."""
     _check_losses(losses)
     method._check_tasks(len(losses))
-    parameters = _checked_shared(shared)
-    private, common = _other_leaves(losses, parameters)
-
-    rows: list[list[Tensor | None]] = []
-    own: list[list[Tensor | None]] = []
-    with _without_tensor_hooks([*parameters, *common, *(p for leaves in private for p in leaves)]):
-        for t, loss in enumerate(losses):
-            # Only the last pass may free the graph, since the losses share the trunk.
-            retain = retain_graph or t < len(losses) - 1
-            inputs = [*parameters, *private[t], *common]
-            grads: list[Tensor | None] = list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True))
-            rows.append(grads[: len(parameters)])
-            own.append(grads[len(parameters) :])
-            del grads  # `_commit` has to be the only owner of what it hands over
-
-    reached = [k for k in range(len(parameters)) if any(row[k] is not None for row in rows)]
-    if not reached:
-        raise ValueError("shared: expected parameters that a loss depends on, but no loss reaches any of them")
-    updates, info = method._align_rows([[row[k] for k in reached] for row in rows])
-    rows.clear()
-    targets = [parameters[k] for k in reached]
-    for target, update in _own_gradients(private, common, own, info.alpha if scale_heads else None):
-        targets.append(target)
-        updates.append(update)
-        del update
-    _commit(targets, updates)
+    _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
+    upper_bound = representation is not None
+    cut = _checked_cut(representation, "representation") if upper_bound else _checked_cut(features, "features")
+    heads, trunk = _leaves_of(losses, cut), _leaves_behind(cut)
+    if upper_bound:
+        with _without_tensor_hooks([*trunk, *heads.all()]):
+            updates, own, info = _upper_bound(method, losses, cut, heads, trunk, retain_graph, process_group)
+    else:
+        parts = [] if groups is None else _checked_groups(groups)
+        parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
+        if not parameters:
+            # Everything behind the features is shared; without features, what several losses reach.
+            parameters = trunk if cut else heads.common
+            if not parameters:
+                raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
+        if cut and (heads.meet(trunk) or {id(p) for p in trunk} != {id(p) for p in parameters}):
+            # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
+            if batched:
+                raise ValueError(
+                    "batched: expected shared parameters that are those behind the features, and no others"
+                )
+            cut, heads = [], _leaves_of(losses, [])
+        heads = heads.without(parameters)
+        with _without_tensor_hooks([*parameters, *heads.all()]):
+            updates, own, info = _exact(
+                method, losses, cut, heads, parameters, parts, batched, retain_graph, process_group
+            )
+    updates += _own_gradients(heads, own, info.alpha if scale_heads else None)
+    _commit(updates)
     return info
 
 
-def _own_gradients(
-    private: list[list[Tensor]], common: list[Tensor], own: list[list[Tensor | None]], alpha: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _upper_bound(
+    method: Method,
+    losses: Sequence[Tensor],
+    cut: list[Tensor],
+    heads: _Leaves,
+    trunk: list[Tensor],
+    retain_graph: bool,
+    process_group: Any,
+) -> tuple[Updates, list[Row], Info]:
+    """T passes down to the representation `cut`, and one from there (paper, section 5.2)."""
+    rows: list[Row] = []
+    own = _passes(losses, cut, heads, retain_graph, rows, closed=cut if heads.meet(trunk) else [])
+    cotangents: Sequence[Tensor | None]
+    if process_group is None:
+        _check_reached(rows, "representation")
+        cotangents, info = method._aggregate_rows(rows)
+    else:
+        from fastmtl import distributed  # here: not every torch is built with it
+
+        group = distributed.gram_group(process_group)
+        flat = [g for row in rows for g in row]
+        cotangents, info = method._aggregate_part(flat, cut, lambda M: distributed.reduce_gram(M, group))
+    rows.clear()
+    return _pairs(trunk, _pass(cut, cotangents, trunk, retain_graph=retain_graph)), own, info
+
+
+def _exact(
+    method: Method,
+    losses: Sequence[Tensor],
+    cut: list[Tensor],
+    heads: _Leaves,
+    parameters: list[Tensor],
+    parts: list[list[Tensor]],
+    batched: bool,
+    retain_graph: bool,
+    process_group: Any,
+) -> tuple[Updates, list[Row], Info]:
+    """T passes down to the parameters, in one go or by way of the features `cut`."""
+    if any(type(p) not in _PLAIN for p in parameters):
+        from fastmtl import distributed
+
+        if distributed.is_sharded(parameters):
+            updates, info = distributed.sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
+            # The other parameters got theirs in these passes.
+            return _pairs(parameters, updates), [[None] * len(heads.all()) for _ in losses], info
+
+    rows: Any = []
+    if process_group is not None:
+        from fastmtl import distributed
+
+        rows = distributed.AveragedRows(parameters, len(losses), distributed.gram_group(process_group))
+    if not cut:
+        own = _passes(losses, parameters, heads, retain_graph, rows)
+    else:
+        cotangents: list[Row] = []
+        own = _passes(losses, cut, heads, retain_graph, cotangents)
+        (_batched_passes if batched else _passes_from)(cut, cotangents, parameters, retain_graph, rows)
+    if process_group is not None:
+        updates, info = rows.combine(method._weigh)
+    else:
+        _check_reached(rows, "shared")
+        updates, info = _by_group(method, rows, parts) if parts else method._aggregate_rows(rows)
+        rows.clear()
+    return _pairs(parameters, updates), own, info
+
+
+def _pairs(parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> Updates:
+    return [(p, update) for p, update in zip(parameters, updates, strict=True) if update is not None]
+
+
+def _passes(
+    losses: Sequence[Tensor],
+    first: list[Tensor],
+    heads: _Leaves,
+    retain_graph: bool,
+    rows: Any,
+    closed: Sequence[Tensor] = (),
+) -> list[Row]:
+    """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves."""
+    own: list[Row] = []
+    with _closed(closed):
+        for t, loss in enumerate(losses):
+            # Only the last pass may free what losses share; a closed trunk is still to be passed through.
+            keep = retain_graph or bool(closed) or (heads.overlap and t < len(losses) - 1)
+            inputs = [*first, *heads.private[t], *heads.common]
+            grads: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
+            rows.append(grads[: len(first)])
+            own.append(grads[len(first) :])
+            del grads  # `_commit` has to be the only owner of what it hands over
+    return own
+
+
+def _pass(
+    tensors: list[Tensor], cotangents: Sequence[Tensor | None], parameters: list[Tensor], **options: bool
+) -> Sequence[Tensor | None]:
+    """The parameters' gradients from cotangents at the tensors, None where there is none."""
+    used = [k for k, g in enumerate(cotangents) if g is not None]
+    if not used:
+        return [None] * len(parameters)
+    return torch.autograd.grad(
+        [tensors[k] for k in used], parameters, [cotangents[k] for k in used], allow_unused=True, **options
+    )
+
+
+def _passes_from(
+    features: list[Tensor], cotangents: list[Row], parameters: list[Tensor], retain_graph: bool, rows: Any
+) -> None:
+    """Appends the parameters' gradients from T rows of cotangents at the features: T passes."""
+    for t, row in enumerate(cotangents):
+        keep = retain_graph or t < len(cotangents) - 1
+        rows.append(list(_pass(features, row, parameters, retain_graph=keep)))
+
+
+def _batched_passes(
+    features: list[Tensor], cotangents: list[Row], parameters: list[Tensor], retain_graph: bool, rows: Any
+) -> None:
+    """The same in one vectorised pass: every operation behind the features sees a leading dimension of T."""
+    stacked: Row = []
+    for x, column in zip(features, zip(*cotangents, strict=True), strict=True):
+        zero = torch.zeros_like(x)
+        stacked.append(
+            torch.stack([zero if g is None else g for g in column]) if any(g is not None for g in column) else None
+        )
+    grads = _pass(features, stacked, parameters, retain_graph=retain_graph, is_grads_batched=True)
+    for t in range(len(cotangents)):
+        rows.append([None if g is None else g[t] for g in grads])
+
+
+def _by_group(method: Method, rows: list[Row], groups: list[list[Tensor]]) -> tuple[list[Tensor | None], Info]:
+    """Each group of parameters aggregated on its own; one batched problem for the weights of all."""
+    T, end = len(rows), 0
+    lists: list[list[Tensor | None]] = []
+    for group in groups:
+        start, end = end, end + len(group)
+        lists.append(check_rows([row[start:end] for row in rows])[0])
+    dtypes = {p.dtype for group in groups for p in group}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    info = method._weigh(torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists]), coarsest)
+    updates: list[Tensor | None] = []
+    for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
+        results = [torch.empty_like(p) for p in group]
+        ops.combine_rows(grads, alpha, results)
+        reached = [any(g is not None for g in grads[k :: len(group)]) for k in range(len(group))]
+        updates += [result if here else None for result, here in zip(results, reached, strict=True)]
+    return updates, info
+
+
+class _Leaves(NamedTuple):
+    """The leaf tensors that T losses reach.
+
+    Attributes:
+        private: those that one loss alone reaches, for each loss.
+        common: those that several reach.
+        overlap: whether some losses share a part of the graph that a backward pass frees.
+    """
+
+    private: list[list[Tensor]]
+    common: list[Tensor]
+    overlap: bool
+
+    def all(self) -> list[Tensor]:
+        """Every leaf."""
+        return [*self.common, *(leaf for leaves in self.private for leaf in leaves)]
+
+    def meet(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether one of the tensors is among them."""
+        ids = {id(leaf) for leaf in self.all()}
+        return any(id(x) in ids for x in tensors)
+
+    def without(self, tensors: Iterable[Tensor]) -> _Leaves:
+        """The leaves that are none of these tensors."""
+        ids = {id(x) for x in tensors}
+        private = [[leaf for leaf in leaves if id(leaf) not in ids] for leaves in self.private]
+        return _Leaves(private, [leaf for leaf in self.common if id(leaf) not in ids], self.overlap)
+
+
+def _leaves_of(losses: Sequence[Tensor], cut: list[Tensor]) -> _Leaves:
+    """The leaves that losses reach by ways that do not lead through the tensors of `cut`.
+
+    Each graph node is visited at most twice: when the first loss finds it, and when a second loss shows it is common.
+    """
+    closed = {_edge(x) for x in cut}
+    owner: dict[Any, int] = {}
+    leaves: dict[Any, Tensor] = {}
+    several = -1
+    overlap = False
+    for t, loss in enumerate(losses):
+        stack = [edge for edge in (_edge(loss),) if edge not in closed]  # also where the loss itself is a parameter
+        while stack:
+            node, _ = stack.pop()
+            known = owner.get(node)
+            if known in (t, several):
+                continue
+            owner[node] = t if known is None else several
+            successors = node.next_functions
+            if successors:
+                overlap |= known is not None
+                stack.extend(edge for edge in successors if edge[0] is not None and edge not in closed)
+            elif known is None and (variable := getattr(node, "variable", None)) is not None:
+                leaves[node] = variable
+    private: list[list[Tensor]] = [[] for _ in losses]
+    common: list[Tensor] = []
+    for node, variable in leaves.items():
+        (common if owner[node] == several else private[owner[node]]).append(variable)
+    return _Leaves(private, common, overlap)
+
+
+def _leaves_behind(tensors: list[Tensor]) -> list[Tensor]:
+    """The leaves that the tensors depend on (themselves, where they are leaves)."""
+    leaves: list[Tensor] = []
+    seen: set[Any] = set()
+    stack = [_edge(x)[0] for x in tensors]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.next_functions:
+            stack.extend(successor for successor, _ in node.next_functions if successor is not None)
+        elif (variable := getattr(node, "variable", None)) is not None:
+            leaves.append(variable)
+    return leaves
+
+
+def _edge(x: Tensor) -> tuple[Any, int]:
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+@contextmanager
+def _closed(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """No gradient gets behind these tensors, for leaves that lie on both sides of them."""
+    outputs: dict[Any, set[int]] = {}
+    for x in tensors:
+        node, output = _edge(x)
+        outputs.setdefault(node, set()).add(output)
+
+    def close(node: Any) -> Any:
+        stopped = outputs[node]
+        return node.register_prehook(lambda grads: tuple(None if i in stopped else g for i, g in enumerate(grads)))
+
+    handles = [close(node) for node in outputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own_gradients(heads: _Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`."""
     sums: dict[int, Tensor] = {}
-    for t, parameters in enumerate(private):
+    for t, parameters in enumerate(heads.private):
         grads = own[t]
         if alpha is not None:
             grads = [None if g is None else g * alpha[t].to(g.dtype) for g in grads]
@@ -88,7 +340,7 @@ def _own_gradients(
             if g is not None:
                 yield parameter, g
     for k in list(sums):
-        yield common[k], sums.pop(k)
+        yield heads.common[k], sums.pop(k)
 
 
 @contextmanager
@@ -108,9 +360,10 @@ class _Commit(torch.autograd.Function):
     """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it."""
 
     @staticmethod
-    def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, updates: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.updates = updates
-        return torch.zeros(())
+        # On the parameters' device, or autograd would wait for another one's stream.
+        return torch.empty(0, device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,11 +373,16 @@ class _Commit(torch.autograd.Function):
         return result
 
 
-def _commit(parameters: list[Tensor], updates: list[Tensor | None]) -> None:
-    """Adds `updates` to `.grad` through AccumulateGrad: all hooks fire as in any backward."""
+def _commit(pairs: Updates) -> None:
+    """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward."""
+    parameters = [parameter for parameter, _ in pairs]
+    updates = [update for _, update in pairs]
+    pairs.clear()
+    if not parameters:
+        return
     with torch.enable_grad():
         node = _Commit.apply(updates, *parameters)
-    node.backward()
+    node.backward(torch.empty_like(node))
 
 
 def _check_losses(losses: Sequence[Tensor]) -> None:
@@ -141,53 +399,95 @@ def _check_losses(losses: Sequence[Tensor]) -> None:
             raise ValueError(f"losses[{t}]: expected a loss that requires grad, got a constant {describe(loss)}")
 
 
-def _checked_shared(shared: Iterable[Tensor]) -> list[Tensor]:
+def _check_options(
+    method: Method,
+    shared: Any,
+    representation: Any,
+    features: Any,
+    batched: bool,
+    groups: Any,
+    scale_heads: bool,
+    process_group: Any,
+) -> None:
+    given = {"shared": shared, "representation": representation, "features": features, "groups": groups}
+    for one, other in (
+        ("shared", "representation"),
+        ("shared", "groups"),
+        ("features", "representation"),
+        ("groups", "representation"),
+    ):
+        if given[one] is not None and given[other] is not None:
+            raise ValueError(f"{one}: expected None where {other} is given, got {describe(given[one])}")
+    if batched and features is None:
+        raise ValueError(
+            "batched: expected False without features, got True: it is the pass behind them that is batched"
+        )
+    if groups is not None and scale_heads:
+        raise ValueError("scale_heads: expected False with groups, got True: each group has task weights of its own")
+    if groups is not None and process_group is not None:
+        raise ValueError("process_group: expected None with groups, got a process group")
+    if (groups is not None or process_group is not None) and not method._on_gram:
+        what = "groups" if groups is not None else "process_group"
+        raise ValueError(f"{what}: expected a method that works on the Gram matrix, got {describe(method)}")
+
+
+def _check_reached(rows: list[Row], name: str) -> None:
+    if all(g is None for row in rows for g in row):
+        what = "tensors" if name == "representation" else "parameters"
+        raise ValueError(f"{name}: expected {what} that a loss depends on, but no loss reaches any of them")
+
+
+def _checked_cut(structure: Any, name: str) -> list[Tensor]:
+    """The tensors of a representation that gradients pass through, each once."""
+    if structure is None:
+        return []
+    cut: dict[int, Tensor] = {}
+    for x in tensors_of(structure):
+        if x.requires_grad:
+            if x.dtype not in DTYPES:
+                raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
+            cut[id(x)] = x
+    if not cut:
+        raise ValueError(
+            f"{name}: expected a tensor (or a nested structure) that requires grad, got {describe(structure)}"
+        )
+    return list(cut.values())
+
+
+def _checked_groups(groups: Sequence[Iterable[Tensor]]) -> list[list[Tensor]]:
+    if isinstance(groups, Tensor) or not isinstance(groups, (list, tuple)):
+        raise TypeError(f"groups: expected a sequence of groups of parameters, got {describe(groups)}")
+    if not groups:
+        raise ValueError("groups: expected at least one group, got none")
+    parts = [_checked_parameters(group, f"groups[{n}]") for n, group in enumerate(groups)]
+    seen: dict[int, int] = {}
+    for n, part in enumerate(parts):
+        for p in part:
+            if id(p) in seen:
+                raise ValueError(
+                    f"groups[{n}]: expected parameters of no other group, got one of groups[{seen[id(p)]}]"
+                )
+            seen[id(p)] = n
+    return parts
+
+
+def _checked_parameters(shared: Iterable[Tensor], name: str) -> list[Tensor]:
     if isinstance(shared, Tensor) or not isinstance(shared, Iterable):
-        raise TypeError(f"shared: expected an iterable of parameters, got {describe(shared)}")
+        raise TypeError(f"{name}: expected an iterable of parameters, got {describe(shared)}")
     parameters: list[Tensor] = []
     seen: set[int] = set()
     for i, p in enumerate(shared):
         if not isinstance(p, Tensor):
-            raise TypeError(f"shared[{i}]: expected a parameter (tensor), got {describe(p)}")
+            raise TypeError(f"{name}[{i}]: expected a parameter (tensor), got {describe(p)}")
         if p.dtype not in DTYPES:
-            raise TypeError(f"shared[{i}]: expected float32, float64, bfloat16 or float16, got {describe(p)}")
+            raise TypeError(f"{name}[{i}]: expected float32, float64, bfloat16 or float16, got {describe(p)}")
         if not p.is_leaf:
-            raise ValueError(f"shared[{i}]: expected a leaf tensor (a parameter), got an intermediate {describe(p)}")
+            raise ValueError(f"{name}[{i}]: expected a leaf tensor (a parameter), got an intermediate {describe(p)}")
         if not p.requires_grad:
-            raise ValueError(f"shared[{i}]: expected a parameter that requires grad, got a frozen {describe(p)}")
+            raise ValueError(f"{name}[{i}]: expected a parameter that requires grad, got a frozen {describe(p)}")
         if id(p) not in seen:  # tied parameters are listed twice by some models
             seen.add(id(p))
             parameters.append(p)
     if not parameters:
-        raise ValueError("shared: expected at least one parameter, got none")
+        raise ValueError(f"{name}: expected at least one parameter, got none")
     return parameters
-
-
-def _other_leaves(losses: Sequence[Tensor], shared: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Leaves outside `shared` that the losses reach: per loss those it alone reaches, and those that several reach.
-
-    Each graph node is visited at most twice: when the first loss finds it, and when a second loss shows it is common.
-    """
-    owner: dict[Any, int] = {}
-    leaves: dict[Any, Tensor] = {}
-    several = -1
-    for t, loss in enumerate(losses):
-        stack = [torch.autograd.graph.get_gradient_edge(loss).node]  # also where the loss itself is a parameter
-        while stack:
-            node = stack.pop()
-            known = owner.get(node)
-            if known in (t, several):
-                continue
-            owner[node] = t if known is None else several
-            successors = node.next_functions
-            if successors:
-                stack.extend(successor for successor, _ in successors if successor is not None)
-            elif known is None and (variable := getattr(node, "variable", None)) is not None:
-                leaves[node] = variable
-    excluded = {id(p) for p in shared}
-    private: list[list[Tensor]] = [[] for _ in losses]
-    common: list[Tensor] = []
-    for node, variable in leaves.items():
-        if id(variable) not in excluded:
-            (common if owner[node] == several else private[owner[node]]).append(variable)
-    return private, common

@@ -414,7 +414,7 @@ def test_ragged(T, dtype):
 def test_ragged_info():
     rows = ragged(5)
     G = dense(rows)
-    _, info = fastmtl.AlignedMTL()._align_rows(on_gpu(rows))
+    _, info = fastmtl.AlignedMTL()._aggregate_rows(on_gpu(rows))
     assert all(x.device.type == "cuda" for x in info)
     assert gram_error(info.gram.cpu(), G) <= 1e-12
     assert int(info.rank) == svd_rank(G)

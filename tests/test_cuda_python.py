@@ -248,13 +248,13 @@ def test_backward_from_gradients_to_the_commit(watch, monkeypatch, weights, scal
         return [torch.empty_like(p) for p in inputs]
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
-    monkeypatch.setattr(fastmtl.backward, "_commit", lambda parameters, updates: committed.extend(parameters))
+    monkeypatch.setattr(fastmtl.backward, "_commit", lambda updates: committed.extend(p for p, _ in updates))
     model = Model("cuda")
     losses = model.losses(cuda(5, 4))
     method = with_weights(weights, 3)
     info = method.backward(losses, shared=model.trunk.parameters(), scale_heads=scale_heads)
     assert {id(p) for p in committed} == {id(p) for p in model.parameters()}
-    assert all(x.device.type == "cuda" for x in info)
+    assert all(x.device.type == "cuda" for x in vars(info).values())
     assert watch.ops.count("fastmtl::align_rows") == 1
 
 

@@ -306,9 +306,9 @@ BACKWARD = {
         ("shared", "iterable", "Linear"),
     ),
     "shared None": (
-        lambda trunk, heads, losses, h, table: (losses, None),
-        TypeError,
-        ("shared", "iterable", "NoneType"),
+        lambda trunk, heads, losses, h, table: (losses[:1], None),
+        ValueError,
+        ("shared", "two losses", "none"),
     ),
     "named parameters": (
         lambda trunk, heads, losses, h, table: (losses, trunk.named_parameters()),

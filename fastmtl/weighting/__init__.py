@@ -1,5 +1,7 @@
-"""The methods: each maps a Gram matrix to task weights, one method a file."""
+"""The methods: most map a Gram matrix to task weights; one method a file."""
 
 from fastmtl.weighting.aligned import AlignedMTL
+from fastmtl.weighting.graddrop import GradDrop
+from fastmtl.weighting.mgda import MGDA
 
-__all__ = ["AlignedMTL"]
+__all__ = ["MGDA", "AlignedMTL", "GradDrop"]

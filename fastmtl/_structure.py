@@ -1,0 +1,44 @@
+"""Nested structures of tensors: what an encoder may return (tensor, tuple, list, dict, named tuple, dataclass)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["map_tensors", "tensors_of"]
+
+
+def tensors_of(structure: Any) -> Iterator[Tensor]:
+    """The tensors of a structure, in the order in which `map_tensors` visits them."""
+    if isinstance(structure, Tensor):
+        yield structure
+        return
+    parts: Any = ()
+    if dataclasses.is_dataclass(structure):
+        parts = [getattr(structure, field.name) for field in dataclasses.fields(structure)]
+    elif isinstance(structure, Mapping):
+        parts = structure.values()
+    elif isinstance(structure, (list, tuple)):
+        parts = structure
+    for part in parts:
+        yield from tensors_of(part)
+
+
+def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
+    """The same structure with `function(x)` for every tensor x; whatever is no tensor is passed on as it is."""
+    if isinstance(structure, Tensor):
+        return function(structure)
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):  # Hugging Face's outputs, for one
+        parts = {f.name: map_tensors(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)}
+        return dataclasses.replace(structure, **parts)
+    if isinstance(structure, Mapping):
+        items = {key: map_tensors(function, value) for key, value in structure.items()}
+        return items if type(structure) is dict else type(structure)(items)  # type: ignore[call-arg]
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*(map_tensors(function, part) for part in structure))
+    if isinstance(structure, (list, tuple)):
+        return type(structure)([map_tensors(function, part) for part in structure])
+    return structure

@@ -1,0 +1,338 @@
+"""The shared representation inside one ordinary backward: each task gets an alias of it, the encoder one gradient.
+
+Aliases 1..T of a representation h carry the task gradients Z_t = ∂L_t/∂h to where they are aggregated; what comes out
+goes on into the encoder in place of their sum (paper, section 5.2, Aligned-MTL-UB). Two implementations, equal to each
+other: one autograd node with T outputs, which is told all gradients at once, or tensor hooks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl._inputs import DTYPES, describe
+from fastmtl._structure import map_tensors, tensors_of
+from fastmtl.info import Info
+from fastmtl.weighting._method import Method
+
+__all__ = ["FanOut", "fan_out"]
+
+_VIAS = ("node", "hooks")
+
+
+def fan_out(
+    h: Any,
+    tasks: int,
+    method: Method,
+    *,
+    via: str = "node",
+    info: Info | None = None,
+    global_gram: Any = False,
+) -> FanOut:
+    """T aliases of a shared representation, one for each task's head, for aggregation in one ordinary backward.
+
+        hs = fan_out(h, tasks=T, method=method)
+        sum(loss(head(h_t)) for head, h_t in zip(heads, hs)).backward()
+
+    The gradients that the aliases receive are captured where they lie and aggregated by `method`, and the encoder gets
+    the single result instead of their sum: the upper bound of paper, section 5.2. Task weights come from `method`, so
+    the losses are summed plainly; a mean over them would apply 1/T twice.
+
+    A task whose loss does not reach its alias counts as a zero row, and an alias that is used several times gets the
+    sum. A second backward over a retained graph must bring gradients of the same tasks as the first. Where no gradient
+    is recorded (`torch.no_grad()`, or an `h` that does not require grad) the aliases are `h` itself.
+
+    Args:
+        h: the representation: a tensor (float32, float64, bfloat16 or float16), or a nested list, tuple, dict or
+            dataclass of tensors; their gradients are one row of G together. Tensors that do not require grad, and
+            whatever is no tensor, are passed on as they are.
+        tasks: number of tasks T.
+        method: any method of this package.
+        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias and one hook on what they
+            come from; the results are the same.
+        info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where nothing but tensors can leave
+            a backward.
+        global_gram: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
+            the whole batch, so that averaging the encoder's gradients over processes gives what one process would get.
+            Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`.
+
+    Returns:
+        A sequence of T aliases, each of the structure of `h`, with `info`, `gradients` and `total`.
+
+    Raises:
+        TypeError: a tensor of `h` is of another dtype or sparse, or `method` is no method.
+        ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
+            with a method that does not work on the Gram, or inside `torch.compile`.
+        RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward.
+    """
+    if not isinstance(tasks, int) or tasks < 1:
+        raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
+    if via not in _VIAS:
+        raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
+    method._check_tasks(tasks)
+    tensors = list(tensors_of(h))
+    if not tensors:
+        raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
+    sources = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
+    for x in sources:
+        if x.dtype not in DTYPES or x.layout is not torch.strided:
+            raise TypeError(f"h: expected dense float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
+    if not sources:
+        return FanOut([h] * tasks, None, info, None)
+
+    reduce = _reduction(method, global_gram)
+    if torch.compiler.is_compiling():
+        if reduce is not None:
+            raise ValueError("global_gram: not available inside torch.compile; call fan_out outside")
+        outputs = _TracedNode.apply(method, tasks, info, *sources)
+        return FanOut(_aliases(h, tasks, outputs), None, info, None)
+    capture = _Capture(method, tasks, sources, info, reduce)
+    outputs = (_Node.apply if via == "node" else _with_hooks)(capture, *sources)
+    return FanOut(_aliases(h, tasks, outputs), capture, info, outputs[-1] if reduce is not None else None)
+
+
+class FanOut(Sequence[Any]):
+    """The T aliases that `fan_out` returns; after a backward also what was seen and done in it."""
+
+    def __init__(self, aliases: list[Any], capture: _Capture | None, info: Info | None, anchor: Tensor | None) -> None:
+        self._aliases = aliases
+        self._capture = capture
+        self._info = info
+        self._anchor = anchor
+
+    def __len__(self) -> int:
+        return len(self._aliases)
+
+    def __getitem__(self, t: Any) -> Any:
+        return self._aliases[t]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._aliases)
+
+    @property
+    def info(self) -> Info | None:
+        """`alpha`, `gram`, `eigenvalues`, `rank` of the last backward; None before one, unless buffers were given."""
+        return self._info if self._capture is None else self._capture.info
+
+    @property
+    def gradients(self) -> list[Any] | None:
+        """The task gradients that the last backward captured: T structures like `h`; None before a backward.
+
+        None stands in them for a tensor that a task's loss does not reach (and for one that does not require grad).
+        They are those very tensors that autograd passed on: do not write into them.
+        """
+        if self._capture is None or self._capture.gradients is None:
+            return None
+        gradients = iter(self._capture.gradients)
+        return [map_tensors(lambda x: next(gradients) if x.requires_grad else None, h) for h in self._aliases]
+
+    def total(self, losses: Iterable[Tensor]) -> Tensor:
+        """The plain sum of the losses, tied to the aliases even where no loss uses one.
+
+        With `global_gram` every process has to take part in the backward of the representation, also one that has no
+        example for any task: the others would wait for it.
+
+        Args:
+            losses: scalars, any number of them.
+        """
+        parts = list(losses)
+        if self._anchor is not None:
+            parts.append(self._anchor)
+        if not parts:
+            raise ValueError("losses: expected at least one loss, got none")
+        return sum(parts[1:], parts[0])
+
+    def __repr__(self) -> str:
+        return f"FanOut({len(self)} x {describe(self._aliases[0])})"
+
+
+class _Capture:
+    """The gradients of one fan-out, T·K of them (entry t·K + k), and what becomes of them.
+
+    Holds no alias, so that the graph and its fan-out do not keep each other alive.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        tasks: int,
+        sources: Sequence[Tensor],
+        info: Info | None,
+        reduce: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.method = method
+        self.tasks = tasks
+        self.tensors = len(sources)
+        self.buffers = info
+        self.reduce = reduce
+        self.info = info
+        self.gradients: Sequence[Tensor | None] | None = None
+        self._sources = [x.detach() for x in sources] if reduce is not None else []
+
+    def aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """K gradients for the encoder from the T·K that were captured (entry t·K + k)."""
+        self._check_repeated(grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            detached = [g if g is None else g.detach() for g in grads]
+            with torch.no_grad():
+                return _without_second_derivative(self._aggregate(detached), grads)
+        return self._aggregate(grads)
+
+    def _aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        updates: Sequence[Tensor | None]
+        if self.reduce is not None:
+            updates, info = self.method._aggregate_part(grads, self._sources, self.reduce)
+        elif any(g is not None for g in grads):
+            updates, info = self.method._aggregate_flat(grads, self.tensors)
+        else:
+            return [None] * self.tensors
+        self.gradients = grads
+        self.info = info if self.buffers is None else self.buffers.copy_(info)
+        return updates
+
+    def _check_repeated(self, grads: Sequence[Tensor | None]) -> None:
+        if self.gradients is None:
+            return
+        before, now = ([g is not None for g in gradients] for gradients in (self.gradients, grads))
+        if before == now:
+            return
+        first, second = (sorted({i // self.tensors for i, here in enumerate(p) if here}) for p in (before, now))
+        raise RuntimeError(
+            f"fan_out: expected gradients of tasks {first} as in the first backward through this fan-out, got those of "
+            f"tasks {second}. Sum the losses and call backward once: one by one, they cannot be aggregated."
+        )
+
+
+class _Node(torch.autograd.Function):
+    """K tensors -> T·K views of them (entry t·K + k); backward aggregates."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.capture = capture
+        return _views(tensors, capture.tasks, anchored=capture.reduce is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        capture = ctx.capture
+        return None, *capture.aggregate(grads[: capture.tasks * capture.tensors])
+
+
+class _Join(torch.autograd.Function):
+    """K tensors -> K views of them, of one node: its pre-hook sees the gradients of all K at once."""
+
+    @staticmethod
+    def forward(ctx: Any, anchored: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.tensors = len(tensors)
+        return _views(tensors, 1, anchored)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads[: ctx.tensors]
+
+
+def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `_Node.apply` does, by hooks: one on each alias captures, one where they meet replaces their sum."""
+    K = capture.tensors
+    anchored = capture.reduce is not None
+    joined = _Join.apply(anchored, *tensors)
+    aliases = [joined[k].view_as(joined[k]) for _ in range(capture.tasks) for k in range(K)]
+    captured: dict[int, Tensor] = {}
+    running = -1  # the backward that `captured` is of: one that failed half-way has left something behind
+
+    def hook(i: int) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            nonlocal running
+            current = torch._C._current_graph_task_id()
+            if current != running:
+                captured.clear()
+                running = current
+            captured[i] = gradient
+
+        return keep
+
+    def replace(_: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        if torch._C._current_graph_task_id() != running:
+            captured.clear()
+        grads = [captured.pop(i, None) for i in range(len(aliases))]
+        updates = capture.aggregate(grads)
+        return (*updates, None) if anchored else tuple(updates)
+
+    for i, alias in enumerate(aliases):
+        alias.register_hook(hook(i))
+    joined[0].grad_fn.register_prehook(replace)
+    return (*aliases, joined[-1]) if anchored else tuple(aliases)
+
+
+class _TracedNode(torch.autograd.Function):
+    """`_Node` for `torch.compile`: no Python state, `info` is written as tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, method: Method, tasks: int, info: Info | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.method, ctx.tasks, ctx.info, ctx.tensors = method, tasks, info, len(tensors)
+        return _views(tensors, tasks, anchored=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        updates, info = ctx.method._aggregate_flat(grads, ctx.tensors)
+        if ctx.info is not None:
+            ctx.info.copy_(info)
+        return None, None, None, *updates
+
+
+def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tensor, ...]:
+    """T·K views; with an anchor, a zero that depends on all of them, at the end."""
+    views = tuple(x.view_as(x) for _ in range(tasks) for x in tensors)
+    return (*views, tensors[0].new_zeros(())) if anchored else views
+
+
+def _aliases(h: Any, tasks: int, outputs: Sequence[Tensor]) -> list[Any]:
+    """T structures like `h`, the tensors that require grad replaced by the outputs, in order."""
+    if isinstance(h, Tensor):
+        return list(outputs[:tasks])
+    following = iter(outputs)
+    return [map_tensors(lambda x: next(following) if x.requires_grad else x, h) for _ in range(tasks)]
+
+
+def _reduction(method: Method, group: Any) -> Callable[[Tensor], Tensor] | None:
+    """What turns this process's Gram into the whole batch's; None for one process."""
+    if group is False or group is None:
+        return None
+    if not method._on_gram:
+        raise ValueError(f"global_gram: expected a method that works on the Gram matrix, got {describe(method)}")
+    from fastmtl import distributed  # here: not every torch is built with it
+
+    own = distributed.gram_group(group)
+    return lambda M: distributed.reduce_gram(M, own)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on the first `count` tensors, which depend on the others in a way that has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "fan_out: the aggregated gradient has no derivative, so there is no double backward through it"
+        )
+
+
+def _without_second_derivative(
+    updates: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    inputs = [g for g in grads if g is not None and g.requires_grad]
+    made = [u for u in updates if u is not None]
+    if not inputs or not made:
+        return updates
+    marked = iter(_NoSecondDerivative.apply(len(made), *made, *inputs))
+    return [None if u is None else next(marked) for u in updates]

@@ -1,0 +1,257 @@
+"""What all methods share: how they are called, and the pipeline gradients → Gram → weights → combine behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl._inputs import DTYPES, Rows, check_apart, check_matrix, check_out, check_rows, describe
+from fastmtl.backward import backward
+from fastmtl.info import Info
+
+__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+class Method(ABC):
+    """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
+
+    _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
+
+    @overload
+    def __call__(self, gradients: Tensor, out: Tensor | None = None) -> Tensor: ...
+    @overload
+    def __call__(self, gradients: Rows, out: Sequence[Tensor | None] | None = None) -> list[Tensor | None]: ...
+    def __call__(self, gradients, out=None):
+        """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
+
+        Args:
+            gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
+                rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
+                gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
+            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients.
+
+        Returns:
+            [P] or [B, P] for a matrix; for rows a list of K tensors (None where no task has a gradient). A non-finite
+            gradient makes the whole result non-finite, without raising.
+
+        Raises:
+            TypeError: integer, complex or sparse gradients, or something that is no tensor.
+            ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
+                gradients that require grad, weights of another length than T, an `out` that does not fit or overlaps an
+                input.
+        """
+        if not isinstance(gradients, Tensor):
+            return self._aggregate_rows(gradients, out)[0]
+        out = checked_out(gradients, out)
+        self._aggregate_matrix(gradients, out)
+        mark_written(out)
+        return out
+
+    def backward(
+        self,
+        losses: Sequence[Tensor],
+        shared: Iterable[Tensor] | None = None,
+        *,
+        representation: Any = None,
+        features: Any = None,
+        batched: bool = False,
+        groups: Sequence[Iterable[Tensor]] | None = None,
+        scale_heads: bool = False,
+        retain_graph: bool = False,
+        process_group: Any = None,
+    ) -> Info:
+        """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
+
+        The shared parameters get the aggregated gradient, in one of two ways:
+
+        * exactly: T backward passes give each task's gradient of the shared parameters, and these are aggregated;
+        * through a shared representation (`representation=h`, the upper bound of the paper, section 5.2): T backward
+          passes through the heads give each task's gradient of h, these are aggregated, and the result goes through the
+          encoder in a single backward pass.
+
+        Every other parameter that a loss reaches gets the gradient of its own loss (of their sum, where several reach
+        it). Gradients are committed once through autograd, so that hooks fire; whatever fails before leaves every
+        `.grad` as it was.
+
+        Args:
+            losses: T scalar losses.
+            shared: the shared parameters; one that no loss reaches is left untouched. Default: the parameters that at
+                least two losses reach.
+            representation: what the encoder returned, a tensor or a nested structure of tensors. `shared` then has to
+                be
+                None: the encoder's parameters are those behind the representation.
+            features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
+                T passes from there to `shared` (default: all parameters behind the features).
+            batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
+                whose operations all have a batching rule.
+            groups: parts of the shared parameters that are aggregated on their own, for example one a layer; all their
+                T × T problems are solved as one batch. `shared` then has to be None.
+            scale_heads: multiply the gradients of head t by α_t.
+            retain_graph: keep the graph for another backward.
+            process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
+                all processes). Every process has to call. The other parameters' gradients stay those of the process:
+                DistributedDataParallel averages them.
+
+        Returns:
+            What the method saw and did: `alpha`, `gram`, `eigenvalues`, `rank`.
+
+        Raises:
+            TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
+                gradient is sparse.
+            ValueError: a loss that is not a scalar or does not require grad, no loss, an empty `shared`, a shared
+                tensor that is no leaf requiring grad, options that exclude each other, weights of another length than
+                T.
+        """
+        return backward(
+            self,
+            losses,
+            shared,
+            representation=representation,
+            features=features,
+            batched=batched,
+            groups=groups,
+            scale_heads=scale_heads,
+            retain_graph=retain_graph,
+            process_group=process_group,
+        )
+
+    def _check_tasks(self, T: int) -> None:  # noqa: B027 (most methods take any T)
+        """Raises ValueError where the options do not fit T tasks."""
+
+    @abstractmethod
+    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
+        """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
+
+    @abstractmethod
+    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
+        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+
+        `dtype` is the coarsest among the gradients.
+        """
+
+    def _aggregate_rows(
+        self, rows: Rows, out: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], Info]:
+        """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
+        grads, K = check_rows(rows)
+        if not K:
+            raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
+        return self._aggregate_flat(grads, K, out)
+
+    def _aggregate_flat(
+        self, grads: Sequence[Tensor | None], K: int, out: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], Info]:
+        """The same for T·K gradients that are known to fit together (entry t·K + k)."""
+        T = len(grads) // K
+        like: dict[int, Tensor] = {}
+        for k in range(K):
+            first = next((g for g in grads[k::K] if g is not None), None)
+            if first is not None:
+                like[k] = first
+        if not like:
+            raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
+        if out is not None and (not isinstance(out, (list, tuple)) or len(out) != K):
+            got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
+            raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
+        # Columns without any gradient have no shape: they stay None.
+        results: list[Tensor | None] = [None] * K
+        targets: list[Tensor] = []
+        for k, g in like.items():
+            target = torch.empty_like(g) if out is None else check_out(out[k], g, g.shape, f"out[{k}]")
+            targets.append(target)
+            results[k] = target
+        if out is not None:
+            check_apart(targets, [g for g in grads if g is not None])
+        if len(like) < K:
+            grads = [grads[t * K + k] for t in range(T) for k in like]
+        info = self._aggregate_list(grads, T, _coarsest(targets), targets)
+        mark_written(targets)
+        return results, info
+
+    def _aggregate_part(
+        self, grads: Sequence[Tensor | None], like: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor], Info]:
+        """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
+
+        Where no task has a gradient here the result is zeros: whoever else has the rest still waits for this part.
+        """
+        T = len(grads) // len(like)
+        if any(g is not None for g in grads):
+            M = ops.gram_rows(grads, T)
+        else:
+            M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
+        info = self._weigh(reduce(M), _coarsest(like))
+        results = [torch.empty_like(x) for x in like]
+        ops.combine_rows(grads, info.alpha, results)
+        return results, info
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info:
+        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
+        raise NotImplementedError
+
+
+class GramMethod(Method):
+    """A method that needs no more of the gradients than their Gram matrix: a map M → α."""
+
+    _on_gram = True
+
+    def weighting(self, M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
+
+        Args:
+            M: Gram matrix [T, T] or a batch [B, T, T], float32 or float64.
+            dtype: dtype of the gradients behind `M`, which sets default tolerances; default: that of `M`.
+
+        Returns:
+            α, float64, [T] or [B, T].
+
+        Raises:
+            TypeError: `M` is no float32 or float64 tensor.
+            ValueError: `M` is not square.
+        """
+        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
+        if M.ndim not in (2, 3) or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
+            raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
+        return self._weigh(M, dtype or M.dtype).alpha
+
+    @abstractmethod
+    def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info: ...
+
+    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
+        ops.combine(G, self._weigh(ops.gram(G), G.dtype).alpha, out)
+
+    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
+        info = self._weigh(ops.gram_rows(grads, T), dtype)
+        ops.combine_rows(grads, info.alpha, out)
+        return info
+
+
+def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
+    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
+    check_matrix(G)
+    *batch, _, P = G.shape
+    if out is None:
+        return G.new_empty((*batch, P))
+    check_out(out, G, (*batch, P))
+    check_apart([out], [G])
+    return out
+
+
+def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
+    return max((x.dtype for x in tensors), key=EPS.__getitem__)
+
+
+def mark_written(out: Tensor | list[Tensor]) -> None:
+    """Tells autograd that these tensors were overwritten, which ops of the stable ABI do not do."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
