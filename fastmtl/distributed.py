@@ -282,7 +282,7 @@ def sharded_update(
             loss.backward(retain_graph=retain_graph or t < len(losses) - 1)
             row: list[Tensor | None] = []
             for p in parameters:
-                row.append(None if p.grad is None else _local(cast("DTensor", p.grad)))
+                row.append(None if p.grad is None else _shard(cast("DTensor", p.grad), p))
                 p.grad = None
             rows.append(row)
     reached = [k for k in range(len(parameters)) if any(row[k] is not None for row in rows)]
@@ -319,6 +319,13 @@ def _counts(parameter: DTensor) -> bool:
     return all(
         at == 0 for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_replicate()
     )
+
+
+def _shard(gradient: DTensor, parameter: DTensor) -> Tensor:
+    if gradient.placements != parameter.placements:  # a sum that is still pending; `fully_shard` leaves none
+        with torch.no_grad():
+            gradient = gradient.redistribute(placements=parameter.placements)
+    return _local(gradient)
 
 
 def _local(x: DTensor) -> Tensor:
