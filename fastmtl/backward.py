@@ -46,99 +46,83 @@ def backward(
     _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
     upper_bound = representation is not None
     cut = _checked_cut(representation, "representation") if upper_bound else _checked_cut(features, "features")
+    parts = [] if groups is None else _checked_groups(groups)
+    parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
+
     heads, trunk = _leaves_of(losses, cut), _leaves_behind(cut)
-    if upper_bound:
-        with _without_tensor_hooks([*trunk, *heads.all()]):
-            updates, own, info = _upper_bound(method, losses, cut, heads, trunk, retain_graph, process_group)
-    else:
-        parts = [] if groups is None else _checked_groups(groups)
-        parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
-        if not parameters:
-            # Everything behind the features is shared; without features, what several losses reach.
-            parameters = trunk if cut else heads.common
-            if not parameters:
-                raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
-        if cut and (heads.meet(trunk) or {id(p) for p in trunk} != {id(p) for p in parameters}):
+    tied = heads.meet(trunk)
+    if not parameters:
+        # Everything behind a representation or features is shared; without them, what several losses reach.
+        parameters = trunk if cut else heads.common
+        if not parameters and not upper_bound:
+            raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
+    if not upper_bound:
+        if cut and (tied or {id(p) for p in trunk} != {id(p) for p in parameters}):
             # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
             if batched:
-                raise ValueError(
-                    "batched: expected shared parameters that are those behind the features, and no others"
-                )
+                raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
             cut, heads = [], _leaves_of(losses, [])
         heads = heads.without(parameters)
-        with _without_tensor_hooks([*parameters, *heads.all()]):
-            updates, own, info = _exact(
-                method, losses, cut, heads, parameters, parts, batched, retain_graph, process_group
-            )
-    updates += _own_gradients(heads, own, info.alpha if scale_heads else None)
-    _commit(updates)
+        if _sharded(parameters, features, groups, scale_heads, process_group):
+            # The other parameters get their gradients in the same passes.
+            sharded, info = _distributed().sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
+            _commit(_pairs(parameters, sharded))
+            return info
+
+    with _without_tensor_hooks([*parameters, *heads.all()]):
+        rows: Any = []  # or whatever takes a row at a time by `append`
+        if upper_bound:
+            own = _passes(losses, cut, heads, retain_graph, rows, closed=tied)
+            cotangents, info = _aggregate_at(method, rows, cut, process_group)
+            rows.clear()
+            updates = _pass(cut, cotangents, parameters, retain_graph=retain_graph)
+        else:
+            if process_group is not None:
+                group = _distributed().gram_group(process_group)
+                rows = _distributed().AveragedRows(parameters, len(losses), group)
+            if not cut:
+                own = _passes(losses, parameters, heads, retain_graph, rows)
+            else:
+                at_features: list[Row] = []
+                own = _passes(losses, cut, heads, retain_graph, at_features)
+                (_batched_passes if batched else _passes_from)(cut, at_features, parameters, retain_graph, rows)
+            updates, info = _aggregate(method, rows, parts)
+            del rows  # they need not live while the gradients are committed
+    pairs = _pairs(parameters, updates)
+    del updates  # `_commit` has to be the only owner
+    pairs += _own_gradients(heads, own, info.alpha if scale_heads else None)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _distributed().check_gathered(parameter for parameter, _ in pairs)
+    _commit(pairs)
     return info
 
 
-def _upper_bound(
-    method: Method,
-    losses: Sequence[Tensor],
-    cut: list[Tensor],
-    heads: _Leaves,
-    trunk: list[Tensor],
-    retain_graph: bool,
-    process_group: Any,
-) -> tuple[Updates, list[Row], Info]:
-    """T passes down to the representation `cut`, and one from there (paper, section 5.2)."""
-    rows: list[Row] = []
-    own = _passes(losses, cut, heads, retain_graph, rows, closed=cut if heads.meet(trunk) else [])
-    cotangents: Sequence[Tensor | None]
+def _aggregate(method: Method, rows: Any, parts: list[list[Tensor]]) -> tuple[Sequence[Tensor | None], Info]:
+    """Gradients of the shared parameters from those of the tasks."""
+    if not isinstance(rows, list):
+        updates, info = rows.combine(method._weigh)
+        _check_reached([updates], "shared")  # not earlier: all processes have to get there
+        return updates, info
+    _check_reached(rows, "shared")
+    return _by_group(method, rows, parts) if parts else method._aggregate_rows(rows)
+
+
+def _aggregate_at(
+    method: Method, rows: list[Row], representation: list[Tensor], process_group: Any
+) -> tuple[Sequence[Tensor | None], Info]:
+    """One cotangent of the representation from those of the tasks."""
     if process_group is None:
         _check_reached(rows, "representation")
-        cotangents, info = method._aggregate_rows(rows)
-    else:
-        from fastmtl import distributed  # here: not every torch is built with it
-
-        group = distributed.gram_group(process_group)
-        flat = [g for row in rows for g in row]
-        cotangents, info = method._aggregate_part(flat, cut, lambda M: distributed.reduce_gram(M, group))
-    rows.clear()
-    return _pairs(trunk, _pass(cut, cotangents, trunk, retain_graph=retain_graph)), own, info
+        return method._aggregate_rows(rows)
+    group = _distributed().gram_group(process_group)
+    flat = [g for row in rows for g in row]
+    return method._aggregate_part(flat, representation, lambda M: _distributed().reduce_gram(M, group))
 
 
-def _exact(
-    method: Method,
-    losses: Sequence[Tensor],
-    cut: list[Tensor],
-    heads: _Leaves,
-    parameters: list[Tensor],
-    parts: list[list[Tensor]],
-    batched: bool,
-    retain_graph: bool,
-    process_group: Any,
-) -> tuple[Updates, list[Row], Info]:
-    """T passes down to the parameters, in one go or by way of the features `cut`."""
-    if any(type(p) not in _PLAIN for p in parameters):
-        from fastmtl import distributed
+def _distributed() -> Any:
+    from fastmtl import distributed  # here: not every torch is built with it
 
-        if distributed.is_sharded(parameters):
-            updates, info = distributed.sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
-            # The other parameters got theirs in these passes.
-            return _pairs(parameters, updates), [[None] * len(heads.all()) for _ in losses], info
-
-    rows: Any = []
-    if process_group is not None:
-        from fastmtl import distributed
-
-        rows = distributed.AveragedRows(parameters, len(losses), distributed.gram_group(process_group))
-    if not cut:
-        own = _passes(losses, parameters, heads, retain_graph, rows)
-    else:
-        cotangents: list[Row] = []
-        own = _passes(losses, cut, heads, retain_graph, cotangents)
-        (_batched_passes if batched else _passes_from)(cut, cotangents, parameters, retain_graph, rows)
-    if process_group is not None:
-        updates, info = rows.combine(method._weigh)
-    else:
-        _check_reached(rows, "shared")
-        updates, info = _by_group(method, rows, parts) if parts else method._aggregate_rows(rows)
-        rows.clear()
-    return _pairs(parameters, updates), own, info
+    return distributed
 
 
 def _pairs(parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> Updates:
@@ -151,14 +135,17 @@ def _passes(
     heads: _Leaves,
     retain_graph: bool,
     rows: Any,
-    closed: Sequence[Tensor] = (),
+    closed: bool = False,
 ) -> list[Row]:
-    """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves."""
+    """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves.
+
+    `closed` keeps gradients from passing behind `first`, for leaves that lie on both sides of it.
+    """
     own: list[Row] = []
-    with _closed(closed):
+    with _closed(first if closed else ()):
         for t, loss in enumerate(losses):
             # Only the last pass may free what losses share; a closed trunk is still to be passed through.
-            keep = retain_graph or bool(closed) or (heads.overlap and t < len(losses) - 1)
+            keep = retain_graph or closed or (heads.overlap and t < len(losses) - 1)
             inputs = [*first, *heads.private[t], *heads.common]
             grads: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
             rows.append(grads[: len(first)])
@@ -306,7 +293,7 @@ def _edge(x: Tensor) -> tuple[Any, int]:
 
 @contextmanager
 def _closed(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """No gradient gets behind these tensors, for leaves that lie on both sides of them."""
+    """Within, no gradient passes behind these tensors."""
     outputs: dict[Any, set[int]] = {}
     for x in tensors:
         node, output = _edge(x)
@@ -429,6 +416,22 @@ def _check_options(
     if (groups is not None or process_group is not None) and not method._on_gram:
         what = "groups" if groups is not None else "process_group"
         raise ValueError(f"{what}: expected a method that works on the Gram matrix, got {describe(method)}")
+
+
+def _sharded(parameters: list[Tensor], features: Any, groups: Any, scale_heads: bool, process_group: Any) -> bool:
+    """Whether these are parameters of `fully_shard`, whose gradients only whole backward passes bring."""
+    if all(type(p) in _PLAIN for p in parameters) or not _distributed().is_sharded(parameters):
+        return False
+    options = {
+        "features": features,
+        "groups": groups,
+        "scale_heads": scale_heads or None,
+        "process_group": process_group,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none with parameters of fully_shard, got {describe(value)}")
+    return True
 
 
 def _check_reached(rows: list[Row], name: str) -> None:

@@ -373,7 +373,10 @@ def _is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
     return isinstance(x, DTensor)
 
 
-_BEFORE = "With fully_shard, take the parameters before the forward, as for the optimizer: list(module.parameters())"
+_BEFORE = (
+    "With fully_shard, take the parameters before the forward, as for the optimizer, by list(module.parameters()); "
+    "a shared representation goes through fan_out"
+)
 
 
 def _all_reduce(x: Tensor, group: ProcessGroup) -> None:
