@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +18,8 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
         yield structure
         return
     parts: Any = ()
-    if dataclasses.is_dataclass(structure):
-        parts = [getattr(structure, field.name) for field in dataclasses.fields(structure)]
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        parts = _fields_of(structure).values()
     elif isinstance(structure, Mapping):
         parts = structure.values()
     elif isinstance(structure, (list, tuple)):
@@ -32,13 +33,24 @@ def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
     if isinstance(structure, Tensor):
         return function(structure)
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):  # Hugging Face's outputs, for one
-        parts = {f.name: map_tensors(function, getattr(structure, f.name)) for f in dataclasses.fields(structure)}
+        parts = {name: map_tensors(function, part) for name, part in _fields_of(structure).items()}
         return dataclasses.replace(structure, **parts)
     if isinstance(structure, Mapping):
         items = {key: map_tensors(function, value) for key, value in structure.items()}
-        return items if type(structure) is dict else type(structure)(items)  # type: ignore[call-arg]
+        if type(structure) is dict:
+            return items
+        if isinstance(structure, MutableMapping):  # with what else it holds: a default, say
+            result = copy.copy(structure)
+            result.update(items)
+            return result
+        return type(structure)(items)  # type: ignore[call-arg]
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         return type(structure)(*(map_tensors(function, part) for part in structure))
     if isinstance(structure, (list, tuple)):
         return type(structure)([map_tensors(function, part) for part in structure])
     return structure
+
+
+def _fields_of(structure: Any) -> dict[str, Any]:
+    """What a dataclass is made of; fields that are no arguments it makes itself."""
+    return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure) if field.init}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmtl._inputs import describe
 from fastmtl._structure import map_tensors, tensors_of
-from fastmtl.hooks import FanOut, fan_out
+from fastmtl.hooks import FanOut, check_method, fan_out
 from fastmtl.info import Info
 from fastmtl.weighting._method import Method
 
@@ -32,8 +32,8 @@ def attach(encoder: nn.Module, heads: Iterable[nn.Module], method: Method, **opt
         A handle with `info`, `gradients` and `remove()`.
 
     Raises:
-        TypeError: `encoder` or a head is no module.
-        ValueError: no head, or a module twice among the heads.
+        TypeError: `encoder` or a head is no module, or `method` is no method.
+        ValueError: no head, a module twice among the heads and the encoder, weights of another length than T.
         RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
     """
     modules = list(heads)
@@ -42,8 +42,9 @@ def attach(encoder: nn.Module, heads: Iterable[nn.Module], method: Method, **opt
             raise TypeError(f"{name}: expected an nn.Module, got {describe(module)}")
     if not modules:
         raise ValueError("heads: expected at least one module, got none")
-    if len({id(module) for module in modules}) < len(modules):
-        raise ValueError("heads: expected one module a task, got one of them twice")
+    if len({id(module) for module in (encoder, *modules)}) <= len(modules):
+        raise ValueError("heads: expected one module a task and none of them the encoder, got one of them twice")
+    check_method(method, len(modules))
     return Attached(encoder, modules, method, options)
 
 

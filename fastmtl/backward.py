@@ -49,7 +49,7 @@ def backward(
     parts = [] if groups is None else _checked_groups(groups)
     parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
 
-    heads, trunk = _leaves_of(losses, cut), _leaves_behind(cut)
+    heads, (trunk, nested) = _leaves_of(losses, cut), _trunk(cut)
     tied = heads.meet(trunk)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
@@ -72,7 +72,8 @@ def backward(
     with _without_tensor_hooks([*parameters, *heads.all()]):
         rows: Any = []  # or whatever takes a row at a time by `append`
         if upper_bound:
-            own = _passes(losses, cut, heads, retain_graph, rows, closed=tied)
+            own = _passes(losses, cut, heads, retain_graph, rows, closed=tied or nested)
+            _check_gathered([*parameters, *heads.all()])  # there may be no way on from the cut
             cotangents, info = _aggregate_at(method, rows, cut, process_group)
             rows.clear()
             updates = _pass(cut, cotangents, parameters, retain_graph=retain_graph)
@@ -84,15 +85,15 @@ def backward(
                 own = _passes(losses, parameters, heads, retain_graph, rows)
             else:
                 at_features: list[Row] = []
-                own = _passes(losses, cut, heads, retain_graph, at_features)
+                own = _passes(losses, cut, heads, retain_graph, at_features, closed=nested)
+                _check_gathered([*parameters, *heads.all()])
                 (_batched_passes if batched else _passes_from)(cut, at_features, parameters, retain_graph, rows)
             updates, info = _aggregate(method, rows, parts)
             del rows  # they need not live while the gradients are committed
     pairs = _pairs(parameters, updates)
     del updates  # `_commit` has to be the only owner
     pairs += _own_gradients(heads, own, info.alpha if scale_heads else None)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        _distributed().check_gathered(parameter for parameter, _ in pairs)
+    _check_gathered(parameter for parameter, _ in pairs)
     _commit(pairs)
     return info
 
@@ -119,6 +120,11 @@ def _aggregate_at(
     return method._aggregate_part(flat, representation, lambda M: _distributed().reduce_gram(M, group))
 
 
+def _check_gathered(parameters: Iterable[Tensor]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _distributed().check_gathered(parameters)
+
+
 def _distributed() -> Any:
     from fastmtl import distributed  # here: not every torch is built with it
 
@@ -139,7 +145,8 @@ def _passes(
 ) -> list[Row]:
     """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves.
 
-    `closed` keeps gradients from passing behind `first`, for leaves that lie on both sides of it.
+    `closed` keeps gradients from passing behind `first`, where leaves lie on both sides or one of `first` behind
+    another.
     """
     own: list[Row] = []
     with _closed(first if closed else ()):
@@ -269,21 +276,25 @@ def _leaves_of(losses: Sequence[Tensor], cut: list[Tensor]) -> _Leaves:
     return _Leaves(private, common, overlap)
 
 
-def _leaves_behind(tensors: list[Tensor]) -> list[Tensor]:
-    """The leaves that the tensors depend on (themselves, where they are leaves)."""
+def _trunk(cut: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """The leaves behind the tensors (themselves, where they are leaves), and whether one tensor lies behind another."""
+    inside = {_edge(x) for x in cut}
     leaves: list[Tensor] = []
+    nested = False
     seen: set[Any] = set()
-    stack = [_edge(x)[0] for x in tensors]
+    stack = [node for node, _ in inside]
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if node.next_functions:
-            stack.extend(successor for successor, _ in node.next_functions if successor is not None)
-        elif (variable := getattr(node, "variable", None)) is not None:
+        for edge in node.next_functions:
+            nested |= edge in inside
+            if edge[0] is not None:
+                stack.append(edge[0])
+        if not node.next_functions and (variable := getattr(node, "variable", None)) is not None:
             leaves.append(variable)
-    return leaves
+    return leaves, nested
 
 
 def _edge(x: Tensor) -> tuple[Any, int]:

@@ -250,7 +250,7 @@ def check_gathered(parameters: Iterable[Tensor]) -> None:
     """
     for p in parameters:
         if not _is_dtensor(p) and p.numel() and p.untyped_storage().size() == 0:
-            raise ValueError(f"shared: expected parameters, got a temporary copy gathered by fully_shard. {_BEFORE}")
+            raise ValueError(f"expected parameters, got a temporary copy gathered by fully_shard. {_BEFORE}")
 
 
 def sharded_update(

@@ -63,25 +63,31 @@ def fan_out(
         A sequence of T aliases, each of the structure of `h`, with `info`, `gradients` and `total`.
 
     Raises:
-        TypeError: a tensor of `h` is of another dtype or sparse, or `method` is no method.
+        TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
         ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
-            with a method that does not work on the Gram, or inside `torch.compile`.
+            with a method that does not work on the Gram, or inside `torch.compile`, `info` for another number of tasks.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward.
     """
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
-    if not isinstance(method, Method):
-        raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
+    check_method(method, tasks)
     if via not in _VIAS:
         raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
-    method._check_tasks(tasks)
     tensors = list(tensors_of(h))
     if not tensors:
         raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
-    sources = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
-    for x in sources:
+    if not isinstance(info, (Info, type(None))):
+        raise TypeError(f"info: expected None or fastmtl.Info({tasks}), got {describe(info)}")
+    if info is not None and info.alpha.shape != (tasks,):
+        raise ValueError(f"info: expected fastmtl.Info({tasks}), got one with alpha of shape {list(info.alpha.shape)}")
+    # A tensor that occurs twice is one column of G, as it is one input of the encoder's backward.
+    sources: list[Tensor] = []
+    for x in tensors if torch.is_grad_enabled() else []:
+        if not x.requires_grad or any(x is y for y in sources):
+            continue
         if x.dtype not in DTYPES or x.layout is not torch.strided:
             raise TypeError(f"h: expected dense float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
+        sources.append(x)
     if not sources:
         return FanOut([h] * tasks, None, info, None)
 
@@ -90,10 +96,17 @@ def fan_out(
         if reduce is not None:
             raise ValueError("global_gram: not available inside torch.compile; call fan_out outside")
         outputs = _TracedNode.apply(method, tasks, info, *sources)
-        return FanOut(_aliases(h, tasks, outputs), None, info, None)
+        return FanOut(_aliases(h, sources, outputs, tasks), None, info, None)
     capture = _Capture(method, tasks, sources, info, reduce)
     outputs = (_Node.apply if via == "node" else _with_hooks)(capture, *sources)
-    return FanOut(_aliases(h, tasks, outputs), capture, info, outputs[-1] if reduce is not None else None)
+    return FanOut(_aliases(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
+
+
+def check_method(method: Method, tasks: int) -> None:
+    """Raises TypeError for what is no method, ValueError for a method of another number of tasks."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
+    method._check_tasks(tasks)
 
 
 class FanOut(Sequence[Any]):
@@ -129,7 +142,12 @@ class FanOut(Sequence[Any]):
         if self._capture is None or self._capture.gradients is None:
             return None
         gradients = iter(self._capture.gradients)
-        return [map_tensors(lambda x: next(gradients) if x.requires_grad else None, h) for h in self._aliases]
+        of = {
+            alias: next(gradients)
+            for h in self._aliases
+            for alias in dict.fromkeys(id(x) for x in tensors_of(h) if x.requires_grad)
+        }
+        return [map_tensors(lambda x: of.get(id(x)), h) for h in self._aliases]
 
     def total(self, losses: Iterable[Tensor]) -> Tensor:
         """The plain sum of the losses, tied to the aliases even where no loss uses one.
@@ -180,7 +198,8 @@ class _Capture:
         if torch.is_grad_enabled():  # create_graph=True
             detached = [g if g is None else g.detach() for g in grads]
             with torch.no_grad():
-                return _without_second_derivative(self._aggregate(detached), grads)
+                updates = self._aggregate(detached)
+            return _without_second_derivative(updates, grads)
         return self._aggregate(grads)
 
     def _aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -228,7 +247,8 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchored: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+        # Zeros where no task here brings a gradient: other processes wait for what this one's encoder gets.
+        ctx.set_materialize_grads(anchored)
         ctx.tensors = len(tensors)
         return _views(tensors, 1, anchored)
 
@@ -243,6 +263,7 @@ def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
     anchored = capture.reduce is not None
     joined = _Join.apply(anchored, *tensors)
     aliases = [joined[k].view_as(joined[k]) for _ in range(capture.tasks) for k in range(K)]
+    count = len(aliases)  # `replace` must not hold them: they hold the node that it is a hook of
     captured: dict[int, Tensor] = {}
     running = -1  # the backward that `captured` is of: one that failed half-way has left something behind
 
@@ -257,12 +278,13 @@ def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
 
         return keep
 
-    def replace(_: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def replace(received: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         if torch._C._current_graph_task_id() != running:
             captured.clear()
-        grads = [captured.pop(i, None) for i in range(len(aliases))]
+        grads = [captured.pop(i, None) for i in range(count)]
         updates = capture.aggregate(grads)
-        return (*updates, None) if anchored else tuple(updates)
+        # What did not come cannot be replaced: it stays for `_Join.backward`.
+        return tuple(g if g is None else update for g, update in zip(received[:K], updates, strict=True)) + received[K:]
 
     for i, alias in enumerate(aliases):
         alias.register_hook(hook(i))
@@ -293,12 +315,16 @@ def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tenso
     return (*views, tensors[0].new_zeros(())) if anchored else views
 
 
-def _aliases(h: Any, tasks: int, outputs: Sequence[Tensor]) -> list[Any]:
-    """T structures like `h`, the tensors that require grad replaced by the outputs, in order."""
+def _aliases(h: Any, sources: Sequence[Tensor], outputs: Sequence[Tensor], tasks: int) -> list[Any]:
+    """T structures like `h`, the sources in it replaced by their outputs (entry t·K + k)."""
     if isinstance(h, Tensor):
         return list(outputs[:tasks])
-    following = iter(outputs)
-    return [map_tensors(lambda x: next(following) if x.requires_grad else x, h) for _ in range(tasks)]
+
+    def alias_of(t: int) -> Callable[[Tensor], Tensor]:
+        row = outputs[t * len(sources) : (t + 1) * len(sources)]
+        return lambda x: next((output for source, output in zip(sources, row, strict=True) if source is x), x)
+
+    return [map_tensors(alias_of(t), h) for t in range(tasks)]
 
 
 def _reduction(method: Method, group: Any) -> Callable[[Tensor], Tensor] | None:

@@ -10,7 +10,7 @@ from fastmtl.weighting._method import GramMethod
 
 __all__ = ["MGDA"]
 
-# Of the largest gradient's square norm: what float64 products of a Gram leave uncertain.
+# Relative to the lengths of both gradients: what float64 products of a Gram leave uncertain.
 _OPTIMALITY = 1e-12
 _MAX_STEPS_PER_TASK = 50  # far more than were ever seen; a guard against cycling on rounding noise
 
@@ -40,50 +40,56 @@ def _minimum_norm_point(M: Tensor) -> Tensor:
     """Weights [T] of the point of least norm in the convex hull of points with Gram matrix M [T, T] (Wolfe 1976).
 
     A corral of points whose affine hull's least-norm point lies inside their convex hull grows by the point that
-    promises the largest decrease, and sheds points whose weights would become negative.
+    promises the largest decrease, and sheds points whose weights would become negative. All on points of unit length,
+    so that long ones do not drown the rest: with lengths d it finds y = α d, which is min yᵀ C y over y >= 0, bᵀ y = 1.
     """
     T = M.shape[0]
-    alpha = M.new_zeros(T)
     if not bool(M.isfinite().all()):
-        return alpha.fill_(torch.nan)
-    largest = M.diagonal().max()
-    if largest <= 0:
-        return alpha.fill_(1 / T)
-    M = M / largest
-    corral = [int(M.diagonal().argmin())]
-    alpha[corral[0]] = 1
+        return M.new_full((T,), torch.nan)
+    norms = M.diagonal().clamp_min(0).sqrt()
+    shortest = int(norms.argmin())
+    y = M.new_zeros(T)
+    y[shortest] = 1
+    if norms[shortest] == 0:
+        return y if bool(norms.any()) else y.fill_(1 / T)
+    C = M / norms / norms[:, None]
+    b = norms[shortest] / norms
+    corral = [shortest]
     for _ in range(_MAX_STEPS_PER_TASK * T):
-        products = M @ alpha
-        norm = alpha @ products
-        entering = int(products.argmin())
-        if products[entering] >= norm - _OPTIMALITY or entering in corral:
+        products = C @ y
+        decrease = (y @ products) * b - products
+        entering = int(decrease.argmax())
+        if decrease[entering] <= _OPTIMALITY * y.sum() or entering in corral:
             break
         corral.append(entering)
         while True:
-            weights = _affine_minimum(M[corral][:, corral])
-            old = alpha[corral]
-            negative = weights <= 0
+            solved = _affine_minimum(C[corral][:, corral], b[corral])
+            negative = solved <= 0
             if not bool(negative.any()):
                 break
             # As far towards the affine minimum as the hull reaches; whoever becomes zero there leaves.
-            reach = torch.where(negative, old / (old - weights), torch.inf).nan_to_num(0.0).min()
-            moved = old + reach * (weights - old)
-            keep = moved > _OPTIMALITY
-            keep &= ~(negative & (moved <= moved[negative].min()))
-            alpha.zero_()
+            old = y[corral]
+            reach = torch.where(negative, old / (old - solved), torch.inf)
+            moved = old + reach.min() * (solved - old)
+            keep = (moved > 0) & (reach > reach.min())
             corral = [i for i, kept in zip(corral, keep.tolist(), strict=True) if kept]
-            alpha[corral] = moved[keep] / moved[keep].sum()
-        alpha.zero_()
-        alpha[corral] = weights
-    return alpha
+            y.zero_()
+            y[corral] = moved[keep]
+        y.zero_()
+        y[corral] = solved
+        if entering not in corral:  # nothing was left to gain but rounding
+            break
+    alpha = y * b
+    return alpha / alpha.sum()
 
 
-def _affine_minimum(M: Tensor) -> Tensor:
-    """Weights, of sum one, of the least-norm point in the affine hull of points with Gram matrix M."""
-    n = M.shape[0]
-    system = M.new_ones(n + 1, n + 1)
-    system[0, 0] = 0
-    system[1:, 1:] = M
-    right = M.new_zeros(n + 1)
+def _affine_minimum(C: Tensor, b: Tensor) -> Tensor:
+    """The y of least yᵀ C y with bᵀ y = 1."""
+    n = C.shape[0]
+    size = b.max()
+    system = C.new_zeros(n + 1, n + 1)
+    system[0, 1:] = system[1:, 0] = b / size
+    system[1:, 1:] = C
+    right = C.new_zeros(n + 1)
     right[0] = 1
-    return torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[1:, 0]
+    return torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[1:, 0] / size
