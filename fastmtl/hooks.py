@@ -284,7 +284,8 @@ def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
         grads = [captured.pop(i, None) for i in range(count)]
         updates = capture.aggregate(grads)
         # What did not come cannot be replaced: it stays for `_Join.backward`.
-        return tuple(g if g is None else update for g, update in zip(received[:K], updates, strict=True)) + received[K:]
+        replaced = [g if g is None else update for g, update in zip(received[:K], updates, strict=True)]
+        return (*replaced, *received[K:])
 
     for i, alias in enumerate(aliases):
         alias.register_hook(hook(i))

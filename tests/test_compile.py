@@ -14,6 +14,7 @@ METHODS = {
     "options": fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0], scale="rmse", rtol=1e-3, rank_rule="gram"),
     "sum": fastmtl.AlignedMTL(weights="sum", scale="median"),
 }
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 ROWS = [[randn(3, 4, seed=t), None if t == 1 else randn(7, seed=10 + t)] for t in range(3)]
 MIXED = [[randn(3, 4, seed=t), randn(7, dtype=BF16, seed=10 + t), None] for t in range(3)]
 
@@ -104,7 +105,7 @@ def test_amid_other_work():
     assert equal(torch.compile(step, fullgraph=True, backend="aot_eager")(G), step(G))
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")
 def test_inductor():
     m = fastmtl.AlignedMTL()
 
@@ -136,3 +137,134 @@ def test_a_model_that_is_compiled_can_be_aligned():
         fastmtl.AlignedMTL().backward(f(x), trunk.parameters())
         grads.append([p.grad.clone() for p in (*trunk.parameters(), *heads.parameters())])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ the training API
+
+TASKS = 3
+BACKENDS = [
+    "eager",
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")),
+]
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        nn = torch.nn
+        self.encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.heads = nn.ModuleList([nn.Linear(8, 2) for _ in range(TASKS)])
+
+    def losses(self, hs, y):
+        outputs = [head(h) for head, h in zip(self.heads, hs, strict=True)]
+        return [5.0**t * torch.nn.functional.mse_loss(output, y[t]) for t, output in enumerate(outputs)]
+
+    def compile_parts(self, **options):
+        for part in (self.encoder, *self.heads):
+            part.compile(**options)
+        return self
+
+
+def by_fan_out(model, x, y):
+    hs = fastmtl.fan_out(model.encoder(x), TASKS, fastmtl.AlignedMTL())
+    sum(model.losses(hs, y)).backward()
+    return hs.info
+
+
+def by_backward(model, x, y, **options):
+    h = model.encoder(x)
+    options = {name: h if value == "h" else value for name, value in options.items()}
+    return fastmtl.AlignedMTL().backward(model.losses([h] * TASKS, y), **options)
+
+
+def assert_trains_alike(step, model, reference_step, batches=(16, 16, 16)):
+    """Three steps of an optimizer; from the second step on nothing may be compiled again."""
+    reference = Network()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, reference)]
+    for i, size in enumerate(batches):
+        x, y = randn(size, 5, seed=i), randn(TASKS, size, 2, seed=10 + i)
+        again = i > 0 and size == batches[0]
+        with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
+            info = step(model, x, y)
+        expected = reference_step(reference, x, y)
+        for name in ("alpha", "gram", "eigenvalues", "rank"):
+            torch.testing.assert_close(getattr(info, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_fan_out_between_a_compiled_encoder_and_compiled_heads():
+    assert_trains_alike(by_fan_out, Network().compile_parts(backend="aot_eager", fullgraph=True), by_fan_out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fan_out_inside(backend):
+    """The whole forward is one graph, its backward aggregates, and `info` comes out through buffers."""
+    info = fastmtl.Info(TASKS)
+
+    def total(model, x, y, info):
+        hs = fastmtl.fan_out(model.encoder(x), TASKS, fastmtl.AlignedMTL(), info=info)
+        assert hs.info is info
+        return sum(model.losses(hs, y))
+
+    compiled = torch.compile(total, fullgraph=True, backend=backend)
+
+    def step(model, x, y):
+        info.alpha.fill_(torch.nan)
+        compiled(model, x, y, info).backward()
+        return info
+
+    assert_trains_alike(step, Network(), by_fan_out)
+
+
+def test_fan_out_inside_with_batches_of_several_sizes():
+    info = fastmtl.Info(TASKS)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def total(model, x, y):
+        return sum(model.losses(fastmtl.fan_out(model.encoder(x), TASKS, fastmtl.AlignedMTL(), info=info), y))
+
+    def step(model, x, y):
+        total(model, x, y).backward()
+        return info
+
+    assert_trains_alike(step, Network(), by_fan_out, batches=(16, 7, 16, 5))
+
+
+def test_backward_through_the_representation_of_a_compiled_encoder():
+    """Each compiled graph is passed through once: nothing has to be retained."""
+
+    def step(model, x, y):
+        return by_backward(model, x, y, representation="h")
+
+    assert_trains_alike(step, Network().compile_parts(backend="aot_eager"), step)
+
+
+@pytest.mark.parametrize("options", [{}, {"features": "h"}], ids=["shared", "features"])
+def test_several_passes_through_a_compiled_encoder(options):
+    def step(model, x, y):
+        return by_backward(model, x, y, **options)
+
+    assert_trains_alike(step, Network().compile_parts(backend="aot_eager"), step)
+
+
+def test_several_passes_after_a_single_one():
+    """The first backward decides: after a single pass a compiled graph gives buffers away, unless torch is told."""
+    model = Network().compile_parts(backend="aot_eager")
+    x, y = randn(16, 5), randn(TASKS, 16, 2)
+    by_fan_out(model, x, y)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="donated_buffer=False"):
+        by_backward(model, x, y)
+    assert all(p.grad is None for p in model.parameters())
+
+    torch.compiler.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        by_fan_out(model, x, y)
+        model.zero_grad()
+        assert_trains_alike(by_backward, model, by_backward)

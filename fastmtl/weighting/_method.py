@@ -84,9 +84,8 @@ class Method(ABC):
             losses: T scalar losses.
             shared: the shared parameters; one that no loss reaches is left untouched. Default: the parameters that at
                 least two losses reach.
-            representation: what the encoder returned, a tensor or a nested structure of tensors. `shared` then has to
-                be
-                None: the encoder's parameters are those behind the representation.
+            representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
+                are then those behind it, and `shared` has to be None.
             features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
@@ -105,9 +104,8 @@ class Method(ABC):
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
-            ValueError: a loss that is not a scalar or does not require grad, no loss, an empty `shared`, a shared
-                tensor that is no leaf requiring grad, options that exclude each other, weights of another length than
-                T.
+            ValueError: a loss that is not a scalar or does not require grad, no loss, no shared parameter, one that is
+                no leaf requiring grad, options that exclude each other, weights of another length than T.
         """
         return backward(
             self,

@@ -29,8 +29,10 @@ class MGDA(GramMethod):
 
     def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info:
         flat = M.to(device="cpu", dtype=torch.float64).reshape(-1, *M.shape[-2:])
-        alpha = torch.stack([_minimum_norm_point(one) for one in flat]).reshape(M.shape[:-1])
-        return Info.of(alpha=alpha.to(M.device), gram=M)
+        alpha = flat.new_empty(flat.shape[:-1])
+        for one, row in zip(flat, alpha, strict=True):
+            row.copy_(_minimum_norm_point(one))
+        return Info.of(alpha=alpha.reshape(M.shape[:-1]).to(M.device), gram=M)
 
     def __repr__(self) -> str:
         return "MGDA()"
