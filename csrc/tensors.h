@@ -74,12 +74,14 @@ struct View {
     return data < other.data + other.span() && other.data < data + span();
   }
   bool repeats() const {
+    bool any = false;
     for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1 && strides[i] == 0) {
-        return true;
+      if (sizes[i] == 0) {
+        return false;
       }
+      any = any || (sizes[i] > 1 && strides[i] == 0);
     }
-    return false;
+    return any;
   }
   bool same_shape(const View& other) const {
     return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);

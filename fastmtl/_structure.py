@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -29,14 +29,20 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
-    """The same structure with `function(x)` for every tensor x; whatever is no tensor is passed on as it is."""
+    """The same structure with `function(x)` for every tensor x; whatever is no tensor is passed on as it is.
+
+    A container in which nothing changes is passed on as well: who wrote into it before still does.
+    """
     if isinstance(structure, Tensor):
         return function(structure)
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):  # Hugging Face's outputs, for one
-        parts = {name: map_tensors(function, part) for name, part in _fields_of(structure).items()}
-        return dataclasses.replace(structure, **parts)
+        fields = _fields_of(structure)
+        parts = {name: map_tensors(function, part) for name, part in fields.items()}
+        return structure if _same(fields.values(), parts.values()) else dataclasses.replace(structure, **parts)
     if isinstance(structure, Mapping):
         items = {key: map_tensors(function, value) for key, value in structure.items()}
+        if _same(structure.values(), items.values()):
+            return structure
         if type(structure) is dict:
             return items
         if isinstance(structure, MutableMapping):  # with what else it holds: a default, say
@@ -44,13 +50,18 @@ def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
             result.update(items)
             return result
         return type(structure)(items)  # type: ignore[call-arg]
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(map_tensors(function, part) for part in structure))
     if isinstance(structure, (list, tuple)):
-        return type(structure)([map_tensors(function, part) for part in structure])
+        mapped = [map_tensors(function, part) for part in structure]
+        if _same(structure, mapped):
+            return structure
+        return type(structure)(*mapped) if hasattr(structure, "_fields") else type(structure)(mapped)
     return structure
 
 
 def _fields_of(structure: Any) -> dict[str, Any]:
     """What a dataclass is made of; fields that are no arguments it makes itself."""
     return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure) if field.init}
+
+
+def _same(parts: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(part is other for part, other in zip(parts, others, strict=True))

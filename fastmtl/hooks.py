@@ -51,8 +51,8 @@ def fan_out(
             whatever is no tensor, are passed on as they are.
         tasks: number of tasks T.
         method: any method of this package.
-        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias and one hook on what they
-            come from; the results are the same.
+        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias and on what they come from;
+            the results are the same.
         info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where nothing but tensors can leave
             a backward.
         global_gram: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
@@ -221,6 +221,10 @@ class _Capture:
         if before == now:
             return
         first, second = (sorted({i // self.tensors for i, here in enumerate(p) if here}) for p in (before, now))
+        if first == second:
+            raise RuntimeError(
+                "fan_out: expected gradients of the same tensors of h as in the first backward, got others"
+            )
         raise RuntimeError(
             f"fan_out: expected gradients of tasks {first} as in the first backward through this fan-out, got those of "
             f"tasks {second}. Sum the losses and call backward once: one by one, they cannot be aggregated."
@@ -243,7 +247,7 @@ class _Node(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """K tensors -> K views of them, of one node: its pre-hook sees the gradients of all K at once."""
+    """K tensors -> K views of them, of one node: hooks of these run when the gradients of all K have arrived."""
 
     @staticmethod
     def forward(ctx: Any, anchored: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -258,17 +262,15 @@ class _Join(torch.autograd.Function):
 
 
 def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `_Node.apply` does, by hooks: one on each alias captures, one where they meet replaces their sum."""
-    K = capture.tensors
-    anchored = capture.reduce is not None
-    joined = _Join.apply(anchored, *tensors)
-    aliases = [joined[k].view_as(joined[k]) for _ in range(capture.tasks) for k in range(K)]
-    count = len(aliases)  # `replace` must not hold them: they hold the node that it is a hook of
-    captured: dict[int, Tensor] = {}
-    running = -1  # the backward that `captured` is of: one that failed half-way has left something behind
+    """What `_Node.apply` does, by `register_hook` alone: a hook on each alias captures, one on h replaces their sum."""
+    joined = _Join.apply(capture.reduce is not None, *tensors)
+    K, count = capture.tensors, capture.tasks * capture.tensors
+    captured: dict[int, Tensor | None] = {}
+    updates: list[Tensor | None] = []
+    running = replaced = -1  # the backwards that these are of: one that failed half-way has left something behind
 
-    def hook(i: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
+    def capture_as(i: int) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
             nonlocal running
             current = torch._C._current_graph_task_id()
             if current != running:
@@ -276,21 +278,33 @@ def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
                 running = current
             captured[i] = gradient
 
-        return keep
+        return hook
 
-    def replace(received: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        if torch._C._current_graph_task_id() != running:
-            captured.clear()
-        grads = [captured.pop(i, None) for i in range(count)]
-        updates = capture.aggregate(grads)
-        # What did not come cannot be replaced: it stays for `_Join.backward`.
-        replaced = [g if g is None else update for g, update in zip(received[:K], updates, strict=True)]
-        return (*replaced, *received[K:])
+    def replace_by(k: int) -> Callable[[Tensor | None], Tensor | None]:
+        def hook(total: Tensor | None) -> Tensor | None:
+            nonlocal replaced
+            current = torch._C._current_graph_task_id()
+            if current != replaced:  # the first of these hooks, and all gradients are there
+                if current != running:
+                    captured.clear()
+                updates[:] = capture.aggregate([captured.pop(i, None) for i in range(count)])
+                replaced = current
+            # What did not come cannot be replaced; nor is the anchor.
+            if total is None or k == K:
+                return None
+            update, updates[k] = updates[k], None
+            return update
 
-    for i, alias in enumerate(aliases):
-        alias.register_hook(hook(i))
-    joined[0].grad_fn.register_prehook(replace)
-    return (*aliases, joined[-1]) if anchored else tuple(aliases)
+        return hook
+
+    aliases: list[Tensor] = []
+    for i in range(count):
+        inner = joined[i % K].view_as(joined[i % K])
+        inner.register_hook(capture_as(i))
+        aliases.append(inner.view_as(inner))  # hooks of the user, on this one, come before ours, as with the node
+    for k, x in enumerate(joined):
+        x.register_hook(replace_by(k))
+    return (*aliases, *joined[K:])
 
 
 class _TracedNode(torch.autograd.Function):

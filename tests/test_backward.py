@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import BF16, EPS, F16, F64, dtype_id, flat, randn, relative, svd_align, svd_rank
+from helpers import BF16, EPS, F16, F64, dtype_id, flat, generator, randn, relative, svd_align, svd_rank
+from models import MLP, MTAN, encoder_gradients, losses_of, task_gradients, upper_bound
 from torch import nn
 
 import fastmtl
@@ -476,3 +477,419 @@ def test_a_training_run_with_an_optimizer():
         method.backward(model.losses(), model.shared())
         optimizer.step()
     assert all(now.item() < then for now, then in zip(model.losses(), before, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ shared by default
+
+
+def test_shared_is_what_two_losses_reach():
+    model, named = Model(), Model()
+    info = fastmtl.AlignedMTL().backward(model.losses())
+    expected = fastmtl.AlignedMTL().backward(named.losses(), named.shared())
+    assert relative(info.gram, expected.gram) <= 1e-12  # found in another order
+    for p, q in zip(model.parameters(), named.parameters(), strict=True):
+        assert relative(p.grad, q.grad.to(F64)) <= 1e-6
+
+
+def test_shared_by_default_includes_what_some_heads_share():
+    a, b, c = (nn.Parameter(randn(4, seed=s)) for s in range(3))
+
+    def losses():
+        return [(a * b).sum(), (b.sin() * randn(4, seed=5)).sum() + a.sum(), (c * a.cos()).sum()]
+
+    G = torch.stack([flat(row) for row in gradient_rows(losses(), [a, b])]).float()
+    own = torch.autograd.grad(losses()[2], c)[0]
+    fastmtl.AlignedMTL().backward(losses())
+    assert relative(flat([a.grad, b.grad]), svd_align(G)) <= 2e-6
+    assert torch.equal(c.grad, own)
+
+
+# ------------------------------------------------------------------------------------------------ representation
+
+
+def through_fan_out(model, method):
+    hs = fastmtl.fan_out(model.encoder(model.x), len(model.heads), method)
+    sum(model.loss(t, h) for t, h in enumerate(hs)).backward()
+    return hs.info
+
+
+def same_gradients(model, other, limit=2e-6):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert relative(p.grad, q.grad.to(F64)) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=dtype_id)
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_representation_equals_plain_autograd(tasks, dtype):
+    expected = upper_bound(MLP(tasks, dtype), svd_align)
+    model = MLP(tasks, dtype)
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward(losses_of(model, h), representation=h)
+    assert relative(flat(encoder_gradients(model)), flat(expected)) <= (1e-9 if dtype is F64 else 5e-6)
+    G = torch.stack([flat(row) for row in task_gradients(model)])
+    assert relative(info.gram, G @ G.T) <= 1e-6
+    for t, head in enumerate(model.heads):
+        own = torch.autograd.grad(model.loss(t, model.encoder(model.x)), list(head.parameters()))
+        for p, g in zip(head.parameters(), own, strict=True):
+            assert torch.equal(p.grad, g)
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_representation_with_stages_made_from_each_other(retain_graph):
+    """MTAN's feature maps: what a later one sends on through an earlier one counts once, as the later one's."""
+    expected = upper_bound(MTAN(), svd_align)
+    model = MTAN()
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward(losses_of(model, h), representation=h, retain_graph=retain_graph)
+    G = torch.stack([flat(row) for row in task_gradients(model)])
+    assert relative(info.gram, G @ G.T) <= 1e-6
+    assert relative(flat(encoder_gradients(model)), flat(expected)) <= 5e-6
+
+
+@pytest.mark.parametrize("method", [fastmtl.AlignedMTL("sum", scale="rmse"), fastmtl.MGDA()], ids=["aligned", "mgda"])
+def test_representation_with_heads_that_share_parameters(method):
+    class Shared(MLP):
+        """The first two heads have a layer in common."""
+
+        def __init__(self):
+            super().__init__(3)
+            self.heads[1][0] = self.heads[0][0]
+
+    model, fanned = Shared(), Shared()
+    h = model.encoder(model.x)
+    losses = losses_of(model, h)
+    layer = list(model.heads[0][0].parameters())
+    both = torch.autograd.grad(losses[0] + losses[1], layer, retain_graph=True)
+    info = method.backward(losses, representation=h)
+    other = through_fan_out(fanned, method)
+    assert relative(info.gram, other.gram) <= 1e-6
+    for p, g in zip(layer, both, strict=True):
+        assert relative(p.grad, g.to(F64)) <= 1e-6
+    same_gradients(model, fanned)
+
+
+class Tied(nn.Module):
+    """Weights on both sides of the representation, as those of an embedding and its output layer.
+
+    `regularised`: a loss also has a term that reaches the encoder's weights by no way through the representation.
+    """
+
+    def __init__(self, regularised):
+        super().__init__()
+        self.table, self.other = nn.Parameter(randn(7, 5, seed=1)), nn.Parameter(randn(5, 5, seed=2))
+        self.own = nn.ParameterList([randn(5, 5, seed=3 + t) for t in range(3)])
+        self.regularised = regularised
+
+    def encode(self):
+        return (self.table[torch.tensor([0, 2, 2, 6])] @ self.other).tanh()
+
+    def losses(self, aliases):
+        outputs = [(h @ own).tanh() @ self.table.T for h, own in zip(aliases, self.own, strict=True)]
+        losses = [out.square().mean() * 3.0**t + out[t].sum() for t, out in enumerate(outputs)]
+        if self.regularised:
+            losses[1] = losses[1] + 0.1 * self.other.square().sum()
+        return losses
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_representation_with_tied_weights(retain_graph, regularised):
+    """What comes around the representation is added plainly, as in an ordinary backward of a fan-out."""
+    method = fastmtl.AlignedMTL()
+    model, fanned = Tied(regularised), Tied(regularised)
+    h = model.encode()
+    info = method.backward(model.losses([h] * 3), representation=h, retain_graph=retain_graph)
+    hs = fastmtl.fan_out(fanned.encode(), 3, method)
+    sum(fanned.losses(hs)).backward()
+    assert relative(info.gram, hs.info.gram) <= 1e-6
+    same_gradients(model, fanned)
+
+
+def test_representation_nested_and_with_parts_that_are_not_used():
+    a, b = nn.Parameter(randn(6, seed=1)), nn.Parameter(randn(6, seed=2))
+    unused = nn.Parameter(randn(6, seed=3))
+    G = randn(3, 2, 6, seed=4)
+    h = {"maps": [a * 2, (b.sin(), torch.tensor([1, 0]))], "none": None, "unused": unused * 1, "again": torch.ones(2)}
+    low, high = h["maps"][0], h["maps"][1][0]
+    losses = [(low * G[0, 0]).sum(), (low * G[1, 0]).sum() + (high * G[1, 1]).sum(), (high * G[2, 1]).sum()]
+    Z = G.clone()
+    Z[0, 1] = Z[2, 0] = 0
+    aligned = svd_align(Z.reshape(3, 12)).reshape(2, 6)
+    info = fastmtl.AlignedMTL().backward(losses, representation=h)
+    assert relative(a.grad, 2 * aligned[0]) <= 2e-6
+    assert relative(b.grad, aligned[1] * b.cos()) <= 2e-6
+    assert unused.grad is None
+    assert info.gram[0, 2] == 0
+
+
+def test_representation_that_occurs_twice_counts_once():
+    model, once = MLP(3), MLP(3)
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward(losses_of(model, h), representation=[h, {"again": h}])
+    assert torch.equal(info.gram, through_fan_out(once, fastmtl.AlignedMTL()).gram)
+    same_gradients(model, once)
+
+
+def test_representation_that_a_task_misses():
+    model, fanned = MLP(3), MLP(3)
+    own = nn.Parameter(torch.tensor([1.0, 2.0]))
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward([model.loss(0, h), own.square().sum(), model.loss(2, h)], representation=h)
+    assert info.rank == 2
+    assert info.alpha[1] == 0
+    assert torch.equal(own.grad, torch.tensor([2.0, 4.0]))
+    hs = fastmtl.fan_out(fanned.encoder(fanned.x), 3, fastmtl.AlignedMTL())
+    (fanned.loss(0, hs[0]) + fanned.loss(2, hs[2])).backward()
+    same_gradients(model.encoder, fanned.encoder)
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_representation_beside_another_output_of_the_same_operation(retain_graph):
+    """A loss uses it directly: that part of its gradient is added plainly."""
+    weights = nn.Parameter(randn(3, 8, seed=1)), nn.Parameter(randn(3, 8, seed=1))
+    G = randn(2, 3, 8, seed=2)
+    a, b, c = weights[0].exp().unbind()
+    losses = [(a * g[0]).sum() + (b * g[1]).sum() + (c * g[2]).sum() for g in G]
+    info = fastmtl.AlignedMTL().backward(losses, representation=[a, b], retain_graph=retain_graph)
+    a, b, c = weights[1].exp().unbind()
+    hs = fastmtl.fan_out([a, b], 2, fastmtl.AlignedMTL())
+    sum((h[0] * g[0]).sum() + (h[1] * g[1]).sum() + (c * g[2]).sum() for h, g in zip(hs, G, strict=True)).backward()
+    aligned = svd_align(G[:, :2].reshape(2, 16)).reshape(2, 8)
+    for weight in weights:
+        assert relative(weight.grad, torch.cat([aligned, G[:, 2].sum(0)[None]]) * weight.exp()) <= 5e-6
+    assert relative(info.gram, hs.info.gram) <= 1e-12
+
+
+def test_representation_that_is_a_leaf():
+    h = nn.Parameter(randn(8, seed=1))
+    G = randn(3, 8, seed=2)
+    fastmtl.AlignedMTL().backward([(h * g).sum() for g in G], representation=h)
+    assert relative(h.grad, svd_align(G)) <= 2e-6
+
+
+def test_representation_scale_heads():
+    model, plain = MLP(3), MLP(3)
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward(losses_of(model, h), representation=h, scale_heads=True)
+    through_fan_out(plain, fastmtl.AlignedMTL())
+    for t in range(3):
+        for p, q in zip(model.heads[t].parameters(), plain.heads[t].parameters(), strict=True):
+            assert relative(p.grad, info.alpha[t] * q.grad.to(F64)) <= 1e-6
+    same_gradients(model.encoder, plain.encoder)
+
+
+@pytest.mark.parametrize("tasks", [2, 6])
+def test_representation_passes_the_encoder_once(tasks):
+    model, passes = MLP(tasks), []
+    inner = model.encoder[0](model.x)
+    inner.grad_fn.register_prehook(lambda _: passes.append(1))
+    h = model.encoder[1:](inner)
+    fastmtl.AlignedMTL().backward(losses_of(model, h), representation=h)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("option", ["representation", "features"])
+def test_cut_retain_graph(option):
+    model = MLP(3)
+    h = model.encoder(model.x)
+    losses, method = losses_of(model, h), fastmtl.AlignedMTL()
+    method.backward(losses, **{option: h}, retain_graph=True)
+    once = grads_of(model.parameters())
+    method.backward(losses, **{option: h})
+    for _ in range(2):
+        for p, g in zip(model.parameters(), once, strict=True):
+            assert torch.equal(p.grad, 2 * g)
+        with pytest.raises(RuntimeError, match="second time"):
+            method.backward(losses, **{option: h})
+
+
+@pytest.mark.parametrize("option", ["representation", "features"])
+def test_cut_hooks_fire_once(option):
+    model = MLP(3)
+    h = model.encoder(model.x)
+    fired, seen = [], []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(fired.append)
+        p.register_hook(seen.append)
+    fastmtl.AlignedMTL().backward(losses_of(model, h), **{option: h})
+    assert {id(p) for p in fired} == {id(p) for p in model.parameters()}
+    assert len(fired) == len(seen) == len(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def in_full(model):
+    return fastmtl.AlignedMTL().backward(losses_of(model, model.encoder(model.x)), model.encoder.parameters())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("make", [lambda: MLP(1), lambda: MLP(2), lambda: MLP(5), MTAN], ids=["1", "2", "5", "mtan"])
+def test_features_equal_the_full_passes(make, batched):
+    plain = make()
+    expected = in_full(plain)
+    for retain_graph in (False, True):
+        model = make()
+        h = model.encoder(model.x)
+        info = fastmtl.AlignedMTL().backward(
+            losses_of(model, h), features=h, batched=batched, retain_graph=retain_graph
+        )
+        assert relative(info.gram, expected.gram) <= 1e-6
+        assert relative(info.alpha, expected.alpha) <= 1e-5
+        same_gradients(model, plain, 5e-6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_features_nested_and_not_reached_by_all(batched):
+    def run(**options):
+        a, b, own = (nn.Parameter(randn(6, seed=s)) for s in range(3))
+        h = {"low": [a.tanh(), a * b], "mask": torch.tensor([1, 0]), "unused": b.exp()}
+        low, product = h["low"]
+        losses = [
+            (low * randn(6, seed=5)).sum(),
+            (product * randn(6, seed=6)).sum() + own.sum(),
+            (product.sin() * low).sum(),
+        ]
+        options = {"features": h, **options} if options else {"shared": [a, b]}
+        return fastmtl.AlignedMTL().backward(losses, **options), [a, b, own]
+
+    info, parameters = run(batched=batched)
+    expected, others = run()
+    assert relative(info.gram, expected.gram) <= 1e-6
+    for p, q in zip(parameters, others, strict=True):
+        assert relative(p.grad, q.grad.to(F64)) <= 5e-6
+
+
+def test_features_with_a_part_of_what_lies_behind_them():
+    model, plain = MLP(3), MLP(3)
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward(losses_of(model, h), model.encoder[0].parameters(), features=h)
+    h = plain.encoder(plain.x)
+    expected = fastmtl.AlignedMTL().backward(losses_of(plain, h), plain.encoder[0].parameters())
+    assert relative(info.gram, expected.gram) <= 1e-6
+    same_gradients(model, plain)
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+def test_features_with_tied_weights(regularised):
+    model, plain = Tied(regularised), Tied(regularised)
+    h = model.encode()
+    info = fastmtl.AlignedMTL().backward(model.losses([h] * 3), features=h)
+    expected = fastmtl.AlignedMTL().backward(plain.losses([plain.encode()] * 3), [plain.table, plain.other])
+    assert relative(info.gram, expected.gram) <= 1e-6
+    same_gradients(model, plain)
+
+
+@pytest.mark.parametrize(("batched", "expected"), [(False, 3), (True, 1)])
+def test_features_run_the_heads_before_the_encoder(batched, expected):
+    model, order = MLP(3), []
+    inner = model.encoder[0](model.x)
+    h = model.encoder[1:](inner)
+    inner.grad_fn.register_prehook(lambda _: order.append("encoder"))
+    losses = losses_of(model, h)
+    for loss in losses:
+        loss.grad_fn.register_prehook(lambda _: order.append("head"))
+    fastmtl.AlignedMTL().backward(losses, features=h, batched=batched)
+    assert order == ["head"] * 3 + ["encoder"] * expected
+
+
+def test_features_for_a_method_that_is_not_of_the_gram():
+    model, plain = MLP(3, F64), MLP(3, F64)
+    parameters = list(model.encoder.parameters())
+    h = model.encoder(model.x)
+    fastmtl.GradDrop(generator(3)).backward(losses_of(model, h), parameters, features=h)
+    rows = gradient_rows(losses_of(plain, plain.encoder(plain.x)), list(plain.encoder.parameters()))
+    for p, g in zip(parameters, fastmtl.GradDrop(generator(3))(rows), strict=True):
+        assert relative(p.grad, g) <= 1e-9
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+
+GROUPED = {"aligned": fastmtl.AlignedMTL([1.0, 2.0, 3.0], scale="median"), "mgda": fastmtl.MGDA()}
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_equal_each_group_on_its_own(name, features):
+    method, model = GROUPED[name], MLP(3)
+    layers = [list(model.encoder[0].parameters()), list(model.encoder[2].parameters())]
+    h = model.encoder(model.x)
+    losses = losses_of(model, h)
+    expected = [gradient_rows(losses, layer) for layer in layers]
+    own = [torch.autograd.grad(losses[t], list(model.heads[t].parameters()), retain_graph=True) for t in range(3)]
+    info = method.backward(losses, groups=[iter(layer) for layer in layers], features=h if features else None)
+    assert info.alpha.shape == (2, 3)
+    assert info.gram.shape == (2, 3, 3)
+    if name == "aligned":
+        assert info.eigenvalues.shape == (2, 3)
+        assert info.rank.tolist() == [3, 3]
+    for n, (layer, rows) in enumerate(zip(layers, expected, strict=True)):
+        G = torch.stack([flat(row) for row in rows])
+        assert relative(info.gram[n], G @ G.T) <= 1e-6
+        for p, g in zip(layer, method(rows), strict=True):
+            assert relative(p.grad, g.to(F64)) <= 5e-6
+    for head, grads in zip(model.heads, own, strict=True):
+        for p, g in zip(head.parameters(), grads, strict=True):
+            assert torch.equal(p.grad, g)
+
+
+def test_one_group_is_the_whole():
+    model, whole = Model(), Model()
+    info = fastmtl.AlignedMTL().backward(model.losses(), groups=[model.shared()])
+    expected = fastmtl.AlignedMTL().backward(whole.losses(), whole.shared())
+    assert relative(info.alpha, expected.alpha[None]) <= 1e-6
+    same_gradients(model, whole)
+
+
+def test_what_is_in_no_group_gets_the_sum():
+    model = Model()
+    first, second = model.trunk[0], model.trunk[2]
+    losses = model.losses()
+    plain = torch.autograd.grad(sum(losses), list(second.parameters()), retain_graph=True)
+    rows = gradient_rows(losses, list(first.parameters()))
+    fastmtl.AlignedMTL().backward(losses, groups=[first.parameters()])
+    for p, g in zip(second.parameters(), plain, strict=True):
+        assert relative(p.grad, g.to(F64)) <= 1e-6
+    for p, g in zip(first.parameters(), fastmtl.AlignedMTL()(rows), strict=True):
+        assert relative(p.grad, g.to(F64)) <= 2e-6
+
+
+def test_groups_that_some_or_no_tasks_reach():
+    a, b, c = (nn.Parameter(randn(5, seed=s)) for s in range(3))
+    beside, alone = nn.Parameter(randn(2)), nn.Parameter(randn(3))
+    G = randn(3, 2, 5, seed=7)
+    losses = [(a * G[0, 0]).sum(), (a * G[1, 0]).sum() + (b * G[1, 1]).sum(), (b * G[2, 1]).sum() + c.sum()]
+    info = fastmtl.AlignedMTL().backward(losses, groups=[[a], [b, beside], [alone]])
+    zero = torch.zeros(5)
+    assert relative(a.grad, svd_align(torch.stack([G[0, 0], G[1, 0], zero]))) <= 2e-6
+    assert relative(b.grad, svd_align(torch.stack([zero, G[1, 1], G[2, 1]]))) <= 2e-6
+    assert torch.equal(c.grad, torch.ones(5))
+    assert beside.grad is None
+    assert alone.grad is None
+    assert info.rank.tolist() == [2, 2, 0]
+    assert (info.alpha[2] == 0).all()
+    assert (info.gram[2] == 0).all()
+
+
+def test_groups_of_different_dtypes():
+    a, b = nn.Parameter(randn(6)), nn.Parameter(randn(5, dtype=BF16, seed=1))
+    G, H = randn(2, 6, seed=2), randn(2, 5, dtype=BF16, seed=3)
+    losses = [(a * g).sum() + (b.float() * h.float()).sum() for g, h in zip(G, H, strict=True)]
+    fastmtl.AlignedMTL().backward(losses, groups=[[a], [b]])
+    assert a.grad.dtype is torch.float32
+    assert b.grad.dtype is BF16
+    assert relative(a.grad, svd_align(G)) <= 2e-6
+    assert relative(b.grad, svd_align(H)) <= EPS[BF16]
+
+
+def test_a_non_finite_group_leaves_the_others_finite():
+    a, b = nn.Parameter(randn(6)), nn.Parameter(randn(5, seed=1))
+    G = randn(2, 11, seed=2)
+    losses = [(a * g[:6]).sum() + (b * g[6:]).sum() for g in G]
+    losses[0] = losses[0] + torch.inf * a[0]
+    info = fastmtl.AlignedMTL().backward(losses, groups=[[a], [b]])
+    assert not a.grad.isfinite().any()
+    assert relative(b.grad, svd_align(G[:, 6:])) <= 2e-6
+    assert info.alpha[0].isnan().all()
+    assert info.alpha[1].isfinite().all()

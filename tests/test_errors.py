@@ -419,3 +419,306 @@ def test_argument_errors_leave_the_graph_usable(parts):
             method.backward(*arguments)
     M().backward(losses, trunk.parameters())
     assert all(p.grad is not None for p in parameters)
+
+
+# name: (options from the parts, error, parts of the message)
+OPTIONS = {
+    "shared and representation": (
+        lambda trunk, heads, h, table: {"shared": trunk.parameters(), "representation": h},
+        ValueError,
+        ("shared", "None", "representation", "generator"),
+    ),
+    "shared and groups": (
+        lambda trunk, heads, h, table: {"shared": trunk.parameters(), "groups": [trunk.parameters()]},
+        ValueError,
+        ("shared", "None", "groups"),
+    ),
+    "features and representation": (
+        lambda trunk, heads, h, table: {"features": h, "representation": h},
+        ValueError,
+        ("features", "None", "representation", "[6, 4]"),
+    ),
+    "groups and representation": (
+        lambda trunk, heads, h, table: {"groups": [trunk.parameters()], "representation": h},
+        ValueError,
+        ("groups", "None", "representation", "list"),
+    ),
+    "representation without a graph": (
+        lambda trunk, heads, h, table: {"representation": h.detach()},
+        ValueError,
+        ("representation", "requires grad", "[6, 4]"),
+    ),
+    "representation a list without a graph": (
+        lambda trunk, heads, h, table: {"representation": [h.detach(), None]},
+        ValueError,
+        ("representation", "requires grad", "list"),
+    ),
+    "representation a number": (
+        lambda trunk, heads, h, table: {"representation": 1.0},
+        ValueError,
+        ("representation", "tensor", "float"),
+    ),
+    "representation complex": (
+        lambda trunk, heads, h, table: {"representation": h.to(torch.complex64)},
+        TypeError,
+        ("representation", "float32", "complex64"),
+    ),
+    "representation that no loss reaches": (
+        lambda trunk, heads, h, table: {"representation": trunk(torch.ones(4))},
+        ValueError,
+        ("representation", "no loss reaches"),
+    ),
+    "features without a graph": (
+        lambda trunk, heads, h, table: {"features": {"h": h.detach()}},
+        ValueError,
+        ("features", "requires grad", "dict"),
+    ),
+    "features complex": (
+        lambda trunk, heads, h, table: {"features": h.to(torch.complex64)},
+        TypeError,
+        ("features", "float32", "complex64"),
+    ),
+    "features that no loss reaches": (
+        lambda trunk, heads, h, table: {"features": table(torch.tensor([1])).tanh(), "shared": table.parameters()},
+        ValueError,
+        ("shared", "no loss reaches"),
+    ),
+    "batched without features": (
+        lambda trunk, heads, h, table: {"shared": trunk.parameters(), "batched": True},
+        ValueError,
+        ("batched", "False without features", "True"),
+    ),
+    "batched with a representation": (
+        lambda trunk, heads, h, table: {"representation": h, "batched": True},
+        ValueError,
+        ("batched", "False without features", "True"),
+    ),
+    "batched with a part of what lies behind": (
+        lambda trunk, heads, h, table: {"shared": [trunk.weight], "features": h, "batched": True},
+        ValueError,
+        ("batched", "shared parameters", "behind the features"),
+    ),
+    "batched with more than lies behind": (
+        lambda trunk, heads, h, table: {
+            "shared": [*trunk.parameters(), heads[0].weight],
+            "features": h,
+            "batched": True,
+        },
+        ValueError,
+        ("batched", "shared parameters", "behind the features"),
+    ),
+    "no group": (lambda trunk, heads, h, table: {"groups": []}, ValueError, ("groups", "at least one group", "none")),
+    "an empty group": (
+        lambda trunk, heads, h, table: {"groups": [trunk.parameters(), []]},
+        ValueError,
+        ("groups[1]", "at least one", "none"),
+    ),
+    "groups a tensor": (
+        lambda trunk, heads, h, table: {"groups": trunk.weight},
+        TypeError,
+        ("groups", "sequence", "tensor of shape [4, 4]"),
+    ),
+    "groups a generator": (
+        lambda trunk, heads, h, table: {"groups": (layer.parameters() for layer in [trunk])},
+        TypeError,
+        ("groups", "sequence", "generator"),
+    ),
+    "groups of tensors": (
+        lambda trunk, heads, h, table: {"groups": list(trunk.parameters())},
+        TypeError,
+        ("groups[0]", "iterable", "tensor of shape [4, 4]"),
+    ),
+    "a parameter in two groups": (
+        lambda trunk, heads, h, table: {"groups": [[trunk.weight], [trunk.bias], [trunk.bias]]},
+        ValueError,
+        ("groups[2]", "no other group", "groups[1]"),
+    ),
+    "an intermediate in a group": (
+        lambda trunk, heads, h, table: {"groups": [[trunk.weight], [h]]},
+        ValueError,
+        ("groups[1][0]", "leaf", "[6, 4]"),
+    ),
+    "a frozen tensor in a group": (
+        lambda trunk, heads, h, table: {"groups": [[trunk.weight, torch.ones(3)]]},
+        ValueError,
+        ("groups[0][1]", "requires grad", "frozen"),
+    ),
+    "groups that no loss reaches": (
+        lambda trunk, heads, h, table: {"groups": [table.parameters()]},
+        ValueError,
+        ("shared", "no loss reaches"),
+    ),
+    "scale_heads with groups": (
+        lambda trunk, heads, h, table: {"groups": [trunk.parameters()], "scale_heads": True},
+        ValueError,
+        ("scale_heads", "False with groups", "True"),
+    ),
+    "process_group with groups": (
+        lambda trunk, heads, h, table: {"groups": [trunk.parameters()], "process_group": True},
+        ValueError,
+        ("process_group", "None with groups"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_backward_options(name, parts):
+    options, kind, message = OPTIONS[name]
+    trunk, heads, losses, parameters, h, table = parts
+    before = snapshot(parameters)
+    with pytest.raises(kind) as caught:
+        M().backward(losses, **options(trunk, heads, h, table))
+    check_message(caught.value, message)
+    check_unchanged(parameters, before)
+    assert table.weight.grad is None
+
+
+WAYS = {
+    "shared": lambda trunk, h: {"shared": trunk.parameters()},
+    "default": lambda trunk, h: {},
+    "representation": lambda trunk, h: {"representation": h},
+    "features": lambda trunk, h: {"features": h},
+    "groups": lambda trunk, h: {"groups": [[trunk.weight], [trunk.bias]]},
+    "groups and features": lambda trunk, h: {"groups": [[trunk.weight], [trunk.bias]], "features": h},
+}
+
+
+@pytest.mark.parametrize("where", ["encoder", "first head", "last head"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_written_where_a_pass_fails(way, where, parts):
+    trunk, heads, _, parameters, _, _ = parts
+    fails = {"encoder": 0, "first head": 1, "last head": 2}[where]
+    steps = [Fail.apply if i == fails else torch.clone for i in range(3)]
+    h = steps[0](trunk(randn(6, 4))).tanh()
+    losses = [step(head(h)).square().mean() for step, head in zip(steps[1:], heads, strict=True)]
+    before = snapshot(parameters)
+    fired = []
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(fired.append)
+        p.register_hook(fired.append)
+    with pytest.raises(ArithmeticError, match="cannot be differentiated"):
+        M().backward(losses, **WAYS[way](trunk, h))
+    check_unchanged(parameters, before)
+    assert not fired
+
+
+def test_nothing_is_written_where_a_batched_pass_fails(parts):
+    trunk, heads, _, parameters, _, _ = parts
+    h = Fail.apply(trunk(randn(6, 4))).tanh()
+    before = snapshot(parameters)
+    with pytest.raises(ArithmeticError):
+        M().backward([head(h).square().mean() for head in heads], features=h, batched=True)
+    check_unchanged(parameters, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_option_errors_leave_the_graph_usable(way, parts):
+    trunk, _, losses, parameters, h, _ = parts
+    for p in parameters:
+        p.grad = None
+    with pytest.raises(ValueError, match="weights"):
+        M([1.0, 2.0, 3.0]).backward(losses, **WAYS[way](trunk, h))
+    M().backward(losses, **WAYS[way](trunk, h))
+    assert all(p.grad is not None for p in parameters)
+
+
+# ------------------------------------------------------------------------------------------------ fan_out and attach
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.ones(*shape, dtype=dtype, requires_grad=True)
+
+
+# name: (call, error, parts of the message)
+FAN_OUT = {
+    "no task": (lambda: fastmtl.fan_out(leaf(3), 0, M()), ValueError, ("tasks", ">= 1", "0")),
+    "tasks a float": (lambda: fastmtl.fan_out(leaf(3), 2.0, M()), ValueError, ("tasks", "integer", "2.0")),
+    "tasks a list": (lambda: fastmtl.fan_out(leaf(3), [leaf(3)], M()), ValueError, ("tasks", "integer")),
+    "a class for a method": (lambda: fastmtl.fan_out(leaf(3), 2, M), TypeError, ("method", "AlignedMTL()", "ABCMeta")),
+    "a name for a method": (
+        lambda: fastmtl.fan_out(leaf(3), 2, "aligned"),
+        TypeError,
+        ("method", "AlignedMTL()", "str"),
+    ),
+    "an unknown via": (lambda: fastmtl.fan_out(leaf(3), 2, M(), via="graph"), ValueError, ("via", "node", "graph")),
+    "h without tensors": (lambda: fastmtl.fan_out([1, None], 2, M()), ValueError, ("h", "tensor", "list")),
+    "h a number": (lambda: fastmtl.fan_out(1.0, 2, M()), ValueError, ("h", "tensor", "float")),
+    "h complex": (
+        lambda: fastmtl.fan_out(leaf(3, dtype=torch.complex64), 2, M()),
+        TypeError,
+        ("h", "float32", "complex64"),
+    ),
+    "a part of h complex": (
+        lambda: fastmtl.fan_out({"a": [leaf(3), leaf(3, dtype=torch.complex64)]}, 2, M()),
+        TypeError,
+        ("h", "float32", "complex64"),
+    ),
+    "h sparse": (
+        lambda: fastmtl.fan_out(sparse(3).requires_grad_(), 2, M()),
+        TypeError,
+        ("h", "dense", "sparse"),
+    ),
+    "weights of another length": (
+        lambda: fastmtl.fan_out(leaf(3), 2, M([1.0, 2.0, 3.0])),
+        ValueError,
+        ("weights", "length 2", "3"),
+    ),
+    "info for other tasks": (
+        lambda: fastmtl.fan_out(leaf(3), 2, M(), info=fastmtl.Info(3)),
+        ValueError,
+        ("info", "Info(2)", "[3]"),
+    ),
+    "info a dict": (lambda: fastmtl.fan_out(leaf(3), 2, M(), info={}), TypeError, ("info", "Info(2)", "dict")),
+    "a global Gram of a method without one": (
+        lambda: fastmtl.fan_out(leaf(3), 2, fastmtl.GradDrop(), global_gram=True),
+        ValueError,
+        ("global_gram", "Gram", "GradDrop"),
+    ),
+    "an encoder that is no module": (
+        lambda: fastmtl.attach(torch.tanh, [nn.Tanh()], M()),
+        TypeError,
+        ("encoder", "Module"),
+    ),
+    "a head that is no module": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.Tanh(), torch.tanh], M()),
+        TypeError,
+        ("heads[1]", "Module"),
+    ),
+    "no head": (lambda: fastmtl.attach(nn.Tanh(), [], M()), ValueError, ("heads", "at least one", "none")),
+    "a head twice": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()] * 2, M()),
+        ValueError,
+        ("heads", "one module a task", "twice"),
+    ),
+    "the encoder among the heads": (
+        lambda: (lambda m: fastmtl.attach(m, [nn.ReLU(), m], M()))(nn.Tanh()),
+        ValueError,
+        ("heads", "encoder", "twice"),
+    ),
+    "attach without a method": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M),
+        TypeError,
+        ("method", "AlignedMTL()", "ABCMeta"),
+    ),
+    "attach with weights of another length": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M([1.0, 2.0])),
+        ValueError,
+        ("weights", "length 1", "2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAN_OUT)
+def test_fan_out(name):
+    call, kind, parts = FAN_OUT[name]
+    with pytest.raises(kind) as caught:
+        call()
+    check_message(caught.value, parts)
+
+
+def test_fan_out_checks_also_where_no_gradient_is_recorded():
+    with torch.no_grad():
+        for name in ("no task", "a class for a method", "an unknown via", "h without tensors", "info a dict"):
+            call, kind, _ = FAN_OUT[name]
+            with pytest.raises(kind):
+                call()
