@@ -7,11 +7,12 @@ view is one. Everything stays in the gradients' dtype: float64 would be slower, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backward", "Batched", "Flat", "Ragged", "autograd_loop", "task_weights"]
+__all__ = ["Backward", "Batched", "FanOut", "Flat", "Ragged", "autograd_loop", "task_weights"]
 
 
 def task_weights(M: Tensor, w: Tensor) -> Tensor:
@@ -96,3 +97,31 @@ class Backward:
         for head, row in zip(self.heads, rows, strict=True):
             for parameter, g in zip(head, row[K:], strict=True):
                 parameter.grad = g
+
+
+class FanOut:
+    """Aligned-MTL-UB inside one ordinary backward: T aliases of a representation, their gradients aggregated."""
+
+    def __init__(self, T: int, shape: Sequence[int]) -> None:
+        """Allocates the matrix [T, P] and the result, for a representation of this shape."""
+        self.tasks = T
+        self.stacked = torch.empty(T, *shape)
+        self.matrix = self.stacked.view(T, -1)
+        self.flat = Flat(*self.matrix.shape)
+
+    def __call__(self, h: Tensor) -> tuple[Tensor, ...]:
+        """T aliases; what the encoder gets is overwritten by the next backward."""
+        return _Aliases.apply(self, h)
+
+
+class _Aliases(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner: FanOut, h: Tensor) -> tuple[Tensor, ...]:
+        ctx.owner = owner
+        return tuple(h.view_as(h) for _ in range(owner.tasks))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        owner = ctx.owner
+        torch.stack(grads, out=owner.stacked)
+        return None, owner.flat(owner.matrix).view_as(grads[0])

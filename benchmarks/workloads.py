@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MultiTask", "eigen_error", "error", "exact", "matrix", "ragged", "resnet50", "symmetric", "tolerance"]
+__all__ = [
+    "MultiTask",
+    "eigen_error",
+    "error",
+    "exact",
+    "flatten",
+    "matrix",
+    "mlp",
+    "ragged",
+    "resnet18",
+    "resnet50",
+    "symmetric",
+    "tolerance",
+]
 
 CHUNK = 1 << 20  # columns that are converted to float64 at a time
 
@@ -59,27 +72,109 @@ def ragged(T: int, shapes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
 
 
 class MultiTask:
-    """Losses of T linear heads on a ReLU MLP, and the parameters behind them; the graph can be walked repeatedly."""
+    """T linear heads on an encoder, with a batch and a target for each head."""
 
-    def __init__(self, tasks: int, widths: Sequence[int] = (128, 512, 512, 512, 512), batch: int = 32) -> None:
-        """Builds the network and runs it forward once."""
-        torch.manual_seed(0)
-        layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(widths)]
-        trunk, heads = nn.Sequential(*layers), [nn.Linear(widths[-1], 1) for _ in range(tasks)]
-        h = trunk(torch.randn(batch, widths[0]))
-        self.losses = [nn.functional.mse_loss(head(h), torch.randn(batch, 1)) for head in heads]
-        self.shared: list[Tensor] = list(trunk.parameters())
-        self.heads: list[list[Tensor]] = [list(head.parameters()) for head in heads]
+    def __init__(self, tasks: int, encoder: nn.Module, x: Tensor) -> None:
+        """`encoder(x)` is the representation [batch, width]."""
+        with torch.no_grad():
+            batch, width = encoder(x).shape
+        self.tasks, self.encoder, self.x = tasks, encoder, x
+        self.model = nn.ModuleList([encoder, *(nn.Linear(width, 1) for _ in range(tasks))])
+        self.targets = [torch.randn(batch, 1) for _ in range(tasks)]
+
+    @property
+    def shared(self) -> list[Tensor]:
+        """The encoder's parameters."""
+        return list(self.encoder.parameters())
+
+    @property
+    def heads(self) -> list[list[Tensor]]:
+        """The parameters of each head."""
+        return [list(head.parameters()) for head in self.model[1:]]
+
+    def forward(self) -> Tensor:
+        """The representation [batch, width]."""
+        return self.encoder(self.x)
+
+    def losses(self, hs: Sequence[Tensor]) -> list[Tensor]:
+        """A loss for each head, from its own alias of the representation."""
+        return [nn.functional.mse_loss(head(h), y) for head, h, y in zip(self.model[1:], hs, self.targets, strict=True)]
+
+    def step(self, aliases: Callable[[Tensor], Sequence[Tensor]] | None = None) -> None:
+        """A training step without its optimizer: drop every `.grad`, forward, one backward of the summed losses.
+
+        Args:
+            aliases: turns the representation into one for each head; default: all of them get itself.
+        """
+        self.zero_grad()
+        h = self.forward()
+        hs = [h] * self.tasks if aliases is None else aliases(h)
+        losses = self.losses(hs)
+        sum(losses[1:], losses[0]).backward()
 
     def zero_grad(self) -> None:
         """Drops every `.grad`, as an optimizer's `zero_grad` does before each step."""
-        for parameters in (self.shared, *self.heads):
-            for parameter in parameters:
-                parameter.grad = None
+        self.model.zero_grad(set_to_none=True)
 
     def shared_grad(self) -> Tensor:
         """The shared parameters' `.grad` as one vector."""
-        return torch.cat([p.grad.reshape(-1) for p in self.shared if p.grad is not None])
+        return flatten([p.grad for p in self.shared if p.grad is not None])
+
+    def exact(self) -> Tensor:
+        """Aligned-MTL's gradient of the encoder as one vector: autograd's T gradients, aggregated in float64."""
+        h = self.forward()
+        rows = [torch.autograd.grad(loss, self.shared, retain_graph=True) for loss in self.losses([h] * self.tasks)]
+        return exact(torch.stack([flatten(row) for row in rows]))
+
+    def exact_upper_bound(self) -> Tensor:
+        """The same of Aligned-MTL-UB: the T gradients of the representation aggregated, then one pass behind it."""
+        h = self.forward()
+        rows = [torch.autograd.grad(loss, h, retain_graph=True) for loss in self.losses([h] * self.tasks)]
+        cotangent = exact(torch.stack([flatten(row) for row in rows])).to(h.dtype).view_as(h)
+        return flatten(torch.autograd.grad(h, self.shared, cotangent)).double()
+
+
+def mlp(tasks: int, batch: int = 32, widths: Sequence[int] = (128, 512, 512, 512, 512)) -> MultiTask:
+    """T heads on a ReLU MLP."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(widths)]
+    return MultiTask(tasks, nn.Sequential(*layers), torch.randn(batch, widths[0]))
+
+
+def resnet18(tasks: int, batch: int = 16, size: int = 64) -> MultiTask:
+    """T heads on the convolutions of ResNet-18 (11.2 million parameters), for images of `size` x `size`."""
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = []
+    inputs = 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        blocks += [_Residual(inputs, outputs, stride), _Residual(outputs, outputs, 1)]
+        inputs = outputs
+    stem = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    encoder = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return MultiTask(tasks, encoder, torch.randn(batch, 3, size, size))
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions and a way around them: the block of ResNet-18."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first, second = _convolution(inputs, outputs, 3, stride), _convolution(outputs, outputs, 3, 1)
+        self.body = nn.Sequential(*first, nn.ReLU(inplace=True), *second)
+        same = inputs == outputs and stride == 1
+        self.around = nn.Identity() if same else nn.Sequential(*_convolution(inputs, outputs, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.body(x) + self.around(x), inplace=True)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of any shapes as one vector."""
+    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def exact(G: Tensor) -> Tensor:
@@ -105,7 +200,7 @@ def exact(G: Tensor) -> Tensor:
 def error(result: Tensor | Sequence[Tensor | None], expected: Tensor) -> float:
     """Relative error in the 2-norm of a result (a tensor, or a list that is flattened)."""
     if not isinstance(result, Tensor):
-        result = torch.cat([g.reshape(-1) for g in result if g is not None])
+        result = flatten([g for g in result if g is not None])
     difference = (result.double() - expected).norm() / expected.norm()
     return float(difference) if math.isfinite(difference) else math.inf
 
