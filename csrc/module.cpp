@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   const Tensor wide = as_float64(M);
   const int64_t T = M.size(-1), B = M.numel() / (T * T);
   const Tensor alpha = empty_float64(leading(M, 1), wide), eigenvalues = empty_float64(leading(M, 1), wide);
-  const Tensor rank = torch::stable::new_empty(wide, leading(M, 2), ScalarType::Long);
+  const Tensor rank = empty_int64(leading(M, 2), wide);
   balance(
       static_cast<const double*>(wide.const_data_ptr()),
       B,
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
   RaggedRows rows(grads, tasks, &out);
   const Tensor& like = any_of(grads);
   const Tensor M = empty_float64({tasks, tasks}, like), alpha = empty_float64({tasks}, like),
-               eigenvalues = empty_float64({tasks}, like), rank = torch::stable::new_empty(like, {}, ScalarType::Long);
+               eigenvalues = empty_float64({tasks}, like), rank = empty_int64({}, like);
   align(
       rows.gradients(),
       policy_of(weights, tasks, scale, rtol, zero, rank_rule),

@@ -21,6 +21,7 @@ from fastmtl.weighting._method import Method
 __all__ = ["FanOut", "fan_out"]
 
 _VIAS = ("node", "hooks")
+_MANY = 16  # tasks from which on one `unbind` is faster than so many views
 
 
 def fan_out(
@@ -73,21 +74,9 @@ def fan_out(
     check_method(method, tasks)
     if via not in _VIAS:
         raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
-    tensors = list(tensors_of(h))
-    if not tensors:
-        raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
-    if not isinstance(info, (Info, type(None))):
-        raise TypeError(f"info: expected None or fastmtl.Info({tasks}), got {describe(info)}")
-    if info is not None and info.alpha.shape != (tasks,):
-        raise ValueError(f"info: expected fastmtl.Info({tasks}), got one with alpha of shape {list(info.alpha.shape)}")
-    # A tensor that occurs twice is one column of G, as it is one input of the encoder's backward.
-    sources: list[Tensor] = []
-    for x in tensors if torch.is_grad_enabled() else []:
-        if not x.requires_grad or any(x is y for y in sources):
-            continue
-        if x.dtype not in DTYPES or x.layout is not torch.strided:
-            raise TypeError(f"h: expected dense float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
-        sources.append(x)
+    if info is not None:
+        _check_info(info, tasks)
+    sources = _sources(h)
     if not sources:
         return FanOut([h] * tasks, None, info, None)
 
@@ -100,6 +89,27 @@ def fan_out(
     capture = _Capture(method, tasks, sources, info, reduce)
     outputs = (_Node.apply if via == "node" else _with_hooks)(capture, *sources)
     return FanOut(_aliases(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
+
+
+def _sources(h: Any) -> list[Tensor]:
+    """The tensors of h that gradients pass through. One that occurs twice is one column of G, and one alias."""
+    tensors = [h] if isinstance(h, Tensor) else list(tensors_of(h))
+    if not tensors:
+        raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
+    if not torch.is_grad_enabled():
+        return []
+    sources = {id(x): x for x in tensors if x.requires_grad}
+    for x in sources.values():
+        if x.dtype not in DTYPES or x.layout is not torch.strided:
+            raise TypeError(f"h: expected dense float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
+    return list(sources.values())
+
+
+def _check_info(info: Any, tasks: int) -> None:
+    if not isinstance(info, Info):
+        raise TypeError(f"info: expected None or fastmtl.Info({tasks}), got {describe(info)}")
+    if info.alpha.shape != (tasks,):
+        raise ValueError(f"info: expected fastmtl.Info({tasks}), got one with alpha of shape {list(info.alpha.shape)}")
 
 
 def check_method(method: Method, tasks: int) -> None:
@@ -326,7 +336,10 @@ class _TracedNode(torch.autograd.Function):
 
 def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tensor, ...]:
     """T·K views; with an anchor, a zero that depends on all of them, at the end."""
-    views = tuple(x.view_as(x) for _ in range(tasks) for x in tensors)
+    if len(tensors) == 1 and tasks >= _MANY:
+        views = tensors[0].expand(tasks, *tensors[0].shape).unbind()
+    else:
+        views = tuple(x.view_as(x) for _ in range(tasks) for x in tensors)
     return (*views, tensors[0].new_zeros(())) if anchored else views
 
 

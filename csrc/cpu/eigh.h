@@ -23,10 +23,10 @@ struct Rotation {
 
 // The rotation that annihilates b of [[a, b], [b, d]], from cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two
 // inverse roots, no division.
-FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b) {
+FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b, double tolerance = kEps) {
   // Entries are at most one; what is smaller than kTiny is zero, and its square would underflow.
   constexpr double kTiny = 0x1p-500;
-  const Vi active = (b * b > kEps * kEps * magnitude(a * d)) & (magnitude(b) > splat(kTiny));
+  const Vi active = (b * b > tolerance * tolerance * magnitude(a * d)) & (magnitude(b) > splat(kTiny));
   const Vd h = d - a, b2 = b + b;
   const Vd y = reciprocal_root(active ? h * h + b2 * b2 : splat(1.0));
   const Vd square = 0.5 + 0.5 * magnitude(h) * y; // cos² θ
@@ -372,28 +372,42 @@ int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, dou
       norms[j] = dot(X + j * ld, X + j * ld, ld);
     }
     for (int64_t round = 0; round < players - 1; ++round) {
-      for (int64_t k = 0; k < players / 2; ++k) {
-        int64_t p, q;
-        pairing(players, round, k, p, q);
-        if (q >= rank) {
-          continue;
+      // The pairs of a round are disjoint: those of a vector do not wait for each other's dot products and roots.
+      for (int64_t first = 0; first < players / 2; first += kWidth) {
+        int64_t p[kWidth], q[kWidth], pairs = 0;
+        alignas(64) double at_p[kWidth] = {}, at_q[kWidth] = {}, product[kWidth] = {};
+        for (int64_t k = first; k < std::min(first + kWidth, players / 2); ++k) {
+          pairing(players, round, k, p[pairs], q[pairs]);
+          if (q[pairs] < rank) {
+            at_p[pairs] = norms[p[pairs]];
+            at_q[pairs] = norms[q[pairs]];
+            product[pairs] = dot(X + p[pairs] * ld, X + q[pairs] * ld, ld);
+            ++pairs;
+          }
         }
-        double *x = X + p * ld, *y = X + q * ld;
-        const double b = dot(x, y, ld), a = norms[p], d = norms[q];
-        if (std::fabs(b) <= tolerance * std::sqrt(a) * std::sqrt(d)) {
+        const Vd a = read<Vd>(at_p), d = read<Vd>(at_q), b = read<Vd>(product);
+        // A power of two that brings the larger norm of each pair near one: squares of small ones would underflow.
+        const Vd scale = (Vd)(INT64_C(0x7fe0000000000000) - ((Vi)larger(a, d) & INT64_C(0x7ff0000000000000)));
+        const Rotation r = rotation(a * scale, d * scale, b * scale, tolerance);
+        if (!any(r.active)) {
           continue;
         }
         rotated = true;
-        const double h = d - a, r = std::sqrt(h * h + 4.0 * b * b);
-        const double t = 2.0 * (h < 0.0 ? -b : b) / (std::fabs(h) + std::max(r, 2.0 * std::fabs(b)));
-        const double c = 1.0 / std::sqrt(1.0 + t * t), s = t * c;
-        norms[p] = std::max(a - t * b, 0.0);
-        norms[q] = d + t * b;
-        const Vd vc = splat(c), vs = splat(s);
-        for (int64_t i = 0; i < ld; i += kWidth) {
-          const Vd u = read<Vd>(x + i), v = read<Vd>(y + i);
-          write(x + i, vc * u - vs * v);
-          write(y + i, vs * u + vc * v);
+        write(at_p, larger(a - r.t * b, Vd{}));
+        write(at_q, d + r.t * b);
+        for (int64_t l = 0; l < pairs; ++l) {
+          if (!r.active[l]) {
+            continue;
+          }
+          norms[p[l]] = at_p[l];
+          norms[q[l]] = at_q[l];
+          double *x = X + p[l] * ld, *y = X + q[l] * ld;
+          const Vd c = splat(r.c[l]), s = splat(r.s[l]);
+          for (int64_t i = 0; i < ld; i += kWidth) {
+            const Vd u = read<Vd>(x + i), v = read<Vd>(y + i);
+            write(x + i, c * u - s * v);
+            write(y + i, s * u + c * v);
+          }
         }
       }
     }

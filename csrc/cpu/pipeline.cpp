@@ -47,7 +47,9 @@ bool has_float64(const Gradients& G) {
 // Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the
 // result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
-  const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, kMinChunk, 16384);
+  // A small G is shared by a few threads; in float32 blocks two chunks are judged alone, which may be all.
+  const int64_t largest = std::clamp<int64_t>(P / (T > kMaxExactTasks ? 2 : 4), 2 * kMinChunk, 16384);
+  const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, kMinChunk, largest);
   const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 18) / (T * T)));
   const int64_t chunks = std::clamp<int64_t>((P + wanted - 1) / wanted, 1, most);
   std::vector<int64_t> bounds(size_t(chunks) + 1);
@@ -126,6 +128,24 @@ void gram_serial(const Gradients* G, int64_t count, double* M) {
   }
 }
 
+// Cholesky of a symmetric matrix [T, T], whose upper triangle it overwrites: T^3 / 6 multiply-adds.
+bool is_positive_definite(double* A, int64_t T) {
+  for (int64_t k = 0; k < T; ++k) {
+    const double* pivot = A + k * T;
+    if (!(pivot[k] > 0.0)) {
+      return false;
+    }
+    for (int64_t i = k + 1; i < T; ++i) {
+      const double factor = pivot[i] / pivot[k];
+      double* row = A + i * T;
+      for (int64_t j = i; j < T; ++j) {
+        row[j] -= factor * pivot[j];
+      }
+    }
+  }
+  return true;
+}
+
 // Whether float32 blocks are good enough for M: λ_min(C) > kBlocksMinEigenvalue, C the row-normalised M.
 bool well_conditioned(const double* M, int64_t T) {
   std::vector<double> C(static_cast<size_t>(T * T));
@@ -133,7 +153,8 @@ bool well_conditioned(const double* M, int64_t T) {
   for (int64_t i = 0; i < T; ++i) {
     C[size_t(i * T + i)] -= kBlocksMinEigenvalue;
   }
-  return lapack_is_positive_definite(C.data(), T);
+  // To call LAPACK by way of the dispatcher costs more than a small factorisation.
+  return T <= kMaxJacobiTasks ? is_positive_definite(C.data(), T) : lapack_is_positive_definite(C.data(), T);
 }
 
 // The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, with nothing

@@ -111,8 +111,7 @@ struct Balanced {
 Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int64_t T) {
   std::vector<int64_t> size = batch;
   size.push_back(T);
-  return {
-      empty_float64(size, like), empty_float64(size, like), torch::stable::new_empty(like, batch, ScalarType::Long)};
+  return {empty_float64(size, like), empty_float64(size, like), empty_int64(batch, like)};
 }
 
 // T > 64, M on the CPU: the op's CPU kernel, results on the CPU.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, overload
 
@@ -19,7 +18,7 @@ __all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 
-class Method(ABC):
+class Method:
     """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
 
     _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
@@ -120,19 +119,19 @@ class Method(ABC):
             process_group=process_group,
         )
 
-    def _check_tasks(self, T: int) -> None:  # noqa: B027 (most methods take any T)
+    def _check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
 
-    @abstractmethod
     def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
         """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
         """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
 
         `dtype` is the coarsest among the gradients.
         """
+        raise NotImplementedError
 
     def _aggregate_rows(
         self, rows: Rows, out: Sequence[Tensor | None] | None = None
@@ -148,6 +147,14 @@ class Method(ABC):
     ) -> tuple[list[Tensor | None], Info]:
         """The same for T·K gradients that are known to fit together (entry t·K + k)."""
         T = len(grads) // K
+        if K == 1 and out is None:
+            # The usual representation, in the middle of a backward: there every call finds cold caches.
+            for g in grads:
+                if g is not None:
+                    target = torch.empty_like(g)
+                    info = self._aggregate_list(grads, T, g.dtype, [target])
+                    mark_written(target)
+                    return [target], info
         like: dict[int, Tensor] = {}
         for k in range(K):
             first = next((g for g in grads[k::K] if g is not None), None)
@@ -222,9 +229,6 @@ class GramMethod(Method):
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         return self._weigh(M, dtype or M.dtype).alpha
 
-    @abstractmethod
-    def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info: ...
-
     def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
         ops.combine(G, self._weigh(ops.gram(G), G.dtype).alpha, out)
 
@@ -246,7 +250,11 @@ def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
-    return max((x.dtype for x in tensors), key=EPS.__getitem__)
+    coarsest = torch.float64
+    for x in tensors:  # not `max(..., key=...)`, which torch 2.11 does not compile
+        if EPS[x.dtype] > EPS[coarsest]:
+            coarsest = x.dtype
+    return coarsest
 
 
 def mark_written(out: Tensor | list[Tensor]) -> None:
