@@ -18,7 +18,7 @@ from fastmtl._structure import map_tensors, tensors_of
 from fastmtl.info import Info
 from fastmtl.weighting._method import Method
 
-__all__ = ["FanOut", "fan_out"]
+__all__ = ["FanOut", "check_method", "fan_out"]
 
 _VIAS = ("node", "hooks")
 _MANY = 16  # tasks from which on one `unbind` is faster than so many views
@@ -98,11 +98,14 @@ def _sources(h: Any) -> list[Tensor]:
         raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
     if not torch.is_grad_enabled():
         return []
-    sources = {id(x): x for x in tensors if x.requires_grad}
-    for x in sources.values():
+    sources: list[Tensor] = []
+    for x in tensors:
+        if not x.requires_grad or any(x is y for y in sources):
+            continue
         if x.dtype not in DTYPES or x.layout is not torch.strided:
             raise TypeError(f"h: expected dense float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
-    return list(sources.values())
+        sources.append(x)
+    return sources
 
 
 def _check_info(info: Any, tasks: int) -> None:

@@ -48,6 +48,8 @@ def full(model, method, **options):
     h = model.encoder(model.x)
     if options.pop("with_features", False):
         options["features"] = h
+    elif "groups" not in options:
+        options["shared"] = model.encoder.parameters()
     return method.backward(model.losses([h] * len(model.heads)), **options)
 
 

@@ -10,22 +10,10 @@ namespace fastmtl::cuda {
 //   rows g and g + 8 of c: c[0], c[1] and c[2], c[3] in columns 2 q and 2 q + 1.
 // Where b is the transpose of eight of a's rows, `right` is those rows' `low` or `high`: a Gram matrix needs no
 // shuffles.
-__device__ inline void mma(double (&c)[4], const double (&low)[2], const double (&high)[2], const double (&right)[2]) {
-#if !defined(FASTMTL_EMULATE) && __CUDA_ARCH__ >= 900
-  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
-      : "d"(low[0]), "d"(high[0]), "d"(low[1]), "d"(high[1]), "d"(right[0]), "d"(right[1]));
-#elif !defined(FASTMTL_EMULATE) && __CUDA_ARCH__ >= 800
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+d"(c[0]), "+d"(c[1])
-        : "d"(low[i]), "d"(right[i]));
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+d"(c[2]), "+d"(c[3])
-        : "d"(high[i]), "d"(right[i]));
-  }
-#else // what the instruction does: where float64 is this slow, the shuffles are not what takes the time
+
+// For devices without such an instruction: there float64 is so slow that the shuffles are not what takes the time.
+__device__ inline void
+mma_by_shuffles(double (&c)[4], const double (&low)[2], const double (&high)[2], const double (&right)[2]) {
   const int lane = int(threadIdx.x) % 32, row = lane & ~3, column = lane % 4 * 8;
   for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 4; ++k) {
@@ -39,6 +27,27 @@ __device__ inline void mma(double (&c)[4], const double (&low)[2], const double 
       c[3] = fma(b, y, c[3]);
     }
   }
+}
+
+__device__ inline void mma(double (&c)[4], const double (&low)[2], const double (&high)[2], const double (&right)[2]) {
+#ifdef FASTMTL_EMULATE
+  host_cuda::mma(c, low, high, right); // the same sums, sixteen times faster to emulate than 32 shuffles
+#elif __CUDA_ARCH__ >= 900
+  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+      : "d"(low[0]), "d"(high[0]), "d"(low[1]), "d"(high[1]), "d"(right[0]), "d"(right[1]));
+#elif __CUDA_ARCH__ >= 800
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(c[0]), "+d"(c[1])
+        : "d"(low[i]), "d"(right[i]));
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(c[2]), "+d"(c[3])
+        : "d"(high[i]), "d"(right[i]));
+  }
+#else
+  mma_by_shuffles(c, low, high, right);
 #endif
 }
 

@@ -4,8 +4,8 @@
 // the threads of a block take turns: a thread runs until it meets a barrier or a warp collective, then another goes on.
 // One operating-system thread runs everything, so a run is repeatable.
 //
-// Emulated: the built-in indices, dynamic shared memory, __syncthreads*, __syncwarp, shuffles and votes, integer
-// atomics, __threadfence, cache-hinted loads and stores, vector types, a few intrinsics.
+// Emulated: the built-in indices, dynamic shared memory, __syncthreads*, __syncwarp, shuffles and votes, a float64 warp
+// product, integer atomics, __threadfence, cache-hinted loads and stores, vector types, a few intrinsics.
 //
 // Found and thrown from the launch as host_cuda::Error, after which the emulator can be used again:
 //   - threads of a block that wait at different barriers, or at a barrier that another thread missed by returning;
@@ -911,13 +911,21 @@ inline int __syncthreads_and(int predicate, HOST_CUDA_HERE) {
   return host_cuda::barrier("__syncthreads_and", predicate == 0, where) == 0;
 }
 
-HOST_CUDA_RUNTIME void __syncwarp(unsigned mask = ~0u, HOST_CUDA_HERE) {
-  using namespace host_cuda;
+namespace host_cuda {
+
+// Waits for the lanes of `mask`; what each leaves as `value` can be read until it meets others again.
+HOST_CUDA_RUNTIME void meet(const char* operation, unsigned mask, uint64_t value, const std::source_location& where) {
   Fiber* fiber = state.current;
   void* sync = sync_object(sync_warp + fiber->index / 32 * 2 + fiber->warp_syncs++ % 2);
   release(sync);
-  collective(Collective::sync, "__syncwarp", mask, 0, current_lane(), where);
+  collective(Collective::sync, operation, mask, value, current_lane(), where);
   acquire(sync);
+}
+
+} // namespace host_cuda
+
+HOST_CUDA_RUNTIME void __syncwarp(unsigned mask = ~0u, HOST_CUDA_HERE) {
+  host_cuda::meet("__syncwarp", mask, 0, where);
 }
 
 // A shuffle that would leave its segment of `width` lanes gives the lane its own value.
@@ -956,6 +964,35 @@ inline int __any_sync(unsigned mask, int predicate, HOST_CUDA_HERE) {
 inline int __all_sync(unsigned mask, int predicate, HOST_CUDA_HERE) {
   return host_cuda::ballot("__all_sync", mask, predicate == 0, where) == 0;
 }
+
+namespace host_cuda {
+
+// A warp's mma.sync.m16n8k8 on float64: c [16, 8] += a [16, 8] b [8, 8], each sum in the order of its terms. Two
+// meetings of the lanes: all have come before one reads, and all have read before one goes on.
+HOST_CUDA_RUNTIME void
+mma(double (&c)[4], const double (&low)[2], const double (&high)[2], const double (&right)[2], HOST_CUDA_HERE) {
+  struct Operands {
+    const double *low, *high, *right;
+  } const mine{low, high, right};
+  const Fiber* lanes = &state.fibers[state.current->index / 32 * 32];
+  const unsigned row = current_lane() & ~3u, column = current_lane() % 4 * 8;
+  const uint64_t address = reinterpret_cast<uint64_t>(&mine);
+  meet("mma", ~0u, address, where);
+  for (unsigned i = 0; i < 2; ++i) {
+    for (unsigned k = 0; k < 4; ++k) {
+      const auto* left = reinterpret_cast<const Operands*>(lanes[row + k].value);
+      const auto* first = reinterpret_cast<const Operands*>(lanes[column + k].value);
+      const auto* second = reinterpret_cast<const Operands*>(lanes[column + 4 + k].value);
+      c[0] = fma(left->low[i], first->right[i], c[0]);
+      c[1] = fma(left->low[i], second->right[i], c[1]);
+      c[2] = fma(left->high[i], first->right[i], c[2]);
+      c[3] = fma(left->high[i], second->right[i], c[3]);
+    }
+  }
+  meet("mma", ~0u, address, where); // the same value: others may still be reading it
+}
+
+} // namespace host_cuda
 
 HOST_CUDA_RUNTIME void __threadfence() {
   host_cuda::acquire(host_cuda::sync_object(host_cuda::sync_seen));

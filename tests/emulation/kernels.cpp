@@ -54,6 +54,23 @@ namespace fastmtl::cuda {
 
 namespace {
 
+// A warp's product as the kernels compute it where they are emulated, and by shuffles as on old devices.
+__global__ void both_mma(
+    const double* operands, // [32, 3, 2]: low, high and right of each lane
+    double* sums) {         // [2, 32, 4]
+  const double* mine = operands + threadIdx.x * 6;
+  const double low[2] = {mine[0], mine[1]}, high[2] = {mine[2], mine[3]}, right[2] = {mine[4], mine[5]};
+  double c[4] = {1.0, 2.0, 3.0, 4.0}, d[4] = {1.0, 2.0, 3.0, 4.0};
+  for (int n = 0; n < 3; ++n) {
+    mma(c, low, high, right);
+    mma_by_shuffles(d, low, high, right);
+  }
+  for (int e = 0; e < 4; ++e) {
+    sums[threadIdx.x * 4 + e] = c[e];
+    sums[128 + threadIdx.x * 4 + e] = d[e];
+  }
+}
+
 // Device memory of one call: exact allocations, so that AddressSanitizer sees their ends, filled with NaN.
 struct Session {
   std::vector<std::unique_ptr<unsigned char[]>> memory;
@@ -145,6 +162,9 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
       .def_readwrite("ragged", &Input::ragged);
   py::class_<Session>(m, "Session").def(py::init<bool, int64_t>());
 
+  m.def("mma", [](uintptr_t operands, uintptr_t sums) {
+    FASTMTL_LAUNCH(both_mma, dim3(1), dim3(32), 0, nullptr, at<double>(operands), at<double>(sums));
+  });
   m.def("gram", [](Session& session, const Input& G, bool exact, uintptr_t M) {
     return gram(G.batch(session.context), exact, {}, at<double>(M), session.context).blocks;
   });
