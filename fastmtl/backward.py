@@ -65,8 +65,10 @@ def backward(
         heads = heads.without(parameters)
         if _sharded(parameters, features, groups, scale_heads, process_group):
             # The other parameters get their gradients in the same passes.
-            sharded, info = _distributed().sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
-            _commit(_pairs(parameters, sharded))
+            updates, info = _distributed().sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
+            pairs = _pairs(parameters, updates)
+            del updates
+            _commit(pairs)
             return info
 
     with _without_tensor_hooks([*parameters, *heads.all()]):
