@@ -88,7 +88,7 @@ class Method:
             features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
-                whose operations all have a batching rule.
+                whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
             groups: parts of the shared parameters that are aggregated on their own, for example one a layer; all their
                 T × T problems are solved as one batch. `shared` then has to be None.
             scale_heads: multiply the gradients of head t by α_t.
