@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastmtl import reference
 
@@ -34,7 +34,7 @@ _SCHEMAS = (
     "eigh(Tensor M) -> (Tensor eigenvalues, Tensor eigenvectors)",
 )
 
-_library = torch.library.Library("fastmtl", "DEF")
+_library = library.Library("fastmtl", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _name = _schema.partition("(")[0]
@@ -72,17 +72,17 @@ def _device(grads: Sequence[Tensor | None]) -> torch.device:
     return next((g.device for g in grads if g is not None), torch.device("cpu"))
 
 
-@torch.library.register_fake("fastmtl::gram")
+@library.register_fake("fastmtl::gram")
 def _(G: Tensor) -> Tensor:
     return G.new_empty((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
 
 
-@torch.library.register_fake("fastmtl::gram_rows")
+@library.register_fake("fastmtl::gram_rows")
 def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
     return torch.empty(tasks, tasks, dtype=torch.float64, device=_device(grads))
 
 
-@torch.library.register_fake("fastmtl::balance")
+@library.register_fake("fastmtl::balance")
 def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str) -> tuple[Tensor, ...]:
     return (
         M.new_empty(M.shape[:-1], dtype=torch.float64),
@@ -91,22 +91,22 @@ def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, r
     )
 
 
-@torch.library.register_fake("fastmtl::combine")
+@library.register_fake("fastmtl::combine")
 def _(G: Tensor, alpha: Tensor, out: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("fastmtl::combine_rows")
+@library.register_fake("fastmtl::combine_rows")
 def _(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
     return None
 
 
-@torch.library.register_fake("fastmtl::align")
+@library.register_fake("fastmtl::align")
 def _(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("fastmtl::align_rows")
+@library.register_fake("fastmtl::align_rows")
 def _(
     grads: Sequence[Tensor | None],
     tasks: int,
@@ -121,7 +121,7 @@ def _(
     return M, M.new_empty(tasks), M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("fastmtl::eigh")
+@library.register_fake("fastmtl::eigh")
 def _(M: Tensor) -> tuple[Tensor, Tensor]:
     return M.new_empty(M.shape[:-1]), M.new_empty(M.shape)
 
@@ -136,7 +136,7 @@ def _gram_backward(ctx, grad: Tensor) -> Tensor:
     return ((grad + grad.mT) @ G.to(grad.dtype)).to(G.dtype)
 
 
-torch.library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)
+library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)
 
 
 def _refuse(name: str):
@@ -148,4 +148,4 @@ def _refuse(name: str):
 
 # Without a formula the results would silently claim to require grad.
 for _name in ("gram_rows", "balance", "eigh"):
-    torch.library.register_autograd(f"fastmtl::{_name}", _refuse(_name))
+    library.register_autograd(f"fastmtl::{_name}", _refuse(_name))

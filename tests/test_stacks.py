@@ -141,20 +141,19 @@ def check(start, loop, way, limit=1e-5, hand=by_hand):
 # ------------------------------------------------------------------------------------------------ the training loop
 
 
-def plain(model, backward):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def steps(model, backward, optimizer):
     for i in range(STEPS):
         optimizer.zero_grad()
         backward(model, *batch(i))
         optimizer.step()
+
+
+def plain(model, backward):
+    steps(model, backward, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
 
 
 def stepping(model, backward):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for i in range(STEPS):
-        optimizer.zero_grad()
-        backward(model, *batch(i))
-        optimizer.step()
+    steps(model, backward, torch.optim.SGD(model.parameters(), lr=0.05))
 
 
 def accumulating(model, backward):
@@ -191,11 +190,7 @@ def several_optimizers(model, backward):
 
 
 def fused(model, backward):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
-    for i in range(STEPS):
-        optimizer.zero_grad()
-        backward(model, *batch(i))
-        optimizer.step()
+    steps(model, backward, torch.optim.Adam(model.parameters(), lr=0.01, fused=True))
 
 
 def evaluating_between(model, backward):

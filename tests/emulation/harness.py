@@ -29,10 +29,10 @@ def require_tools() -> None:
         raise RuntimeError("the emulated CUDA tests need pybind11: pip install pybind11")
 
 
-def built(mode: str = "plain") -> Path:
+def built(mode: str = "plain", defines: Sequence[str] = ()) -> Path:
     """The path of the compiled module."""
     require_tools()
-    return build.build(mode, KERNELS)
+    return build.build(mode, KERNELS, defines)
 
 
 @functools.cache

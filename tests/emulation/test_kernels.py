@@ -842,7 +842,6 @@ def test_under_a_sanitizer(mode, order_of_threads):
     matrix = str(harness.KERNELS.with_name("matrix.py"))
     # Races do not depend on the type, and finding them is slow.
     only = ["FASTMTL_EMULATE_ONLY_F32"] if mode == "thread" else []
-    module = build.build(mode, harness.KERNELS, only)
-    result = build.run(mode, [matrix, str(module), order_of_threads])
+    result = build.run(mode, [matrix, str(harness.built(mode, only)), order_of_threads])
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("cases hold\n")
