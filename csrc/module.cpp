@@ -60,6 +60,10 @@ class Matrix {
   Buffer<Gradients, 4> matrices_;
 };
 
+uint64_t seed_of(const Tensor& seed) {
+  return uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
 // --- the ops
 
 Tensor gram_op(const Tensor& G) {
@@ -112,6 +116,27 @@ void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alp
   RaggedRows rows(grads, alpha.numel(), &out);
   check_alpha(alpha, alpha.numel());
   combine(rows.gradients(), static_cast<const double*>(alpha.const_data_ptr()));
+  rows.finish();
+}
+
+void sign_drop_op(const Tensor& G, const Tensor& seed, std::optional<Tensor> leak, Tensor out) {
+  Matrix matrix(G, &out);
+  check_seed(seed, G);
+  check_leak(leak, matrix.T(), G);
+  sign_drop(matrix.matrices(), matrix.B(), seed_of(seed), leak ? doubles(*leak) : nullptr);
+  matrix.finish();
+}
+
+void sign_drop_rows_op(
+    std::vector<std::optional<Tensor>> grads,
+    int64_t tasks,
+    const Tensor& seed,
+    std::optional<Tensor> leak,
+    std::vector<Tensor> out) {
+  RaggedRows rows(grads, tasks, &out);
+  check_seed(seed, any_of(grads));
+  check_leak(leak, tasks, seed);
+  sign_drop(&rows.gradients(), 1, seed_of(seed), leak ? doubles(*leak) : nullptr);
   rows.finish();
 }
 
@@ -261,6 +286,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("balance", TORCH_BOX(&fastmtl::cpu::balance_op));
   m.impl("combine", TORCH_BOX(&fastmtl::cpu::combine_op));
   m.impl("combine_rows", TORCH_BOX(&fastmtl::cpu::combine_rows_op));
+  m.impl("sign_drop", TORCH_BOX(&fastmtl::cpu::sign_drop_op));
+  m.impl("sign_drop_rows", TORCH_BOX(&fastmtl::cpu::sign_drop_rows_op));
   m.impl("align", TORCH_BOX(&fastmtl::cpu::align_op));
   m.impl("align_rows", TORCH_BOX(&fastmtl::cpu::align_rows_op));
   m.impl("eigh", TORCH_BOX(&fastmtl::cpu::eigh_op));

@@ -399,6 +399,24 @@ inline const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
   STD_TORCH_CHECK(false, "grads: expected at least one tensor");
 }
 
+// The seed of a random op; it is read where the op runs.
+inline void check_seed(const Tensor& seed, const Tensor& like) {
+  STD_TORCH_CHECK(
+      seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && same_device(seed, like),
+      "seed: expected one int64 number on the device of the gradients, got shape ",
+      shape_of(seed));
+}
+
+inline void check_leak(const std::optional<Tensor>& leak, int64_t T, const Tensor& like) {
+  STD_TORCH_CHECK(
+      !leak || (leak->scalar_type() == ScalarType::Double && leak->dim() == 1 && leak->size(0) == T &&
+                leak->is_contiguous() && same_device(*leak, like)),
+      "leak: expected a contiguous float64 tensor of shape [",
+      T,
+      "] on the device of the gradients, got shape ",
+      leak ? shape_of(*leak) : "");
+}
+
 inline void check_alpha(const Tensor& alpha, int64_t count) {
   STD_TORCH_CHECK(
       alpha.scalar_type() == ScalarType::Double && alpha.numel() == count && alpha.is_contiguous(),

@@ -2,14 +2,58 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastmtl import ops
+from fastmtl import diagnostics, metrics, ops, scalarization
 from fastmtl.attach import attach
 from fastmtl.eigen import eigh
 from fastmtl.hooks import FanOut, fan_out
 from fastmtl.info import Info
-from fastmtl.weighting import MGDA, AlignedMTL, GradDrop
+from fastmtl.monitor import Monitor
+from fastmtl.weighting import (
+    IMTL,
+    MGDA,
+    RLW,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    GradDrop,
+    GradVac,
+    Krum,
+    NashMTL,
+    PCGrad,
+    Uniform,
+    UPGrad,
+)
 
-__all__ = ["MGDA", "AlignedMTL", "FanOut", "GradDrop", "Info", "__version__", "attach", "eigh", "fan_out", "ops"]
+__all__ = [
+    "IMTL",
+    "MGDA",
+    "RLW",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
+    "FanOut",
+    "GradDrop",
+    "GradVac",
+    "Info",
+    "Krum",
+    "Monitor",
+    "NashMTL",
+    "PCGrad",
+    "UPGrad",
+    "Uniform",
+    "__version__",
+    "attach",
+    "diagnostics",
+    "eigh",
+    "fan_out",
+    "metrics",
+    "ops",
+    "scalarization",
+]
 
 try:
     __version__ = version("fastmtl-torch")

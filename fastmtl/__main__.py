@@ -1,4 +1,4 @@
-"""Command line: `python -m fastmtl info` says what is built and used, `python -m fastmtl demo` shows it at work."""
+"""Command line: `python -m fastmtl info` says what is built, `methods` what there is, `demo` shows it at work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastmtl
+from fastmtl import methods
 
 __all__ = ["info", "main"]
 
@@ -76,10 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=_at_least(2), default=500, help="training steps per run (default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
     demo.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
+    listed = commands.add_parser("methods", help="list every method: paper, needs, state, options, names elsewhere")
+    listed.add_argument("--markdown", action="store_true", help="as the table of the README")
     options = parser.parse_args(arguments)
     if options.command == "info":
         for name, value in info().items():
             print(f"{name:<13}{value}")
+        return 0
+    if options.command == "methods":
+        print(methods.table(options.markdown))
         return 0
     from fastmtl.demo import run  # its dependencies are an optional extra
 

@@ -16,6 +16,7 @@ from fastmtl._structure import tensors_of
 from fastmtl.info import Info
 
 if TYPE_CHECKING:
+    from fastmtl.weighting._context import Context
     from fastmtl.weighting._method import Method
 
 __all__ = ["backward"]
@@ -39,11 +40,15 @@ def backward(
     scale_heads: bool,
     retain_graph: bool,
     process_group: Any,
+    grad_scale: Tensor | float | None,
 ) -> Info:
     """The engine behind `Method.backward`: see there. Nothing is written before `_commit`."""
     _check_losses(losses)
     method._check_tasks(len(losses))
     _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
+    group = None if process_group is None else _distributed().gram_group(process_group)
+    agree = None if group is None else lambda x: _distributed().agree(x, group)
+    context = method._context(losses, len(losses), grad_scale, agree)
     upper_bound = representation is not None
     cut = _checked_cut(representation, "representation") if upper_bound else _checked_cut(features, "features")
     parts = [] if groups is None else _checked_groups(groups)
@@ -65,7 +70,9 @@ def backward(
         heads = heads.without(parameters)
         if _sharded(parameters, features, groups, scale_heads, process_group):
             # The other parameters get their gradients in the same passes.
-            updates, info = _distributed().sharded_update(losses, parameters, method._weigh, retain_graph=retain_graph)
+            updates, info = _distributed().sharded_update(
+                losses, parameters, method._weigh, context, retain_graph=retain_graph
+            )
             pairs = _pairs(parameters, updates)
             del updates
             _commit(pairs)
@@ -76,12 +83,11 @@ def backward(
         if upper_bound:
             own = _passes(losses, cut, heads, retain_graph, rows, closed=tied or nested)
             _check_gathered([*parameters, *heads.all()])  # there may be no way on from the cut
-            cotangents, info = _aggregate_at(method, rows, cut, process_group)
+            cotangents, info = _aggregate_at(method, rows, cut, group, context)
             rows.clear()
             updates = _pass(cut, cotangents, parameters, retain_graph=retain_graph)
         else:
-            if process_group is not None:
-                group = _distributed().gram_group(process_group)
+            if group is not None:
                 rows = _distributed().AveragedRows(parameters, len(losses), group)
             if not cut:
                 own = _passes(losses, parameters, heads, retain_graph, rows)
@@ -90,7 +96,7 @@ def backward(
                 own = _passes(losses, cut, heads, retain_graph, at_features, closed=nested)
                 _check_gathered([*parameters, *heads.all()])
                 (_batched_passes if batched else _passes_from)(cut, at_features, parameters, retain_graph, rows)
-            updates, info = _aggregate(method, rows, parts)
+            updates, info = _aggregate(method, rows, parts, context)
             del rows  # they need not live while the gradients are committed
     pairs = _pairs(parameters, updates)
     del updates  # `_commit` has to be the only owner
@@ -100,26 +106,27 @@ def backward(
     return info
 
 
-def _aggregate(method: Method, rows: Any, parts: list[list[Tensor]]) -> tuple[Sequence[Tensor | None], Info]:
+def _aggregate(
+    method: Method, rows: Any, parts: list[list[Tensor]], context: Context
+) -> tuple[Sequence[Tensor | None], Info]:
     """Gradients of the shared parameters from those of the tasks."""
     if not isinstance(rows, list):
-        updates, info = rows.combine(method._weigh)
+        updates, info = rows.combine(method._weigh, context)
         _check_reached([updates], "shared")  # not earlier: all processes have to get there
         return updates, info
     _check_reached(rows, "shared")
-    return _by_group(method, rows, parts) if parts else method._aggregate_rows(rows)
+    return _by_group(method, rows, parts, context) if parts else method._aggregate_rows(rows, None, context)
 
 
 def _aggregate_at(
-    method: Method, rows: list[Row], representation: list[Tensor], process_group: Any
+    method: Method, rows: list[Row], representation: list[Tensor], group: Any, context: Context
 ) -> tuple[Sequence[Tensor | None], Info]:
     """One cotangent of the representation from those of the tasks."""
-    if process_group is None:
+    if group is None:
         _check_reached(rows, "representation")
-        return method._aggregate_rows(rows)
-    group = _distributed().gram_group(process_group)
+        return method._aggregate_rows(rows, None, context)
     flat = [g for row in rows for g in row]
-    return method._aggregate_part(flat, representation, lambda M: _distributed().reduce_gram(M, group))
+    return method._aggregate_part(flat, representation, lambda M: _distributed().reduce_gram(M, group), context)
 
 
 def _check_gathered(parameters: Iterable[Tensor]) -> None:
@@ -199,7 +206,9 @@ def _batched_passes(
         rows.append([None if g is None else g[t] for g in grads])
 
 
-def _by_group(method: Method, rows: list[Row], groups: list[list[Tensor]]) -> tuple[list[Tensor | None], Info]:
+def _by_group(
+    method: Method, rows: list[Row], groups: list[list[Tensor]], context: Context
+) -> tuple[list[Tensor | None], Info]:
     """Each group of parameters aggregated on its own; one batched problem for the weights of all."""
     T, end = len(rows), 0
     lists: list[list[Tensor | None]] = []
@@ -208,7 +217,8 @@ def _by_group(method: Method, rows: list[Row], groups: list[list[Tensor]]) -> tu
         lists.append(check_rows([row[start:end] for row in rows])[0])
     dtypes = {p.dtype for group in groups for p in group}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    info = method._weigh(torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists]), coarsest)
+    grams = torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists])
+    info = method._weigh(grams, coarsest, context)
     updates: list[Tensor | None] = []
     for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
         results = [torch.empty_like(p) for p in group]
@@ -429,6 +439,10 @@ def _check_options(
     if (groups is not None or process_group is not None) and not method._on_gram:
         what = "groups" if groups is not None else "process_group"
         raise ValueError(f"{what}: expected a method that works on the Gram matrix, got {describe(method)}")
+    if process_group is not None and method._needs_losses:
+        raise ValueError(
+            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
+        )
 
 
 def _sharded(parameters: list[Tensor], features: Any, groups: Any, scale_heads: bool, process_group: Any) -> bool:

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
     from fastmtl.info import Info
+    from fastmtl.weighting._context import Context
 
-__all__ = ["AveragedRows", "check_gathered", "gram_group", "is_sharded", "reduce_gram", "sharded_update"]
+__all__ = ["AveragedRows", "agree", "check_gathered", "gram_group", "is_sharded", "reduce_gram", "sharded_update"]
 
-# M [T, T] (float64) and the coarsest dtype among the gradients behind it -> task weights, as `Info.alpha`.
-Weigh: TypeAlias = "Callable[[Tensor, torch.dtype], Info]"
+# M [T, T] (float64), the coarsest dtype among the gradients behind it, and what else the step brings -> task weights,
+# as `Info.alpha`.
+Weigh: TypeAlias = "Callable[[Tensor, torch.dtype, Context], Info]"
 
 # Ours for each default group that was met; a destroyed one takes its entry with it.
 _groups: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
@@ -89,6 +91,18 @@ def reduce_gram(M: Tensor, group: ProcessGroup) -> Tensor:
     return total.div_(dist.get_world_size(group) ** 2)
 
 
+def agree(x: Tensor, group: ProcessGroup) -> Tensor:
+    """What the first rank of the group has, on all: methods that draw at random have to draw the same.
+
+    Args:
+        x: overwritten on the other ranks.
+        group: from `gram_group`.
+    """
+    with _together():
+        dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
 class AveragedRows:
     """T task gradients averaged over ranks, of which this rank keeps its share of the columns: [T, P/W].
 
@@ -98,7 +112,7 @@ class AveragedRows:
         rows = AveragedRows(shared, tasks=T, group=gram_group())
         for loss in losses:
             rows.append(torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True))
-        updates, info = rows.combine(weigh)
+        updates, info = rows.combine(weigh, context)
 
     Args:
         parameters: the K shared parameters. They fix the layout, since which gradients are missing may differ between
@@ -132,12 +146,13 @@ class AveragedRows:
                 bucket.scatter(self._filled, row)
         self._filled += 1
 
-    def combine(self, weigh: Weigh) -> tuple[list[Tensor | None], Info]:
+    def combine(self, weigh: Weigh, context: Context) -> tuple[list[Tensor | None], Info]:
         """The aggregation of the averaged gradients, the same bits on every rank.
 
         Args:
-            weigh: a method's map from the Gram matrix (float64 [T, T]) and the coarsest dtype of the gradients to an
-                `Info` with the task weights `alpha`.
+            weigh: a method's map from the Gram matrix (float64 [T, T]), the coarsest dtype of the gradients and the
+                context to an `Info` with the task weights `alpha`.
+            context: what the step brings besides gradients; where `weigh` draws at random it has to have `agree`.
 
         Returns:
             K updates of the parameters' shapes and dtypes (None where no task of any rank has a gradient), and what
@@ -155,7 +170,7 @@ class AveragedRows:
             reached = torch.tensor(self._reached, dtype=torch.float64)
             message = torch.cat([M.view(-1), reached.to(self._device, non_blocking=True)])
             _all_reduce(message, self._group)
-            info = weigh(message[: T * T].view(T, T), self._coarsest)
+            info = weigh(message[: T * T].view(T, T), self._coarsest, context)
             updates: list[Tensor | None] = [None] * len(self._reached)
             for bucket in self._buckets:
                 for k, update in bucket.gather(info.alpha):
@@ -254,7 +269,12 @@ def check_gathered(parameters: Iterable[Tensor]) -> None:
 
 
 def sharded_update(
-    losses: Sequence[Tensor], parameters: Sequence[DTensor], weigh: Weigh, *, retain_graph: bool = False
+    losses: Sequence[Tensor],
+    parameters: Sequence[DTensor],
+    weigh: Weigh,
+    context: Context,
+    *,
+    retain_graph: bool = False,
 ) -> tuple[list[Tensor | None], Info]:
     """The aggregation of the task gradients of parameters under `fully_shard` (FSDP2), from T backward calls.
 
@@ -267,6 +287,7 @@ def sharded_update(
         losses: T scalar losses.
         parameters: the K shared parameters: DTensors on one mesh, taken from the module before its forward.
         weigh: as in `AveragedRows.combine`.
+        context: what the step brings besides gradients.
         retain_graph: keep the graph for another backward.
 
     Returns:
@@ -294,7 +315,9 @@ def sharded_update(
     with torch.no_grad():
         counted = [k for k in reached if _counts(parameters[k])]
         M = _sharded_gram([row[k] for row in rows for k in counted], len(rows), parameters[0])
-        info = weigh(M, _coarsest(parameters))
+        mesh = parameters[0].device_mesh
+        context = context._replace(agree=lambda x: _agree_over(mesh, x))
+        info = weigh(M, _coarsest(parameters), context)
         shards = [torch.empty_like(_local(parameters[k])) for k in reached]
         ops.combine_rows([row[k] for row in rows for k in reached], info.alpha, shards)
         updates: list[Tensor | None] = [None] * len(parameters)
@@ -311,6 +334,13 @@ def _sharded_gram(grads: list[Tensor | None], tasks: int, like: DTensor) -> Tens
     for dim in range(mesh.ndim):
         _all_reduce(total, mesh.get_group(dim))
     return total.to(_local(like).device)
+
+
+def _agree_over(mesh: Any, x: Tensor) -> Tensor:
+    here = x.to(mesh.device_type)
+    for dim in range(mesh.ndim):
+        agree(here, mesh.get_group(dim))
+    return here.to(x.device)
 
 
 def _counts(parameter: DTensor) -> bool:

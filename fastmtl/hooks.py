@@ -8,7 +8,7 @@ other: one autograd node with T outputs, which is told all gradients at once, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmtl._inputs import DTYPES, describe
 from fastmtl._structure import map_tensors, tensors_of
 from fastmtl.info import Info
+from fastmtl.weighting._context import Context
 from fastmtl.weighting._method import Method
 
 __all__ = ["FanOut", "check_method", "fan_out"]
@@ -32,6 +33,7 @@ def fan_out(
     via: str = "node",
     info: Info | None = None,
     global_gram: Any = False,
+    grad_scale: Tensor | float | None = None,
 ) -> FanOut:
     """T aliases of a shared representation, one for each task's head, for aggregation in one ordinary backward.
 
@@ -59,6 +61,10 @@ def fan_out(
         global_gram: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
             the whole batch, so that averaging the encoder's gradients over processes gives what one process would get.
             Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`.
+        grad_scale: the factor S by which a loss scaler multiplies the losses (`scaler.get_scale()`), for methods that
+            are not homogeneous: see `Method.__call__`.
+
+    Methods that need the losses take them from `hs.total(losses)`.
 
     Returns:
         A sequence of T aliases, each of the structure of `h`, with `info`, `gradients` and `total`.
@@ -66,8 +72,10 @@ def fan_out(
     Raises:
         TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
         ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
-            with a method that does not work on the Gram, or inside `torch.compile`, `info` for another number of tasks.
-        RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward.
+            with a method that does not work on the Gram or needs the losses, `info` for another number of tasks;
+            inside `torch.compile`: `global_gram`, `grad_scale` or a method that needs the losses.
+        RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
+            method needs losses and `total` was not called.
     """
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
@@ -80,13 +88,16 @@ def fan_out(
     if not sources:
         return FanOut([h] * tasks, None, info, None)
 
-    reduce = _reduction(method, global_gram)
+    reduce, agree = _reduction(method, global_gram)
     if torch.compiler.is_compiling():
-        if reduce is not None:
-            raise ValueError("global_gram: not available inside torch.compile; call fan_out outside")
+        if reduce is not None or grad_scale is not None or method._needs_losses:
+            raise ValueError(
+                "fan_out: global_gram, grad_scale and methods that need the losses are not available inside "
+                "torch.compile; call fan_out outside"
+            )
         outputs = _TracedNode.apply(method, tasks, info, *sources)
         return FanOut(_aliases(h, sources, outputs, tasks), None, info, None)
-    capture = _Capture(method, tasks, sources, info, reduce)
+    capture = _Capture(method, tasks, sources, info, reduce, Context(None, grad_scale, agree))
     outputs = (_Node.apply if via == "node" else _with_hooks)(capture, *sources)
     return FanOut(_aliases(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
 
@@ -142,7 +153,7 @@ class FanOut(Sequence[Any]):
 
     @property
     def info(self) -> Info | None:
-        """`alpha`, `gram`, `eigenvalues`, `rank` of the last backward; None before one, unless buffers were given."""
+        """What the method saw and did in the last backward; None before one, unless buffers were given."""
         return self._info if self._capture is None else self._capture.info
 
     @property
@@ -166,12 +177,17 @@ class FanOut(Sequence[Any]):
         """The plain sum of the losses, tied to the aliases even where no loss uses one.
 
         With `global_gram` every process has to take part in the backward of the representation, also one that has no
-        example for any task: the others would wait for it.
+        example for any task: the others would wait for it. Methods that need the losses take them from here.
 
         Args:
-            losses: scalars, any number of them.
+            losses: scalars: one for each task where the method needs them, else any number of them.
+
+        Raises:
+            ValueError: no loss, or not T of them where the method needs them.
         """
         parts = list(losses)
+        if self._capture is not None and self._capture.method._needs_losses:
+            self._capture.take(parts)
         if self._anchor is not None:
             parts.append(self._anchor)
         if not parts:
@@ -195,8 +211,10 @@ class _Capture:
         sources: Sequence[Tensor],
         info: Info | None,
         reduce: Callable[[Tensor], Tensor] | None,
+        context: Context,
     ) -> None:
         self.method = method
+        self.context = context
         self.tasks = tasks
         self.tensors = len(sources)
         self.buffers = info
@@ -204,6 +222,10 @@ class _Capture:
         self.info = info
         self.gradients: Sequence[Tensor | None] | None = None
         self._sources = [x.detach() for x in sources] if reduce is not None else []
+
+    def take(self, losses: Sequence[Tensor]) -> None:
+        """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
+        self.context = self.context._replace(losses=self.method._context(losses, self.tasks).losses)
 
     def aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """K gradients for the encoder from the T·K that were captured (entry t·K + k)."""
@@ -218,9 +240,13 @@ class _Capture:
     def _aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         updates: Sequence[Tensor | None]
         if self.reduce is not None:
-            updates, info = self.method._aggregate_part(grads, self._sources, self.reduce)
+            updates, info = self.method._aggregate_part(grads, self._sources, self.reduce, self.context)
         elif any(g is not None for g in grads):
-            updates, info = self.method._aggregate_flat(grads, self.tensors)
+            if self.method._needs_losses and self.context.losses is None:
+                raise RuntimeError(
+                    f"fan_out: {self.method!r} needs the losses: sum them by the fan-out's total(losses)"
+                )
+            updates, info = self.method._aggregate_flat(grads, self.tensors, None, self.context)
         else:
             return [None] * self.tensors
         self.gradients = grads
@@ -358,16 +384,23 @@ def _aliases(h: Any, sources: Sequence[Tensor], outputs: Sequence[Tensor], tasks
     return [map_tensors(alias_of(t), h) for t in range(tasks)]
 
 
-def _reduction(method: Method, group: Any) -> Callable[[Tensor], Tensor] | None:
-    """What turns this process's Gram into the whole batch's; None for one process."""
+_OfTensor: TypeAlias = "Callable[[Tensor], Tensor] | None"
+
+
+def _reduction(method: Method, group: Any) -> tuple[_OfTensor, _OfTensor]:
+    """What turns this process's Gram into the whole batch's, and what makes a tensor the same; None for one process."""
     if group is False or group is None:
-        return None
+        return None, None
     if not method._on_gram:
         raise ValueError(f"global_gram: expected a method that works on the Gram matrix, got {describe(method)}")
+    if method._needs_losses:
+        raise ValueError(
+            f"global_gram: expected a method that needs no losses (each process has others), got {method!r}"
+        )
     from fastmtl import distributed  # here: not every torch is built with it
 
     own = distributed.gram_group(group)
-    return lambda M: distributed.reduce_gram(M, own)
+    return lambda M: distributed.reduce_gram(M, own), lambda x: distributed.agree(x, own)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -19,7 +19,25 @@ from torch import Tensor, library
 
 from fastmtl import reference
 
-__all__ = ["EXTENSIONS", "align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
+__all__ = [
+    "EXTENSIONS",
+    "align",
+    "align_rows",
+    "balance",
+    "cagrad",
+    "combine",
+    "combine_rows",
+    "dual_cone",
+    "eigh",
+    "gradvac",
+    "gram",
+    "gram_rows",
+    "mgda",
+    "nash",
+    "pcgrad",
+    "sign_drop",
+    "sign_drop_rows",
+]
 
 _POLICY = "Tensor? weights, str scale, float rtol, float zero, str rank_rule"
 _SCHEMAS = (
@@ -32,6 +50,14 @@ _SCHEMAS = (
     f"align_rows(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out)"
     " -> (Tensor gram, Tensor alpha, Tensor eigenvalues, Tensor rank)",
     "eigh(Tensor M) -> (Tensor eigenvalues, Tensor eigenvectors)",
+    "mgda(Tensor M) -> (Tensor alpha, Tensor residual)",
+    "dual_cone(Tensor M, Tensor? weights, bool each) -> (Tensor alpha, Tensor residual)",
+    "cagrad(Tensor M, float c) -> (Tensor alpha, Tensor residual)",
+    "nash(Tensor M, float power) -> (Tensor alpha, Tensor residual)",
+    "pcgrad(Tensor M, Tensor seed, bool per_task) -> Tensor alpha",
+    "gradvac(Tensor M, Tensor seed, float beta, Tensor(a!) targets) -> Tensor alpha",
+    "sign_drop(Tensor G, Tensor seed, Tensor? leak, Tensor(a!) out) -> ()",
+    "sign_drop_rows(Tensor?[] grads, int tasks, Tensor seed, Tensor? leak, Tensor(a!)[] out) -> ()",
 )
 
 _library = library.Library("fastmtl", "DEF")
@@ -66,6 +92,14 @@ combine_rows = torch.ops.fastmtl.combine_rows.default
 align = torch.ops.fastmtl.align.default
 align_rows = torch.ops.fastmtl.align_rows.default
 eigh = torch.ops.fastmtl.eigh.default
+mgda = torch.ops.fastmtl.mgda.default
+dual_cone = torch.ops.fastmtl.dual_cone.default
+cagrad = torch.ops.fastmtl.cagrad.default
+nash = torch.ops.fastmtl.nash.default
+pcgrad = torch.ops.fastmtl.pcgrad.default
+gradvac = torch.ops.fastmtl.gradvac.default
+sign_drop = torch.ops.fastmtl.sign_drop.default
+sign_drop_rows = torch.ops.fastmtl.sign_drop_rows.default
 
 
 def _device(grads: Sequence[Tensor | None]) -> torch.device:
@@ -126,6 +160,54 @@ def _(M: Tensor) -> tuple[Tensor, Tensor]:
     return M.new_empty(M.shape[:-1]), M.new_empty(M.shape)
 
 
+def _weights_of(M: Tensor) -> Tensor:
+    return M.new_empty(M.shape[:-1], dtype=torch.float64)
+
+
+def _solution_of(M: Tensor) -> tuple[Tensor, Tensor]:
+    return _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.float64)
+
+
+@library.register_fake("fastmtl::mgda")
+def _(M: Tensor) -> tuple[Tensor, Tensor]:
+    return _solution_of(M)
+
+
+@library.register_fake("fastmtl::dual_cone")
+def _(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
+    return _solution_of(M)
+
+
+@library.register_fake("fastmtl::cagrad")
+def _(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    return _solution_of(M)
+
+
+@library.register_fake("fastmtl::nash")
+def _(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    return _solution_of(M)
+
+
+@library.register_fake("fastmtl::pcgrad")
+def _(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
+    return _weights_of(M)
+
+
+@library.register_fake("fastmtl::gradvac")
+def _(M: Tensor, seed: Tensor, beta: float, targets: Tensor) -> Tensor:
+    return _weights_of(M)
+
+
+@library.register_fake("fastmtl::sign_drop")
+def _(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None:
+    return None
+
+
+@library.register_fake("fastmtl::sign_drop_rows")
+def _(grads: Sequence[Tensor | None], tasks: int, seed: Tensor, leak: Tensor | None, out: Sequence[Tensor]) -> None:
+    return None
+
+
 def _gram_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0])
 
@@ -147,5 +229,5 @@ def _refuse(name: str):
 
 
 # Without a formula the results would silently claim to require grad.
-for _name in ("gram_rows", "balance", "eigh"):
+for _name in ("gram_rows", "balance", "eigh", "mgda", "dual_cone", "cagrad", "nash", "pcgrad"):
     library.register_autograd(f"fastmtl::{_name}", _refuse(_name))

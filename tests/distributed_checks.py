@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
 from fastmtl import distributed
+from fastmtl.weighting._context import NOTHING, Context
 
 TASKS = 3
 BATCH = 8
@@ -96,8 +97,8 @@ def assert_same_bits(x: Tensor) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-def weigh(M: Tensor, dtype: torch.dtype) -> fastmtl.Info:
-    return fastmtl.AlignedMTL()._weigh(M, dtype)
+def weigh(M: Tensor, dtype: torch.dtype, context: Context) -> fastmtl.Info:
+    return fastmtl.AlignedMTL()._weigh(M, dtype, context)
 
 
 # ------------------------------------------------------------------------------------------------ Gram and group
@@ -195,7 +196,7 @@ def _check_averaged(dtypes: list[torch.dtype], missing: bool, limit: float) -> N
     for row in local_rows(dtypes, rank, missing):
         rows.append(row)
     seen = []
-    updates, info = rows.combine(lambda M, dtype: seen.append(dtype) or weigh(M, dtype))
+    updates, info = rows.combine(lambda M, dtype, context: seen.append(dtype) or weigh(M, dtype, context), NOTHING)
     assert seen == [max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
 
     reached = [k for k in range(len(SHAPES)) if not (missing and k == 4)]

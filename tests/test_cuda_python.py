@@ -218,6 +218,15 @@ def test_every_op(watch):
     ops.align(G, *policy, out)
     ops.align_rows(list(G), 3, *policy, [out])
     ops.eigh(M)
+    seed = cuda((), dtype=torch.int64)
+    ops.mgda(M)
+    ops.dual_cone(M, alpha, True)
+    ops.cagrad(M, 0.5)
+    ops.nash(M, 1.0)
+    ops.pcgrad(M, seed, True)
+    ops.gradvac(M, seed, 0.5, cuda(3, 3, dtype=F64))
+    ops.sign_drop(G, seed, None, out)
+    ops.sign_drop_rows(list(G), 3, seed, None, [out])
     assert {name for name in watch.ops if name.startswith("fastmtl")} == {
         f"fastmtl::{name}" for name in ops.__all__ if name.islower()
     }
@@ -254,7 +263,7 @@ def test_backward_from_gradients_to_the_commit(watch, monkeypatch, weights, scal
     method = with_weights(weights, 3)
     info = method.backward(losses, shared=model.trunk.parameters(), scale_heads=scale_heads)
     assert {id(p) for p in committed} == {id(p) for p in model.parameters()}
-    assert all(x.device.type == "cuda" for x in vars(info).values())
+    assert all(x.device.type == "cuda" for x in vars(info).values() if x is not None)
     assert watch.ops.count("fastmtl::align_rows") == 1
 
 

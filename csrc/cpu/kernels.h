@@ -33,6 +33,16 @@ struct Kernels {
       int64_t end,
       bool stream);
 
+  // GradDrop of columns [begin, end), column c drawing the random number first + c; `stream` writes past the cache.
+  void (*sign_drop)(
+      const Gradients& G,
+      uint64_t seed,
+      int64_t first,
+      const double* leak, // [T], or null where nothing leaks
+      int64_t begin,
+      int64_t end,
+      bool stream);
+
   // `count` <= lanes symmetric matrices at once (lower triangle read), ascending eigenvalues, eigenvectors in columns.
   // `scratch` holds eigh_lanes_scratch(T) doubles, aligned to 64 bytes.
   void (*eigh_lanes)(
@@ -51,6 +61,53 @@ struct Kernels {
       double* eigenvalues, // [T]
       double* X,           // [T, psd_stride(T)], aligned to 64 bytes
       double* scratch);    // [2 T]
+
+  // Task weights of one Gram matrix of finite entries, and how far they are from optimal; see csrc/math. `scratch`
+  // holds what <name>_scratch(T) there says.
+  double (*mgda)(
+      const double* M, // [T, T]
+      int64_t T,
+      double* alpha, // [T]
+      double* scratch);
+  double (*dual_cone)(
+      const double* M, // [T, T]
+      int64_t T,
+      const double* u, // [T]
+      double* v,       // [T]
+      double* scratch);
+  double (*cagrad)(
+      const double* M, // [T, T]
+      int64_t T,
+      double c,
+      double* alpha, // [T]
+      double* scratch);
+  double (*nash)(
+      const double* M, // [T, T]
+      int64_t T,
+      double power,
+      double* alpha, // [T]
+      double* scratch);
+
+  // The weights v of what becomes of gradient i of matrix b; `scratch` holds conflicts_scratch(T) doubles.
+  void (*pcgrad_row)(
+      const double* M, // [T, T]
+      int64_t T,
+      uint64_t seed,
+      int64_t b,
+      int64_t i,
+      bool per_task,
+      double* v, // [T]
+      double* scratch);
+  void (*gradvac_row)(
+      const double* M, // [T, T]
+      int64_t T,
+      uint64_t seed,
+      int64_t b,
+      int64_t i,
+      double beta,
+      double* targets, // [T], updated
+      double* v,       // [T]
+      double* scratch);
 };
 
 constexpr int64_t psd_stride(int64_t T) {

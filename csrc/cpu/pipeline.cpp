@@ -365,6 +365,24 @@ void combine_serial(const Gradients& G, const double* alpha) {
   kernels().combine(G, alpha, 0, columns(G), false);
 }
 
+// Calls f(begin, end, stream) for ranges of columns that make up all of G, on several threads where it is large.
+template <class F>
+void share_columns(const Gradients& G, F&& f) {
+  constexpr int64_t kUnit = 1024; // columns
+  const int64_t P = columns(G), units = (P + kUnit - 1) / kUnit;
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < G.count; ++k) {
+    bytes += G.tasks * G.segments[k].length * element_size(G.segments[k].dtype);
+  }
+  if (bytes < (1 << 18)) {
+    f(0, P, false);
+    return;
+  }
+  parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
+    f(begin * kUnit, std::min(end * kUnit, P), bytes > kStreamBytes);
+  });
+}
+
 // Batches are shared out over threads where the entries are many or small, else each entry is.
 bool share_out(const Gradients* G, int64_t B) {
   return B >= 4 && G[0].tasks <= kMaxJacobiTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
@@ -430,21 +448,7 @@ void balance(
 }
 
 void combine(const Gradients& G, const double* alpha) {
-  constexpr int64_t kUnit = 1024; // columns
-  const int64_t P = columns(G), units = (P + kUnit - 1) / kUnit;
-  int64_t bytes = 0;
-  for (int64_t k = 0; k < G.count; ++k) {
-    const int64_t element = G.segments[k].dtype == Dtype::f64 ? 8 : G.segments[k].dtype == Dtype::f32 ? 4 : 2;
-    bytes += G.tasks * G.segments[k].length * element;
-  }
-  const bool stream = bytes > kStreamBytes;
-  if (bytes < (1 << 18)) {
-    kernels().combine(G, alpha, 0, P, false);
-    return;
-  }
-  parallel_for(0, units, 4, [&](int64_t begin, int64_t end) {
-    kernels().combine(G, alpha, begin * kUnit, std::min(end * kUnit, P), stream);
-  });
+  share_columns(G, [&](int64_t begin, int64_t end, bool stream) { kernels().combine(G, alpha, begin, end, stream); });
 }
 
 void combine_batch(const Gradients* G, int64_t B, const double* alpha) {
@@ -459,6 +463,23 @@ void combine_batch(const Gradients* G, int64_t B, const double* alpha) {
   }
   for (int64_t b = 0; b < B; ++b) {
     combine(G[b], alpha + b * T);
+  }
+}
+
+void sign_drop(const Gradients* G, int64_t B, uint64_t seed, const double* leak) {
+  const int64_t P = B ? columns(G[0]) : 0;
+  if (B && share_out(G, B)) {
+    parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        kernels().sign_drop(G[b], seed, b * P, leak, 0, P, false);
+      }
+    });
+    return;
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    share_columns(G[b], [&](int64_t begin, int64_t end, bool stream) {
+      kernels().sign_drop(G[b], seed, b * P, leak, begin, end, stream);
+    });
   }
 }
 

@@ -12,8 +12,9 @@ from fastmtl import ops
 from fastmtl._inputs import DTYPES, Rows, check_apart, check_matrix, check_out, check_rows, describe
 from fastmtl.backward import backward
 from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context, checked_losses
 
-__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
+__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written", "where_finite"]
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
@@ -22,12 +23,15 @@ class Method:
     """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
 
     _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
+    _needs_losses: bool = False
 
     @overload
-    def __call__(self, gradients: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
     @overload
-    def __call__(self, gradients: Rows, out: Sequence[Tensor | None] | None = None) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None):
+    def __call__(
+        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+    ) -> list[Tensor | None]: ...
+    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
@@ -35,6 +39,10 @@ class Method:
                 rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
                 gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
             out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients.
+            losses: the T task losses, for the methods that need them; others take no notice.
+            grad_scale: the factor S (a float or a tensor []) by which a loss scaler has multiplied losses and
+                gradients. Only methods that are not homogeneous take notice: their weights are those of the unscaled
+                gradients, and the result is S times theirs.
 
         Returns:
             [P] or [B, P] for a matrix; for rows a list of K tensors (None where no task has a gradient). A non-finite
@@ -44,12 +52,16 @@ class Method:
             TypeError: integer, complex or sparse gradients, or something that is no tensor.
             ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
                 gradients that require grad, weights of another length than T, an `out` that does not fit or overlaps an
-                input.
+                input, losses that are missing or not T of them.
         """
         if not isinstance(gradients, Tensor):
-            return self._aggregate_rows(gradients, out)[0]
+            rows = isinstance(gradients, (list, tuple))
+            context = self._context(losses, len(gradients), grad_scale) if rows else NOTHING
+            return self._aggregate_rows(gradients, out, context)[0]
         out = checked_out(gradients, out)
-        self._aggregate_matrix(gradients, out)
+        T = gradients.shape[-2]
+        self._check_tasks(T)
+        self._aggregate_matrix(gradients, out, self._context(losses, T, grad_scale))
         mark_written(out)
         return out
 
@@ -65,6 +77,7 @@ class Method:
         scale_heads: bool = False,
         retain_graph: bool = False,
         process_group: Any = None,
+        grad_scale: Tensor | float | None = None,
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -96,9 +109,11 @@ class Method:
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
                 all processes). Every process has to call. The other parameters' gradients stay those of the process:
                 DistributedDataParallel averages them.
+            grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
+                methods that are not homogeneous: see `__call__`.
 
         Returns:
-            What the method saw and did: `alpha`, `gram`, `eigenvalues`, `rank`.
+            What the method saw and did.
 
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
@@ -117,16 +132,34 @@ class Method:
             scale_heads=scale_heads,
             retain_graph=retain_graph,
             process_group=process_group,
+            grad_scale=grad_scale,
         )
+
+    def _context(
+        self,
+        losses: Sequence[Tensor] | Tensor | None,
+        T: int,
+        grad_scale: Tensor | float | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> Context:
+        """What the step brings besides gradients; the losses only where they are needed."""
+        if not self._needs_losses:
+            return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
+        if losses is None:
+            raise ValueError(f"losses: expected the {T} task losses, which {self!r} needs, got none")
+        context = Context(None, grad_scale, agree)
+        return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
     def _check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
         raise NotImplementedError
 
-    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
         """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
 
         `dtype` is the coarsest among the gradients.
@@ -134,16 +167,21 @@ class Method:
         raise NotImplementedError
 
     def _aggregate_rows(
-        self, rows: Rows, out: Sequence[Tensor | None] | None = None
+        self, rows: Rows, out: Sequence[Tensor | None] | None = None, context: Context = NOTHING
     ) -> tuple[list[Tensor | None], Info]:
         """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
         grads, K = check_rows(rows)
         if not K:
             raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
-        return self._aggregate_flat(grads, K, out)
+        self._check_tasks(len(rows))
+        return self._aggregate_flat(grads, K, out, context)
 
     def _aggregate_flat(
-        self, grads: Sequence[Tensor | None], K: int, out: Sequence[Tensor | None] | None = None
+        self,
+        grads: Sequence[Tensor | None],
+        K: int,
+        out: Sequence[Tensor | None] | None = None,
+        context: Context = NOTHING,
     ) -> tuple[list[Tensor | None], Info]:
         """The same for T·K gradients that are known to fit together (entry t·K + k)."""
         T = len(grads) // K
@@ -152,7 +190,7 @@ class Method:
             for g in grads:
                 if g is not None:
                     target = torch.empty_like(g)
-                    info = self._aggregate_list(grads, T, g.dtype, [target])
+                    info = self._aggregate_list(grads, T, g.dtype, [target], context)
                     mark_written(target)
                     return [target], info
         like: dict[int, Tensor] = {}
@@ -176,12 +214,16 @@ class Method:
             check_apart(targets, [g for g in grads if g is not None])
         if len(like) < K:
             grads = [grads[t * K + k] for t in range(T) for k in like]
-        info = self._aggregate_list(grads, T, _coarsest(targets), targets)
+        info = self._aggregate_list(grads, T, _coarsest(targets), targets, context)
         mark_written(targets)
         return results, info
 
     def _aggregate_part(
-        self, grads: Sequence[Tensor | None], like: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]
+        self,
+        grads: Sequence[Tensor | None],
+        like: Sequence[Tensor],
+        reduce: Callable[[Tensor], Tensor],
+        context: Context = NOTHING,
     ) -> tuple[list[Tensor], Info]:
         """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
 
@@ -192,12 +234,12 @@ class Method:
             M = ops.gram_rows(grads, T)
         else:
             M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
-        info = self._weigh(reduce(M), _coarsest(like))
+        info = self._weigh(reduce(M), _coarsest(like), context)
         results = [torch.empty_like(x) for x in like]
         ops.combine_rows(grads, info.alpha, results)
         return results, info
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info:
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
         raise NotImplementedError
 
@@ -207,19 +249,30 @@ class GramMethod(Method):
 
     _on_gram = True
 
-    def weighting(self, M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def weighting(
+        self,
+        M: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        losses: Sequence[Tensor] | Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
+
+        For a method with state this is a step: it changes the state.
 
         Args:
             M: Gram matrix [T, T] or a batch [B, T, T], float32 or float64.
             dtype: dtype of the gradients behind `M`, which sets default tolerances; default: that of `M`.
+            losses: as in `__call__`.
+            grad_scale: as in `__call__`.
 
         Returns:
             α, float64, [T] or [B, T].
 
         Raises:
             TypeError: `M` is no float32 or float64 tensor.
-            ValueError: `M` is not square.
+            ValueError: `M` is not square, weights or losses of another length than T, losses that are missing.
         """
         if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
@@ -227,15 +280,24 @@ class GramMethod(Method):
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
-        return self._weigh(M, dtype or M.dtype).alpha
+        T = M.shape[-1]
+        self._check_tasks(T)
+        return self._weigh(M, dtype or M.dtype, self._context(losses, T, grad_scale)).alpha
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
-        ops.combine(G, self._weigh(ops.gram(G), G.dtype).alpha, out)
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.combine(G, self._weigh(ops.gram(G), G.dtype, context).alpha, out)
 
-    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
-        info = self._weigh(ops.gram_rows(grads, T), dtype)
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        info = self._weigh(ops.gram_rows(grads, T), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info
+
+
+def where_finite(M: Tensor, alpha: Tensor) -> Tensor:
+    """α [T] or [..., T] where M [..., T, T] is finite, else NaN: one bad gradient makes the whole result non-finite."""
+    return torch.where(M.isfinite().all(-1).all(-1)[..., None], alpha, torch.nan)
 
 
 def checked_out(G: Tensor, out: Tensor | None) -> Tensor:

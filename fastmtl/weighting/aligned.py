@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl._inputs import Rows, describe
+from fastmtl._inputs import Rows
 from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod, checked_out, mark_written
+from fastmtl.weighting._weights import Weighted
 
 __all__ = ["AlignedMTL"]
 
@@ -20,10 +22,9 @@ _SCALES = ("min", "median", "rmse")
 _RANK_RULES = ("normalized", "gram")
 _EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
 _HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class AlignedMTL(GramMethod):
+class AlignedMTL(Weighted, GramMethod):
     """Aligned-MTL (paper, Algorithm 1): align the principal components of the task gradients, then sum them weighted.
 
     The gradient matrix G [T, P] is replaced by the nearest one with condition number 1 (Eq. 4 and 5), scaled by s, and
@@ -64,89 +65,58 @@ class AlignedMTL(GramMethod):
             raise ValueError(f"rank_rule: expected one of {_RANK_RULES}, got {rank_rule!r}")
         if rtol is not None and not (isinstance(rtol, (int, float)) and 0.0 <= rtol < math.inf):
             raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
-        self.weights: Tensor | str = _checked_weights(weights)
-        self._placed: dict[tuple[Tensor | str, int, torch.device], Tensor] = {}
+        super().__init__(weights)
         self.scale = scale
         self.rtol = None if rtol is None else float(rtol)
         self.rank_rule = rank_rule
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_placed": {}}  # pickles and copies hold the options alone
-
     def __repr__(self) -> str:
-        weights = repr(self.weights) if isinstance(self.weights, str) else str(self.weights.tolist())
-        return f"AlignedMTL(weights={weights}, scale={self.scale!r}, rtol={self.rtol!r}, rank_rule={self.rank_rule!r})"
+        return (
+            f"AlignedMTL(weights={self._weights_repr()}, scale={self.scale!r}, rtol={self.rtol!r}, "
+            f"rank_rule={self.rank_rule!r})"
+        )
 
     @overload
-    def __call__(self, gradients: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
     @overload
-    def __call__(self, gradients: Rows, out: Sequence[Tensor | None] | None = None) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None):
+    def __call__(
+        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+    ) -> list[Tensor | None]: ...
+    def __call__(self, gradients, out=None, **context):
         """The aligned gradient αᵀ G: see `Method.__call__`."""
-        if not isinstance(gradients, Tensor):
-            return self._aggregate_rows(gradients, out)[0]
+        if context or not isinstance(gradients, Tensor):
+            return super().__call__(gradients, out, **context)
         G = gradients
         if not isinstance(out, Tensor) or out.requires_grad or not out.is_cpu or G.requires_grad or not _HAS_KERNELS:
             out = checked_out(G, out)
         # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
         # long, and ours are asked only for what to say.
         try:
-            self._aggregate_matrix(G, out)
+            self._aggregate_matrix(G, out, NOTHING)
         except Exception:
             checked_out(G, out)
             raise
         mark_written(out)
         return out
 
-    def _check_tasks(self, T: int) -> None:
-        if isinstance(self.weights, Tensor) and self.weights.shape[0] != T:
-            raise ValueError(f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}")
-
-    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         ops.align(G, *self._policy(G.shape[-2], G.dtype, G), out)
 
-    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
         gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *self._policy(T, dtype, out[0]), out)
         return Info.of(alpha, gram, eigenvalues, rank)
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype) -> Info:
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, eigenvalues, rank = ops.balance(M, *self._policy(M.shape[-1], dtype, M))
         return Info.of(alpha, M, eigenvalues, rank)
 
     def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
         """The numerical decisions as the ops take them."""
-        weights: Tensor | None = None
-        if isinstance(self.weights, str):
-            if self.weights != "mean":
-                weights = self._weights_on(T, like)
-        else:
-            self._check_tasks(T)
-            weights = self.weights if self.weights.device == like.device else self._weights_on(T, like)
+        weights = self._task_weights(T, like)
         default, zero = _tolerances(T, dtype)
         return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
-
-    def _weights_on(self, T: int, like: Tensor) -> Tensor:
-        """The weights [T] where the gradients are. A copy is kept: to make one, the host waits for the device."""
-        # What a compiled or captured graph allocates is its own, and a fake tensor has no numbers.
-        if torch.compiler.is_compiling() or type(like) not in _PLAIN:
-            return self._new_weights(T, like)
-        weights = self.weights
-        key = (weights, T, like.device)
-        placed = self._placed.get(key)
-        if placed is None:
-            if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return self._new_weights(T, like)
-            with torch.inference_mode(False):
-                host = torch.ones(T, dtype=torch.float64, device="cpu") if isinstance(weights, str) else weights.cpu()
-                placed = host.to(like.device)  # from the host: complete for every stream when it returns
-            if type(placed) is Tensor:
-                self._placed[key] = placed
-        return placed
-
-    def _new_weights(self, T: int, like: Tensor) -> Tensor:
-        if isinstance(self.weights, str):
-            return like.new_ones(T, dtype=torch.float64)
-        return self.weights.to(like.device)
 
 
 def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -156,23 +126,3 @@ def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
     if dtype is torch.float64:
         return math.sqrt(T * _EPS64), _EPS64
     return max(math.sqrt(T * _EPS32), EPS[dtype]), _EPS32
-
-
-def _checked_weights(weights: Tensor | Sequence[float] | str | None) -> Tensor | str:
-    if weights is None:
-        return "mean"
-    if isinstance(weights, str):
-        if weights not in ("mean", "sum"):
-            raise ValueError(f'weights: expected None, "mean", "sum" or T numbers, got {weights!r}')
-        return weights
-    if not isinstance(weights, (Tensor, list, tuple)):
-        raise TypeError(f'weights: expected None, "mean", "sum" or T numbers, got {describe(weights)}')
-    try:
-        w = torch.as_tensor(weights, dtype=torch.float64).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f'weights: expected None, "mean", "sum" or T numbers, got {weights!r}') from error
-    if w.ndim != 1 or w.shape[0] == 0:
-        raise ValueError(f"weights: expected shape [T], got {list(w.shape)}")
-    if not bool(w.isfinite().all()):
-        raise ValueError(f"weights: expected finite numbers, got {w.tolist()}")
-    return w

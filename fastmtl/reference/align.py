@@ -1,8 +1,7 @@
-"""Pure PyTorch reference of every op: readable, device-independent, and the specification the kernels are held to.
+"""Gram matrix, weights of Aligned-MTL, recombination and the eigendecomposition behind them.
 
-Everything is computed in float64. These functions run wherever no kernel is built (see `fastmtl.ops`), so they follow
-the same accuracy policy as the kernels: small eigenproblems, and large ones whose diagonal is uneven, are solved by
-Jacobi rotations with a relative stopping rule; only large, even ones go to LAPACK.
+Small eigenproblems, and large ones whose diagonal is uneven, are solved by Jacobi rotations with a relative stopping
+rule; only large, even ones go to LAPACK.
 """
 
 from __future__ import annotations

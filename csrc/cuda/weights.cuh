@@ -1,0 +1,268 @@
+// Gram matrices -> task weights, T <= 64: the solvers of csrc/math with a warp as their team, one warp a block and a
+// block a problem. A problem is a matrix, or one task of a matrix where the method's weights are a sum over tasks
+// (Σ_i v_i); these sums are a kernel of their own, in the order of the tasks.
+//
+// A problem reads T² 8 bytes and writes T 8. What it costs is the length of its chain of small steps, each a barrier
+// of the warp and a trip to shared memory: O(T²) of them for a factorisation of T³/3 multiply-adds.
+#pragma once
+
+#include "../math/cagrad.h"
+#include "../math/conflicts.h"
+#include "../math/dual_cone.h"
+#include "../math/mgda.h"
+#include "../math/nash.h"
+#include "platform.h"
+
+namespace fastmtl::cuda {
+
+constexpr int kWarp = 32, kSumThreads = 256;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The team of math/team.h. All lanes get the same bits from a sum: partners add the same two numbers at every step.
+//
+// Also before its writes there is a barrier: a solver may read what it then has overwritten. Host functions in name
+// only, since the solvers are templates for both sides.
+struct Warp {
+  template <class F>
+  FASTMTL_HOST_DEVICE void each(int64_t n, F f) const {
+    sync();
+    for (int64_t i = lane(); i < n; i += kWarp) {
+      f(i);
+    }
+    sync();
+  }
+
+  template <class F>
+  FASTMTL_HOST_DEVICE double sum(int64_t n, F f) const {
+    double total = 0.0;
+    for (int64_t i = lane(); i < n; i += kWarp) {
+      total += f(i);
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      total += partner(total, offset);
+    }
+    return total;
+  }
+
+  template <class F>
+  FASTMTL_HOST_DEVICE double largest(int64_t n, F f) const {
+    double best = -kInfinity;
+    for (int64_t i = lane(); i < n; i += kWarp) {
+      const double x = f(i);
+      best = x > best ? x : best;
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const double x = partner(best, offset);
+      best = x > best ? x : best;
+    }
+    return best;
+  }
+
+  template <class F>
+  FASTMTL_HOST_DEVICE int64_t argmax(int64_t n, F f) const {
+    double best = -kInfinity;
+    int at = -1;
+    for (int64_t i = lane(); i < n; i += kWarp) {
+      const double x = f(i);
+      if (x > best) {
+        best = x;
+        at = int(i);
+      }
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const double x = partner(best, offset);
+      const int other = partner(at, offset);
+      if (x > best || (x == best && other < at)) { // only -infinity has no index, and that is less than any
+        best = x;
+        at = other;
+      }
+    }
+    return at;
+  }
+
+  template <class F>
+  FASTMTL_HOST_DEVICE void once(F f) const {
+    sync();
+    if (lane() == 0) {
+      f();
+    }
+    sync();
+  }
+
+ private:
+#if defined(__CUDA_ARCH__) || defined(FASTMTL_EMULATE)
+  FASTMTL_HOST_DEVICE static int lane() {
+    return int(threadIdx.x);
+  }
+  FASTMTL_HOST_DEVICE static void sync() {
+    __syncwarp();
+  }
+  template <class X>
+  FASTMTL_HOST_DEVICE static X partner(X x, int offset) {
+    return __shfl_xor_sync(kAllLanes, x, offset);
+  }
+#else
+  FASTMTL_HOST_DEVICE static int lane() {
+    return 0;
+  }
+  FASTMTL_HOST_DEVICE static void sync() {}
+  template <class X>
+  FASTMTL_HOST_DEVICE static X partner(X x, int) {
+    return x;
+  }
+#endif
+};
+
+// The methods: how many problems a matrix is, the doubles of scratch that each needs, and problem i of matrix b, which
+// leaves the weights v [T] and returns the residual.
+
+struct Mgda {
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return mgda_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t) const {
+    return 1;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
+    return fastmtl::mgda(Warp(), M, T, v, scratch);
+  }
+};
+
+struct DualCone {
+  const double* weights; // [T], or null
+  bool each;
+
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return T + dual_cone_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t T) const {
+    return each ? T : 1;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t i, double* v, double* u) const {
+    const double* const weights = this->weights;
+    const bool all = !each;
+    Warp().each(T, [=](int64_t t) { u[t] = !all && t != i ? 0.0 : weights ? weights[t] : 1.0 / double(T); });
+    return fastmtl::dual_cone(Warp(), M, T, u, v, u + T);
+  }
+};
+
+struct Cagrad {
+  double c;
+
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return cagrad_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t) const {
+    return 1;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
+    return fastmtl::cagrad(Warp(), M, T, c, v, scratch);
+  }
+};
+
+struct Nash {
+  double power;
+
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return nash_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t) const {
+    return 1;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
+    return fastmtl::nash(Warp(), M, T, power, v, scratch);
+  }
+};
+
+struct Pcgrad {
+  const int64_t* seed; // [1]
+  bool per_task;
+
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return conflicts_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t T) const {
+    return T;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t b, int64_t i, double* v, double* scratch) const {
+    pcgrad_row(Warp(), M, T, uint64_t(*seed), b, i, per_task, v, scratch);
+    return 0.0;
+  }
+};
+
+struct Gradvac {
+  const int64_t* seed; // [1]
+  double beta;
+  double* targets; // [B, T, T]
+
+  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
+    return conflicts_scratch(T);
+  }
+  __host__ __device__ int64_t problems(int64_t T) const {
+    return T;
+  }
+  __device__ double operator()(const double* M, int64_t T, int64_t b, int64_t i, double* v, double* scratch) const {
+    gradvac_row(Warp(), M, T, uint64_t(*seed), b, i, beta, targets + (b * T + i) * T, v, scratch);
+    return 0.0;
+  }
+};
+
+template <class Method>
+constexpr size_t solve_shared(int64_t T) {
+  return size_t(Method::scratch(T)) * sizeof(double);
+}
+
+// NaN, and nothing else done, where M is not finite.
+template <class Method>
+__global__ __launch_bounds__(kWarp) void solve(
+    const double* M, // [B, T, T]
+    int64_t T,
+    Method method,
+    double* workspace, // [B, problems, scratch] where that does not fit shared memory, else null
+    double* v,         // [B, problems, T]
+    double* residual) { // [B, problems], or null
+  FASTMTL_DYNAMIC_SHARED(shared);
+  const int64_t problems = method.problems(T), b = blockIdx.x / problems, i = blockIdx.x % problems;
+  double* scratch = workspace ? workspace + blockIdx.x * Method::scratch(T) : reinterpret_cast<double*>(shared);
+  M += b * T * T;
+  v += blockIdx.x * T;
+  double worst = 0.0 / 0.0;
+  if (Warp().sum(T * T, [=](int64_t n) { return M[n] * 0.0; }) == 0.0) {
+    worst = method(M, T, b, i, v, scratch);
+  } else {
+    Warp().each(T, [=](int64_t t) { v[t] = worst; });
+  }
+  if (residual && threadIdx.x == 0) {
+    residual[blockIdx.x] = worst;
+  }
+}
+
+// alpha = Σ_i v_i in the order of the tasks, and the worst of their residuals: a thread each number.
+__global__ __launch_bounds__(kSumThreads) void sum_tasks(
+    const double* v,         // [B, T, T]
+    const double* residuals, // [B, T], or null
+    int64_t B,
+    int64_t T,
+    double* alpha,      // [B, T]
+    double* residual) { // [B], or null
+  const int64_t k = int64_t(blockIdx.x) * kSumThreads + threadIdx.x, b = k / T;
+  if (b >= B) {
+    return;
+  }
+  double sum = 0.0, worst = 0.0;
+#pragma unroll 4
+  for (int64_t i = 0; i < T; ++i) {
+    sum += v[(b * T + i) * T + k % T];
+  }
+  alpha[k] = sum;
+  if (residuals && k % T == 0) {
+#pragma unroll 4
+    for (int64_t i = 0; i < T; ++i) {
+      const double x = residuals[b * T + i];
+      worst = x <= worst ? worst : x; // NaN stays
+    }
+    residual[b] = worst;
+  }
+}
+
+} // namespace fastmtl::cuda

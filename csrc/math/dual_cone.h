@@ -1,0 +1,46 @@
+// The projection of Gᵀu on the cone of directions that no task objects to: Gᵀv with v = argmin vᵀMv over v >= u
+// (Quinton and Rey 2024, proposition 1, for UPGrad and DualProj; Lopez-Paz and Ranzato 2017).
+//
+// With v = u + x it is min ½ xᵀMx + (Mu)ᵀx over x >= 0, here on rows of unit length.
+#pragma once
+
+#include "nonnegative.h"
+
+namespace fastmtl {
+namespace {
+
+FASTMTL_HOST_DEVICE constexpr int64_t dual_cone_scratch(int64_t T) {
+  return T * T + 4 * T + Nonnegative::scratch(T);
+}
+
+// Returns by how much Mv >= 0, with equality where v > u, is violated, relative to the lengths of the gradients and of
+// what is summed.
+template <class Team>
+FASTMTL_HOST_DEVICE double dual_cone(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    const double* u, // [T]
+    double* v,       // [T]
+    double* scratch) { // [dual_cone_scratch(T)]
+  double *const C = scratch, *const norms = C + T * T, *const inverse = norms + T;
+  double *const scaled = inverse + T, *const p = scaled + T;
+  unit_rows(team, M, T, C, norms, inverse);
+  team.each(T, [=](int64_t t) { v[t] = u[t]; });
+  const double longest = team.largest(T, [=](int64_t t) { return norms[t] * std::fabs(u[t]); });
+  if (!(longest > 0.0)) {
+    return 0.0;
+  }
+  team.each(T, [=](int64_t t) { scaled[t] = -norms[t] * u[t] / longest; });
+  multiply(team, C, T, scaled, p);
+  const double size = team.sum(T, [=](int64_t t) { return std::fabs(scaled[t]); });
+  Nonnegative problem(C, T, p + T);
+  problem.start(team, [=](int64_t t) { return p[t] > 0.0; });
+  const double residual = problem.solve_for(team, p, size);
+  const double* const x = problem.x;
+  team.each(T, [=](int64_t t) { v[t] = u[t] + x[t] * longest * inverse[t]; });
+  return residual;
+}
+
+} // namespace
+} // namespace fastmtl

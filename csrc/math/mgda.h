@@ -1,0 +1,78 @@
+// MGDA: the shortest vector g = Gᵀα of the convex hull of the gradients (Désidéri 2012; Sener and Koltun 2018).
+//
+// On rows of unit length, with b_t = (shortest length) / (length of t) and y_t ∝ α_t / b_t, it is the least m = yᵀCy
+// over y >= 0, bᵀy = 1. For x = s y the problem min ½ xᵀ(C + bbᵀ)x - bᵀx, x >= 0, is min s² (m + 1) / 2 - s =
+// -1 / (2 (m + 1)), which is best where m is least: one problem without the constraint, bounded also where g = 0.
+#pragma once
+
+#include "nonnegative.h"
+
+namespace fastmtl {
+namespace {
+
+// x [T] of `problem`, whose matrix this makes C + bbᵀ: scaled to Σx = 1. Returns by how much Wolfe's criterion
+// (Cx)_t >= b_t xᵀCx / bᵀx, with equality where x_t > 0, is violated.
+template <class Team>
+FASTMTL_HOST_DEVICE double shortest_point(
+    Team team,
+    Nonnegative& problem,
+    double* Q,       // [T, T], C on entry, the matrix of `problem`
+    const double* b, // [T]
+    double& square) { // xᵀCx
+  const int64_t T = problem.T;
+  for (int64_t i = 0; i < T; ++i) {
+    const double a = b[i];
+    double* q = Q + i * T;
+    team.each(T, [=](int64_t j) { q[j] += a * b[j]; });
+  }
+  problem.start(team, [](int64_t) { return true; });
+  problem.solve_for(team, b, 1.0);
+  double* const x = problem.x;
+  double* const slope = problem.slope;
+  const double total = problem.total(team);
+  const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
+  team.each(T, [=](int64_t t) {
+    slope[t] = (slope[t] + b[t] * (1.0 - along)) / total; // Cx
+    x[t] /= total;
+  });
+  square = team.sum(T, [=](int64_t t) { return x[t] * slope[t]; });
+  const double ratio = square * total / along;
+  const double worst = team.largest(T, [=](int64_t t) {
+    const double excess = slope[t] - b[t] * ratio;
+    return x[t] > 0.0 ? std::fabs(excess) : -excess;
+  });
+  return worst > 0.0 ? worst : 0.0;
+}
+
+FASTMTL_HOST_DEVICE constexpr int64_t mgda_scratch(int64_t T) {
+  return T * T + 3 * T + Nonnegative::scratch(T);
+}
+
+template <class Team>
+FASTMTL_HOST_DEVICE double mgda(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double* alpha,     // [T]
+    double* scratch) { // [mgda_scratch(T)]
+  double *const Q = scratch, *const norms = Q + T * T, *const inverse = norms + T, *const b = inverse + T;
+  unit_rows(team, M, T, Q, norms, inverse);
+  const int64_t shortest = team.argmax(T, [=](int64_t t) { return -norms[t]; });
+  const double length = norms[shortest];
+  if (length == 0.0) { // a task that is done, or all of them
+    const bool all = team.largest(T, [=](int64_t t) { return norms[t]; }) == 0.0;
+    team.each(T, [=](int64_t t) { alpha[t] = all ? 1.0 / double(T) : t == shortest ? 1.0 : 0.0; });
+    return 0.0;
+  }
+  team.each(T, [=](int64_t t) { b[t] = length * inverse[t]; });
+  Nonnegative problem(Q, T, b + T);
+  double square;
+  const double residual = shortest_point(team, problem, Q, b, square);
+  const double* const x = problem.x;
+  const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
+  team.each(T, [=](int64_t t) { alpha[t] = b[t] * x[t] / along; });
+  return residual;
+}
+
+} // namespace
+} // namespace fastmtl

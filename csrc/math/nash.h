@@ -1,0 +1,249 @@
+// The bargaining solution (Navon et al., "Multi-task learning as a bargaining game", ICML 2022) and its α-fair
+// relatives (Ban and Ji, "Fair resource allocation in multi-task learning", ICML 2024): α > 0 with M α = α^-p,
+// elementwise.
+//
+// α minimises the strictly convex ½ αᵀMα - Σ_t ∫α_t^-p. With d = diag(M) / μ, μ its largest entry, and
+//
+//   α = μ^-1/(1+p) d^-1/2 h γ,   h = d^((p-1)/(2(p+1))),   N = h C h,   C = D^-1/2 M D^-1/2
+//
+// (products of vectors are elementwise) this is N γ = h² γ^-p, where neither the scale of the gradients nor a spread of
+// their norms leaves the range of numbers. A Newton step γ (1 + s) solves, with z = γ^((1+p)/2) and q = h² γ^(1-p),
+//
+//   (z C z + p 1) (√q s) = √q - γ N γ / √q,
+//
+// whose matrix has no eigenvalue below p however singular M is (nor a pivot: those that rounding puts below are
+// lifted). Far away the step's length minimises the potential along it, which converges from everywhere; near the
+// solution it is
+// 1. A step costs T³/6 multiply-adds; 3 to 8 are usual, 20 where gradients are nearly opposed.
+//
+// Where a convex combination of the gradients vanishes there is no solution: γ grows along it without bound, until with
+// β = h γ the square of the combination, (β/Σβ)ᵀ C (β/Σβ), is no more than rounding errors of products of unit vectors.
+#pragma once
+
+#include "cholesky.h"
+#include "team.h"
+
+namespace fastmtl {
+namespace {
+
+constexpr int64_t nash_scratch(int64_t T) {
+  return T * T + 11 * T;
+}
+
+// x^-p
+FASTMTL_HOST_DEVICE inline double inverse_power(double x, double p) {
+  return p == 1.0 ? 1.0 / x : std::pow(x, -p);
+}
+
+// How far to go along γ (1 + t s). The slope of the potential there, rise + t curvature - Σ q s (1 + t s)^-p, is
+// negative at 0 and increases: a tenth of that is near enough to its root.
+template <class Team>
+FASTMTL_HOST_DEVICE double nash_length(
+    Team team,
+    int64_t T,
+    double power,
+    double rise,
+    double curvature,
+    const double* root, // [T], √q
+    const double* s,    // [T]
+    double* terms) {    // [T]
+  // No 1 + t s falls below a thousandth; a step of 1e8 ends where there is no solution.
+  const double shrinking = team.largest(T, [=](int64_t t) { return -s[t]; });
+  const double most = shrinking > 0.999e-8 ? 0.999 / shrinking : 1e8;
+  const double start = rise - team.sum(T, [=](int64_t t) { return root[t] * root[t] * s[t]; });
+  double low = 0.0, high = most, length = most < 1.0 ? most : 1.0;
+  for (int evaluation = 0; evaluation < 30; ++evaluation) {
+    const double at = length;
+    team.each(T, [=](int64_t t) { terms[t] = root[t] * root[t] * s[t] * inverse_power(1.0 + at * s[t], power); });
+    const double slope = rise + at * curvature - team.sum(T, [=](int64_t t) { return terms[t]; });
+    if (std::fabs(slope) <= -0.1 * start || (slope < 0.0 && at >= most)) {
+      break;
+    }
+    (slope < 0.0 ? low : high) = at;
+    const double bend = curvature + power * team.sum(T, [=](int64_t t) { return terms[t] * s[t] / (1.0 + at * s[t]); });
+    length = at - slope / bend;
+    if (slope < 0.0 && high == most) { // no end has been seen yet
+      const double farthest = 8.0 * at < most ? 8.0 * at : most;
+      length = length < farthest ? length : farthest;
+    } else if (!(length > low && length < high)) {
+      length = 0.5 * (low + high);
+    }
+  }
+  return length;
+}
+
+// U's rows and the inverse pivots of z C z + p, whose rows are y_i M_ij y_j.
+template <class Team>
+FASTMTL_HOST_DEVICE void nash_factor(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double power,
+    const double* y,   // [T]
+    double* U,         // [T, T]
+    double* inverse) { // [T]
+  for (int64_t i = 0; i < T; ++i) {
+    double* u = U + i * T;
+    const double* row = M + i * T;
+    const double factor = y[i];
+    team.each(T - i, [=](int64_t j) { u[i + j] = factor * row[i + j] * y[i + j]; });
+    subtract_rows(
+        team,
+        i,
+        [=](int64_t k) { return U[k * T + i] * inverse[k]; },
+        [=](int64_t k) { return U + k * T + i; },
+        T - i,
+        u + i);
+    const double pivot = u[i] > 0.0 ? u[i] + power : power;
+    team.once([=] { inverse[i] = 1.0 / pivot; });
+  }
+}
+
+// `nash` of finite M whose diagonal is positive. `positive`: whether M α > 0 beyond rounding errors, which proves that
+// there is a solution.
+template <class Team>
+FASTMTL_HOST_DEVICE double nash_newton(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double power,
+    double* alpha,   // [T]
+    double* scratch, // [T² + 10 T]
+    bool& positive) {
+  double* const U = scratch;
+  double* const inverse = U + T * T;
+  double* const square = inverse + T; // h²
+  double* const scale = square + T;   // h / sqrt(diag(M)): N = scale M scale
+  double* const gamma = scale + T;
+  double* const best = gamma + T;    // the γ of the least residual
+  double* const product = best + T;  // N γ
+  double* const terms = product + T; // |N| γ
+  double* const wanted = terms + T;  // h² γ^-p
+  double* const root = wanted + T;   // √q
+  double* const step = root + T;     // s, or √q s
+  const double largest = team.largest(T, [=](int64_t t) { return M[t * T + t]; });
+  team.each(T, [=](int64_t t) {
+    const double h = power == 1.0 ? 1.0 : std::pow(M[t * T + t] / largest, (power - 1.0) / (2.0 * (power + 1.0)));
+    square[t] = h * h;
+    scale[t] = h / std::sqrt(M[t * T + t]);
+    gamma[t] = 1.0;
+  });
+  double least = kInfinity;
+  int64_t stalled = 0;
+  bool near = false;
+  for (int64_t iteration = 0;; ++iteration) {
+    team.each(T, [=](int64_t t) {
+      alpha[t] = scale[t] * gamma[t];
+      product[t] = 0.0;
+      terms[t] = 0.0;
+    });
+    for (int64_t u = 0; u < T; ++u) {
+      const double* row = M + u * T;
+      const double factor = alpha[u];
+      team.each(T, [=](int64_t t) {
+        product[t] += factor * row[t];
+        terms[t] += factor * std::fabs(row[t]);
+      });
+    }
+    team.each(T, [=](int64_t t) {
+      product[t] *= scale[t];
+      terms[t] *= scale[t];
+    });
+    const double form = team.sum(T, [=](int64_t t) { return gamma[t] * product[t]; });
+    const double total = team.sum(T, [=](int64_t t) { return std::sqrt(square[t]) * gamma[t]; });
+    if (form <= 4.0 * double(T) * kRounding * total * total) {
+      return kInfinity;
+    }
+    if (iteration == 0) { // the best multiple of γ = 1, to begin with
+      const double squares = team.sum(T, [=](int64_t t) { return square[t]; });
+      const double multiple = inverse_power(form / squares, 1.0 / (1.0 + power));
+      team.each(T, [=](int64_t t) {
+        gamma[t] *= multiple;
+        product[t] *= multiple;
+        terms[t] *= multiple;
+      });
+    }
+    team.each(T, [=](int64_t t) {
+      wanted[t] = square[t] * inverse_power(gamma[t], power);
+      root[t] = std::sqrt(wanted[t] * gamma[t]);
+    });
+    const double residual = team.largest(T, [=](int64_t t) {
+      const double cancelled = 0x1p-22 * terms[t];
+      return std::fabs(product[t] - wanted[t]) / (wanted[t] > cancelled ? wanted[t] : cancelled);
+    });
+    // What is left beyond rounding errors, of the power too.
+    const double excess = team.largest(T, [=](int64_t t) {
+      return std::fabs(product[t] - wanted[t]) - kRounding * (4.0 * terms[t] + 4.0 * (1.0 + power) * wanted[t]);
+    });
+    stalled = near && !(residual <= 0.5 * least) ? stalled + 1 : 0;
+    if (residual < least || iteration == 0) {
+      least = residual;
+      team.each(T, [=](int64_t t) { best[t] = gamma[t]; });
+    }
+    if ((near && excess <= 0.0) || stalled == 3 || iteration == 200) {
+      break;
+    }
+
+    team.each(T, [=](int64_t t) {
+      step[t] = (wanted[t] - product[t]) * gamma[t] / root[t];
+      alpha[t] = scale[t] * gamma[t] / root[t]; // z C z = alpha M alpha
+    });
+    nash_factor(team, M, T, power, alpha, U, inverse);
+    Cholesky{M, T, U, inverse, nullptr, T}.solve(team, step);
+    const double fall = team.sum(T, [=](int64_t t) { return step[t] * (wanted[t] - product[t]) * gamma[t] / root[t]; });
+    if (!(fall > 0.0)) { // solved exactly, or out of the range of numbers
+      break;
+    }
+    const double curvature = fall - power * team.sum(T, [=](int64_t t) { return step[t] * step[t]; });
+    team.each(T, [=](int64_t t) { step[t] /= root[t]; });
+    near = (1.0 + power) * team.largest(T, [=](int64_t t) { return std::fabs(step[t]); }) < 0.2;
+    double length = 1.0;
+    if (!near) {
+      const double rise = team.sum(T, [=](int64_t t) { return step[t] * gamma[t] * product[t]; });
+      length = nash_length(team, T, power, rise, curvature > 0.0 ? curvature : 0.0, root, step, terms);
+    }
+    team.each(T, [=](int64_t t) { gamma[t] *= 1.0 + length * step[t]; });
+  }
+  positive = team.largest(T, [=](int64_t t) { return 16.0 * kRounding * terms[t] - product[t]; }) < 0.0;
+  const double unit = std::pow(largest, 0.5 - 1.0 / (1.0 + power)); // 1 for p = 1
+  team.each(T, [=](int64_t t) { alpha[t] = unit * scale[t] * best[t]; });
+  return least;
+}
+
+// The solution for any p > 0. Returns the residual ‖β^p ∘ Cβ / k - 1‖_inf with β = D^1/2 α and k = D^((p-1)/2), the
+// equation of unit gradients; where k β^-p is less than 2^-22 |C|β, it is relative to that: of a sum that cancels so
+// far no α in float64 gives all digits, and 1e-8 is then ten rounding errors of it. Infinity and α = 0 where there is
+// no solution, NaN where M is not finite.
+template <class Team>
+FASTMTL_HOST_DEVICE double nash(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double power,
+    double* alpha,     // [T]
+    double* scratch) { // [nash_scratch(T)]
+  double* const kept = scratch + T * T + 10 * T;
+  double residual = kInfinity;
+  if (team.sum(T * T, [=](int64_t n) { return 0.0 * M[n]; }) != 0.0) { // NaN
+    residual = NAN;
+  } else if (team.largest(T, [=](int64_t t) { return -M[t * T + t]; }) < 0.0) {
+    bool positive = true;
+    residual = nash_newton(team, M, T, power, alpha, scratch, positive);
+    if (!positive && power != 1.0 && residual < kInfinity) {
+      // Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
+      team.each(T, [=](int64_t t) { kept[t] = alpha[t]; });
+      if (nash_newton(team, M, T, 1.0, alpha, scratch, positive) == kInfinity) {
+        residual = kInfinity;
+      }
+      team.each(T, [=](int64_t t) { alpha[t] = kept[t]; });
+    }
+  }
+  if (!(residual < kInfinity)) {
+    const double none = residual == kInfinity ? 0.0 : NAN;
+    team.each(T, [=](int64_t t) { alpha[t] = none; });
+  }
+  return residual;
+}
+
+} // namespace
+} // namespace fastmtl

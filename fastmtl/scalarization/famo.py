@@ -1,0 +1,117 @@
+"""FAMO: Fast Adaptive Multitask Optimization (Liu et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.scalarization._adam import Adam
+from fastmtl.scalarization._scalarization import Losses, Scalarization, check_number, check_numbers, divided
+
+__all__ = ["FAMO"]
+
+_EPS = 1e-8  # added to the losses, as the authors do
+
+
+class FAMO(Scalarization):
+    """FAMO: decreases all losses at an equal rate, learning how from the losses alone.
+
+        c Σ_t z_t log D_t        z = softmax(ξ)        D = L - b + 1e-8        1/c = Σ_t z_t / D_t
+
+    z and c are constants to the derivative, so that the task weights c z_t / D_t sum to one. ξ is learned from the
+    change of the losses in the model's step, of which `update` tells:
+
+        δ_t = log D_t(before) - log D_t(after)        ξ: an Adam step along z ∘ (δ - zᵀδ) + γ ξ
+
+    A step of training, with the losses of the same batch evaluated once more:
+
+        famo.backward(losses(batch)); optimizer.step()
+        with torch.no_grad():
+            famo.update(losses(batch))
+
+    To do without that evaluation, take the next batch's losses instead, at the price of their noise in δ:
+
+        current = losses(batch); famo.update(current); famo.backward(current); optimizer.step()
+
+    The authors clip the norm of the shared parameters' gradient at 1 before the step (`clip_grad_norm_`).
+
+    Source: Liu, Feng, Stone, Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, Eq. 10 to 12, and the
+    authors' code.
+
+    Args:
+        tasks: number of tasks T.
+        lr: Adam's learning rate for ξ.
+        weight_decay: γ, Adam's weight decay: 0.001 as in the paper (0.01 there for CityScapes and in the code).
+        min_losses: lower bounds b, T numbers; default: zeros. A loss below its bound makes the result NaN.
+
+    Raises:
+        TypeError: `tasks` is not an int, another option is no number.
+        ValueError: `tasks` is less than 1, `lr` or `weight_decay` is negative, `min_losses` is not of shape [T].
+    """
+
+    logits: Tensor
+    previous: Tensor
+    min_losses: Tensor
+    tasks: int
+
+    def __init__(
+        self,
+        tasks: int,
+        lr: float = 0.025,
+        weight_decay: float = 1e-3,
+        min_losses: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(tasks)
+        self.lr, self.weight_decay = check_number(lr, "lr"), check_number(weight_decay, "weight_decay")
+        bounds = [0.0] * tasks if min_losses is None else min_losses
+        self.register_buffer("min_losses", check_numbers(bounds, "min_losses", tasks), persistent=False)
+        self.register_buffer("logits", torch.zeros(tasks, dtype=torch.float64))
+        self.register_buffer("previous", torch.full((tasks,), math.nan, dtype=torch.float64))
+        self.adam = Adam(tasks, self.lr, self.weight_decay)
+
+    def reset(self) -> None:
+        """Back to equal weights; forgets the losses and Adam's state."""
+        self.logits.zero_()
+        self.previous.fill_(math.nan)
+        self.adam.reset()
+
+    @torch.no_grad()
+    def update(self, losses: Losses, *, grad_scale: Tensor | float = 1.0) -> None:
+        """Learns from how the losses of the last call changed; once for every call, else it changes nothing.
+
+        Args:
+            losses: the T losses after the model's step, as in `forward`.
+            grad_scale: the factor S by which these losses come scaled.
+
+        Raises:
+            TypeError: as `forward`.
+            ValueError: as `forward`.
+        """
+        L = divided(self._stacked(losses), grad_scale)
+        change = self._above(self.previous).log() - self._above(L).log()
+        z = self.logits.softmax(0)
+        # NaN before the first call and after an update: there is nothing to compare with.
+        known = change.isfinite().all()
+        self.logits.copy_(self.adam.step(self.logits, z * (change - z @ change), known))
+        self.previous.copy_(torch.where(known, math.nan, self.previous))
+
+    def _above(self, L: Tensor) -> Tensor:
+        return L.to(torch.float64) - self.min_losses + _EPS
+
+    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+        D = self._above(L)
+        w = self.logits.softmax(0) / D.detach()
+        w = w / w.sum()
+        return (w * D.detach() * D.log()).sum(), w
+
+    def _remember(self, L: Tensor, valid: Tensor) -> None:
+        self.previous.copy_(torch.where(valid, L, self.previous))
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return (
+            f"tasks={self.tasks}, lr={self.lr}, weight_decay={self.weight_decay}, min_losses={self.min_losses.tolist()}"
+        )

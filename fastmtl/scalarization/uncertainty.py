@@ -1,0 +1,52 @@
+"""Uncertainty weighting (Kendall, Gal, Cipolla, CVPR 2018)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.scalarization._scalarization import Scalarization
+
+__all__ = ["Uncertainty"]
+
+
+class Uncertainty(Scalarization):
+    """Uncertainty weighting: Σ_t ½ exp(-s_t) L_t + ½ s_t, with learned log-variances s = log σ².
+
+    `s` is a parameter: give `parameters()` to the optimizer along with the model's.
+
+    Source: Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
+    Semantics", CVPR 2018, Section 3.2.
+
+    Args:
+        tasks: number of tasks T.
+        initial: s at the start, 0 as is usual (LibMTL: -0.5).
+
+    Raises:
+        TypeError: `tasks` is not an int, `initial` is no number.
+        ValueError: `tasks` is less than 1, `initial` is not finite.
+    """
+
+    def __init__(self, tasks: int, initial: float = 0.0) -> None:
+        super().__init__(tasks)
+        if not isinstance(initial, (int, float)) or isinstance(initial, bool):
+            raise TypeError(f"initial: expected a number, got {type(initial).__name__}")
+        if not math.isfinite(initial):
+            raise ValueError(f"initial: expected a finite number, got {initial!r}")
+        self.initial = float(initial)
+        self.s = nn.Parameter(torch.full((tasks,), self.initial))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Puts s back to `initial`."""
+        self.s.fill_(self.initial)
+
+    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+        w = 0.5 * torch.exp(-self.s)
+        return (w * L + 0.5 * self.s).sum(), w
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"tasks={self.tasks}, initial={self.initial}"

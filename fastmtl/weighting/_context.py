@@ -1,0 +1,69 @@
+"""What a step brings besides its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl._inputs import describe
+
+__all__ = ["NOTHING", "Context", "checked_losses", "draw_seed"]
+
+
+class Context(NamedTuple):
+    """What a step brings besides its gradients.
+
+    Attributes:
+        losses: the T task losses [T], detached and unscaled, for the methods that need them.
+        grad_scale: the factor S by which a loss scaler has multiplied losses and gradients, a float or a tensor [].
+        agree: makes a tensor the same on all processes that aggregate together; None for one process.
+    """
+
+    losses: Tensor | None = None
+    grad_scale: Tensor | float | None = None
+    agree: Callable[[Tensor], Tensor] | None = None
+
+    def unscaled(self, M: Tensor) -> Tensor:
+        """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
+        M = M.to(torch.float64)
+        if self.grad_scale is None:
+            return M
+        # Twice: the square of a float32 tensor could overflow.
+        return M / self.grad_scale / self.grad_scale
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """The losses as they are without a loss scaler."""
+        return losses if self.grad_scale is None else losses / self.grad_scale
+
+
+NOTHING = Context()
+
+
+def checked_losses(losses: Sequence[Tensor] | Tensor, T: int) -> Tensor:
+    """The losses as one detached float64 tensor [T].
+
+    Raises:
+        TypeError: no tensor [T] or sequence of tensors.
+        ValueError: not T of them.
+    """
+    if isinstance(losses, Tensor):
+        values = losses.detach()
+    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, Tensor) for loss in losses):
+        values = torch.stack([loss.detach().reshape(()) for loss in losses]) if losses else torch.empty(0)
+    else:
+        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
+    if values.shape != (T,):
+        raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
+    return values.to(torch.float64)
+
+
+def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:
+    """A seed for the random ops, int64 [] on the device of `like`: from torch's generator, so that it is reproducible.
+
+    Nothing waits for it, and in a CUDA graph each replay draws anew.
+    """
+    seed = torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
+    return seed if context.agree is None else context.agree(seed)

@@ -1,0 +1,61 @@
+"""ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks (Liu et al., 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._method import EPS, GramMethod
+from fastmtl.weighting._spectral import unit_gram
+from fastmtl.weighting._weights import Weighted
+
+__all__ = ["ConFIG"]
+
+
+class ConFIG(Weighted, GramMethod):
+    """ConFIG: a direction with given cosines to all task gradients, as long as their projections onto it together.
+
+        u = U⁺ w / ‖U⁺ w‖        g = (Σ_t <g_t, u>) u        U the gradients at unit length
+
+    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part.
+
+    `info` has `alpha` and `gram`.
+
+    Args:
+        weights: the ratio of the cosines: None, "mean" or "sum" for equal ones, or T numbers.
+        rtol: singular values of U at most `rtol` times the largest are treated as zero. Default T · eps with eps of the
+            gradients' dtype.
+
+    Raises:
+        ValueError: weights that are not one-dimensional or not finite, a negative or non-finite `rtol`.
+        TypeError: `weights` of another kind.
+    """
+
+    def __init__(self, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
+        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
+            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
+        super().__init__(weights)
+        self.rtol = None if rtol is None else float(rtol)
+
+    def __repr__(self) -> str:
+        return f"ConFIG(weights={self._weights_repr()}, rtol={self.rtol})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        T = M.shape[-1]
+        unit = unit_gram(M)
+        w = self._task_weights(T, M)
+        wanted = (unit.inverse_norms > 0).to(torch.float64)
+        if w is not None:
+            wanted = wanted * w
+        x = unit.solve(wanted, T * EPS[dtype] if self.rtol is None else self.rtol)
+        cosines = (unit.C @ x[..., None]).squeeze(-1)  # times ‖U⁺ w‖
+        squared = (x * cosines).sum(-1, keepdim=True)
+        norms = M.to(torch.float64).diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        length = (norms * cosines).sum(-1, keepdim=True)
+        alpha = torch.where(squared == 0, 0.0, length / squared) * x * unit.inverse_norms
+        return Info.of(alpha, M)

@@ -1,0 +1,55 @@
+"""GradVac: Gradient Vaccine (Wang et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context, draw_seed
+from fastmtl.weighting._state import StatefulMethod
+
+__all__ = ["GradVac"]
+
+
+class GradVac(StatefulMethod):
+    """GradVac: pairs of gradients are turned towards each other up to a cosine that is usual for them.
+
+    For each task i and the other tasks j in random order: where cos(g_i, g_j) is below its target φ_ij, the multiple of
+    g_j is added to g_i that makes it φ_ij; then φ_ij ← (1-β) φ_ij + β cos(g_i, g_j) (Algorithm 1 of the paper). The
+    result is the sum of the g_i. Done on task weights, with the Gram matrix.
+
+    The targets φ are the state, [T, T]. They are of the whole model, or, with `groups=`, of every group of parameters
+    (layer-wise targets, the paper's all_layer).
+
+    `info` has `alpha` and `gram`.
+
+    Args:
+        beta: weight β of the new cosine.
+        generator: source of randomness, on the gradients' device; default: torch's global one.
+
+    Raises:
+        ValueError: `beta` is not in [0, 1].
+    """
+
+    targets: Tensor | None  # φ, float64 [T, T] or [B, T, T]
+
+    def __init__(self, beta: float = 0.5, generator: torch.Generator | None = None) -> None:
+        if not (isinstance(beta, (int, float)) and 0 <= beta <= 1):
+            raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+        super().__init__("targets")
+        self.beta = float(beta)
+        self.generator = generator
+
+    def __repr__(self) -> str:
+        return f"GradVac(beta={self.beta})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        wide = M.to(torch.float64)
+        self._place(wide)
+        if self.targets is None:
+            self.targets = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+        self._check_shape(self.targets, wide.shape)
+        alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, self.targets)
+        return Info.of(alpha, M)

@@ -1,0 +1,62 @@
+"""IMTL-G: Towards Impartial Multi-task Learning (Liu et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._method import EPS, GramMethod
+from fastmtl.weighting._spectral import unit_gram
+
+__all__ = ["IMTL"]
+
+
+class IMTL(GramMethod):
+    """IMTL-G: the combination whose projections onto all task gradients are equal.
+
+        <g, g_t> / ‖g_t‖ equal for all t        g = αᵀ G,  Σ α = 1        so  M α ∝ (‖g_1‖, …, ‖g_T‖)
+
+    With linearly dependent gradients the α of least norm of D^½ α is taken (a pseudo-inverse, D the squared norms).
+    α is not restricted to be positive: where Σ α would be zero or negative the paper's formula turns the direction
+    around or leaves none, and so does this. Zero gradients take no part.
+
+    `info` has `alpha`, `gram` and `residual`: how far the projections are from equal, relative to them; infinite where
+    no α with Σ α = 1 exists, and then α = 0.
+
+    Together with IMTL-L (learned loss scales): `method.backward(imtl_l.scaled(losses))`, with
+    `imtl_l = fastmtl.scalarization.IMTLL(T)`.
+
+    Args:
+        rtol: singular values of the unit gradients at most `rtol` times the largest are treated as zero. Default
+            T · eps with eps of the gradients' dtype.
+
+    Raises:
+        ValueError: a negative or non-finite `rtol`.
+    """
+
+    def __init__(self, rtol: float | None = None) -> None:
+        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
+            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
+        self.rtol = None if rtol is None else float(rtol)
+
+    def __repr__(self) -> str:
+        return f"IMTL(rtol={self.rtol})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        T = M.shape[-1]
+        unit = unit_gram(M)
+        there = (unit.inverse_norms > 0).to(torch.float64)
+        v = unit.solve(there, T * EPS[dtype] if self.rtol is None else self.rtol)
+        projections = (unit.C @ v[..., None]).squeeze(-1)
+        residual = ((projections - there).abs() + 0 * v).amax(-1)
+        v = v * unit.inverse_norms
+        total = v.sum(-1, keepdim=True)
+        # Relative to its parts: what cancels to rounding is zero.
+        none = total.abs() <= 4 * T * EPS[torch.float64] * v.abs().sum(-1, keepdim=True)
+        alpha = torch.where(none, 0.0, v / total)
+        residual = torch.where(none[..., 0] & there.any(-1), torch.inf, residual)
+        return Info.of(alpha, M, residual=residual)

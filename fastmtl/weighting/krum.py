@@ -1,0 +1,60 @@
+"""Krum: Machine Learning with Adversaries (Blanchard et al., NeurIPS 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._method import GramMethod, where_finite
+
+__all__ = ["Krum"]
+
+
+class Krum(GramMethod):
+    """(Multi-)Krum: the mean of the gradients that lie closest to their neighbours; others may be adversarial.
+
+    A gradient's score is the sum of its squared distances to the T - f - 2 gradients nearest to it; the `selected` ones
+    with the lowest scores are averaged. Distances come from the Gram matrix: ‖g_i - g_j‖² = M_ii + M_jj - 2 M_ij.
+
+    `info` has `alpha` and `gram`.
+
+    Args:
+        byzantine: number f of gradients that may be arbitrary; T has to be at least f + 3.
+        selected: how many are averaged: 1 is Krum, more is Multi-Krum.
+        squared: False sums the distances themselves, as TorchJD does.
+
+    Raises:
+        ValueError: `byzantine` < 0 or `selected` < 1; (in a step) too few tasks.
+    """
+
+    def __init__(self, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
+        if not isinstance(byzantine, int) or byzantine < 0:
+            raise ValueError(f"byzantine: expected an integer >= 0, got {byzantine!r}")
+        if not isinstance(selected, int) or selected < 1:
+            raise ValueError(f"selected: expected an integer >= 1, got {selected!r}")
+        self.byzantine = byzantine
+        self.selected = selected
+        self.squared = bool(squared)
+
+    def __repr__(self) -> str:
+        return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"
+
+    def _check_tasks(self, T: int) -> None:
+        least = max(self.byzantine + 3, self.selected)
+        if least > T:
+            raise ValueError(f"{self!r}: expected at least {least} tasks, got {T}")
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        T = M.shape[-1]
+        wide = M.to(torch.float64)
+        diagonal = wide.diagonal(dim1=-2, dim2=-1)
+        distances = (diagonal[..., :, None] + diagonal[..., None, :] - 2 * wide).clamp_min(0)
+        if not self.squared:
+            distances = distances.sqrt()
+        distances = distances + torch.diag_embed(torch.full_like(diagonal, torch.inf))  # not to itself
+        scores = distances.topk(T - self.byzantine - 2, largest=False).values.sum(-1)
+        chosen = scores.topk(self.selected, largest=False).indices
+        alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
+        return Info.of(where_finite(M, alpha), M)

@@ -1,0 +1,77 @@
+"""Nash-MTL: Multi-Task Learning as a Bargaining Game (Navon et al., ICML 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._state import StatefulMethod
+
+__all__ = ["NashMTL"]
+
+
+class NashMTL(StatefulMethod):
+    """Nash-MTL: the bargaining solution, in which the product of the tasks' improvements is largest.
+
+        M α = 1/α    (elementwise, α > 0; their Eq. 2)        M the Gram matrix
+
+    There is exactly one such α where zero does not lie in the convex hull of the gradients, else none: then α = 0, and
+    `info.converged` is false. Found by damped Newton steps on the convex problem behind it, to rounding;
+    `info.residual` is max |α_t (Mα)_t - 1| before the options below are applied.
+
+    Not homogeneous, because of `max_norm`: with a loss scaler pass `grad_scale=`.
+
+    Args:
+        max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
+        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it.
+        normalize: solve for M / ‖M‖_F, as the authors' code does: α is larger by ‖M‖_F^½, and the result grows with the
+            gradients instead of having the norm sqrt(T).
+
+    Raises:
+        ValueError: `max_norm` < 0, `every` < 1.
+    """
+
+    weights: Tensor | None  # those of the last solution, float64 [T]; only with every > 1
+    steps: Tensor | None  # how many steps it has had, int64 []
+
+    def __init__(self, max_norm: float = 1.0, every: int = 1, normalize: bool = True) -> None:
+        if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
+            raise ValueError(f"max_norm: expected a number >= 0, got {max_norm!r}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+        super().__init__("weights", "steps")
+        self.max_norm = float(max_norm)
+        self.every = every
+        self.normalize = bool(normalize)
+
+    def __repr__(self) -> str:
+        return f"NashMTL(max_norm={self.max_norm}, every={self.every}, normalize={self.normalize})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        wide = context.unscaled(M)
+        alpha, residual = ops.nash(wide, 1.0)
+        if self.normalize:
+            alpha = alpha * torch.linalg.matrix_norm(wide).sqrt()[..., None]
+        if self.every > 1:
+            alpha = self._kept(alpha, wide)
+        if self.max_norm:
+            squared = (alpha[..., None, :] @ wide @ alpha[..., None]).squeeze(-1)
+            # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
+            alpha = alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
+        return Info.of(alpha, M, residual=residual)
+
+    def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
+        """The weights of the last step that was to solve; this one's, if it is."""
+        self._place(M)
+        if self.weights is None or self.steps is None:
+            self.weights, self.steps = torch.zeros_like(alpha), torch.zeros((), dtype=torch.int64, device=M.device)
+        self._check_shape(self.weights, alpha.shape)
+        finite = M.isfinite().all()
+        due = self.steps % self.every == 0
+        used = torch.where(due, alpha, self.weights)
+        self.weights = torch.where(finite, used, self.weights)
+        self.steps = self.steps + finite
+        return torch.where(finite, used, torch.nan)

@@ -1,0 +1,39 @@
+"""RLW: Reasonable Effectiveness of Random Weighting (Lin et al., TMLR 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._method import GramMethod, where_finite
+
+__all__ = ["RLW"]
+
+
+class RLW(GramMethod):
+    """RLW on gradients (the authors' RGW): task weights drawn anew in every step.
+
+        α = softmax(z),  z ~ N(0, 1)        g = αᵀ G
+
+    The same draw on the losses needs a single backward pass: `fastmtl.scalarization.RLW`.
+
+    `info` has `alpha` and `gram`.
+
+    Args:
+        generator: source of randomness, on the gradients' device; default: torch's global one.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def __repr__(self) -> str:
+        return "RLW()"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        z = torch.randn(M.shape[:-1], dtype=torch.float64, device=M.device, generator=self.generator)
+        alpha = z.softmax(-1)
+        if context.agree is not None:
+            alpha = context.agree(alpha)
+        return Info.of(where_finite(M, alpha), M)

@@ -1,0 +1,45 @@
+"""Uniform: the plain mean or sum of the task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
+from fastmtl.weighting._method import GramMethod, where_finite
+from fastmtl.weighting._weights import Weighted
+
+__all__ = ["Uniform"]
+
+
+class Uniform(Weighted, GramMethod):
+    """The same task weights in every step: the baseline that the paper calls Uniform, and any other constant ones.
+
+        g = wᵀ G
+
+    The gradients could be summed in a single backward pass (`fastmtl.scalarization.LS`); this takes those of the tasks,
+    like every other method, and so has their Gram matrix for the diagnostics: `info` has `alpha` and `gram`.
+
+    Args:
+        weights: None or "mean" for 1/T each, "sum" for ones, or T numbers.
+
+    Raises:
+        ValueError: weights that are not one-dimensional or not finite.
+        TypeError: `weights` of another kind.
+    """
+
+    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
+        super().__init__(weights)
+
+    def __repr__(self) -> str:
+        return f"Uniform(weights={self._weights_repr()})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        T = M.shape[-1]
+        w = self._task_weights(T, M)
+        if w is None:
+            w = torch.full((T,), 1 / T, dtype=torch.float64, device=M.device)
+        return Info.of(where_finite(M, w), M)

@@ -1,0 +1,746 @@
+"""The methods that see only the losses: each against its formula, and what they share over all of them."""
+
+import copy
+import inspect
+import io
+import math
+from collections import Counter
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, dtype_id, generator, randn
+from test_cuda_python import Recorder
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmtl.scalarization import DWA, FAMO, GLS, IMTLL, LS, RLW, STCH, GradNorm, Scalarization, Uncertainty
+
+METHODS = {
+    "LS": lambda T: LS(),
+    "LS sum": lambda T: LS("sum"),
+    "LS numbers": lambda T: LS([1.0 + t for t in range(T)]),
+    "RLW": lambda T: RLW(),
+    "RLW uniform": lambda T: RLW("uniform"),
+    "RLW dirichlet": lambda T: RLW("dirichlet"),
+    "RLW bernoulli": lambda T: RLW("bernoulli"),
+    "RLW one": lambda T: RLW("constrained_bernoulli"),
+    "RLW generator": lambda T: RLW(generator=generator(7)),
+    "DWA": lambda T: DWA(T),
+    "DWA window": lambda T: DWA(T, temperature=1.0, window=3),
+    "Uncertainty": lambda T: Uncertainty(T),
+    "Uncertainty -0.5": lambda T: Uncertainty(T, initial=-0.5),
+    "GLS": lambda T: GLS(),
+    "STCH": lambda T: STCH(),
+    "STCH numbers": lambda T: STCH(0.5, [0.5 + t for t in range(T)], [-0.1 * t for t in range(T)]),
+    "STCH warm-up": lambda T: STCH(1.0, warmup=1, tasks=T),
+    "IMTLL": lambda T: IMTLL(T),
+    "FAMO": lambda T: FAMO(T),
+    "FAMO bounds": lambda T: FAMO(T, lr=0.1, weight_decay=0.01, min_losses=[-0.5 - t for t in range(T)]),
+    "GradNorm": lambda T: GradNorm(T),
+    "GradNorm initial": lambda T: GradNorm(T, alpha=0.5, lr=0.1, initial_losses=[1.0 + t for t in range(T)]),
+}
+# Those whose state_dict holds what a run depends on, apart from torch's random numbers.
+STATEFUL = [m for m in METHODS if m.startswith(("DWA", "Unc", "STCH w", "IMTLL", "FAMO", "GradNorm", "RLW gen"))]
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+class Run:
+    """A training run of a small model with positive losses, four steps an epoch."""
+
+    def __init__(self, name, T=3, dtype=F32, device="cpu"):
+        torch.manual_seed(3)
+        self.shared = nn.Linear(4, 5).to(device, dtype)
+        self.heads = nn.ModuleList(nn.Linear(5, 2) for _ in range(T)).to(device, dtype)
+        self.method = METHODS[name](T).to(device)
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), *self.method.parameters()], lr=0.02, momentum=0.9)
+        self.done = 0
+
+    @property
+    def model(self):
+        return nn.ModuleList([self.shared, self.heads])
+
+    def losses(self, k=0):
+        like = self.shared.weight
+        x = randn(6, 4, dtype=like.dtype, seed=k).to(like.device)
+        h = self.shared(x).tanh()
+        return [3.0**t * (head(h) - 1 - t).square().mean() for t, head in enumerate(self.heads)]
+
+    def scalar(self, losses, **options):
+        return self.method(losses, *self.layer(), **options)
+
+    def layer(self):
+        return [self.shared.weight] if isinstance(self.method, GradNorm) else []
+
+    def steps(self, n):
+        for _ in range(n):
+            self.optimizer.zero_grad()
+            self.method.backward(self.losses(self.done), *self.layer())
+            self.optimizer.step()
+            if isinstance(self.method, FAMO):
+                with torch.no_grad():
+                    self.method.update(self.losses(self.done))
+            self.done += 1
+            if self.done % 4 == 0 and self.counts_epochs:
+                self.method.epoch()
+        return self
+
+    @property
+    def counts_epochs(self):
+        return getattr(self.method, "warmup", None) is not None or getattr(self.method, "window", 1) is None
+
+    def saved(self):
+        parts = {name: getattr(self, name).state_dict() for name in ("shared", "heads", "method", "optimizer")}
+        file = io.BytesIO()
+        torch.save({**parts, "done": self.done, "random": torch.get_rng_state()}, file)
+        return file
+
+    def restored(self, file):
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        for name in ("shared", "heads", "method", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.done = state["done"]
+        torch.set_rng_state(state["random"])
+        return self
+
+
+def state_of(method):
+    return {key: value.clone() for key, value in method.state_dict().items()}
+
+
+def same(a, b):
+    """Bit for bit, NaN included."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def equal(a, b):
+    try:
+        same(a, b)
+    except AssertionError:
+        return False
+    return True
+
+
+def tensor(*values, dtype=F64):
+    return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+@methods
+def test_resumes_bit_for_bit(name):
+    torch.manual_seed(11)
+    run = Run(name).steps(7)
+    file = run.saved()
+    run.steps(8)
+    fresh = Run(name).restored(file).steps(8)
+    same(fresh.model.state_dict(), run.model.state_dict())
+    same(state_of(fresh.method), state_of(run.method))
+    same(fresh.method.weights, run.method.weights)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_state_is_what_a_run_resumes_from(name):
+    """Without the method's state the second half of the run differs: the test above can fail."""
+    run = Run(name).steps(7)
+    file = run.saved()
+    run.steps(8)
+    fresh = Run(name).restored(file)
+    fresh.method = METHODS[name](3)
+    fresh.steps(8)
+    assert not equal(fresh.model.state_dict(), run.model.state_dict())
+
+
+@methods
+def test_copies_go_on_alike(name):
+    run = Run(name).steps(6)
+    twin = copy.deepcopy(run)
+    random = torch.get_rng_state()
+    run.steps(5)
+    torch.set_rng_state(random)
+    twin.steps(5)
+    same(twin.model.state_dict(), run.model.state_dict())
+    same(state_of(twin.method), state_of(run.method))
+
+
+@pytest.mark.parametrize("name", [m for m in STATEFUL if m != "RLW generator"])
+def test_reset(name):
+    run = Run(name)
+    new = state_of(run.method)
+    run.steps(9)
+    assert not equal(state_of(run.method), new)
+    run.method.reset()
+    same(state_of(run.method), new)
+
+
+@methods
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=dtype_id)
+def test_weights_are_the_derivative(name, dtype):
+    run = Run(name, dtype=F64).steps(9)
+    L = torch.stack(run.losses(9)).to(dtype)
+    value = run.scalar(L)
+    (derivative,) = torch.autograd.grad(value, L)
+    assert value.shape == ()
+    assert value.dtype is (F64 if dtype is F64 else F32)
+    assert run.method.weights.dtype is value.dtype
+    assert not run.method.weights.requires_grad
+    torch.testing.assert_close(run.method.weights.to(dtype), derivative)
+
+
+@methods
+def test_a_tensor_or_scalars(name):
+    run, twin = Run(name).steps(5), Run(name).steps(5)
+    torch.manual_seed(1)
+    first = run.scalar(run.losses(5))
+    torch.manual_seed(1)
+    same(twin.scalar(torch.stack(twin.losses(5))), first)
+    same(state_of(twin.method), state_of(run.method))
+
+
+@methods
+def test_backward_is_the_backward_pass_of_the_call(name):
+    run, twin = Run(name), Run(name)
+    torch.manual_seed(1)
+    info = run.method.backward(run.losses(), *run.layer(), retain_graph=True)
+    torch.manual_seed(1)
+    twin.scalar(twin.losses()).backward()
+    for p, q in zip(run.model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    same(info.alpha, twin.method.weights.to(F64))
+
+
+@methods
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_losses(name, value):
+    run = Run(name).steps(7)
+    before = state_of(run.method)
+    losses = run.losses(7)
+    losses[1] = losses[1] + value
+    run.optimizer.zero_grad()
+    result = run.scalar(losses)
+    result.backward()
+    assert not result.isfinite()
+    assert not any(p.grad.isfinite().any() for p in run.shared.parameters())
+    if isinstance(run.method, FAMO):
+        run.method.update([loss.detach() for loss in losses])
+    if not isinstance(run.method, RLW):  # whose generator has moved on
+        same(state_of(run.method), before)
+
+
+@methods
+@pytest.mark.parametrize("S", [2.0**16, 1000.0, torch.tensor(3e-4), torch.tensor([2.0**-10], dtype=F64)], ids=str)
+def test_grad_scale(name, S):
+    """S times the gradient of unscaled losses, and the state of unscaled losses."""
+    run, twin = Run(name, dtype=F64), Run(name, dtype=F64)
+    for k in range(6):
+        for r in (run, twin):
+            torch.manual_seed(k)
+            r.optimizer.zero_grad()
+            if r is run:
+                r.method.backward([S * loss.reshape(S.shape if torch.is_tensor(S) else ()) for loss in r.losses(k)],
+                                  *r.layer(), grad_scale=S)  # fmt: skip
+                for p in [*r.model.parameters(), *r.method.parameters()]:
+                    if p.grad is not None:
+                        p.grad /= S
+            else:
+                r.method.backward(r.losses(k), *r.layer())
+            r.optimizer.step()
+            if isinstance(r.method, FAMO):
+                factor = float(S) if r is run else 1.0
+                r.method.update([factor * loss.detach() for loss in r.losses(k)], grad_scale=factor)
+            if r.counts_epochs and k % 2:
+                r.method.epoch()
+        torch.testing.assert_close(run.model.state_dict(), twin.model.state_dict(), rtol=1e-6, atol=1e-9)
+    ours, its = state_of(run.method), state_of(twin.method)
+    torch.testing.assert_close(ours, its, rtol=1e-6, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(run.method.weights, twin.method.weights, rtol=1e-6, atol=1e-9)
+
+
+@methods
+def test_evaluation_leaves_the_state(name):
+    run = Run(name).steps(6)
+    run.method.eval()
+    before = state_of(run.method)
+    with torch.no_grad():
+        value = run.method(run.losses(99))
+    assert value.isfinite()
+    if not isinstance(run.method, RLW):
+        same(state_of(run.method), before)
+
+
+@methods
+def test_one_task(name):
+    run = Run(name, T=1, dtype=F64).steps(6)
+    (loss,) = run.losses(6)
+    value = run.scalar([loss])
+    assert value.isfinite()
+    fixed = {"LS": loss, "LS sum": loss, "GLS": loss, "STCH": loss, "GradNorm": loss, "DWA": loss, "RLW": loss}
+    if name in fixed or name.startswith("RLW"):
+        torch.testing.assert_close(value, loss)
+
+
+@methods
+def test_nothing_waits_for_the_device(name):
+    """On fake CUDA tensors, which have no numbers to wait for."""
+    if name == "RLW generator":
+        pytest.skip("a generator lies on a device of its own, of which there is none here")
+    with FakeTensorMode(), Recorder() as recorder:
+        run = Run(name, device="meta")
+        run.method = METHODS[name](3)
+        for module in (run.shared, run.heads, run.method):
+            module.to("cpu")
+        method = run.method
+        for part in method.modules():
+            for kind in (part._buffers, part._parameters):
+                for key, value in kind.items():
+                    if value is not None:
+                        moved = torch.empty_like(value, device="cuda")
+                        kind[key] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
+        W = torch.empty(4, device="cuda", requires_grad=True)
+        recorder.ops.clear()
+        losses = [W.sum() for _ in range(3)]
+        value = method(
+            losses, *([W] if isinstance(method, GradNorm) else []), grad_scale=torch.empty((), device="cuda")
+        )
+        assert value.device.type == "cuda"
+        assert method.weights.device.type == "cuda"
+        if isinstance(method, FAMO):
+            method.update(losses)
+        if isinstance(method, DWA) and method.window is None:
+            method.epoch()
+        assert recorder.ops
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", [m for m in METHODS if not m.startswith("RLW")])
+def test_on_a_gpu(name):
+    host, gpu = Run(name, dtype=F64).steps(6), Run(name, dtype=F64, device="cuda").steps(6)
+    losses = gpu.losses(6)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.scalar(losses)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    host.scalar(host.losses(6))
+    torch.testing.assert_close(gpu.method.weights.cpu(), host.method.weights, rtol=1e-8, atol=1e-10)
+    state = {key: value.cpu() for key, value in state_of(gpu.method).items()}
+    torch.testing.assert_close(state, state_of(host.method), rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+@methods
+def test_repr_and_shape_of_the_class(name):
+    method = METHODS[name](2)
+    assert isinstance(method, Scalarization)
+    if method.__dict__.get("generator") is None:
+        twin = eval(repr(method))  # the options, all of them
+        same(state_of(twin), state_of(method))
+        assert repr(twin) == repr(method)
+    assert "Source:" in type(method).__doc__ or isinstance(method, LS)
+    assert method.weights is None
+    assert "grad_scale" in inspect.signature(method.forward).parameters
+
+
+BAD_LOSSES = [
+    ([], ValueError, "losses: expected at least one loss"),
+    (3.0, TypeError, "losses: expected a tensor .* got float"),
+    ([1.0, 2.0], TypeError, r"losses\[0\]: expected a floating scalar tensor, got float"),
+    ([torch.ones(()), torch.ones((), dtype=torch.int64)], TypeError, r"losses\[1\]: .* got int64 tensor"),
+    ([torch.ones(()), torch.ones(2)], ValueError, r"losses\[1\]: expected a scalar .* shape \[2\]"),
+    ([torch.ones(()), torch.ones((), device="meta")], ValueError, r"losses\[1\]: expected a loss on cpu .* on meta"),
+    (torch.ones(2, dtype=torch.int32), TypeError, "losses: expected float32, .* got int32"),
+    (torch.ones(()), ValueError, r"losses: expected T scalars or shape \[T\]"),
+    (torch.ones(2, 2), ValueError, r"losses: expected T scalars or shape \[T\]"),
+    (torch.ones(0), ValueError, "losses: expected T scalars or shape .* T >= 1"),
+]
+
+
+@pytest.mark.parametrize(("losses", "error", "message"), BAD_LOSSES)
+def test_losses_that_are_none(losses, error, message):
+    for method in (LS(), DWA(2)):
+        with pytest.raises(error, match=message):
+            method(losses)
+    with pytest.raises(error, match=message):
+        FAMO(2).update(losses)
+
+
+@pytest.mark.parametrize("name", ["LS numbers", "DWA", "Uncertainty", "STCH numbers", "STCH warm-up", "IMTLL", "FAMO"])
+def test_another_number_of_tasks_or_device(name):
+    method = METHODS[name](3)
+    with pytest.raises(ValueError, match="losses: expected 3 .*, got 2"):
+        method(torch.ones(2))
+    with pytest.raises(ValueError, match=r"losses: expected losses on cpu, .* on meta"):
+        method(torch.ones(3, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("S", "error"),
+    [(0.0, ValueError), (-1.0, ValueError), (math.inf, ValueError), (torch.ones(2), ValueError), ("2", TypeError)],
+    ids=str,
+)
+def test_bad_grad_scale(S, error):
+    with pytest.raises(error, match="grad_scale: expected"):
+        GLS()(torch.ones(2), grad_scale=S)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LS("median"), ValueError, 'weights: expected None, "mean", "sum" or T numbers'),
+        (lambda: LS(3), TypeError, "weights: expected T numbers, got int"),
+        (lambda: LS(["a"]), TypeError, "weights: expected T numbers"),
+        (lambda: LS([[1.0]]), ValueError, r"weights: expected shape \[T\], got \[1, 1\]"),
+        (lambda: LS([math.nan]), ValueError, "weights: expected finite numbers"),
+        (lambda: RLW("gauss"), ValueError, "distribution: expected one of"),
+        (lambda: RLW(generator=3), TypeError, "generator: expected a torch.Generator"),
+        (lambda: DWA(0), ValueError, "tasks: expected at least one"),
+        (lambda: DWA(2.0), TypeError, "tasks: expected an int"),
+        (lambda: DWA(2, 0.0), ValueError, "temperature: expected a finite number > 0"),
+        (lambda: DWA(2, window=0), ValueError, "window: expected at least one"),
+        (lambda: DWA(2, window=1.5), TypeError, "window: expected an int"),
+        (lambda: Uncertainty(0), ValueError, "tasks"),
+        (lambda: Uncertainty(2, math.inf), ValueError, "initial: expected a finite number"),
+        (lambda: Uncertainty(2, "0"), TypeError, "initial: expected a number"),
+        (lambda: IMTLL(True), TypeError, "tasks: expected an int"),
+        (lambda: STCH(0), ValueError, "mu: expected a finite number > 0"),
+        (lambda: STCH("1"), TypeError, "mu: expected a number"),
+        (lambda: STCH(weights="max"), ValueError, "weights: expected"),
+        (lambda: STCH(weights=[1.0], reference=[1.0, 2.0]), ValueError, r"reference: expected shape \[1\], got \[2\]"),
+        (lambda: STCH(weights=[1.0], tasks=2), ValueError, r"weights: expected shape \[2\], got \[1\]"),
+        (lambda: STCH(warmup=4), ValueError, "tasks: expected the number of tasks"),
+        (lambda: STCH(warmup=-1, tasks=2), ValueError, "warmup: expected a number of epochs"),
+        (lambda: STCH(warmup=1.0, tasks=2), TypeError, "warmup: expected an int"),
+        (lambda: STCH(warmup=1, tasks=2, weights=[1.0, 1.0]), ValueError, "warmup: expected None together"),
+        (lambda: FAMO(2, lr=-1.0), ValueError, "lr: expected a finite number >= 0"),
+        (lambda: FAMO(2, weight_decay=None), TypeError, "weight_decay: expected a number"),
+        (lambda: FAMO(2, min_losses=[0.0]), ValueError, r"min_losses: expected shape \[2\], got \[1\]"),
+        (lambda: GradNorm(2, alpha=-1), ValueError, "alpha"),
+        (lambda: GradNorm(2, lr=math.nan), ValueError, "lr"),
+        (
+            lambda: GradNorm(2, initial_losses=[1.0, 0.0]),
+            ValueError,
+            "initial_losses: expected finite positive numbers",
+        ),
+    ],
+)
+def test_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# ------------------------------------------------------------------------------------------------ LS, RLW
+
+
+def test_ls():
+    L = tensor(2.0, 3.0, 7.0)
+    assert LS()(L).item() == 4.0
+    assert LS("mean")(L).item() == 4.0
+    assert LS("sum")(L).item() == 12.0
+    assert LS([1.0, -1.0, 0.5])(L).item() == 2.5
+    assert LS()([torch.tensor(1.0), torch.tensor(2.0, dtype=F64)]).item() == 1.5
+
+
+def test_rlw_is_the_softmax_of_normal_numbers():
+    L = tensor(1.0, 5.0, 2.0, 8.0, dtype=F32)
+    torch.manual_seed(5)
+    value = RLW()(L)
+    z = torch.randn(4, generator=generator(5))
+    expected = z.exp() / z.exp().sum()
+    torch.testing.assert_close(value, (expected * L).sum())
+    torch.testing.assert_close(RLW("uniform", generator(5))(L), (torch.rand(4, generator=generator(5)).softmax(0) @ L))
+
+
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"])
+def test_rlw_draws(distribution):
+    method, L, n = RLW(distribution, generator(0)), torch.ones(3, dtype=F64), 4000
+    w = torch.stack([method(L) * 0 + method.weights for _ in range(n)])
+    assert len({tuple(row.tolist()) for row in w}) == {"bernoulli": 7, "constrained_bernoulli": 3}.get(distribution, n)
+    assert (w >= 0).all()
+    if distribution == "bernoulli":
+        counts = Counter(tuple(row.tolist()) for row in w)
+        assert max(abs(count / n - 1 / 7) for count in counts.values()) < 0.03  # all but 000 alike: 5 sigma
+        return
+    torch.testing.assert_close(w.sum(1), torch.ones(n, dtype=F64))
+    torch.testing.assert_close(w.mean(0), torch.full((3,), 1 / 3, dtype=F64), rtol=0, atol=0.04)
+    # Second moments tell the distributions apart: 2 / (T (T + 1)) for the uniform one on the simplex.
+    seconds = {"dirichlet": 1 / 6, "constrained_bernoulli": 1 / 3}
+    if distribution in seconds:
+        assert w.square().mean().item() == pytest.approx(seconds[distribution], rel=0.05)
+
+
+@pytest.mark.parametrize("T", [1, 2, 70])
+def test_rlw_bernoulli_is_never_all_zero(T):
+    method = RLW("bernoulli", generator(1))
+    w = torch.stack([method(torch.ones(T, dtype=F64)) * 0 + method.weights for _ in range(500)])
+    assert (w.sum(1) >= 1).all()
+    assert w.mean().item() == pytest.approx(0.5 / (1 - 0.5**T), abs=0.08)
+
+
+def test_rlw_state_needs_a_generator():
+    with pytest.raises(ValueError, match="generator: this RLW has no generator"):
+        RLW().load_state_dict(RLW(generator=generator(1)).state_dict())
+    with pytest.raises(ValueError, match="generator: this RLW has a generator"):
+        RLW(generator=generator(1)).load_state_dict(RLW().state_dict())
+
+
+# ------------------------------------------------------------------------------------------------ DWA
+
+
+def dwa_by_hand(losses, tau, k):
+    """Weights of epoch k from a list of epochs, each a list of the steps' losses."""
+    T = len(losses[0][0])
+    if k < 2:
+        return [1.0] * T
+    mean = [[sum(step[t] for step in epoch) / len(epoch) for t in range(T)] for epoch in losses]
+    shares = [math.exp(mean[k - 1][t] / mean[k - 2][t] / tau) for t in range(T)]
+    return [T * share / sum(shares) for share in shares]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tau", [2.0, 0.5])
+def test_dwa(window, tau):
+    epochs = (randn(5, 3, 4, dtype=F64).abs() + 0.1).tolist()
+    method = DWA(4, tau, window)
+    for k, epoch in enumerate(epochs):
+        for step in epoch:
+            L = tensor(*step)
+            value = method(L)
+            expected = torch.tensor(dwa_by_hand(epochs, tau, k), dtype=F64)
+            torch.testing.assert_close(method.weights, expected)
+            torch.testing.assert_close(value, expected @ L)
+        if window is None:
+            method.epoch()
+
+
+def test_dwa_skips_what_is_not_finite_and_empty_epochs():
+    method, twin = DWA(2), DWA(2)
+    for k in range(9):
+        L = randn(2, dtype=F64, seed=k).abs() + 0.1
+        for m in (method, twin):
+            m(L)
+        method(torch.tensor([1.0, math.nan], dtype=F64))
+        if k % 3 == 2:
+            method.epoch()
+            method.epoch()
+            twin.epoch()
+    same(state_of(method), state_of(twin))
+    assert method.epochs == 3
+
+
+def test_only_what_counts_epochs_has_them():
+    with pytest.raises(RuntimeError, match=r"epoch: .* windows of 3 steps"):
+        DWA(2, window=3).epoch()
+    with pytest.raises(RuntimeError, match="epoch: .* no warm-up"):
+        STCH().epoch()
+
+
+# ------------------------------------------------------------------------------------------------ learned scales, GLS
+
+
+def test_uncertainty():
+    method, L = Uncertainty(3), tensor(0.5, 2.0, 7.0)
+    with torch.no_grad():
+        method.s.copy_(torch.tensor([0.3, -1.0, 0.0]))
+    value = method(L)
+    sigma2 = method.s.detach().to(F64).exp()
+    expected = sum(L[t] / (2 * sigma2[t]) + 0.5 * math.log(sigma2[t]) for t in range(3))
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    value.backward()
+    torch.testing.assert_close(method.s.grad, (0.5 - 0.5 * L / sigma2).to(F32).detach())
+
+
+def test_uncertainty_and_imtl_l_find_their_optima():
+    """Fixed losses: exp(s) = L for Uncertainty, exp(-s) = L for IMTL-L."""
+    L = torch.tensor([0.5, 2.0, 7.0])
+    for method, sign in ((Uncertainty(3, -0.5), 1), (IMTLL(3), -1)):
+        optimizer = torch.optim.Adam(method.parameters(), lr=0.05)
+        for _ in range(600):
+            optimizer.zero_grad()
+            method.backward(L)
+            optimizer.step()
+        torch.testing.assert_close((sign * method.s).exp().detach(), L, rtol=1e-3, atol=0)
+
+
+def test_imtl_l():
+    method, L = IMTLL(2), tensor(0.5, 3.0)
+    with torch.no_grad():
+        method.s.copy_(torch.tensor([0.25, -2.0]))
+    expected = math.exp(0.25) * 0.5 - 0.25 + math.exp(-2.0) * 3.0 + 2.0
+    assert method(L).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gls():
+    L = tensor(0.5, 4.0, 32.0)
+    assert GLS()(L).item() == pytest.approx(4.0)
+    huge = torch.full((12,), 1e30)
+    assert GLS()(huge).item() == pytest.approx(1e30, rel=1e-5)
+    assert GLS()(1 / huge).item() == pytest.approx(1e-30, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0])
+@pytest.mark.parametrize("make", [GLS, lambda: STCH(warmup=2, tasks=3), lambda: FAMO(3, min_losses=[0.5] * 3)])
+def test_losses_outside_the_domain_show(make, bad):
+    method, L = make(), tensor(1.0, bad, 2.0)
+    before = state_of(method)
+    value = method(L)
+    value.backward()
+    assert value.isnan()
+    assert L.grad.isnan().all()
+    same(state_of(method), before)
+
+
+# ------------------------------------------------------------------------------------------------ STCH
+
+
+def test_stch():
+    L, lam, z, mu = [0.5, 2.0, 1.5], [0.2, 0.5, 0.3], [0.1, 0.0, -1.0], 0.3
+    expected = mu * math.log(sum(math.exp(a * (x - b) / mu) for a, x, b in zip(lam, L, z, strict=True)))
+    assert STCH(mu, lam, z)(tensor(*L)).item() == pytest.approx(expected, rel=1e-12)
+    plain = 0.1 * math.log(sum(math.exp(x / 3 / 0.1) for x in L))
+    assert STCH()(tensor(*L)).item() == pytest.approx(plain, rel=1e-12)
+    total = 0.1 * math.log(sum(math.exp(x / 0.1) for x in L))
+    assert STCH(weights="sum")(tensor(*L)).item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("mu", [1.0, 1e-2, 1e-30])
+def test_stch_is_a_smooth_maximum(mu):
+    L = tensor(1e3, 2e3, 2e3 - 1e-3, dtype=F32)
+    value = STCH(mu, "sum")(L).item()
+    assert 2e3 <= value <= 2e3 + mu * math.log(3) * (1 + 1e-3) + 1e-3
+
+
+def stch_by_hand(epochs, warmup, mu, k, losses):
+    """What the authors' code computes in epoch k."""
+    if k <= warmup:
+        return sum(math.log(x) for x in losses)
+    T, steps = len(losses), epochs[warmup]
+    nadir = [sum(step[t] for step in steps) / len(steps) for t in range(T)]
+    logs = [math.log(x / n) for x, n in zip(losses, nadir, strict=True)]
+    return T * mu * math.log(sum(math.exp((x - max(logs)) / mu) for x in logs)) + T * max(logs)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_stch_with_warmup(warmup):
+    """The authors' code leaves out the constant T · max(log), which has no derivative there either way."""
+    epochs = (randn(5, 3, 4, dtype=F64).abs() + 0.1).tolist()
+    method = STCH(0.5, warmup=warmup, tasks=4)
+    for k, epoch in enumerate(epochs):
+        for step in epoch:
+            expected = stch_by_hand(epochs, warmup, 0.5, k, step)
+            assert method(tensor(*step)).item() == pytest.approx(expected, rel=1e-9)
+        method.epoch()
+
+
+# ------------------------------------------------------------------------------------------------ FAMO
+
+
+class NaiveFAMO:
+    """Equations 10 to 12 with autograd and torch's Adam."""
+
+    def __init__(self, T, lr, gamma, bounds):
+        self.xi = torch.zeros(T, dtype=F64, requires_grad=True)
+        self.adam = torch.optim.Adam([self.xi], lr=lr, weight_decay=gamma)
+        self.bounds = bounds
+
+    def loss(self, L):
+        D = L - self.bounds + 1e-8
+        z = self.xi.detach().softmax(0)
+        self.before = D.detach().log()
+        return (z * D.log()).sum() / (z / D.detach()).sum()
+
+    def update(self, L):
+        delta = self.before - (L - self.bounds + 1e-8).log()
+        self.adam.zero_grad()
+        (self.xi.softmax(0) * delta).sum().backward()
+        self.adam.step()
+
+
+@pytest.mark.parametrize("bounds", [None, [-1.0, 0.05, -0.2]])
+@pytest.mark.parametrize(("lr", "gamma"), [(0.025, 1e-3), (0.3, 0.1)])
+def test_famo(lr, gamma, bounds):
+    b = torch.zeros(3, dtype=F64) if bounds is None else torch.tensor(bounds, dtype=F64)
+    method, naive = FAMO(3, lr, gamma, bounds), NaiveFAMO(3, lr, gamma, b)
+    for k in range(30):
+        L = (randn(3, dtype=F64, seed=k).abs() + 0.1).requires_grad_()
+        after = L.detach() * (0.5 + torch.rand(3, dtype=F64, generator=generator(k)))
+        value, expected = method(L), naive.loss(L)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(torch.autograd.grad(value, L), torch.autograd.grad(expected, L))
+        assert method.weights.sum().item() == pytest.approx(1.0)
+        method.update(after)
+        naive.update(after)
+        torch.testing.assert_close(method.logits, naive.xi.detach(), rtol=1e-9, atol=1e-12)
+    assert method.logits.abs().max() > 0.1  # it did learn
+
+
+def test_famo_updates_once_for_every_call():
+    method, L = FAMO(2), torch.tensor([1.0, 2.0], dtype=F64)
+    new = state_of(method)
+    method.update(L)
+    same(state_of(method), new)
+    method(L)
+    method.update(L / 2 * torch.tensor([1.0, 0.5]))
+    once = state_of(method)
+    assert not torch.equal(once["logits"], new["logits"])
+    method.update(L / 8)
+    same(state_of(method), once)
+
+
+def test_famo_favours_the_task_that_falls_slowly():
+    method, L = FAMO(2), torch.tensor([1.0, 1.0])
+    for _ in range(20):
+        method(L)
+        method.update(L * torch.tensor([0.5, 0.99]))
+    assert method.logits[1] > method.logits[0] + 0.5
+
+
+# ------------------------------------------------------------------------------------------------ TorchJD
+
+
+def torchjd_pairs(T=4):
+    theirs = pytest.importorskip("torchjd.scalarization", reason="torchjd is not installed")
+    lam, z = torch.linspace(0.1, 1.0, T), torch.linspace(-1.0, 0.0, T)
+    return {
+        "Mean": (LS(), theirs.Mean()),
+        "Sum": (LS("sum"), theirs.Sum()),
+        "Constant": (LS(lam), theirs.Constant(lam)),
+        "Random": (RLW(), theirs.Random()),
+        "GeometricMean": (GLS(), theirs.GeometricMean()),
+        "STCH": (STCH(0.2), theirs.STCH(0.2)),
+        "STCH numbers": (STCH(0.05, lam, z), theirs.STCH(0.05, lam, z)),
+        "UW": (Uncertainty(T), theirs.UW(T)),
+        "IMTLL": (IMTLL(T), theirs.IMTLL(T)),
+        "DWA": (DWA(T), theirs.DWA()),
+        "FAMO": (FAMO(T), theirs.FAMO(T)),
+        "FAMO bounds": (FAMO(T, 0.1, 0.01, z), theirs.FAMO(T, z, 0.1, 0.01)),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Mean", "Sum", "Constant", "Random", "GeometricMean", "STCH", "STCH numbers", "UW", "IMTLL", "DWA", "FAMO"]
+    + ["FAMO bounds"],
+)
+def test_parity_with_torchjd(name):
+    ours, theirs = torchjd_pairs()[name]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs) if name in ("UW", "IMTLL")]
+    for k in range(12):
+        L = (randn(4, seed=k).abs() + 0.1).requires_grad_()
+        gradients = []
+        for method in (ours, theirs):
+            torch.manual_seed(k)
+            gradients.append([value := method(L), *torch.autograd.grad(value, L, retain_graph=True)])
+            if optimizers:
+                method.zero_grad()
+                value.backward()
+        torch.testing.assert_close(*gradients, rtol=2e-5, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+        if name.startswith("FAMO"):
+            for method in (ours, theirs):
+                method.update(L.detach() * 0.9 + 0.02 * k)
+        if name == "DWA" and k % 3 == 2:
+            ours.epoch()
+            theirs.step()
