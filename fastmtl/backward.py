@@ -69,6 +69,10 @@ def backward(
             cut, heads = [], _leaves_of(losses, [])
         heads = heads.without(parameters)
         if _sharded(parameters, features, groups, scale_heads, process_group):
+            if method._needs_losses:
+                raise ValueError(
+                    f"shared: expected plain parameters for {method!r}, which needs the losses, got shards"
+                )
             # The other parameters get their gradients in the same passes.
             updates, info = _distributed().sharded_update(
                 losses, parameters, method._weigh, context, retain_graph=retain_graph

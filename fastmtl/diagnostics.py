@@ -42,6 +42,8 @@ __all__ = [
     "total_norm",
 ]
 
+# What float64 leaves of ‖g + g'‖² where g' = -g, relative to ‖g‖².
+_NOISE = 16 * torch.finfo(torch.float64).eps
 _ALIGNED = {scale: AlignedMTL(scale=scale) for scale in ("min", "median", "rmse")}
 
 
@@ -168,8 +170,8 @@ def curvature_bound(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        [T, T] or [B, T, T], in [0, 4], with diagonal 0. For g_i = -g_j, where the formula is 0/0, its limit for
-        gradients of equal norm, 4; with a zero gradient, 1.
+        [T, T] or [B, T, T], in [0, 4], with diagonal 0. Where g_i = -g_j (to rounding), which makes the formula 0/0,
+        its limit for gradients of equal norm, 4; with a zero gradient, 1.
     """
     M = _gram(x)
     lengths = _norms(M)
@@ -239,7 +241,7 @@ def max_norm_ratio(x: Tensor | Info) -> Tensor:
     return _max_norm_ratio(norms(x))
 
 
-# ------------------------------------------------------------------------------------------------ the committed gradient
+# ------------------------------------------------------------------------------------------------ the committed one
 
 
 def total_norm(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
@@ -399,7 +401,7 @@ def _curvature_bound(cosine: Tensor, lengths: Tensor) -> Tensor:
     ratio = _pairs(lengths)
     apart = (1 - ratio) ** 2
     difference, total = apart + 2 * ratio * (1 - cosine), apart + 2 * ratio * (1 + cosine)
-    bound = torch.where(total == 0, 4.0, (1 - cosine) * (1 + cosine) * difference / total)
+    bound = torch.where(total <= _NOISE, 4.0, (1 - cosine) * (1 + cosine) * difference / total)
     bound.diagonal(dim1=-2, dim2=-1).mul_(0)
     return bound
 

@@ -42,7 +42,8 @@ class Monitor:
         monitor.plot("fig4.png")
 
     A step costs one copy of what the info holds, on its device. The diagnostics of `buffer` steps are then computed as
-    one batch and moved to the host: once each `buffer` records, or when `history` is read, the host waits.
+    one batch and moved to the host: once each `buffer` records, or when `history` is read, the host waits. With a loss
+    scaler, norms and singular values are those of the scaled gradients; no other measure depends on it.
 
     Args:
         writer: where scalars go, once each `buffer` records and with `flush`: a `torch.utils.tensorboard.SummaryWriter`
@@ -82,9 +83,7 @@ class Monitor:
         self._history: list[dict[str, np.ndarray]] = []
         self._written = 0
 
-    def record(
-        self, info: Info, losses: Sequence[Tensor] | Tensor | None = None, step: int | None = None
-    ) -> None:
+    def record(self, info: Info, losses: Sequence[Tensor] | Tensor | None = None, step: int | None = None) -> None:
         """Records one step. Neither reads a value nor waits for the device, but for every `buffer`-th record.
 
         Args:
@@ -211,7 +210,7 @@ class Monitor:
 
     def _diagnose(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of N records: fields [N, ...] or, with groups, [N, B, ...]."""
-        kept = {name: fields[name] for name in ("alpha", "losses", "residual") if name in fields}
+        kept: dict[str, Tensor] = {name: fields[name] for name in ("alpha", "losses", "residual") if name in fields}
         if "gram" not in fields:
             return kept
         gram = fields["gram"]

@@ -11,7 +11,7 @@ import numpy as np
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError(f"plots need {error.name}: pip install 'fastmtl-torch[plot]'") from error
+    raise ImportError("plots need matplotlib: pip install 'fastmtl-torch[plot]'") from error
 
 if TYPE_CHECKING:
     from fastmtl.monitor import Monitor

@@ -301,6 +301,58 @@ def check_upper_bound_in_one_call() -> None:
     assert_same_bits(grads(model.trunk))
 
 
+def check_random_methods_draw_alike() -> None:
+    """Ranks whose generators differ still take the same step: each holds a share of the columns."""
+    for make in (fastmtl.PCGrad, fastmtl.GradVac, fastmtl.RLW, lambda: fastmtl.NashMTL(every=2)):
+        for way in ("shared", "representation", "fan_out"):
+            model, method = Model(), make()
+            torch.manual_seed(dist.get_rank())
+            for step in range(3):
+                x, y = batch(step)
+                h = model.trunk(part(x))
+                if way == "fan_out":
+                    hs = fastmtl.fan_out(h, TASKS, method, global_gram=True)
+                    hs.total(losses_of([head(z) for head, z in zip(model.heads, hs, strict=True)], part(y))).backward()
+                    alpha = hs.info.alpha
+                else:
+                    losses = losses_of([head(h) for head in model.heads], part(y))
+                    where = {"shared": model.trunk.parameters()} if way == "shared" else {"representation": h}
+                    alpha = method.backward(losses, process_group=True, **where).alpha
+                assert_same_bits(alpha)
+                if way == "shared":
+                    assert_same_bits(grads(model.trunk))
+            if isinstance(method, nn.Module):
+                for value in method.state_dict().values():
+                    assert_same_bits(value)
+
+
+def check_random_methods_draw_alike_for_shards() -> None:
+    model = Model()
+    shard_each(model)
+    torch.manual_seed(dist.get_rank())
+    for method in (fastmtl.PCGrad(), fastmtl.GradVac()):
+        shared = list(model.trunk.parameters())
+        x, y = batch()
+        assert_same_bits(method.backward(losses_of(model(part(x))[0], part(y)), shared).alpha)
+    with_losses, losses = fastmtl.MGDA("loss"), losses_of(model(part(x))[0], part(y))
+    assert_raises(ValueError, "shared: expected plain parameters", lambda: with_losses.backward(losses, shared))
+
+
+def check_losses_differ_between_ranks() -> None:
+    method, p = fastmtl.MGDA("loss"), nn.Parameter(torch.ones(2))
+    assert_raises(
+        ValueError,
+        "process_group: expected a method that needs no losses",
+        lambda: method.backward([p.sum()], [p], process_group=True),
+    )
+    h = p * 2
+    assert_raises(
+        ValueError,
+        "global_gram: expected a method that needs no losses",
+        lambda: fastmtl.fan_out(h, 2, method, global_gram=True),
+    )
+
+
 def check_full_method_that_reaches_nothing() -> None:
     """Every rank hears of it, after a collective that none of them may leave out."""
     own, shared = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))

@@ -100,9 +100,8 @@ def test_balances_the_norms():
 
 def test_favours_the_task_that_trains_slowly():
     model = Model(scales=[1.0, 1.0, 1.0])
-    method = GradNorm(
-        3, alpha=1.0, lr=0.01, initial_losses=[loss.item() * r for loss, r in zip(model.losses(), [1, 1, 0.5])]
-    )
+    initial = torch.stack(model.losses()) * torch.tensor([1.0, 1.0, 0.5])
+    method = GradNorm(3, alpha=1.0, lr=0.01, initial_losses=initial)
     for _ in range(600):
         method(model.losses(), model.last.weight)
     G = norms(model, model.losses(), method.w)
@@ -188,7 +187,7 @@ def test_errors():
         method(model.losses(), model.last.weight.detach())
     with pytest.raises(ValueError, match="losses: expected losses that require grad"):
         method(torch.ones(3), model.last.weight)
-    with pytest.raises(ValueError, match="losses: expected 3 .*, got 2"):
+    with pytest.raises(ValueError, match=r"losses: expected 3 .*, got 2"):
         method(model.losses()[:2], model.last.weight)
     assert torch.equal(method.w, torch.ones(3, dtype=F64))
     model.eval()

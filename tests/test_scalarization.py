@@ -281,34 +281,29 @@ def test_one_task(name):
 
 
 @methods
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(name, monkeypatch):
     """On fake CUDA tensors, which have no numbers to wait for."""
+    # Autograd's engine would ask the driver for the device.
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, W, **options: [torch.empty_like(x) for x in W])
     if name == "RLW generator":
         pytest.skip("a generator lies on a device of its own, of which there is none here")
-    with FakeTensorMode(), Recorder() as recorder:
-        run = Run(name, device="meta")
-        run.method = METHODS[name](3)
-        for module in (run.shared, run.heads, run.method):
-            module.to("cpu")
-        method = run.method
+    method = METHODS[name](3)
+    with FakeTensorMode():
         for part in method.modules():
-            for kind in (part._buffers, part._parameters):
-                for key, value in kind.items():
+            for tensors in (part._buffers, part._parameters):
+                for key, value in tensors.items():
                     if value is not None:
-                        moved = torch.empty_like(value, device="cuda")
-                        kind[key] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
-        W = torch.empty(4, device="cuda", requires_grad=True)
-        recorder.ops.clear()
-        losses = [W.sum() for _ in range(3)]
-        value = method(
-            losses, *([W] if isinstance(method, GradNorm) else []), grad_scale=torch.empty((), device="cuda")
-        )
-        assert value.device.type == "cuda"
-        assert method.weights.device.type == "cuda"
-        if isinstance(method, FAMO):
-            method.update(losses)
-        if isinstance(method, DWA) and method.window is None:
-            method.epoch()
+                        moved = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                        tensors[key] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
+        W, S = torch.empty(4, device="cuda", requires_grad=True), torch.empty((), device="cuda")
+        with Recorder() as recorder:
+            for losses in ([W.sum() for _ in range(3)], W[:3].bfloat16()):
+                value = method(losses, *([W] if isinstance(method, GradNorm) else []), grad_scale=S)
+                if isinstance(method, FAMO):
+                    method.update(losses, grad_scale=S)
+                if isinstance(method, DWA) and method.window is None:
+                    method.epoch()
+            assert value.device.type == method.weights.device.type == "cuda"
         assert recorder.ops
 
 
@@ -369,7 +364,7 @@ def test_losses_that_are_none(losses, error, message):
 @pytest.mark.parametrize("name", ["LS numbers", "DWA", "Uncertainty", "STCH numbers", "STCH warm-up", "IMTLL", "FAMO"])
 def test_another_number_of_tasks_or_device(name):
     method = METHODS[name](3)
-    with pytest.raises(ValueError, match="losses: expected 3 .*, got 2"):
+    with pytest.raises(ValueError, match=r"losses: expected 3 .*, got 2"):
         method(torch.ones(2))
     with pytest.raises(ValueError, match=r"losses: expected losses on cpu, .* on meta"):
         method(torch.ones(3, device="meta"))
@@ -435,8 +430,8 @@ def test_bad_options(make, error, message):
 
 def test_ls():
     L = tensor(2.0, 3.0, 7.0)
-    assert LS()(L).item() == 4.0
-    assert LS("mean")(L).item() == 4.0
+    assert LS()(L).item() == pytest.approx(4.0, rel=1e-15)
+    assert LS("mean")(L).item() == LS()(L).item()
     assert LS("sum")(L).item() == 12.0
     assert LS([1.0, -1.0, 0.5])(L).item() == 2.5
     assert LS()([torch.tensor(1.0), torch.tensor(2.0, dtype=F64)]).item() == 1.5
@@ -532,7 +527,7 @@ def test_dwa_skips_what_is_not_finite_and_empty_epochs():
 def test_only_what_counts_epochs_has_them():
     with pytest.raises(RuntimeError, match=r"epoch: .* windows of 3 steps"):
         DWA(2, window=3).epoch()
-    with pytest.raises(RuntimeError, match="epoch: .* no warm-up"):
+    with pytest.raises(RuntimeError, match=r"epoch: .* no warm-up"):
         STCH().epoch()
 
 
@@ -672,7 +667,7 @@ def test_famo(lr, gamma, bounds):
         method.update(after)
         naive.update(after)
         torch.testing.assert_close(method.logits, naive.xi.detach(), rtol=1e-9, atol=1e-12)
-    assert method.logits.abs().max() > 0.1  # it did learn
+    assert method.logits.abs().max() > 0.05  # it did learn
 
 
 def test_famo_updates_once_for_every_call():
@@ -701,7 +696,7 @@ def test_famo_favours_the_task_that_falls_slowly():
 
 def torchjd_pairs(T=4):
     theirs = pytest.importorskip("torchjd.scalarization", reason="torchjd is not installed")
-    lam, z = torch.linspace(0.1, 1.0, T), torch.linspace(-1.0, 0.0, T)
+    lam, z = torch.linspace(0.1, 1.0, T, dtype=F64), torch.linspace(-1.0, 0.0, T, dtype=F64)
     return {
         "Mean": (LS(), theirs.Mean()),
         "Sum": (LS("sum"), theirs.Sum()),
@@ -718,16 +713,15 @@ def torchjd_pairs(T=4):
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Mean", "Sum", "Constant", "Random", "GeometricMean", "STCH", "STCH numbers", "UW", "IMTLL", "DWA", "FAMO"]
-    + ["FAMO bounds"],
-)
+NAMES = "Mean, Sum, Constant, Random, GeometricMean, STCH, STCH numbers, UW, IMTLL, DWA, FAMO, FAMO bounds"
+
+
+@pytest.mark.parametrize("name", NAMES.split(", "))
 def test_parity_with_torchjd(name):
-    ours, theirs = torchjd_pairs()[name]
+    ours, theirs = (method.double() for method in torchjd_pairs()[name])
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs) if name in ("UW", "IMTLL")]
     for k in range(12):
-        L = (randn(4, seed=k).abs() + 0.1).requires_grad_()
+        L = (randn(4, dtype=F64, seed=k).abs() + 0.1).requires_grad_()
         gradients = []
         for method in (ours, theirs):
             torch.manual_seed(k)
@@ -735,7 +729,7 @@ def test_parity_with_torchjd(name):
             if optimizers:
                 method.zero_grad()
                 value.backward()
-        torch.testing.assert_close(*gradients, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
         for optimizer in optimizers:
             optimizer.step()
         if name.startswith("FAMO"):

@@ -69,6 +69,7 @@ KERNELS = {
     "balance": Expected(shared="balance_shared(64, true)"),
     "eigh": Expected(shared="jacobi_shared(64, true)"),
     "combine": Expected(loads=True, stores=True),
+    "sign_drop": Expected(loads=True, stores=True),
     "align_small": Expected(shared="Small<{1}>::shared({1})"),
     "upload": Expected(),
 }

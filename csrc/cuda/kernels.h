@@ -54,6 +54,14 @@ void launch_gram(
 template <class scalar>
 void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream); // alpha [B, T]
 
+template <class scalar>
+void launch_sign_drop(
+    const Source& source,
+    int64_t B,
+    const int64_t* seed, // [1]
+    const double* leak,  // [T], or null
+    cudaStream_t stream);
+
 constexpr int64_t kMaxSmallTasks = 32;
 
 // T <= kMaxSmallTasks; gram [B, T, T] and weights may be null, where only the combined gradient is wanted.

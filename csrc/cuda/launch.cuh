@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "sign_drop.cuh"
 #include "small.cuh"
 
 namespace fastmtl::cuda {
@@ -93,11 +94,35 @@ void launch_gram(
   }
 }
 
+// Blocks for so many tiles, in which every thread has one vector of columns.
+template <class scalar>
+int64_t blocks_for_vectors(int64_t tiles, int threads) {
+  const int64_t run = threads * kVec<scalar> / kTileColumns;
+  return (tiles + run - 1) / run;
+}
+
 template <class scalar>
 void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream) {
-  constexpr int64_t kRun = kCombineThreads * kVec<scalar> / kTileColumns; // tiles that keep a block's threads busy once
-  const int64_t blocks = (source.tiles + kRun - 1) / kRun;
+  const int64_t blocks = blocks_for_vectors<scalar>(source.tiles, kCombineThreads);
   FASTMTL_LAUNCH(combine<scalar>, dim3(unsigned(B * blocks)), dim3(kCombineThreads), 0, stream, source, blocks, alpha);
+}
+
+template <class scalar>
+void launch_sign_drop(const Source& source, int64_t B, const int64_t* seed, const double* leak, cudaStream_t stream) {
+  const int64_t blocks = blocks_for_vectors<scalar>(source.tiles, kSignDropThreads);
+  const auto launch = [&]<bool kLeak>() {
+    FASTMTL_LAUNCH(
+        (sign_drop<scalar, kLeak>),
+        dim3(unsigned(B * blocks)),
+        dim3(kSignDropThreads),
+        0,
+        stream,
+        source,
+        blocks,
+        seed,
+        leak);
+  };
+  leak ? launch.template operator()<true>() : launch.template operator()<false>();
 }
 
 template <class scalar>
@@ -132,11 +157,12 @@ void launch_align_small(
   }
 }
 
-#define FASTMTL_INSTANTIATE(scalar)                                                                    \
-  template void launch_gram<scalar>(                                                                   \
-      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t); \
-  template void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t);           \
-  template void launch_align_small<scalar>(                                                            \
+#define FASTMTL_INSTANTIATE(scalar)                                                                            \
+  template void launch_gram<scalar>(                                                                           \
+      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t);         \
+  template void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t);                   \
+  template void launch_sign_drop<scalar>(const Source&, int64_t, const int64_t*, const double*, cudaStream_t); \
+  template void launch_align_small<scalar>(                                                                    \
       const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t);
 
 } // namespace fastmtl::cuda

@@ -213,6 +213,10 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
   combine(G, doubles(result.alpha), context);
 }
 
+const int64_t* seed_of(const Tensor& seed) {
+  return static_cast<const int64_t*>(seed.const_data_ptr());
+}
+
 // --- the ops
 
 Tensor gram_op(const Tensor& G) {
@@ -272,6 +276,32 @@ void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alp
   RaggedRows rows(grads, alpha.numel(), &out);
   check_alpha(alpha, alpha.numel());
   combine(Batch(rows.gradients(), call.context()), doubles(alpha), call.context());
+  rows.finish();
+}
+
+void sign_drop_op(const Tensor& G, const Tensor& seed, std::optional<Tensor> leak, Tensor out) {
+  const Call call(G);
+  Strided matrix(G, &out);
+  check_seed(seed, G);
+  check_leak(leak, matrix.T, G);
+  sign_drop(batch_of(matrix), seed_of(seed), leak ? doubles(*leak) : nullptr, call.context());
+  matrix.finish();
+}
+
+void sign_drop_rows_op(
+    std::vector<std::optional<Tensor>> grads,
+    int64_t tasks,
+    const Tensor& seed,
+    std::optional<Tensor> leak,
+    std::vector<Tensor> out) {
+  const Tensor& like = any_of(grads);
+  check_devices(grads, &out, like);
+  const Call call(like);
+  RaggedRows rows(grads, tasks, &out);
+  check_seed(seed, like);
+  check_leak(leak, tasks, like);
+  const Batch batch(rows.gradients(), call.context());
+  sign_drop(batch, seed_of(seed), leak ? doubles(*leak) : nullptr, call.context());
   rows.finish();
 }
 
@@ -357,6 +387,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("balance", TORCH_BOX(&fastmtl::cuda::balance_op));
   m.impl("combine", TORCH_BOX(&fastmtl::cuda::combine_op));
   m.impl("combine_rows", TORCH_BOX(&fastmtl::cuda::combine_rows_op));
+  m.impl("sign_drop", TORCH_BOX(&fastmtl::cuda::sign_drop_op));
+  m.impl("sign_drop_rows", TORCH_BOX(&fastmtl::cuda::sign_drop_rows_op));
   m.impl("align", TORCH_BOX(&fastmtl::cuda::align_op));
   m.impl("align_rows", TORCH_BOX(&fastmtl::cuda::align_rows_op));
   m.impl("eigh", TORCH_BOX(&fastmtl::cuda::eigh_op));

@@ -120,8 +120,11 @@ Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P
     source.tasks = T_;
     // Offsets until the table has an address.
     source.length = int64_t(words.size());
+    int64_t next_column = 0;
     for (int64_t k = 0; k < G.count; ++k) {
       const Segment& segment = G.segments[k];
+      const int64_t first_column = next_column;
+      next_column += segment.length;
       if (segment.dtype != dtype || segment.length == 0) {
         continue;
       }
@@ -130,6 +133,7 @@ Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P
         wide = wide && aligned(segment.rows[t]);
       }
       words.push_back(uint64_t(source.tiles));
+      words.push_back(uint64_t(first_column));
       words.push_back(uint64_t(segment.length));
       words.push_back(reinterpret_cast<uintptr_t>(segment.out));
       words.push_back(wide);
@@ -209,6 +213,16 @@ void combine(const Batch& G, const double* alpha, const Context& context) {
     if (part.source.tiles > 0 && G.matrices() > 0) {
       with_type(part.dtype, [&](auto scalar) {
         launch_combine<decltype(scalar)>(part.source, G.matrices(), alpha, context.stream);
+      });
+    }
+  }
+}
+
+void sign_drop(const Batch& G, const int64_t* seed, const double* leak, const Context& context) {
+  for (const Batch::Part& part : G.parts()) {
+    if (part.source.tiles > 0 && G.matrices() > 0) {
+      with_type(part.dtype, [&](auto scalar) {
+        launch_sign_drop<decltype(scalar)>(part.source, G.matrices(), seed, leak, context.stream);
       });
     }
   }

@@ -77,6 +77,13 @@ void balance(
 
 void combine(const Batch& G, const double* alpha, const Context& context); // alpha [B, T]
 
+// GradDrop; the seed is read on the device.
+void sign_drop(
+    const Batch& G,
+    const int64_t* seed, // [1]
+    const double* leak,  // [T], or null where nothing leaks
+    const Context& context);
+
 // All three, T <= kMaxJacobiTasks.
 void align(
     const Batch& G,

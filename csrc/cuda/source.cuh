@@ -15,7 +15,7 @@ namespace fastmtl::cuda {
 constexpr int64_t kTileColumns = 512;
 
 // A record of the table: the words below, then the T addresses of the rows (0 where a task has no gradient).
-enum RecordWord { kFirstTile, kLength, kOut, kWide, kRows0 };
+enum RecordWord { kFirstTile, kFirstColumn, kLength, kOut, kWide, kRows0 };
 
 struct Source {
   int64_t tasks;                 // T
@@ -58,6 +58,12 @@ __device__ scalar* out_of(const Source& source, int64_t b, int64_t segment) {
     return reinterpret_cast<scalar*>(source.record(segment)[kOut]);
   }
   return reinterpret_cast<scalar*>(source.out + b * source.next_out);
+}
+
+// How many columns come before those of this segment, counted over the matrices of a batch or over all segments of a
+// list, those of other types too.
+inline __device__ int64_t first_column(const Source& source, int64_t b, int64_t segment) {
+  return source.table ? int64_t(source.record(segment)[kFirstColumn]) : b * source.length;
 }
 
 // Walks the pieces of tiles [tile, last); every thread of a block walks alike.

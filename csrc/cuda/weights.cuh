@@ -26,7 +26,8 @@ struct Warp {
   template <class F>
   FASTMTL_HOST_DEVICE void each(int64_t n, F f) const {
     sync();
-    for (int64_t i = lane(); i < n; i += kWarp) {
+#pragma unroll 1
+    for (int i = lane(); i < n; i += kWarp) {
       f(i);
     }
     sync();
@@ -35,7 +36,8 @@ struct Warp {
   template <class F>
   FASTMTL_HOST_DEVICE double sum(int64_t n, F f) const {
     double total = 0.0;
-    for (int64_t i = lane(); i < n; i += kWarp) {
+#pragma unroll 1
+    for (int i = lane(); i < n; i += kWarp) {
       total += f(i);
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -47,7 +49,8 @@ struct Warp {
   template <class F>
   FASTMTL_HOST_DEVICE double largest(int64_t n, F f) const {
     double best = -kInfinity;
-    for (int64_t i = lane(); i < n; i += kWarp) {
+#pragma unroll 1
+    for (int i = lane(); i < n; i += kWarp) {
       const double x = f(i);
       best = x > best ? x : best;
     }
@@ -62,11 +65,12 @@ struct Warp {
   FASTMTL_HOST_DEVICE int64_t argmax(int64_t n, F f) const {
     double best = -kInfinity;
     int at = -1;
-    for (int64_t i = lane(); i < n; i += kWarp) {
+#pragma unroll 1
+    for (int i = lane(); i < n; i += kWarp) {
       const double x = f(i);
       if (x > best) {
         best = x;
-        at = int(i);
+        at = i;
       }
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -214,7 +218,7 @@ constexpr size_t solve_shared(int64_t T) {
 
 // NaN, and nothing else done, where M is not finite.
 template <class Method>
-__global__ __launch_bounds__(kWarp) void solve(
+__global__ __launch_bounds__(kWarp, 1) void solve(
     const double* M, // [B, T, T]
     int64_t T,
     Method method,

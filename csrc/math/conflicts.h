@@ -17,7 +17,7 @@
 namespace fastmtl {
 namespace {
 
-constexpr int64_t conflicts_scratch(int64_t T) {
+FASTMTL_HOST_DEVICE constexpr int64_t conflicts_scratch(int64_t T) {
   return 3 * T + 3;
 }
 

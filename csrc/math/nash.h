@@ -26,7 +26,7 @@
 namespace fastmtl {
 namespace {
 
-constexpr int64_t nash_scratch(int64_t T) {
+FASTMTL_HOST_DEVICE constexpr int64_t nash_scratch(int64_t T) {
   return T * T + 11 * T;
 }
 
@@ -57,7 +57,7 @@ FASTMTL_HOST_DEVICE double nash_length(
     team.each(T, [=](int64_t t) { terms[t] = root[t] * root[t] * s[t] * inverse_power(1.0 + at * s[t], power); });
     const double slope = rise + at * curvature - team.sum(T, [=](int64_t t) { return terms[t]; });
     if (std::fabs(slope) <= -0.1 * start || (slope < 0.0 && at >= most)) {
-      break;
+      return at;
     }
     (slope < 0.0 ? low : high) = at;
     const double bend = curvature + power * team.sum(T, [=](int64_t t) { return terms[t] * s[t] / (1.0 + at * s[t]); });
@@ -65,11 +65,11 @@ FASTMTL_HOST_DEVICE double nash_length(
     if (slope < 0.0 && high == most) { // no end has been seen yet
       const double farthest = 8.0 * at < most ? 8.0 * at : most;
       length = length < farthest ? length : farthest;
-    } else if (!(length > low && length < high)) {
+    } else if (!(length > low && length < high) || slope > -start) { // Newton's steps climb down a wall slowly
       length = 0.5 * (low + high);
     }
   }
-  return length;
+  return low > 0.0 ? low : length;
 }
 
 // U's rows and the inverse pivots of z C z + p, whose rows are y_i M_ij y_j.

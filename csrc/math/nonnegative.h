@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kFullExchanges = 3;
 constexpr int64_t kMaxFactors = 25;
+constexpr double kDoubtful = 1e-12; // a solution worse than this is looked for again, from the start
 constexpr double kSolved = 4.0 * kRounding; // slopes this small, times sqrt(T) and the size of the terms, are zero
 
 // C = D^-1/2 M D^-1/2 with D the diagonal; zero gradients become orthogonal to all others.
@@ -96,9 +97,15 @@ struct Nonnegative : Cholesky {
   // Solves for p, from the support as it is. `size` is that of the terms that p is made of. Returns how much the
   // optimality conditions are violated, relative to size + Σx.
   template <class Team>
-  FASTMTL_HOST_DEVICE double solve_for(Team team, const double* p, double size) {
+  FASTMTL_HOST_DEVICE FASTMTL_ONE_COPY double solve_for(Team team, const double* p, double size) {
     if (!exchange(team, p, size)) {
+      settle(team, p);
       grow(team, p, size);
+      if (!(residual(team, size) <= kDoubtful)) {
+        count = 0;
+        settle(team, p);
+        grow(team, p, size);
+      }
     }
     return residual(team, size);
   }
@@ -180,20 +187,51 @@ struct Nonnegative : Cholesky {
     return false;
   }
 
+  // From the support as it is to one on which C is regular and the solution positive, where `grow` can begin: without
+  // the indices that depend on those before them, and, again and again, those with x_t <= 0.
+  template <class Team>
+  FASTMTL_HOST_DEVICE void settle(Team team, const double* p) {
+    double *const x = this->x, *const y = work, *const chosen = work + T;
+    int64_t* const support = this->support;
+    for (int64_t before = count, positive = -1; positive != count; before = positive) {
+      team.each(before, [=](int64_t i) { chosen[i] = double(support[i]); });
+      count = 0;
+      for (int64_t i = 0; i < before; ++i) {
+        const int64_t t = int64_t(chosen[i]);
+        const double pivot = this->column(team, t, y);
+        if (pivot > noise(count)) {
+          this->append(team, t, y, pivot);
+        }
+      }
+      const int64_t n = count;
+      team.each(n, [=](int64_t i) { y[i] = p[support[i]]; });
+      this->solve(team, y);
+      positive = int64_t(team.sum(n, [=](int64_t i) { return y[i] > 0.0 ? 1.0 : 0.0; }));
+      if (positive < n) {
+        team.once([=] {
+          for (int64_t i = 0, kept = 0; i < n; ++i) {
+            if (y[i] > 0.0) {
+              support[kept++] = support[i];
+            }
+          }
+        });
+      }
+    }
+    factored = true;
+    team.each(T, [=](int64_t t) { x[t] = 0.0; });
+    team.each(count, [=](int64_t i) { x[support[i]] = y[i]; });
+  }
+
+  // The method of Lawson and Hanson, from what `settle` has left.
   template <class Team>
   FASTMTL_HOST_DEVICE void grow(Team team, const double* p, double size) {
-    double *const x = this->x, *const y = work, *const barred = work + T;
+    double *const x = this->x, *const y = work, *const barred = work + T; // in the support, or of no use where x is now
     const double* const slope = this->slope;
     int64_t* const support = this->support;
     const int64_t T = this->T;
-    team.each(T, [=](int64_t t) {
-      x[t] = 0.0;
-      barred[t] = 0.0; // in the support, or of no use where x is now
-    });
-    count = 0;
-    factored = true;
+    team.each(T, [=](int64_t t) { barred[t] = x[t] > 0.0 ? 1.0 : 0.0; });
     differentiate(team, p, y);
-    double limit = tolerance(size);
+    double limit = tolerance(size + total(team));
     for (int64_t step = 0; step < 20 * T + 20; ++step) {
       const int64_t entering = team.argmax(T, [=](int64_t t) { return barred[t] > 0.0 ? -kInfinity : -slope[t]; });
       if (entering < 0 || !(-slope[entering] > limit)) {

@@ -16,6 +16,13 @@
 #define FASTMTL_HOST_DEVICE
 #endif
 
+// For what several places call and is long: a GPU's compiler would write it out at each, and run out of registers.
+#ifdef __CUDACC__
+#define FASTMTL_ONE_COPY __noinline__
+#else
+#define FASTMTL_ONE_COPY
+#endif
+
 // What `each` promises of its function.
 #if defined(__clang__)
 #define FASTMTL_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")

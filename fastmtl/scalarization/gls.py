@@ -22,5 +22,6 @@ class GLS(Scalarization):
     """
 
     def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        value = torch.where(L > 0, L, math.nan).log().mean().exp()
+        # A zero loss has a logarithm, but no derivative.
+        value = L.log().mean().exp() * torch.where((L.detach() > 0).all(), 1.0, math.nan)
         return value, value / L / L.shape[0]

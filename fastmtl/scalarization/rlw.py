@@ -13,7 +13,7 @@ _DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "constrained_be
 
 
 class RLW(Scalarization):
-    """Random loss weighting: Σ_t w_t L_t with new random w at every call.
+    """Random loss weighting: Σ_t w_t L_t with new random w at every call, whatever the losses.
 
     Source: Lin, Ye, Zhang, Tsang, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
     Learning", TMLR 2022, and its authors' LibMTL.

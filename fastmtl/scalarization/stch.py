@@ -138,6 +138,8 @@ class STCH(Scalarization):
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
+        if self.warmup is not None:
+            return f"mu={self.mu}, warmup={self.warmup}, tasks={self.tasks}"
         weights = repr(self.rule) if self.preference is None else self.preference.tolist()
         reference = None if self.reference is None else self.reference.tolist()
-        return f"mu={self.mu}, weights={weights}, reference={reference}, warmup={self.warmup}, tasks={self.tasks}"
+        return f"mu={self.mu}, weights={weights}, reference={reference}, tasks={self.tasks}"

@@ -27,6 +27,10 @@ namespace fastmtl::cuda {
     throw std::logic_error("only float32 was compiled");                                                          \
   }                                                                                                               \
   template <>                                                                                                     \
+  void launch_sign_drop<scalar>(const Source&, int64_t, const int64_t*, const double*, cudaStream_t) {            \
+    throw std::logic_error("only float32 was compiled");                                                          \
+  }                                                                                                               \
+  template <>                                                                                                     \
   void launch_align_small<scalar>(const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t) { \
     throw std::logic_error("only float32 was compiled");                                                          \
   }
@@ -188,6 +192,9 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
       });
   m.def("combine", [](Session& session, const Input& G, uintptr_t alpha) {
     combine(G.batch(session.context), at<double>(alpha), session.context);
+  });
+  m.def("sign_drop", [](Session& session, const Input& G, uintptr_t seed, uintptr_t leak) {
+    sign_drop(G.batch(session.context), at<const int64_t>(seed), at<const double>(leak), session.context);
   });
   m.def(
       "align",
