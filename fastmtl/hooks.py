@@ -73,7 +73,7 @@ def fan_out(
         TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
         ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
             with a method that does not work on the Gram or needs the losses, `info` for another number of tasks;
-            inside `torch.compile`: `global_gram`, `grad_scale` or a method that needs the losses.
+            inside `torch.compile`: `global_gram`, `grad_scale`, a method that needs the losses or has state.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
             method needs losses and `total` was not called.
     """
@@ -90,10 +90,10 @@ def fan_out(
 
     reduce, agree = _reduction(method, global_gram)
     if torch.compiler.is_compiling():
-        if reduce is not None or grad_scale is not None or method._needs_losses:
+        if reduce is not None or grad_scale is not None or method._needs_losses or method._remembers:
             raise ValueError(
-                "fan_out: global_gram, grad_scale and methods that need the losses are not available inside "
-                "torch.compile; call fan_out outside"
+                "fan_out: global_gram, grad_scale, methods that need the losses and methods with state are not "
+                "available inside torch.compile; call fan_out outside"
             )
         outputs = _TracedNode.apply(method, tasks, info, *sources)
         return FanOut(_aliases(h, sources, outputs, tasks), None, info, None)

@@ -268,3 +268,63 @@ def test_several_passes_after_a_single_one():
         by_fan_out(model, x, y)
         model.zero_grad()
         assert_trains_alike(by_backward, model, by_backward)
+
+
+STATELESS = {
+    "MGDA": fastmtl.MGDA,
+    "CAGrad": fastmtl.CAGrad,
+    "PCGrad": fastmtl.PCGrad,
+    "NashMTL": fastmtl.NashMTL,
+    "IMTL": fastmtl.IMTL,
+    "ConFIG": fastmtl.ConFIG,
+    "Krum": fastmtl.Krum,
+    "Uniform": fastmtl.Uniform,
+    "RLW": fastmtl.RLW,
+    "UPGrad": fastmtl.UPGrad,
+    "DualProj": fastmtl.DualProj,
+    "FairGrad": lambda: fastmtl.FairGrad(2.0),
+    "GradDrop": fastmtl.GradDrop,
+}
+
+
+def _step(method, info):
+    w = randn(6, 5, seed=1).requires_grad_()
+    x = randn(8, 6, seed=2)
+
+    def losses(w):
+        hs = fastmtl.fan_out(torch.tanh(x @ w), 3, method, info=info)
+        return sum((10**t * (h - t) ** 2).mean() for t, h in enumerate(hs))
+
+    return w, losses
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_fan_out_of_every_method(name):
+    results = []
+    for compiled in (False, True):
+        info = fastmtl.Info(3)
+        w, losses = _step(STATELESS[name](), info)
+        torch.manual_seed(0)
+        (torch.compile(losses, fullgraph=True, backend="aot_eager") if compiled else losses)(w).backward()
+        results.append((w.grad, info.alpha))
+    (eager, alpha), (traced, traced_alpha) = results
+    assert torch.allclose(traced, eager, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(traced_alpha, alpha, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (fastmtl.GradVac(), {}),
+        (fastmtl.NashMTL(every=2), {}),
+        (fastmtl.MGDA("loss"), {}),
+        (fastmtl.NashMTL(), {"grad_scale": 2.0}),
+    ],
+    ids=["GradVac", "NashMTL every 2", "MGDA loss", "grad_scale"],
+)
+def test_what_a_traced_step_cannot_do(method, options):
+    def losses(w):
+        return sum(h.sum() for h in fastmtl.fan_out(w * 2, 3, method, **options))
+
+    with pytest.raises(Exception, match="not available inside torch.compile"):
+        torch.compile(losses, fullgraph=True, backend="aot_eager")(randn(4).requires_grad_())

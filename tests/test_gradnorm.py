@@ -162,6 +162,17 @@ def test_gradients_that_overflow_leave_the_state(alpha):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_infinite_losses_with_finite_gradients_leave_the_state(bad):
+    """With α = 0 the losses do not enter the targets."""
+    model, method = Model(), GradNorm(3, alpha=0.0, initial_losses=[1.0, 1.0, 1.0])
+    losses = model.losses()
+    result = method([losses[0] + bad, *losses[1:]], model.last.weight)
+    assert result.isnan()
+    assert torch.equal(method.w, torch.ones(3, dtype=F64))
+    assert method.adam.steps == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_initial_losses_are_the_first_that_are_finite(bad):
     model, method = Model(), GradNorm(3)
     losses = model.losses()

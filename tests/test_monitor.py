@@ -129,6 +129,14 @@ def test_every_and_steps():
     np.testing.assert_allclose(monitor.history["initial/condition_number"], expected, rtol=1e-12)
 
 
+def test_the_dtype_decides_the_rank_where_the_method_did_not():
+    G = torch.stack([randn(30, dtype=F64), randn(30, dtype=F64) + 1e-5 * randn(30, dtype=F64, seed=1)])
+    for dtype, expected in ((F32, 1), (F64, 2)):
+        monitor = Monitor(dtype=dtype)
+        monitor(Info.of(gram=G @ G.T))
+        assert monitor.history["initial/rank"].tolist() == [expected]
+
+
 def test_history_before_and_between_records():
     monitor = Monitor()
     assert {name: values.tolist() for name, values in monitor.history.items()} == {"step": []}

@@ -1,7 +1,7 @@
 """Pairwise gradient surgery in weight space: PCGrad (Yu et al., 2020) and GradVac (Wang et al., 2021).
 
-The modified gradient of task i is Σ_k v_k g_k, row i of V, begun at V = 1; its products with all gradients, C = V M, are
-kept up to date. All tasks take their n-th visit at once. Zero gradients (M_jj <= 0) take no part.
+The modified gradient of task i is Σ_k v_k g_k, row i of V, begun at V = 1; its products with all gradients, C = V M,
+are kept up to date. All tasks take their n-th visit at once. Zero gradients (M_jj <= 0) take no part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def pcgrad(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
-    """α = Σ_i v_i: from every gradient its component along each one that it conflicts with is taken out, in random order.
+    """α = Σ_i v_i: what of a gradient conflicts with another one is taken out, one after the other in random order.
 
     Args:
         M: [..., T, T].

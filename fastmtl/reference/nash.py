@@ -24,9 +24,9 @@ def nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
         power: p > 0.
 
     Returns:
-        α [..., T] and the residual [...], both float64: the largest relative error of the equations (of unit gradients),
-        where these cancel to less than 2^-22 of their terms relative to that; infinity and α = 0 where there is no
-        solution, because a convex combination of the gradients vanishes; NaN where M is not finite.
+        α [..., T] and the residual [...], both float64: the largest relative error of the equations (of unit
+        gradients), where these cancel to less than 2^-22 of their terms relative to that; infinity and α = 0 where
+        there is no solution, because a convex combination of the gradients vanishes; NaN where M is not finite.
     """
     X = M.to(torch.float64).reshape(-1, *M.shape[-2:])
     solved = [_nash(x, power) for x in X]
@@ -69,14 +69,16 @@ def _newton(M: Tensor, power: float) -> tuple[Tensor, float, bool]:
         root = (wanted * gamma).sqrt()
         error = (product - wanted).abs()
         residual = float((error / torch.maximum(wanted, 2.0**-22 * terms)).max())
-        solved = bool((error <= EPS * (4 * terms + 4 * (1 + power) * wanted)).all())
+        solved = near and bool((error <= EPS * (4 * terms + 4 * (1 + power) * wanted)).all())
         stalled = stalled + 1 if near and not residual <= 0.5 * least else 0
-        if residual < least or step == 0:
+        if residual < least or solved or step == 0:
             least, best = residual, gamma
-        if (near and solved) or stalled == 3 or step == MAX_STEPS:
+        if solved or stalled == 3 or step == MAX_STEPS:
             break
         y = scale * gamma / root
-        right = (wanted - product) * gamma / root
+        # Near the end equations that hold to rounding drive no step: their noise would keep the others from holding.
+        driving = error > (4 * EPS if near else 0.0) * terms
+        right = torch.where(driving, (wanted - product) * gamma / root, 0.0)
         direction = _solve(y[:, None] * M * y, power, right)
         fall = float(direction @ right)
         if not fall > 0.0:  # solved exactly, or out of the range of numbers

@@ -35,7 +35,7 @@ def mgda(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
-    """argmin vᵀMv over v >= u, the projection of Gᵀu on the dual cone (Quinton and Rey 2024, proposition 1).
+    """The projection of Gᵀu on the dual cone: argmin vᵀMv over v >= u (Quinton and Rey 2024, proposition 1).
 
     Args:
         M: [..., T, T].
@@ -98,7 +98,7 @@ def _mgda(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shortest_point(C: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y >= 0 with Σy = 1 of least yᵀCy / (bᵀy)², the residual of Wolfe's criterion, and yᵀCy."""
+    """The y >= 0 with Σy = 1 of least yᵀCy / (bᵀy)², the residual of Wolfe's criterion, and yᵀCy."""
     y, _ = _nonnegative(C + b[:, None] * b, b, 1.0)
     y = y / y.sum()
     products = C @ y
@@ -123,7 +123,7 @@ def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Along γ, the worst slope that is asked for: the nearest d to g0 with u_iᵀd >= γ b_i is g0 + Gᵀx, at distance ρ."""
+    """The γ for which the nearest d = g0 + Gᵀx to g0 with u_iᵀd >= γ b_i is at distance ρ."""
     T = M.shape[0]
     C, norms = _unit_rows(M)
     w0 = M.new_full((T,), 1 / T)
@@ -164,7 +164,7 @@ def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
         if not low < gamma < high:
             gamma, settled = (low + high) / 2, None
         x, support, distance = solve(gamma)
-    bound = 0.0
+    bound = M.new_zeros(())
     if not stationary:
         x = x * (square / (x @ C @ x)).sqrt()
         bound = (x @ q + square) / (b @ x)  # of the worst slope, for w = x / Σx
@@ -190,10 +190,10 @@ def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, list[int]]:
-    """argmin ½ xᵀCx - pᵀx over x >= 0, and its support. `size` is that of the terms p is made of.
+    """The x >= 0 of least ½ xᵀCx - pᵀx, and its support. `size` is that of the terms p is made of.
 
-    One index at a time enters the support, on which C stays regular, and x moves towards the minimum there; whoever gets
-    to zero leaves. An index that depends on the support to rounding enters along the null vector of both.
+    One index at a time enters the support, on which C stays regular, and x moves towards the minimum there; whoever
+    gets to zero leaves. An index that depends on the support to rounding enters along the null vector of both.
     """
     T = C.shape[0]
     x = torch.zeros_like(p)
@@ -201,7 +201,7 @@ def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, list[int]]:
     barred: set[int] = set()  # of no use where x is now
 
     def move(to: Tensor, step: Tensor, leaving: int) -> None:
-        """x + step · (to - x) on the support, of which x[leaving] is zero then."""
+        """Moves to x + step · (to - x) on the support, of which x[leaving] is zero then."""
         x[support] = (x[support] + step * (to - x[support])).clamp_min(0)
         x[support[leaving]] = 0
         del support[leaving]
@@ -219,7 +219,7 @@ def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, list[int]]:
             if C[entering, entering] - z @ C[support, entering] > 2 * (len(support) + 2) * EPS:
                 support.append(entering)
                 break
-            reach = torch.where(z > 0, x[support] / z, torch.inf)
+            reach = torch.where(z > 1e-10, x[support] / z, torch.inf)  # below that it is rounding
             if not bool(reach.isfinite().any()):
                 break
             leaving = int(reach.argmin())

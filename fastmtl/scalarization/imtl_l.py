@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from fastmtl._inputs import describe
 from fastmtl.scalarization._scalarization import Scalarization
 
 __all__ = ["IMTLL"]
@@ -34,6 +37,25 @@ class IMTLL(Scalarization):
     def reset(self) -> None:
         """Puts s back to zero."""
         self.s.zero_()
+
+    def scaled(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """The losses exp(s_t) L_t - s_t one by one, for a method that balances their gradients: IMTL with both halves.
+
+            fastmtl.IMTL().backward(scales.scaled(losses), shared=encoder.parameters())
+
+        Name the shared parameters, or the representation: all losses reach s too, which is no part of the model.
+
+        Args:
+            losses: T scalar tensors.
+
+        Raises:
+            TypeError: `losses` is no sequence of floating tensors.
+            ValueError: not T scalars.
+        """
+        if isinstance(losses, Tensor):  # whose entries would share one graph: each pass would reach all heads
+            raise TypeError(f"losses: expected a sequence of T scalar tensors, got {describe(losses)}")
+        self._stacked(losses)
+        return [self.s[t].exp() * loss.reshape(()) - self.s[t] for t, loss in enumerate(losses)]
 
     def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
         w = self.s.exp()

@@ -65,5 +65,5 @@ def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context)
 
     Nothing waits for it, and in a CUDA graph each replay draws anew.
     """
-    seed = torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
     return seed if context.agree is None else context.agree(seed)

@@ -24,6 +24,7 @@ class Method:
 
     _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
     _needs_losses: bool = False
+    _remembers: bool = False  # whether a step depends on those before it
 
     @overload
     def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from fastmtl.weighting._method import GramMethod
 
@@ -30,22 +31,23 @@ class StatefulMethod(GramMethod, nn.Module):
         for name in self._buffers:
             setattr(self, name, None)
 
-    def _place(self, M: Tensor) -> None:
-        """Brings the state to where M is, in float64 (a `model.half()` reaches these buffers too)."""
-        for name, value in self._state():
-            wanted = M.dtype if value.is_floating_point() else value.dtype
-            if value.device != M.device or value.dtype is not wanted:
-                setattr(self, name, value.to(M.device, wanted))
+    def _prepare(self, shape: Sequence[int], device: torch.device) -> None:
+        """Makes the state for Gram matrices of this shape, or brings it to their device; steps change it in place."""
+        for name, (wanted, dtype) in self._state_of(shape).items():
+            value = self._buffers[name]
+            if value is None:
+                setattr(self, name, torch.zeros(wanted, dtype=dtype, device=device))
+            elif value.shape != torch.Size(wanted):
+                raise ValueError(
+                    f"{type(self).__name__}: expected Gram matrices as in the first step, for a state of shape "
+                    f"{list(value.shape)}, got them of shape {list(shape)}; reset() begins anew"
+                )
+            elif value.device != device or value.dtype is not dtype:  # a `model.half()` reaches these buffers too
+                setattr(self, name, value.to(device, dtype))
 
-    def _check_shape(self, value: Tensor, shape: Any) -> None:
-        if value.shape != shape:
-            raise ValueError(
-                f"{type(self).__name__}: expected Gram matrices for a state of shape {list(value.shape)} as in the "
-                f"first step, got one for {list(shape)}; reset() begins anew"
-            )
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, value) for name, value in self._buffers.items() if value is not None)
+    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        """Shape and dtype of each buffer that the options need, for Gram matrices [..., T, T]."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # Whatever is there is the state, of any shape; what is not there was None.

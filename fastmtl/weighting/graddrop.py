@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl import ops
+from fastmtl._inputs import describe
 from fastmtl.info import Info
+from fastmtl.weighting._context import Context, draw_seed
 from fastmtl.weighting._method import Method
+from fastmtl.weighting._weights import Weighted
 
 __all__ = ["GradDrop"]
 
@@ -17,36 +21,72 @@ class GradDrop(Method):
     """GradDrop: in every coordinate, only the gradients of one sign are summed.
 
     The sign is drawn at random, positive with the probability P = ½ (1 + Σ_t g_t / Σ_t |g_t|), the sign purity of that
-    coordinate (Algorithm 1 of the paper, on the gradients as they are). It works on the gradients, not on their Gram
-    matrix: `info` is empty.
+    coordinate; of task t's gradients of the other sign the part ℓ_t remains (Chen et al. 2020, Algorithm 1, on the
+    gradients as they are):
+
+        g = Σ_t (ℓ_t + (1 - ℓ_t) [g_t has the drawn sign]) g_t
+
+    It works on the gradients, not on their Gram matrix: `info` is empty. One pass over them, in float64; what is drawn
+    depends on the state of the generator alone, not on the number of threads or the device's blocks.
 
     Args:
-        generator: source of randomness, on the gradients' device; default: torch's global one.
+        leak: ℓ, one number in [0, 1] for all tasks, or T of them (a tensor [T], list or tuple). None is 0, the authors'
+            default; 1 is the sum of the gradients.
+        generator: source of randomness, on the gradients' device; default: torch's global one there.
+
+    Raises:
+        TypeError: `leak` or `generator` of another kind.
+        ValueError: `leak` is not within [0, 1] or not one-dimensional.
     """
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, leak: float | Tensor | Sequence[float] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
+        self.leak: float | Tensor = _checked_leak(leak)
         self.generator = generator
+        self._leaks = Weighted(self.leak if isinstance(self.leak, Tensor) else None)  # copies of T numbers on devices
 
     def __repr__(self) -> str:
-        return "GradDrop()"
+        leak = self.leak.tolist() if isinstance(self.leak, Tensor) else self.leak
+        return f"GradDrop(leak={leak})" if leak else "GradDrop()"
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor) -> None:
-        self._drop(list(G.unbind(-2)), out)
+    def _check_tasks(self, T: int) -> None:
+        if isinstance(self.leak, Tensor) and self.leak.shape[0] != T:
+            raise ValueError(f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}")
 
-    def _aggregate_list(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor]) -> Info:
-        K = len(out)
-        for k, target in enumerate(out):
-            self._drop([g for g in grads[k::K] if g is not None], target)
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.sign_drop(G, draw_seed(G, self.generator, context), self._task_leak(G.shape[-2], G), out)
+
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        ops.sign_drop_rows(grads, T, draw_seed(out[0], self.generator, context), self._task_leak(T, out[0]), out)
         return Info.of()
 
-    def _drop(self, gradients: list[Tensor], out: Tensor) -> None:
-        wide = torch.promote_types(out.dtype, torch.float32)
-        positive, negative = (torch.zeros(out.shape, dtype=wide, device=out.device) for _ in range(2))
-        for g in gradients:
-            positive += g.to(wide).clamp_min(0)
-            negative -= g.to(wide).clamp_max(0)
-        total = positive + negative
-        drawn = torch.rand(out.shape, dtype=wide, device=out.device, generator=self.generator)
-        chosen = torch.where(drawn * total < positive, positive, -negative)
-        # Any non-finite gradient makes its coordinate non-finite, whichever sign was drawn.
-        out.copy_(torch.where(total.isfinite(), chosen, total - total))
+    def _task_leak(self, T: int, like: Tensor) -> Tensor | None:
+        """The leaks [T] for the ops, where `like` is; None where nothing leaks."""
+        if isinstance(self.leak, float):
+            return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
+        self._check_tasks(T)
+        return self._leaks._task_weights(T, like)
+
+
+def _checked_leak(leak: object) -> float | Tensor:
+    if leak is None:
+        return 0.0
+    if isinstance(leak, (int, float)) and not isinstance(leak, bool):
+        values = torch.tensor(leak, dtype=torch.float64)
+    elif isinstance(leak, (Tensor, list, tuple)):
+        try:
+            values = torch.as_tensor(leak, dtype=torch.float64).detach().clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"leak: expected a number, T numbers or None, got {leak!r}") from error
+    else:
+        raise TypeError(f"leak: expected a number, T numbers or None, got {describe(leak)}")
+    if values.ndim > 1 or not values.numel():
+        raise ValueError(f"leak: expected one number or shape [T], got shape {list(values.shape)}")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"leak: expected numbers within [0, 1], got {values.tolist()}")
+    return values if values.ndim else values.item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ class GradVac(StatefulMethod):
         ValueError: `beta` is not in [0, 1].
     """
 
-    targets: Tensor | None  # φ, float64 [T, T] or [B, T, T]
+    _remembers = True
+    targets: Tensor  # φ, float64 [T, T] or [B, T, T]
 
     def __init__(self, beta: float = 0.5, generator: torch.Generator | None = None) -> None:
         if not (isinstance(beta, (int, float)) and 0 <= beta <= 1):
@@ -45,11 +48,11 @@ class GradVac(StatefulMethod):
     def __repr__(self) -> str:
         return f"GradVac(beta={self.beta})"
 
+    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        return {"targets": (shape, torch.float64)}
+
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
-        self._place(wide)
-        if self.targets is None:
-            self.targets = torch.zeros_like(wide, memory_format=torch.contiguous_format)
-        self._check_shape(self.targets, wide.shape)
+        self._prepare(M.shape, M.device)
         alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, self.targets)
         return Info.of(alpha, M)

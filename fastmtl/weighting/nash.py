@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ class NashMTL(StatefulMethod):
         ValueError: `max_norm` < 0, `every` < 1.
     """
 
-    weights: Tensor | None  # those of the last solution, float64 [T]; only with every > 1
-    steps: Tensor | None  # how many steps it has had, int64 []
+    weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
+    steps: Tensor  # how many steps it has had, int64 []
 
     def __init__(self, max_norm: float = 1.0, every: int = 1, normalize: bool = True) -> None:
         if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
@@ -46,9 +48,15 @@ class NashMTL(StatefulMethod):
         self.max_norm = float(max_norm)
         self.every = every
         self.normalize = bool(normalize)
+        self._remembers = every > 1
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm}, every={self.every}, normalize={self.normalize})"
+
+    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        if self.every == 1:
+            return {}
+        return {"weights": (shape[:-1], torch.float64), "steps": ((), torch.int64)}
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
@@ -65,13 +73,10 @@ class NashMTL(StatefulMethod):
 
     def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""
-        self._place(M)
-        if self.weights is None or self.steps is None:
-            self.weights, self.steps = torch.zeros_like(alpha), torch.zeros((), dtype=torch.int64, device=M.device)
-        self._check_shape(self.weights, alpha.shape)
+        self._prepare(M.shape, M.device)
         finite = M.isfinite().all()
         due = self.steps % self.every == 0
         used = torch.where(due, alpha, self.weights)
-        self.weights = torch.where(finite, used, self.weights)
-        self.steps = self.steps + finite
+        self.weights.copy_(torch.where(finite, used, self.weights))
+        self.steps.add_(finite)
         return torch.where(finite, used, torch.nan)
