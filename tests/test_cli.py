@@ -57,6 +57,16 @@ def test_info_shows_a_forced_instruction_set(tmp_path):
     assert fields(done.stdout)["CPU ISA"] == "portable (FASTMTL_CPU=portable)"
 
 
+def test_methods_are_listed(tmp_path):
+    done = python("-m", "fastmtl", "methods", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "Navon et al., ICML 2022" in rows["NashMTL"]
+    assert "tasks, temperature=2.0" in rows["scalarization.DWA"]
+    markdown = python("-m", "fastmtl", "methods", "--markdown", cwd=tmp_path).stdout
+    assert markdown.startswith("| method | paper | needs | state | options | TorchJD | LibMTL | official |\n|---|")
+
+
 def test_info_under_a_torch_without_cuda(monkeypatch):
     monkeypatch.delenv("FASTMTL_NO_EXT", raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
