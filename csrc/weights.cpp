@@ -5,33 +5,11 @@
 #include <tuple>
 
 #include "cpu/weights.h"
-#include "tensors.h"
+#include "weighing.h"
 
 namespace fastmtl::cpu {
 
 namespace {
-
-// Gram matrices as the solvers read them, and where the weights go.
-struct Weighing {
-  explicit Weighing(const Tensor& M) : gram(M) {
-    check_square(M);
-    if (M.scalar_type() != ScalarType::Double || !M.is_contiguous()) {
-      gram = as_float64(M);
-    }
-    T = M.size(-1);
-    B = M.numel() / (T * T);
-    data = static_cast<const double*>(gram.const_data_ptr());
-    alpha = empty_float64(leading(M, 1), gram);
-  }
-
-  Tensor residual() const {
-    return empty_float64(leading(gram, 2), gram);
-  }
-
-  Tensor gram, alpha;
-  int64_t B, T;
-  const double* data; // [B, T, T]
-};
 
 std::tuple<Tensor, Tensor> mgda_op(const Tensor& M) {
   const Weighing to(M);
@@ -42,15 +20,7 @@ std::tuple<Tensor, Tensor> mgda_op(const Tensor& M) {
 
 std::tuple<Tensor, Tensor> dual_cone_op(const Tensor& M, std::optional<Tensor> weights, bool each) {
   const Weighing to(M);
-  if (weights) {
-    STD_TORCH_CHECK(
-        weights->dim() == 1 && weights->size(0) == to.T && weights->scalar_type() == ScalarType::Double &&
-            weights->is_contiguous() && weights->is_cpu(),
-        "weights: expected a contiguous float64 tensor of shape [",
-        to.T,
-        "] on the device of M, got shape ",
-        shape_of(*weights));
-  }
+  check_weights(weights, to.T, M);
   const Tensor residual = to.residual();
   dual_cone(to.data, to.B, to.T, weights ? doubles(*weights) : nullptr, each, doubles(to.alpha), doubles(residual));
   return {to.alpha, residual};
@@ -83,13 +53,7 @@ Tensor pcgrad_op(const Tensor& M, const Tensor& seed, bool per_task) {
 
 Tensor gradvac_op(const Tensor& M, const Tensor& seed, double beta, Tensor targets) {
   const Weighing to(M);
-  STD_TORCH_CHECK(
-      View(targets).dims == M.dim() && std::equal(targets.sizes().begin(), targets.sizes().end(), M.sizes().begin()) &&
-          targets.scalar_type() == ScalarType::Double && targets.is_contiguous() && same_device(targets, M),
-      "targets: expected a contiguous float64 tensor of shape ",
-      shape_of(M),
-      " on the device of M, got shape ",
-      shape_of(targets));
+  check_targets(targets, M);
   gradvac(to.data, to.B, to.T, seed_of(seed, M), beta, doubles(targets), doubles(to.alpha));
   return to.alpha;
 }

@@ -797,9 +797,9 @@ def test_features_for_a_method_that_is_not_of_the_gram():
     model, plain = MLP(3, F64), MLP(3, F64)
     parameters = list(model.encoder.parameters())
     h = model.encoder(model.x)
-    fastmtl.GradDrop(generator(3)).backward(losses_of(model, h), parameters, features=h)
+    fastmtl.GradDrop(generator=generator(3)).backward(losses_of(model, h), parameters, features=h)
     rows = gradient_rows(losses_of(plain, plain.encoder(plain.x)), list(plain.encoder.parameters()))
-    for p, g in zip(parameters, fastmtl.GradDrop(generator(3))(rows), strict=True):
+    for p, g in zip(parameters, fastmtl.GradDrop(generator=generator(3))(rows), strict=True):
         assert relative(p.grad, g) <= 1e-9
 
 

@@ -111,6 +111,36 @@ def test_ragged(T):
     check(lambda: fastmtl.AlignedMTL()(rows))
 
 
+@pytest.mark.parametrize("leak", [None, 0.3])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=dtype_id)
+def test_random_signs(dtype, leak):
+    """A coordinate's random number is its own, whichever thread works on it."""
+    seed = torch.tensor(5)
+    for shape in ((3, 300_001), (12, 70_001), (3, 4, 70_001), (64, 8, 512), (300, 4, 33)):
+        G = randn(*shape, dtype=dtype)
+        leaks = None if leak is None else torch.full((shape[-2],), leak, dtype=F64)
+
+        def dropped(G=G, leaks=leaks):
+            out = torch.empty(G.shape[:-2] + G.shape[-1:], dtype=dtype)
+            ops.sign_drop(G, seed, leaks, out)
+            return out
+
+        check(dropped)
+    sizes = [1, 30_000, 7, 0, 4096, 111_111]
+    grads = [
+        None if (t * k) % 5 == 3 else randn(n, dtype=dtype, seed=10 * t + k)
+        for t in range(4)
+        for k, n in enumerate(sizes)
+    ]
+
+    def dropped_rows():
+        out = [torch.empty(n, dtype=dtype) for n in sizes]
+        ops.sign_drop_rows(grads, 4, seed, None, out)
+        return out
+
+    check(dropped_rows)
+
+
 @pytest.mark.parametrize(("batch", "T"), [(1000, 3), (300, 8), (65, 16), (40, 32), (1, 30), (5, 48), (3, 64)])
 def test_eigenproblems(batch, T):
     A = randn(batch, T, T + 3, dtype=F64)

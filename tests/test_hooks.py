@@ -164,9 +164,9 @@ def test_gradients_are_those_of_autograd(via):
 
 @both
 def test_grad_drop_with_the_same_generator(via):
-    expected = GradDrop(generator(7))(task_gradients(MTAN()))
+    expected = GradDrop(generator=generator(7))(task_gradients(MTAN()))
     model = MTAN()
-    hs = train_step(model, GradDrop(generator(7)), via)
+    hs = train_step(model, GradDrop(generator=generator(7)), via)
     plain = MTAN()
     own = torch.autograd.grad(encoded(plain), list(plain.encoder.parameters()), expected)
     for g, e in zip(encoder_gradients(model), own, strict=True):

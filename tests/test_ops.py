@@ -704,6 +704,17 @@ def op_cases():
     yield "align", (randn(3, 20), w, *options), {"out": torch.empty(20)}
     yield "align", (randn(2, 3, 20), None, *options), {"out": torch.empty(2, 20)}
     yield "align_rows", (grads, 2, None, *options, [torch.empty(3, 2), torch.empty(7)]), {}
+    seed, batch = torch.tensor(7), torch.stack([M, 2 * M])
+    for solved, rest in (("mgda", ()), ("dual_cone", (w, True)), ("cagrad", (0.5,)), ("nash", (1.0,))):
+        yield solved, (M, *rest), {}
+        yield solved, (batch.float(), *rest), {}
+    yield "dual_cone", (M, None, False), {}
+    yield "pcgrad", (M, seed, True), {}
+    yield "pcgrad", (batch.float(), seed, False), {}
+    yield "gradvac", (M, seed, 0.5, torch.zeros_like(M)), {}
+    yield "gradvac", (batch, seed, 0.5, torch.zeros_like(batch)), {}
+    yield "sign_drop", (randn(2, 3, 20, dtype=F16), seed, w, torch.empty(2, 20, dtype=F16)), {}
+    yield "sign_drop_rows", (grads, 2, seed, None, [torch.empty(3, 2), torch.empty(7)]), {}
 
 
 OP_CASES = list(op_cases())

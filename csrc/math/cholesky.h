@@ -1,6 +1,6 @@
 // C_S = Uᵀ D^-1 U for the rows and columns S of a symmetric matrix: row i of U is what elimination has left of row i,
 // and D its diagonal (Cholesky without the roots). All of it in steps x -= Σ a_k r_k over rows that are contiguous.
-// A factor costs n³/3, a solution 2 n², a row more n² multiply-adds and additions.
+// A factor costs n³/3, a solution 2 n², a row more or less n² multiply-adds.
 //
 // C has a unit diagonal, or one between 1 and 2: what rounding leaves of a row that depends on those before it is at
 // most `noise(n)`.
@@ -32,7 +32,7 @@ FASTMTL_HOST_DEVICE void subtract_rows(Team team, int64_t count, Factor a, Row r
 }
 
 struct Cholesky {
-  const double* C;  // [T, T]
+  const double* C; // [T, T]
   int64_t T;
   double* U;        // [T, T], upper triangle
   double* inverse;  // [T], 1 / D
@@ -120,22 +120,36 @@ struct Cholesky {
     ++count;
   }
 
-  // Takes entry k out of the support.
+  // Takes entry k out of the support: the rows behind it get back what it took from them, w wᵀ / δ (Gill et al. 1974).
   template <class Team>
-  FASTMTL_HOST_DEVICE void remove(Team team, int64_t k, double* y) {
+  FASTMTL_HOST_DEVICE void remove(Team team, int64_t k, double* w) {
+    double* const inverse = this->inverse;
     int64_t* const support = this->support;
-    const int64_t n = count;
-    team.once([=] {
-      for (int64_t i = k; i + 1 < n; ++i) {
-        support[i] = support[i + 1];
-      }
-    });
-    count = k;
-    while (count < n - 1) { // those behind it, again
-      const int64_t t = support[count];
-      const double pivot = column(team, t, y);
-      // With fewer rows before it a pivot is larger, but for rounding.
-      append(team, t, y, pivot > noise(count) ? pivot : noise(count));
+    const int64_t behind = --count - k;
+    for (int64_t i = 0; i < k; ++i) {
+      double* u = U + i * T + k;
+      team.each(behind, [=](int64_t j) { w[j] = u[j + 1]; });
+      team.each(behind, [=](int64_t j) { u[j] = w[j]; });
+    }
+    double delta = U[k * T + k];
+    const double* gone = U + k * T + k + 1;
+    team.each(behind, [=](int64_t j) { w[j] = gone[j]; });
+    for (int64_t i = 0; i < behind; ++i) {
+      double* to = U + (k + i) * (T + 1);
+      const double* from = to + T + 1;
+      double* rest = w + i;
+      const double pivot = from[0], a = w[i] / delta, b = w[i] / pivot, lifted = pivot + a * w[i];
+      team.each(behind - i - 1, [=](int64_t j) {
+        const double u = from[j + 1], x = rest[j + 1];
+        to[j + 1] = u + a * x;
+        rest[j + 1] = x - b * u;
+      });
+      team.once([=] {
+        to[0] = lifted;
+        inverse[k + i] = 1.0 / lifted;
+        support[k + i] = support[k + i + 1];
+      });
+      delta *= lifted / pivot;
     }
   }
 };

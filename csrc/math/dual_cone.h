@@ -20,8 +20,8 @@ FASTMTL_HOST_DEVICE double dual_cone(
     Team team,
     const double* M, // [T, T]
     int64_t T,
-    const double* u, // [T]
-    double* v,       // [T]
+    const double* u,   // [T]
+    double* v,         // [T]
     double* scratch) { // [dual_cone_scratch(T)]
   double *const C = scratch, *const norms = C + T * T, *const inverse = norms + T;
   double *const scaled = inverse + T, *const p = scaled + T;

@@ -16,8 +16,8 @@ template <class Team>
 FASTMTL_HOST_DEVICE double shortest_point(
     Team team,
     Nonnegative& problem,
-    double* Q,       // [T, T], C on entry, the matrix of `problem`
-    const double* b, // [T]
+    double* Q,        // [T, T], C on entry, the matrix of `problem`
+    const double* b,  // [T]
     double& square) { // xᵀCx
   const int64_t T = problem.T;
   for (int64_t i = 0; i < T; ++i) {

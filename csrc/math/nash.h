@@ -121,6 +121,7 @@ FASTMTL_HOST_DEVICE double nash_newton(
   double* const wanted = terms + T;  // h² γ^-p
   double* const root = wanted + T;   // √q
   double* const step = root + T;     // s, or √q s
+  double* const right = wanted;      // the right side of that, in its place
   const double largest = team.largest(T, [=](int64_t t) { return M[t * T + t]; });
   team.each(T, [=](int64_t t) {
     const double h = power == 1.0 ? 1.0 : std::pow(M[t * T + t] / largest, (power - 1.0) / (2.0 * (power + 1.0)));
@@ -176,21 +177,26 @@ FASTMTL_HOST_DEVICE double nash_newton(
       return std::fabs(product[t] - wanted[t]) - kRounding * (4.0 * terms[t] + 4.0 * (1.0 + power) * wanted[t]);
     });
     stalled = near && !(residual <= 0.5 * least) ? stalled + 1 : 0;
-    if (residual < least || iteration == 0) {
+    const bool solved = near && excess <= 0.0;
+    if (residual < least || solved || iteration == 0) {
       least = residual;
       team.each(T, [=](int64_t t) { best[t] = gamma[t]; });
     }
-    if ((near && excess <= 0.0) || stalled == 3 || iteration == 200) {
+    if (solved || stalled == 3 || iteration == 200) {
       break;
     }
 
+    // Near the end equations that hold to rounding drive no step: their noise would keep the others from holding.
+    const double ignored = near ? 4.0 * kRounding : 0.0;
     team.each(T, [=](int64_t t) {
-      step[t] = (wanted[t] - product[t]) * gamma[t] / root[t];
+      const double missing = wanted[t] - product[t];
+      right[t] = std::fabs(missing) > ignored * terms[t] ? missing * gamma[t] / root[t] : 0.0;
+      step[t] = right[t];
       alpha[t] = scale[t] * gamma[t] / root[t]; // z C z = alpha M alpha
     });
     nash_factor(team, M, T, power, alpha, U, inverse);
     Cholesky{M, T, U, inverse, nullptr, T}.solve(team, step);
-    const double fall = team.sum(T, [=](int64_t t) { return step[t] * (wanted[t] - product[t]) * gamma[t] / root[t]; });
+    const double fall = team.sum(T, [=](int64_t t) { return step[t] * right[t]; });
     if (!(fall > 0.0)) { // solved exactly, or out of the range of numbers
       break;
     }

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kFullExchanges = 3;
 constexpr int64_t kMaxFactors = 25;
-constexpr double kDoubtful = 1e-12; // a solution worse than this is looked for again, from the start
+constexpr double kNegligible = 1e-10;       // entries of a null vector below this are rounding
+constexpr double kDoubtful = 1e-12;         // a solution worse than this is looked for again, from the start
 constexpr double kSolved = 4.0 * kRounding; // slopes this small, times sqrt(T) and the size of the terms, are zero
 
 // C = D^-1/2 M D^-1/2 with D the diagonal; zero gradients become orthogonal to all others.
@@ -191,35 +192,49 @@ struct Nonnegative : Cholesky {
   // the indices that depend on those before them, and, again and again, those with x_t <= 0.
   template <class Team>
   FASTMTL_HOST_DEVICE void settle(Team team, const double* p) {
-    double *const x = this->x, *const y = work, *const chosen = work + T;
+    double *const x = this->x, *const y = work;
     int64_t* const support = this->support;
-    for (int64_t before = count, positive = -1; positive != count; before = positive) {
-      team.each(before, [=](int64_t i) { chosen[i] = double(support[i]); });
-      count = 0;
-      for (int64_t i = 0; i < before; ++i) {
-        const int64_t t = int64_t(chosen[i]);
-        const double pivot = this->column(team, t, y);
-        if (pivot > noise(count)) {
-          this->append(team, t, y, pivot);
-        }
-      }
+    thin(team);
+    for (;;) {
       const int64_t n = count;
       team.each(n, [=](int64_t i) { y[i] = p[support[i]]; });
       this->solve(team, y);
-      positive = int64_t(team.sum(n, [=](int64_t i) { return y[i] > 0.0 ? 1.0 : 0.0; }));
-      if (positive < n) {
-        team.once([=] {
-          for (int64_t i = 0, kept = 0; i < n; ++i) {
-            if (y[i] > 0.0) {
-              support[kept++] = support[i];
-            }
+      const int64_t positive = int64_t(team.sum(n, [=](int64_t i) { return y[i] > 0.0 ? 1.0 : 0.0; }));
+      if (positive == n) {
+        break;
+      }
+      team.once([=] {
+        for (int64_t i = 0, kept = 0; i < n; ++i) {
+          if (y[i] > 0.0) {
+            support[kept++] = support[i];
           }
-        });
+        }
+      });
+      count = positive;
+      if (!this->factor(team)) {
+        thin(team);
       }
     }
     factored = true;
     team.each(T, [=](int64_t t) { x[t] = 0.0; });
     team.each(count, [=](int64_t i) { x[support[i]] = y[i]; });
+  }
+
+  // Factors C over those of the support that do not depend on the ones before them.
+  template <class Team>
+  FASTMTL_HOST_DEVICE void thin(Team team) {
+    double *const y = work, *const before = work + T;
+    const int64_t* const support = this->support;
+    const int64_t n = count;
+    team.each(n, [=](int64_t i) { before[i] = double(support[i]); });
+    count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t t = int64_t(before[i]);
+      const double pivot = this->column(team, t, y);
+      if (pivot > noise(count)) {
+        this->append(team, t, y, pivot);
+      }
+    }
   }
 
   // The method of Lawson and Hanson, from what `settle` has left.
@@ -293,7 +308,8 @@ struct Nonnegative : Cholesky {
         return true;
       }
       this->backward(team, y); // C (e_t - y) = 0
-      const int64_t leaving = team.argmax(count, [=](int64_t i) { return y[i] > 0.0 ? -x[support[i]] / y[i] : -kInfinity; });
+      const int64_t leaving =
+          team.argmax(count, [=](int64_t i) { return y[i] > kNegligible ? -x[support[i]] / y[i] : -kInfinity; });
       if (leaving < 0) {
         return false;
       }

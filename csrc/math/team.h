@@ -16,7 +16,7 @@
 #define FASTMTL_HOST_DEVICE
 #endif
 
-// For what several places call and is long: a GPU's compiler would write it out at each, and run out of registers.
+// For what is long and called in several places: a GPU's compiler would write it out at each, and take minutes for it.
 #ifdef __CUDACC__
 #define FASTMTL_ONE_COPY __noinline__
 #else
