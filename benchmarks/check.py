@@ -3,11 +3,13 @@
 
     python benchmarks/check.py [--only SUBSTRING] [--rounds 15] [--threads 2] [--accept-roof] [--json PATH]
 
-The promises stand in bounds.toml. They are ratios of interleaved medians (measure.py) against plain PyTorch (pure.py)
-and against a streaming read of the same data, and each result is compared with a float64 computation before it is
-timed. A case that fails is measured up to two more times, as a whole: no attempt is patched with numbers from another.
+The promises stand in bounds.toml. They are ratios of interleaved medians (measure.py) against plain PyTorch (pure.py),
+against TorchJD (peers.py) and against a streaming read of the same data, and each result is compared with a float64
+computation before it is timed. A case that fails is measured up to two more times, as a whole: no attempt is patched
+with numbers from another.
 
-Verdicts: ok; MISSED; WRONG (the result is not accurate, nothing was timed); NOISY (most rounds were disturbed, or the
+Verdicts: ok; MISSED; WRONG (the result is not accurate, nothing was timed); ABSENT (TorchJD, or the solver that it
+needs, is not installed: the last line says how to); NOISY (most rounds were disturbed, or the
 promise was missed while other processes kept the machine busy: run it again on a quiet one); and ROOF, for a ratio that
 is missed although the time is within the line's floor bound of what this machine's memory bandwidth and multiply-add
 rate permit.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -34,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import peers
 import pure
 import torch
 import workloads
@@ -44,6 +48,7 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 
 BOUNDS = Path(__file__).with_name("bounds.toml")
 ATTEMPTS = 3
+NAME = 28  # width of the column
 BUSY = 0.2  # processors kept busy by others: beyond that, only a promise that is kept means anything
 
 
@@ -60,6 +65,7 @@ class Trial:
         multiply_adds: of the Gram's upper triangle.
         products: the cheapest dtype that is accurate enough for them.
         rounds: how many rounds to time for one of the other cases, where the ratio is close to 1 or a call is long.
+        calls: how many calls each function makes; times are given for one.
     """
 
     fast: Callable[[], object]
@@ -70,6 +76,7 @@ class Trial:
     multiply_adds: int = 0
     products: torch.dtype = torch.float32
     rounds: float = 1.0
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,49 @@ def step_resnet18(T: int, kappa: float) -> Trial:
     return step(workloads.resnet18(T), rounds=1)
 
 
+def weighting(method: str, T: int, kappa: float) -> Trial:
+    """Task weights from a Gram matrix [T, T] against TorchJD's from the same one."""
+    grams, peer = workloads.grams(T), peers.PEERS[method]
+    fast, base = peer.passes(grams)
+    stacked = torch.stack(grams)
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: stacked.sum(),
+        error=max(peer.error(M) for M in grams),
+        tolerance=peer.tolerance,
+        rounds=1 if T < 100 else 1 / 3,  # theirs takes up to half a second
+        calls=len(grams),
+    )
+
+
+def aggregation(method: str, T: int, P: int, kappa: float) -> Trial:
+    """A whole aggregation of [T, P] against Aligned-MTL's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    peer, aligned = peers.PEERS[method], fastmtl.AlignedMTL()
+    fast = peer.ours()
+    return Trial(
+        fast=lambda: fast(G, out=out),
+        base=lambda: aligned(G, out=out),
+        read=lambda: G.sum(),
+        error=peer.aggregation_error(G),
+        tolerance=peers.AGGREGATION,
+    )
+
+
+def graddrop(T: int, P: int, kappa: float) -> Trial:
+    """GradDrop of [T, P] against TorchJD's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    method, base = fastmtl.GradDrop(), peers.torchjd().GradDrop()
+    return Trial(
+        fast=lambda: method(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.sign_error(G, method(G)),
+        tolerance=workloads.tolerance(T),
+    )
+
+
 def resnet50_memory(T: int) -> int:
     """Bytes that the aggregation of T ragged rows takes beyond its result."""
     result = 4 * sum(torch.Size(shape).numel() for shape in workloads.resnet50())
@@ -242,7 +292,10 @@ def _step_call(T: int, batch: int, aggregated: bool) -> tuple[Callable[[], objec
 
 TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__: function
-    for function in (flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18)
+    for function in (
+        *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18),
+        *(weighting, aggregation, graddrop),
+    )
 }
 MEMORY: dict[str, Callable[..., int]] = {function.__name__: function for function in (resnet50_memory, step_memory)}
 
@@ -253,7 +306,7 @@ class Case:
 
     name: str
     kind: str
-    shape: Sequence[int]
+    arguments: Sequence[Any]
     kappa: float
     floor_bound: float
     reads: int | None = None
@@ -268,13 +321,15 @@ def cases() -> Iterator[Case]:
     bounds = tomllib.loads(BOUNDS.read_text())
     for group in bounds["group"]:
         kind, shapes, kappas = group.pop("kind"), group.pop("shapes"), group.pop("kappas", [1])
+        methods = group.pop("methods", [None])
         floor_bound = group.get("max_floor", bounds["floor_bound"])
-        for shape in shapes:
-            for kappa in kappas:
-                size = "x".join(map(short, shape)) if len(shape) > 1 else f"T={shape[0]}"
-                condition = f" kappa={short(kappa)}" if kappa > 1 else ""
-                name = f"{kind.replace('_', ' ')} {size}{condition}"
-                yield Case(name, kind, shape, kappa, floor_bound, **group)
+        for method, (i, shape), kappa in itertools.product(methods, enumerate(shapes), kappas):
+            size = "x".join(map(short, shape)) if len(shape) > 1 else f"T={shape[0]}"
+            condition = f" kappa={short(kappa)}" if kappa > 1 else ""
+            name = " ".join(filter(None, (kind.replace("_", " "), method, size))) + condition
+            arguments = shape if method is None else [method, *shape]
+            limits = {key: limit[i] if isinstance(limit, list) else limit for key, limit in group.items()}
+            yield Case(name, kind, arguments, kappa, floor_bound, **limits)
 
 
 def short(n: float) -> str:
@@ -316,13 +371,16 @@ def lines(case: Case, trial: Trial, timing: measure.Timing) -> Iterator[Line]:
 def run(case: Case, rounds: int, accept: Sequence[str]) -> tuple[list[Line], dict[str, Any]]:
     """The case's lines and the data behind them: the first attempt with only `accept` verdicts, or the best one."""
     if case.max_extra_mb is not None:
-        extra = MEMORY[case.kind](*case.shape)
+        extra = MEMORY[case.kind](*case.arguments)
         verdict = "ok" if extra <= case.max_extra_mb * 1e6 else "MISSED"
         return [Line(case.name, "extra MB", extra / 1e6, case.max_extra_mb, "<=", None, verdict)], {
             "extra_bytes": extra
         }
 
-    trial = TRIALS[case.kind](*case.shape, kappa=case.kappa)
+    try:
+        trial = TRIALS[case.kind](*case.arguments, kappa=case.kappa)
+    except ImportError:  # TorchJD, or the solver that a method of it needs
+        return [Line(case.name, "speed-up", 0.0, case.min_speedup or 0.0, ">=", None, "ABSENT")], {}
     data: dict[str, Any] = {"error": trial.error, "tolerance": trial.tolerance}
     if not trial.error <= trial.tolerance:
         return [Line(case.name, "error", trial.error, trial.tolerance, "<=", None, "WRONG")], data
@@ -332,7 +390,7 @@ def run(case: Case, rounds: int, accept: Sequence[str]) -> tuple[list[Line], dic
     best: tuple[list[Line], dict[str, Any]] | None = None
     fewest = 0
     for attempt in range(1, ATTEMPTS + 1):
-        timing = measure.interleave(functions, math.ceil(trial.rounds * rounds))
+        timing = measure.interleave(functions, math.ceil(trial.rounds * rounds)).per_call(trial.calls)
         result_lines = list(lines(case, trial, timing))
         bad = sum(line.verdict not in accept for line in result_lines)
         if best is None or bad < fewest:
@@ -350,7 +408,7 @@ def show(line: Line, data: dict[str, Any]) -> str:
     fast = f"{data['seconds']['fast'] * 1e3:.3f}" if "seconds" in data else ""
     reached = f"{line.reached:.1e}" if line.verdict == "WRONG" else f"{line.reached:.2f}"
     target = f"{line.sense} {line.target:g}"
-    return f"{line.name:28} {line.measure:10} {reached:>8} {target:>8} {roof:>7} {fast:>10}  {line.verdict}"
+    return f"{line.name:{NAME}} {line.measure:10} {reached:>8} {target:>8} {roof:>7} {fast:>10}  {line.verdict}"
 
 
 def main() -> None:
@@ -371,7 +429,9 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if "_C" not in machine["extensions"]:
         print("The CPU kernels are not built: these are the times of the reference ops.")
-    print(f"{'case':28} {'measure':10} {'reached':>8} {'target':>8} {'roof':>7} {'fast ms':>10}  verdict", flush=True)
+    print(
+        f"{'case':{NAME}} {'measure':10} {'reached':>8} {'target':>8} {'roof':>7} {'fast ms':>10}  verdict", flush=True
+    )
     accept = ("ok", "ROOF") if args.accept_roof else ("ok",)
     verdicts: Counter[str] = Counter()
     records = []
@@ -392,6 +452,8 @@ def main() -> None:
     busy = max((record.get("others", 0.0) for record in records), default=0.0)
     if busy > BUSY:
         print(f"Other processes kept up to {busy:.1f} processors busy meanwhile: do not trust these numbers.")
+    if verdicts["ABSENT"]:
+        print(f"TorchJD or a solver that it needs is not installed: {peers.INSTALL}")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         options = {"only": args.only, "rounds": args.rounds, "accept_roof": args.accept_roof}

@@ -1,4 +1,4 @@
-"""pytest-benchmark's results say where they were measured; the ratios of test_step.py are printed as a table."""
+"""pytest-benchmark's results say where they were measured; interleaved ratios are printed as tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from typing import Any
 
 import measure
 import pytest
+
+# property of a report -> heading of its table, and of its first column
+TABLES = {
+    "step": ("training steps: ratio of interleaved medians (milliseconds)", "× the step of the summed losses"),
+    "weighting": ("task weights from a Gram matrix: TorchJD's time / ours (ours, theirs)", "method"),
+    "aggregation": ("whole aggregations: ratio of interleaved medians", "method"),
+    "graddrop": ("on the gradients themselves: TorchJD's time / ours (ours, theirs)", "method"),
+}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -16,22 +24,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints the table of training steps, in Markdown: a row for each way, a column for each model."""
-    reports = terminalreporter.getreports("passed")
-    steps = [value for report in reports for key, value in report.user_properties if key == "step"]
-    if not steps:
-        return
-    cells = {(way, model): cell(*measured) for way, model, *measured in steps}
-    ways, models = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
-    rows = [["× the step of the summed losses", *models], ["---"] * (1 + len(models))]
-    rows += [[way, *(cells.get((way, model), "") for model in models)] for way in ways]
-    terminalreporter.section("training steps: ratio of interleaved medians (milliseconds)")
-    for row in rows:
-        terminalreporter.write_line(f"| {' | '.join(row)} |")
-    busy = max(others for *_, others in steps)
-    terminalreporter.write_line(f"Other processes kept up to {busy:.1f} processors busy meanwhile.")
-
-
-def cell(milliseconds: float, ratio: float, steady: bool, _: float) -> str:
-    """An entry of the table; "?" where most rounds were disturbed."""
-    return f"{ratio:.2f} ({milliseconds:.3g}){'' if steady else ' ?'}"
+    """Prints the tables, in Markdown, from properties (row, column, cell, processors that others kept busy)."""
+    properties = [pair for report in terminalreporter.getreports("passed") for pair in report.user_properties]
+    for table, (heading, corner) in TABLES.items():
+        entries = [entry for key, entry in properties if key == table]
+        if not entries:
+            continue
+        cells = {(row, column): cell for row, column, cell, _ in entries}
+        names, columns = (list(dict.fromkeys(axis)) for axis in zip(*cells, strict=True))
+        rows = [[corner, *columns], ["---"] * (1 + len(columns))]
+        rows += [[name, *(cells.get((name, column), "") for column in columns)] for name in names]
+        terminalreporter.section(heading)
+        for row in rows:
+            terminalreporter.write_line(f"| {' | '.join(row)} |")
+        busy = max(others for *_, others in entries)
+        terminalreporter.write_line(f"Other processes kept up to {busy:.1f} processors busy meanwhile.")

@@ -47,6 +47,10 @@ class Timing(NamedTuple):
         """Whether at least half of the rounds counted."""
         return 2 * self.kept >= self.rounds
 
+    def per_call(self, calls: int) -> Timing:
+        """The same where every function made `calls` calls."""
+        return self._replace(seconds={name: s / calls for name, s in self.seconds.items()})
+
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> Timing:
     """Times all functions in turn, `rounds` times over, and takes the median of each.

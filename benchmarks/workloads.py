@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 __all__ = [
     "MultiTask",
+    "conflicting",
     "eigen_error",
     "error",
     "exact",
     "flatten",
+    "grams",
     "matrix",
     "mlp",
     "ragged",
     "resnet18",
     "resnet50",
+    "sign_error",
     "symmetric",
     "tolerance",
 ]
 
+GRAMS = {10: 8, 40: 8, 128: 2}  # tasks -> how many Gram matrices: fewer where a solver takes long
 CHUNK = 1 << 20  # columns that are converted to float64 at a time
 
 
@@ -35,6 +39,23 @@ def matrix(*shape: int, kappa: float = 1.0, dtype: torch.dtype = torch.float32) 
         T = shape[-2]
         G = (torch.linalg.qr(torch.randn(T, T)).Q * kappa ** -torch.linspace(0, 1, T)) @ G
     return G.to(dtype)
+
+
+def conflicting(T: int, P: int, seed: int = 0) -> Tensor:
+    """Gradients [T, P] as in a hard but ordinary step: half of the pairs conflict.
+
+    Noise, and in it four directions that the tasks want to go with random strengths and signs: about half of each
+    gradient, so that most cosines are between -0.5 and 0.5. The gradients are linearly independent, and their norms are
+    alike: where those differ too, TorchJD's Nash-MTL takes many times as long and misses the solution.
+    """
+    torch.manual_seed(seed)
+    return torch.randn(T, P) + 0.5 * torch.randn(T, 4) @ torch.randn(4, P)
+
+
+def grams(T: int) -> list[Tensor]:
+    """Float64 Gram matrices of T `conflicting` gradients, a different one for each step: solvers may remember."""
+    gradients = (conflicting(T, 10_000, seed).double() for seed in range(GRAMS[T]))
+    return [G @ G.mT for G in gradients]
 
 
 def symmetric(B: int, T: int) -> Tensor:
@@ -203,6 +224,13 @@ def error(result: Tensor | Sequence[Tensor | None], expected: Tensor) -> float:
         result = flatten([g for g in result if g is not None])
     difference = (result.double() - expected).norm() / expected.norm()
     return float(difference) if math.isfinite(difference) else math.inf
+
+
+def sign_error(G: Tensor, result: Tensor) -> float:
+    """Relative error of GradDrop: how far each coordinate is from the nearer of its positive and its negative sum."""
+    sums = torch.stack([G.double().clamp_min(0).sum(0), G.double().clamp_max(0).sum(0)])
+    nearer = (result - sums).abs().argmin(0)
+    return error(result, sums.gather(0, nearer[None])[0])
 
 
 def tolerance(T: int, dtype: torch.dtype = torch.float32) -> float:

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/pipeline.h"
 #include "cpu/weights.h"
 #include "weighing.h"
 
@@ -40,6 +41,30 @@ std::tuple<Tensor, Tensor> nash_op(const Tensor& M, double power) {
   return {to.alpha, residual};
 }
 
+std::tuple<Tensor, Tensor> unit_solve_op(const Tensor& M, std::optional<Tensor> weights, double rtol) {
+  const Weighing to(M);
+  check_weights(weights, to.T, M);
+  const Tensor cosines = empty_float64(leading(M, 1), to.gram);
+  const double* w = weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr;
+  unit_solve(to.data, to.B, to.T, w, rtol, doubles(to.alpha), doubles(cosines));
+  return {to.alpha, cosines};
+}
+
+Tensor constant_op(const Tensor& M, std::optional<Tensor> weights) {
+  const Weighing to(M);
+  const bool same = weights && weights->numel() == to.T; // for all matrices
+  STD_TORCH_CHECK(
+      !weights || ((same || weights->numel() == to.B * to.T) && weights->scalar_type() == ScalarType::Double &&
+                   weights->is_contiguous() && same_device(*weights, M)),
+      "weights: expected contiguous float64 weights of ",
+      to.T,
+      " tasks on the device of M, got shape ",
+      weights ? shape_of(*weights) : "");
+  const double* w = weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr;
+  constant(to.data, to.B, to.T, w, same ? 0 : to.T, doubles(to.alpha));
+  return to.alpha;
+}
+
 uint64_t seed_of(const Tensor& seed, const Tensor& M) {
   check_seed(seed, M);
   return uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
@@ -67,6 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("dual_cone", TORCH_BOX(&fastmtl::cpu::dual_cone_op));
   m.impl("cagrad", TORCH_BOX(&fastmtl::cpu::cagrad_op));
   m.impl("nash", TORCH_BOX(&fastmtl::cpu::nash_op));
+  m.impl("unit_solve", TORCH_BOX(&fastmtl::cpu::unit_solve_op));
+  m.impl("constant", TORCH_BOX(&fastmtl::cpu::constant_op));
   m.impl("pcgrad", TORCH_BOX(&fastmtl::cpu::pcgrad_op));
   m.impl("gradvac", TORCH_BOX(&fastmtl::cpu::gradvac_op));
 }

@@ -27,6 +27,7 @@ __all__ = [
     "cagrad",
     "combine",
     "combine_rows",
+    "constant",
     "dual_cone",
     "eigh",
     "gradvac",
@@ -37,6 +38,7 @@ __all__ = [
     "pcgrad",
     "sign_drop",
     "sign_drop_rows",
+    "unit_solve",
 ]
 
 _POLICY = "Tensor? weights, str scale, float rtol, float zero, str rank_rule"
@@ -54,6 +56,8 @@ _SCHEMAS = (
     "dual_cone(Tensor M, Tensor? weights, bool each) -> (Tensor alpha, Tensor residual)",
     "cagrad(Tensor M, float c) -> (Tensor alpha, Tensor residual)",
     "nash(Tensor M, float power) -> (Tensor alpha, Tensor residual)",
+    "unit_solve(Tensor M, Tensor? weights, float rtol) -> (Tensor alpha, Tensor cosines)",
+    "constant(Tensor M, Tensor? weights) -> Tensor alpha",
     "pcgrad(Tensor M, Tensor seed, bool per_task) -> Tensor alpha",
     "gradvac(Tensor M, Tensor seed, float beta, Tensor(a!) targets) -> Tensor alpha",
     "sign_drop(Tensor G, Tensor seed, Tensor? leak, Tensor(a!) out) -> ()",
@@ -96,6 +100,8 @@ mgda = torch.ops.fastmtl.mgda.default
 dual_cone = torch.ops.fastmtl.dual_cone.default
 cagrad = torch.ops.fastmtl.cagrad.default
 nash = torch.ops.fastmtl.nash.default
+unit_solve = torch.ops.fastmtl.unit_solve.default
+constant = torch.ops.fastmtl.constant.default
 pcgrad = torch.ops.fastmtl.pcgrad.default
 gradvac = torch.ops.fastmtl.gradvac.default
 sign_drop = torch.ops.fastmtl.sign_drop.default
@@ -188,6 +194,16 @@ def _(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
     return _solution_of(M)
 
 
+@library.register_fake("fastmtl::unit_solve")
+def _(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, Tensor]:
+    return _weights_of(M), _weights_of(M)
+
+
+@library.register_fake("fastmtl::constant")
+def _(M: Tensor, weights: Tensor | None) -> Tensor:
+    return _weights_of(M)
+
+
 @library.register_fake("fastmtl::pcgrad")
 def _(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
     return _weights_of(M)
@@ -229,5 +245,6 @@ def _refuse(name: str):
 
 
 # Without a formula the results would silently claim to require grad.
-for _name in ("gram_rows", "balance", "eigh", "mgda", "dual_cone", "cagrad", "nash", "pcgrad"):
+_UNDERIVED = ("gram_rows", "balance", "eigh", "mgda", "dual_cone", "cagrad", "nash", "unit_solve", "constant", "pcgrad")
+for _name in _UNDERIVED:
     library.register_autograd(f"fastmtl::{_name}", _refuse(_name))

@@ -223,6 +223,8 @@ def test_every_op(watch):
     ops.dual_cone(M, alpha, True)
     ops.cagrad(M, 0.5)
     ops.nash(M, 1.0)
+    ops.unit_solve(M, None, 1e-6)
+    ops.constant(M, alpha)
     ops.pcgrad(M, seed, True)
     ops.gradvac(M, seed, 0.5, cuda(3, 3, dtype=F64))
     ops.sign_drop(G, seed, None, out)

@@ -705,10 +705,19 @@ def op_cases():
     yield "align", (randn(2, 3, 20), None, *options), {"out": torch.empty(2, 20)}
     yield "align_rows", (grads, 2, None, *options, [torch.empty(3, 2), torch.empty(7)]), {}
     seed, batch = torch.tensor(7), torch.stack([M, 2 * M])
-    for solved, rest in (("mgda", ()), ("dual_cone", (w, True)), ("cagrad", (0.5,)), ("nash", (1.0,))):
+    for solved, rest in (
+        ("mgda", ()),
+        ("dual_cone", (w, True)),
+        ("cagrad", (0.5,)),
+        ("nash", (1.0,)),
+        ("unit_solve", (None, 1e-6)),
+    ):
         yield solved, (M, *rest), {}
         yield solved, (batch.float(), *rest), {}
     yield "dual_cone", (M, None, False), {}
+    yield "unit_solve", (M, w, 0.0), {}
+    yield "constant", (M, w), {}
+    yield "constant", (batch.float(), None), {}
     yield "pcgrad", (M, seed, True), {}
     yield "pcgrad", (batch.float(), seed, False), {}
     yield "gradvac", (M, seed, 0.5, torch.zeros_like(M)), {}

@@ -330,6 +330,59 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
   task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
 }
 
+// `unit_solve` of one matrix.
+void unit_solve_one(const double* M, int64_t T, const double* weights, double rtol, double* alpha, double* cosines) {
+  if (!all_finite(M, T * T)) {
+    std::fill_n(alpha, T, kNan);
+    std::fill_n(cosines, T, kNan);
+    return;
+  }
+  Buffer<double, 1024> memory(T * T + 3 * T + psd_workspace(T) + 8);
+  double *C = memory.get(), *inverse = C + T * T, *x = inverse + T, *lam = x + T, *X = aligned(lam + T);
+  for (int64_t i = 0; i < T; ++i) {
+    inverse[i] = M[i * T + i] > 0.0 ? 1.0 / std::sqrt(M[i * T + i]) : 0.0;
+  }
+  for (int64_t i = 0; i < T; ++i) {
+    for (int64_t j = 0; j < T; ++j) {
+      C[i * T + j] = M[i * T + j] * inverse[i] * inverse[j];
+    }
+  }
+  // Vectors of any length along the eigenvectors, the largest eigenvalue's first.
+  const double* vectors = X;
+  int64_t next = psd_stride(T);
+  if (T <= kMaxJacobiTasks) {
+    kernels().psd_eigh(C, T, lam, X, X + T * psd_stride(T));
+  } else { // the diagonal of C is even
+    lapack_eigh(C, T, lam, X);
+    std::reverse(lam, lam + T);
+    vectors = X + (T - 1) * T;
+    next = -T;
+  }
+  const double cut = lam[0] * std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
+  std::fill_n(x, T, 0.0);
+  for (int64_t j = 0; j < T && lam[j] > cut; ++j) {
+    const double* v = vectors + j * next;
+    double along = 0.0, square = 0.0;
+    for (int64_t i = 0; i < T; ++i) {
+      along += v[i] * (inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0);
+      square += v[i] * v[i];
+    }
+    const double factor = along / square / lam[j];
+    for (int64_t i = 0; i < T; ++i) {
+      x[i] += factor * v[i];
+    }
+  }
+  for (int64_t i = 0; i < T; ++i) {
+    alpha[i] = x[i] * inverse[i];
+    cosines[i] = 0.0;
+  }
+  for (int64_t j = 0; j < T; ++j) {
+    for (int64_t i = 0; i < T; ++i) {
+      cosines[i] += x[j] * C[j * T + i];
+    }
+  }
+}
+
 // Up to `lanes` small Gram matrices at once.
 void balance_lanes(
     const double* M,
@@ -442,6 +495,26 @@ void balance(
   };
   if (B > 1 && T <= kMaxJacobiTasks) {
     parallel_for(0, B, 1, each);
+  } else { // LAPACK has threads of its own
+    each(0, B);
+  }
+}
+
+void unit_solve(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const double* weights,
+    double rtol,
+    double* alpha,
+    double* cosines) {
+  const auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      unit_solve_one(M + b * T * T, T, weights, rtol, alpha + b * T, cosines + b * T);
+    }
+  };
+  if (B > 1 && T <= kMaxJacobiTasks) {
+    parallel_for(0, B, 4, each);
   } else { // LAPACK has threads of its own
     each(0, B);
   }

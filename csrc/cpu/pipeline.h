@@ -22,6 +22,16 @@ void balance(
     double* eigenvalues, // [B, T], descending
     int64_t* rank);      // [B]
 
+// α = D^-1/2 C⁺ w and C C⁺ w, where M = D^1/2 C D^1/2 with the diagonal D; entries of w count as zero where D is.
+void unit_solve(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const double* weights, // w [T], or null for ones
+    double rtol,           // singular values at most rtol times the largest count as zero
+    double* alpha,         // [B, T]
+    double* cosines);      // [B, T]
+
 void combine(const Gradients& G, const double* alpha); // alpha [T]
 
 void combine_batch(const Gradients* G, int64_t B, const double* alpha); // alpha [B, T]

@@ -23,8 +23,9 @@ using torch::stable::parallel_for;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// What a thread should have to do at least, in entries of Gram matrices.
-constexpr int64_t kGrain = 4096;
+// What a thread should have to do at least, in nanoseconds: where other processes are busy, waiting for a second thread
+// takes milliseconds.
+constexpr double kGrain = 2e5;
 // From so many matrices on each is the work of one thread, and tasks need no memory of their own.
 constexpr int64_t kManyMatrices = 16;
 
@@ -39,10 +40,10 @@ bool all_finite(const double* M, int64_t count) {
   return !bad;
 }
 
-// Calls f(begin, end) for ranges of `count` parts that cost about T² each.
+// Calls f(begin, end) for ranges of `count` parts that take so many nanoseconds each.
 template <class F>
-void share(int64_t count, int64_t T, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / (T * T));
+void share(int64_t count, double nanoseconds, F&& f) {
+  const int64_t grain = std::max<int64_t>(1, int64_t(kGrain / nanoseconds));
   if (count <= grain) {
     f(0, count);
   } else {
@@ -50,10 +51,15 @@ void share(int64_t count, int64_t T, F&& f) {
   }
 }
 
+// About what one problem takes, in nanoseconds.
+double cost(int64_t T, double once, double for_each_entry) {
+  return once + for_each_entry * double(T * T);
+}
+
 // alpha and residual of every matrix by solve(M, alpha, scratch).
 template <class Solve>
 void solve_all(const double* M, int64_t B, int64_t T, int64_t scratch, double* alpha, double* residual, Solve solve) {
-  share(B, T, [&](int64_t begin, int64_t end) {
+  share(B, cost(T, 5000, 10), [&](int64_t begin, int64_t end) {
     double* memory = thread_scratch(0, scratch);
     for (int64_t b = begin; b < end; ++b) {
       if (all_finite(M + b * T * T, T * T)) {
@@ -66,9 +72,18 @@ void solve_all(const double* M, int64_t B, int64_t T, int64_t scratch, double* a
   });
 }
 
-// alpha = Σ_i v of every matrix, by solve(b, i, v, scratch), which returns a residual; `residual` may be null.
+// alpha = Σ_i v of every matrix, by solve(b, i, v, scratch), which returns a residual and takes so many nanoseconds;
+// `residual` may be null.
 template <class Solve>
-void sum_tasks(const double* M, int64_t B, int64_t T, int64_t scratch, double* alpha, double* residual, Solve solve) {
+void sum_tasks(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    double nanoseconds,
+    int64_t scratch,
+    double* alpha,
+    double* residual,
+    Solve solve) {
   const auto clear = [&](int64_t b) { // false where the matrix is not finite
     const bool good = all_finite(M + b * T * T, T * T);
     std::fill_n(alpha + b * T, T, good ? 0.0 : kNan);
@@ -85,8 +100,8 @@ void sum_tasks(const double* M, int64_t B, int64_t T, int64_t scratch, double* a
       residual[b] = std::max(residual[b], error);
     }
   };
-  if (B >= kManyMatrices || B * T <= kGrain / (T * T)) {
-    share(B, T, [&](int64_t begin, int64_t end) {
+  if (B >= kManyMatrices || double(B * T) * nanoseconds <= kGrain) {
+    share(B, double(T) * nanoseconds, [&](int64_t begin, int64_t end) {
       double *v = thread_scratch(0, T + scratch), *memory = v + T;
       for (int64_t b = begin; b < end; ++b) {
         if (clear(b)) {
@@ -104,7 +119,7 @@ void sum_tasks(const double* M, int64_t B, int64_t T, int64_t scratch, double* a
     if (!clear(b)) {
       continue;
     }
-    share(T, T, [&](int64_t begin, int64_t end) {
+    share(T, nanoseconds, [&](int64_t begin, int64_t end) {
       double* own = thread_scratch(0, scratch);
       for (int64_t i = begin; i < end; ++i) {
         errors[b * T + i] = solve(b, i, v + (b * T + i) * T, own);
@@ -135,11 +150,12 @@ void dual_cone(
   const int64_t size = dual_cone_scratch(T);
   const double even = 1.0 / double(T);
   if (each) {
-    sum_tasks(M, B, T, T + size, alpha, residual, [&](int64_t b, int64_t i, double* v, double* scratch) {
-      std::fill_n(scratch, T, 0.0);
-      scratch[i] = weights ? weights[i] : even;
-      return kernels().dual_cone(M + b * T * T, T, scratch, v, scratch + T);
-    });
+    sum_tasks(
+        M, B, T, cost(T, 500, 3), T + size, alpha, residual, [&](int64_t b, int64_t i, double* v, double* scratch) {
+          std::fill_n(scratch, T, 0.0);
+          scratch[i] = weights ? weights[i] : even;
+          return kernels().dual_cone(M + b * T * T, T, scratch, v, scratch + T);
+        });
     return;
   }
   Buffer<double, 128> u(T);
@@ -163,18 +179,43 @@ void nash(const double* M, int64_t B, int64_t T, double power, double* alpha, do
   });
 }
 
+void constant(const double* M, int64_t B, int64_t T, const double* weights, int64_t next, double* alpha) {
+  for (int64_t b = 0; b < B; ++b) {
+    const bool good = all_finite(M + b * T * T, T * T);
+    for (int64_t t = 0; t < T; ++t) {
+      alpha[b * T + t] = !good ? kNan : weights ? weights[b * next + t] : 1.0 / double(T);
+    }
+  }
+}
+
 void pcgrad(const double* M, int64_t B, int64_t T, uint64_t seed, bool per_task, double* alpha) {
-  sum_tasks(M, B, T, conflicts_scratch(T), alpha, nullptr, [&](int64_t b, int64_t i, double* v, double* scratch) {
-    kernels().pcgrad_row(M + b * T * T, T, seed, b, i, per_task, v, scratch);
-    return 0.0;
-  });
+  sum_tasks(
+      M,
+      B,
+      T,
+      cost(T, 200, 0.3),
+      conflicts_scratch(T),
+      alpha,
+      nullptr,
+      [&](int64_t b, int64_t i, double* v, double* scratch) {
+        kernels().pcgrad_row(M + b * T * T, T, seed, b, i, per_task, v, scratch);
+        return 0.0;
+      });
 }
 
 void gradvac(const double* M, int64_t B, int64_t T, uint64_t seed, double beta, double* targets, double* alpha) {
-  sum_tasks(M, B, T, conflicts_scratch(T), alpha, nullptr, [&](int64_t b, int64_t i, double* v, double* scratch) {
-    kernels().gradvac_row(M + b * T * T, T, seed, b, i, beta, targets + (b * T + i) * T, v, scratch);
-    return 0.0;
-  });
+  sum_tasks(
+      M,
+      B,
+      T,
+      cost(T, 200, 0.3),
+      conflicts_scratch(T),
+      alpha,
+      nullptr,
+      [&](int64_t b, int64_t i, double* v, double* scratch) {
+        kernels().gradvac_row(M + b * T * T, T, seed, b, i, beta, targets + (b * T + i) * T, v, scratch);
+        return 0.0;
+      });
 }
 
 } // namespace fastmtl::cpu

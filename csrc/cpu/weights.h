@@ -39,6 +39,15 @@ void nash(
     double* alpha,     // [B, T]
     double* residual); // [B]
 
+// The weights as they are (1 / T each for null), or NaN where M is not finite.
+void constant(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const double* weights, // w [T] of matrix b at b * next
+    int64_t next,
+    double* alpha); // [B, T]
+
 void pcgrad(
     const double* M, // [B, T, T]
     int64_t B,

@@ -5,6 +5,7 @@ draw the same random numbers as the kernels.
 """
 
 from fastmtl.reference.align import align, align_rows, balance, combine, combine_rows, eigh, gram, gram_rows
+from fastmtl.reference.closed import constant, unit_solve
 from fastmtl.reference.conflicts import gradvac, pcgrad
 from fastmtl.reference.nash import nash
 from fastmtl.reference.qp import cagrad, dual_cone, mgda
@@ -17,6 +18,7 @@ __all__ = [
     "cagrad",
     "combine",
     "combine_rows",
+    "constant",
     "dual_cone",
     "eigh",
     "gradvac",
@@ -27,4 +29,5 @@ __all__ = [
     "pcgrad",
     "sign_drop",
     "sign_drop_rows",
+    "unit_solve",
 ]

@@ -14,7 +14,7 @@ from fastmtl.backward import backward
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context, checked_losses
 
-__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written", "where_finite"]
+__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
@@ -294,11 +294,6 @@ class GramMethod(Method):
         info = self._weigh(ops.gram_rows(grads, T), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info
-
-
-def where_finite(M: Tensor, alpha: Tensor) -> Tensor:
-    """α [T] or [..., T] where M [..., T, T] is finite, else NaN: one bad gradient makes the whole result non-finite."""
-    return torch.where(M.isfinite().all(-1).all(-1)[..., None], alpha, torch.nan)
 
 
 def checked_out(G: Tensor, out: Tensor | None) -> Tensor:

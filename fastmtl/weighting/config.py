@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
-from fastmtl.weighting._spectral import unit_gram
 from fastmtl.weighting._weights import Weighted
 
 __all__ = ["ConFIG"]
@@ -47,15 +47,10 @@ class ConFIG(Weighted, GramMethod):
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
-        unit = unit_gram(M)
         w = self._task_weights(T, M)
-        wanted = (unit.inverse_norms > 0).to(torch.float64)
-        if w is not None:
-            wanted = wanted * w
-        x = unit.solve(wanted, T * EPS[dtype] if self.rtol is None else self.rtol)
-        cosines = (unit.C @ x[..., None]).squeeze(-1)  # times ‖U⁺ w‖
-        squared = (x * cosines).sum(-1, keepdim=True)
-        norms = M.to(torch.float64).diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        length = (norms * cosines).sum(-1, keepdim=True)
-        alpha = torch.where(squared == 0, 0.0, length / squared) * x * unit.inverse_norms
-        return Info.of(alpha, M)
+        # Gᵀv = U⁺ w, whose products with the unit gradients are `cosines`.
+        v, cosines = ops.unit_solve(M, w, T * EPS[dtype] if self.rtol is None else self.rtol)
+        products = cosines * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        squared = (v * products).sum(-1, keepdim=True)
+        length = products.sum(-1, keepdim=True)
+        return Info.of(torch.where(squared == 0, 0.0, length / squared) * v, M)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod, where_finite
+from fastmtl.weighting._method import GramMethod
 
 __all__ = ["FairGrad"]
 
@@ -45,7 +45,6 @@ class FairGrad(GramMethod):
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         if self.fairness == 0:
-            uniform = torch.full(M.shape[:-1], 1 / M.shape[-1], dtype=torch.float64, device=M.device)
-            return Info.of(where_finite(M, uniform), M)
+            return Info.of(ops.constant(M, None), M)
         alpha, residual = ops.nash(context.unscaled(M), 1 / self.fairness)
         return Info.of(alpha, M, residual=residual)

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
-from fastmtl.weighting._spectral import unit_gram
 
 __all__ = ["IMTL"]
 
@@ -48,12 +48,9 @@ class IMTL(GramMethod):
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
-        unit = unit_gram(M)
-        there = (unit.inverse_norms > 0).to(torch.float64)
-        v = unit.solve(there, T * EPS[dtype] if self.rtol is None else self.rtol)
-        projections = (unit.C @ v[..., None]).squeeze(-1)
-        residual = ((projections - there).abs() + 0 * v).amax(-1)
-        v = v * unit.inverse_norms
+        v, projections = ops.unit_solve(M, None, T * EPS[dtype] if self.rtol is None else self.rtol)
+        there = (M.diagonal(dim1=-2, dim2=-1) > 0).to(torch.float64)
+        residual = (projections - there).abs().amax(-1)
         total = v.sum(-1, keepdim=True)
         # Relative to its parts: what cancels to rounding is zero.
         none = total.abs() <= 4 * T * EPS[torch.float64] * v.abs().sum(-1, keepdim=True)

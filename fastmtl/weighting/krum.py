@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod, where_finite
+from fastmtl.weighting._method import GramMethod
 
 __all__ = ["Krum"]
 
@@ -54,7 +55,7 @@ class Krum(GramMethod):
         if not self.squared:
             distances = distances.sqrt()
         distances = distances + torch.diag_embed(torch.full_like(diagonal, torch.inf))  # not to itself
-        scores = distances.topk(T - self.byzantine - 2, largest=False).values.sum(-1)
+        scores = distances.topk(T - self.byzantine - 2, largest=False, sorted=False).values.sum(-1)
         chosen = scores.topk(self.selected, largest=False).indices
         alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
-        return Info.of(where_finite(M, alpha), M)
+        return Info.of(ops.constant(M, alpha), M)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod, where_finite
+from fastmtl.weighting._method import GramMethod
 
 __all__ = ["RLW"]
 
@@ -36,4 +37,4 @@ class RLW(GramMethod):
         alpha = z.softmax(-1)
         if context.agree is not None:
             alpha = context.agree(alpha)
-        return Info.of(where_finite(M, alpha), M)
+        return Info.of(ops.constant(M, alpha), M)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod, where_finite
+from fastmtl.weighting._method import GramMethod
 from fastmtl.weighting._weights import Weighted
 
 __all__ = ["Uniform"]
@@ -38,8 +39,4 @@ class Uniform(Weighted, GramMethod):
         return f"Uniform(weights={self._weights_repr()})"
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        T = M.shape[-1]
-        w = self._task_weights(T, M)
-        if w is None:
-            w = torch.full((T,), 1 / T, dtype=torch.float64, device=M.device)
-        return Info.of(where_finite(M, w), M)
+        return Info.of(ops.constant(M, self._task_weights(M.shape[-1], M)), M)
