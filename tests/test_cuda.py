@@ -35,7 +35,7 @@ from helpers import (
 )
 
 import fastmtl
-from fastmtl import ops
+from fastmtl import ops, reference
 
 pytestmark = [
     pytest.mark.cuda,
@@ -849,6 +849,62 @@ def test_nothing_leaks():
         method(G)
         method(rows)
     assert torch.cuda.memory_allocated() == before
+
+
+# ------------------------------------------------------------------------------------------------ GradDrop
+
+
+@dtypes
+@pytest.mark.parametrize("leak", [None, [0.0, 0.25, 0.5, 1.0]], ids=str)
+def test_sign_drop(dtype, leak):
+    """The choices of the reference, in every coordinate."""
+    seed = torch.tensor(-(2**40) + 12345)
+    leaks = None if leak is None else torch.tensor(leak, dtype=F64)
+    odd = torch.cat([torch.zeros(1, dtype=dtype), randn(4 * 4099, dtype=dtype)])[1:].view(4, 4099)
+    for G in (randn(4, 1, dtype=dtype), randn(4, 70_001, dtype=dtype), randn(7, 4, 900, dtype=dtype), odd):
+        shape = (*G.shape[:-2], G.shape[-1])
+        expected, out = torch.empty(shape, dtype=F64), torch.empty(shape, dtype=dtype, device="cuda")
+        reference.sign_drop(G, seed, leaks, expected)
+        ops.sign_drop(on_gpu(G), seed.cuda(), None if leaks is None else leaks.cuda(), out)
+        assert rounded(out.cpu(), expected, 0.0 if leak is None else 1e-14 * G.to(F64).abs().sum(-2))
+
+
+def test_sign_drop_of_ragged_rows():
+    for T in (1, 3, 8):
+        rows = [[*row, randn(700, dtype=BF16, seed=t), randn(9, dtype=F64, seed=t)] for t, row in enumerate(ragged(T))]
+        grads = [g for row in rows for g in row]
+        like = [next(g for g in column if g is not None) for column in zip(*rows, strict=True)]
+        seed = torch.tensor(5)
+        expected = [torch.empty(g.shape, dtype=F64) for g in like]
+        outs = [torch.empty_like(g, device="cuda") for g in like]
+        reference.sign_drop_rows(grads, T, seed, None, expected)
+        ops.sign_drop_rows(on_gpu(grads), T, seed.cuda(), None, outs)
+        assert all(rounded(out.cpu(), want) for out, want in zip(outs, expected, strict=True))
+
+
+def test_graddrop_does_not_wait_and_is_reproducible():
+    G, rows = on_gpu(randn(4, 70_001)), on_gpu(ragged(4))
+    for leak in (None, 0.5, [0.0, 0.25, 0.5, 1.0]):
+        method = fastmtl.GradDrop(leak)
+        method(G)  # places the leaks
+        torch.manual_seed(1)
+        with no_waiting():
+            got = [method(G), method(rows)]
+        torch.manual_seed(1)
+        assert same_bits([method(G), method(rows)], got)
+        assert not torch.equal(method(G), got[0])
+
+
+def test_graph_of_graddrop():
+    """Every replay draws anew."""
+    G, method = on_gpu(randn(4, 9000)), fastmtl.GradDrop()
+    graph, out = captured(lambda: method(G))
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)
+    positive, negative = G.to(F64).clamp_min(0).sum(0), G.to(F64).clamp_max(0).sum(0)
+    assert (torch.minimum((out - positive).abs(), (out - negative).abs()) <= 1e-5).all()
 
 
 # ------------------------------------------------------------------------------------------------ torch

@@ -58,7 +58,7 @@ class Expected:
     shared: str = "0"
 
 
-PROLOGUE = '#include "small.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
+PROLOGUE = '#include "small.cuh"\n#include "weights.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
 
 KERNELS = {
     "gram_stream": Expected(loads=True, shared="kStreamShared<{1}>"),
@@ -72,6 +72,9 @@ KERNELS = {
     "sign_drop": Expected(loads=True, stores=True),
     "align_small": Expected(shared="Small<{1}>::shared({1})"),
     "upload": Expected(),
+    # One warp a problem, scratch in shared memory where it fits: this is T = 64.
+    "solve": Expected(shared="solve_shared<{0}>(64)"),
+    "sum_tasks": Expected(),
 }
 
 

@@ -1,10 +1,15 @@
 // Launches of the solvers: their grids and memory.
+#include <algorithm>
+
 #include "weights.cuh"
 #include "weights.h"
 
 namespace fastmtl::cuda {
 
 namespace {
+
+// Scratch in global memory for so many problems at once: more than a GPU has in work, and at most 150 MB.
+constexpr int64_t kMaxWorkspaces = 1024;
 
 double* doubles_of(const Context& context, int64_t count) {
   return static_cast<double*>(context.allocate(count * int64_t(sizeof(double))));
@@ -25,27 +30,29 @@ void launch_solve(
   const int64_t problems = method.problems(T), count = B * problems;
   const size_t shared = solve_shared<Method>(T);
   const bool fits = int64_t(shared) <= context.shared_limit;
-  double* workspace = fits ? nullptr : doubles_of(context, count * Method::scratch(T));
+  const int64_t blocks = fits ? count : std::min(count, kMaxWorkspaces);
+  double* workspace = fits ? nullptr : doubles_of(context, blocks * Method::scratch(T));
   const bool sums = problems > 1;
   double* v = sums ? doubles_of(context, count * T) : alpha;
   double* residuals = sums && residual ? doubles_of(context, count) : residual;
   FASTMTL_LAUNCH(
       solve<Method>,
-      dim3(unsigned(count)),
+      dim3(unsigned(blocks)),
       dim3(kWarp),
       fits ? shared : 0,
       context.stream,
       M,
       T,
       method,
+      count,
       workspace,
       v,
       residuals);
   if (sums) {
-    const int64_t blocks = (B * T + kSumThreads - 1) / kSumThreads;
+    const int64_t sum_blocks = (B * T + kSumThreads - 1) / kSumThreads;
     FASTMTL_LAUNCH(
         sum_tasks,
-        dim3(unsigned(blocks)),
+        dim3(unsigned(sum_blocks)),
         dim3(kSumThreads),
         0,
         context.stream,
@@ -80,7 +87,14 @@ void cagrad(const double* M, int64_t B, int64_t T, double c, double* alpha, doub
   launch_solve(M, B, T, Cagrad{c}, alpha, residual, context);
 }
 
-void nash(const double* M, int64_t B, int64_t T, double power, double* alpha, double* residual, const Context& context) {
+void nash(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    double power,
+    double* alpha,
+    double* residual,
+    const Context& context) {
   launch_solve(M, B, T, Nash{power}, alpha, residual, context);
 }
 

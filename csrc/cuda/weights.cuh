@@ -20,8 +20,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The team of math/team.h. All lanes get the same bits from a sum: partners add the same two numbers at every step.
 //
-// Also before its writes there is a barrier: a solver may read what it then has overwritten. Host functions in name
-// only, since the solvers are templates for both sides.
+// Loops are not unrolled: few have more than two rounds. Host functions in name only, since the solvers are templates
+// for both sides.
 struct Warp {
   template <class F>
   FASTMTL_HOST_DEVICE void each(int64_t n, F f) const {
@@ -216,28 +216,31 @@ constexpr size_t solve_shared(int64_t T) {
   return size_t(Method::scratch(T)) * sizeof(double);
 }
 
-// NaN, and nothing else done, where M is not finite.
+// Block n has problems n, n + gridDim.x, ... NaN, and nothing else done, where M is not finite.
 template <class Method>
 __global__ __launch_bounds__(kWarp, 1) void solve(
     const double* M, // [B, T, T]
     int64_t T,
     Method method,
-    double* workspace, // [B, problems, scratch] where that does not fit shared memory, else null
-    double* v,         // [B, problems, T]
+    int64_t count,      // B * problems
+    double* workspace,  // [gridDim.x, scratch] where that does not fit shared memory, else null
+    double* v,          // [B, problems, T]
     double* residual) { // [B, problems], or null
   FASTMTL_DYNAMIC_SHARED(shared);
-  const int64_t problems = method.problems(T), b = blockIdx.x / problems, i = blockIdx.x % problems;
   double* scratch = workspace ? workspace + blockIdx.x * Method::scratch(T) : reinterpret_cast<double*>(shared);
-  M += b * T * T;
-  v += blockIdx.x * T;
-  double worst = 0.0 / 0.0;
-  if (Warp().sum(T * T, [=](int64_t n) { return M[n] * 0.0; }) == 0.0) {
-    worst = method(M, T, b, i, v, scratch);
-  } else {
-    Warp().each(T, [=](int64_t t) { v[t] = worst; });
-  }
-  if (residual && threadIdx.x == 0) {
-    residual[blockIdx.x] = worst;
+  for (int64_t n = blockIdx.x; n < count; n += gridDim.x) {
+    const int64_t problems = method.problems(T), b = n / problems, i = n % problems;
+    const double* const gram = M + b * T * T;
+    double* const result = v + n * T;
+    double worst = 0.0 / 0.0;
+    if (Warp().sum(T * T, [=](int64_t k) { return gram[k] * 0.0; }) == 0.0) {
+      worst = method(gram, T, b, i, result, scratch);
+    } else {
+      Warp().each(T, [=](int64_t t) { result[t] = worst; });
+    }
+    if (residual && threadIdx.x == 0) {
+      residual[n] = worst;
+    }
   }
 }
 

@@ -39,7 +39,8 @@ constexpr double kInfinity = __builtin_huge_val();
 constexpr double kRounding = 0x1p-52;
 
 struct Serial {
-  // f(i) for i < n, independent of one another; ends with a barrier.
+  // f(i) for i < n, independent of one another; begins with a barrier (what it overwrites may just have been read) and
+  // ends with one.
   template <class F>
   FASTMTL_HOST_DEVICE void each(int64_t n, F f) const {
     FASTMTL_INDEPENDENT
@@ -94,7 +95,7 @@ struct Serial {
     return at;
   }
 
-  // One member runs f; ends with a barrier.
+  // One member runs f, between barriers.
   template <class F>
   FASTMTL_HOST_DEVICE void once(F f) const {
     f();

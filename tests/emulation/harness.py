@@ -158,6 +158,23 @@ class Device:
             check_guard(buffer, out.numel())
         return outs
 
+    def sign_drop(self, G: Tensor, seed: Tensor, leak: Tensor | None = None, offset: int = 0) -> Tensor:
+        buffer, out = guarded((*G.shape[:-2], G.shape[-1]), G.dtype, offset)
+        address = 0 if leak is None else leak.data_ptr()
+        module().sign_drop(self.session(), self._input(G, out), seed.data_ptr(), address)
+        check_guard(buffer, out.numel(), offset)
+        return out
+
+    def sign_drop_rows(
+        self, grads: Sequence[Tensor | None], T: int, seed: Tensor, leak: Tensor | None = None
+    ) -> list[Tensor]:
+        buffers, outs = self._outs(grads, T)
+        address = 0 if leak is None else leak.data_ptr()
+        module().sign_drop(self.session(), self._rows(grads, T, outs), seed.data_ptr(), address)
+        for buffer, out in zip(buffers, outs, strict=True):
+            check_guard(buffer, out.numel())
+        return outs
+
     @staticmethod
     def _outs(grads: Sequence[Tensor | None], T: int) -> tuple[list[Tensor], list[Tensor]]:
         K = len(grads) // T

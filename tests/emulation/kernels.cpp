@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -47,6 +46,7 @@ FASTMTL_LEFT_OUT(float16)
 #include "cuda/kernels_f32.cu"
 #include "cuda/kernels_weights.cu"
 #include "cuda/pipeline.cu"
+#include "session.h"
 
 #ifndef FASTMTL_EMULATION_MODULE
 #define FASTMTL_EMULATION_MODULE kernels
@@ -73,25 +73,6 @@ __global__ void both_mma(
     sums[threadIdx.x * 4 + e] = c[e];
     sums[128 + threadIdx.x * 4 + e] = d[e];
   }
-}
-
-// Device memory of one call: exact allocations, so that AddressSanitizer sees their ends, filled with NaN.
-struct Session {
-  std::vector<std::unique_ptr<unsigned char[]>> memory;
-  Context context;
-
-  Session(bool slow_float64, int64_t shared_limit) : context{nullptr, {}, slow_float64, shared_limit} {
-    context.allocate = [this](int64_t bytes) {
-      memory.emplace_back(new unsigned char[size_t(bytes)]);
-      memset(memory.back().get(), 0xff, size_t(bytes));
-      return static_cast<void*>(memory.back().get());
-    };
-  }
-};
-
-template <class X>
-X* at(uintptr_t address) {
-  return reinterpret_cast<X*>(address);
 }
 
 Dtype dtype_of(const std::string& name) {

@@ -143,6 +143,18 @@ class Matrix:
         self.check(name, np.abs((M - X @ X.T) / norms / norms[:, None]).max(), 1e-12 if exactly else 6e-7)
         self.same(name, M)
 
+    def sign_drop(self, T, P, dtype, leak, skip=0):
+        name = f"sign_drop {T} x {P} {dtype} leak={leak} skip={skip}"
+        G = exact(stored(np.random.default_rng(T).standard_normal((T, P)), dtype), skip)
+        out, seed, leaks = exact(np.zeros(P, G.dtype), skip), np.array([5]), np.full(T, leak)
+        address = leaks.ctypes.data if leak else 0
+        self.module.sign_drop(self.session(DEVICES[0]), self.flat(G, dtype, out), seed.ctypes.data, address)
+        X, got = values(G, dtype), values(out, dtype)
+        p, q = np.maximum(X, 0).sum(0), np.minimum(X, 0).sum(0)
+        error = np.minimum(np.abs(got - p - leak * q), np.abs(got - q - leak * p))
+        self.check(name, (error / (p - q)).max(), EPS[dtype])
+        self.same(name, out)
+
     def rescaled(self, T, P, scale):
         if "float64" not in self.dtypes:
             return
@@ -175,6 +187,8 @@ class Matrix:
                 for T, P in [(1, 37), (3, 517), (9, 100), (32, 65), (8, 4201), (33, 301), (64, 131)][:: 2 if k else 1]:
                     self.align(T, P, dtype, device)
                 self.align(5, 301, dtype, device, skip=1)
+                self.sign_drop(5, 2501, dtype, 0.0)
+                self.sign_drop(3, 301, dtype, 0.25, skip=1)
                 self.ragged(3, (dtype,), device)
             self.align(3, 10_951, "float32", device)
             self.align(12, 2777, "float32", device, skip=1)

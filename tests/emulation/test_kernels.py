@@ -529,7 +529,7 @@ def test_all_tensors_empty():
 
 
 @pytest.mark.parametrize(
-    ("T", "K", "uploads"), [(3, 60, 1), (6, 44, 1), (6, 45, 1), (6, 408, 1), (6, 409, 2), (6, 900, 3)]
+    ("T", "K", "uploads"), [(3, 55, 1), (6, 40, 1), (6, 41, 1), (6, 370, 1), (6, 371, 2), (6, 800, 3)]
 )
 def test_many_tensors(T, K, uploads):
     """Tables of up to 440 words, up to 4080, and more than one launch can carry."""
