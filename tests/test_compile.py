@@ -326,5 +326,5 @@ def test_what_a_traced_step_cannot_do(method, options):
     def losses(w):
         return sum(h.sum() for h in fastmtl.fan_out(w * 2, 3, method, **options))
 
-    with pytest.raises(Exception, match="not available inside torch.compile"):
+    with pytest.raises(Exception, match=r"not available inside torch\.compile"):
         torch.compile(losses, fullgraph=True, backend="aot_eager")(randn(4).requires_grad_())

@@ -181,7 +181,11 @@ void nash(const double* M, int64_t B, int64_t T, double power, double* alpha, do
 
 void constant(const double* M, int64_t B, int64_t T, const double* weights, int64_t next, double* alpha) {
   for (int64_t b = 0; b < B; ++b) {
-    const bool good = all_finite(M + b * T * T, T * T);
+    double sum = 0.0; // |M_ij| is at most the larger of M_ii and M_jj
+    for (int64_t t = 0; t < T; ++t) {
+      sum += 0.0 * M[(b * T + t) * T + t];
+    }
+    const bool good = sum == 0.0;
     for (int64_t t = 0; t < T; ++t) {
       alpha[b * T + t] = !good ? kNan : weights ? weights[b * next + t] : 1.0 / double(T);
     }

@@ -41,7 +41,11 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
 
 
 def constant(M: Tensor, weights: Tensor | None) -> Tensor:
-    """The given weights, [T] or [..., T] (1/T each for None), as α [..., T]; NaN where M [..., T, T] is not finite."""
+    """The given weights, [T] or [..., T] (1/T each for None), as α [..., T]; NaN where a gradient is not finite.
+
+    The diagonal of M [..., T, T] says whether: no entry of a Gram matrix is larger than the larger of its two squares.
+    """
     T = M.shape[-1]
     w = torch.full((T,), 1 / T, dtype=torch.float64, device=M.device) if weights is None else weights
-    return torch.where(M.isfinite().all(-1).all(-1)[..., None], w.to(torch.float64), torch.nan)
+    finite = M.diagonal(dim1=-2, dim2=-1).isfinite().all(-1, keepdim=True)
+    return torch.where(finite, w.to(torch.float64), torch.nan)

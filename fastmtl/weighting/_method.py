@@ -277,11 +277,12 @@ class GramMethod(Method):
         """
         if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
-        if M.ndim not in (2, 3) or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
+        shape = M.shape
+        if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
-        T = M.shape[-1]
+        T = shape[-1]
         self._check_tasks(T)
         return self._weigh(M, dtype or M.dtype, self._context(losses, T, grad_scale)).alpha
 

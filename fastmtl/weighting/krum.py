@@ -50,11 +50,11 @@ class Krum(GramMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         wide = M.to(torch.float64)
-        diagonal = wide.diagonal(dim1=-2, dim2=-1)
-        distances = (diagonal[..., :, None] + diagonal[..., None, :] - 2 * wide).clamp_min(0)
+        squares = wide.diagonal(dim1=-2, dim2=-1)
+        distances = torch.add(squares[..., None], wide, alpha=-2).add_(squares[..., None, :]).clamp_min_(0)
         if not self.squared:
-            distances = distances.sqrt()
-        distances = distances + torch.diag_embed(torch.full_like(diagonal, torch.inf))  # not to itself
+            distances.sqrt_()
+        distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # not to itself
         scores = distances.topk(T - self.byzantine - 2, largest=False, sorted=False).values.sum(-1)
         chosen = scores.topk(self.selected, largest=False).indices
         alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
