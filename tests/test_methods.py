@@ -458,6 +458,15 @@ def test_names_in_torchjd_exist():
             assert hasattr(scalar if entry.name.startswith("scalarization") else aggregation, name), (entry.name, name)
 
 
+@gram_methods
+def test_weights_have_no_derivative(name):
+    M = torch.eye(T, dtype=F64).requires_grad_()
+    with pytest.raises(ValueError, match="M: has requires_grad=True, but task weights have no derivative"):
+        GRAM[name]().weighting(M)
+    with torch.no_grad():
+        assert weigh(name, M).isfinite().all()
+
+
 def test_weighted_methods_check_the_number_of_tasks():
     for method in (
         fastmtl.UPGrad([1.0, 2.0]),

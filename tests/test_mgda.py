@@ -215,7 +215,7 @@ def test_parity_with_torchjd(seed):
 
 def test_repr_and_reuse():
     method = MGDA()
-    assert repr(method) == "MGDA()"
+    assert repr(method) == "MGDA(normalization='none')"
     G = randn(3, 10)
     first = method(G)
     method(randn(5, 7))

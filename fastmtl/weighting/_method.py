@@ -273,13 +273,15 @@ class GramMethod(Method):
 
         Raises:
             TypeError: `M` is no float32 or float64 tensor.
-            ValueError: `M` is not square, weights or losses of another length than T, losses that are missing.
+            ValueError: `M` is not square or requires grad, weights or losses of another length than T, losses that are missing.
         """
         if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
         shape = M.shape
         if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
+        if M.requires_grad and torch.is_grad_enabled():
+            raise ValueError("M: has requires_grad=True, but task weights have no derivative; pass it detached")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]
