@@ -28,8 +28,8 @@ install: $(VENV)/.built ## create .venv, install torch and fastmtl, build the CP
 demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; writes demo.png
 	$(BIN)/python -m fastmtl demo
 
-test: install ## all tests (PYTEST_ARGS="-k gram" for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: install ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)

@@ -2,9 +2,12 @@
 // γ = min_i g_iᵀd is best.
 //
 // For a given γ the nearest d to g0 with g_iᵀd >= γ is g0 + Gᵀx with x = argmin ½ xᵀMx - (γ1 - p)ᵀx over x >= 0 and
-// p = Mw0, and ‖Gᵀx‖ grows with γ: the solution is where it gets to ρ. On a fixed support x is linear in γ, so that γ
-// is the root of a quadratic, exact once the support is right. w = x / Σx is the minimiser of the paper's problem
-// g_wᵀg0 + ρ ‖g_w‖ over the simplex, whose value at w bounds γ from above for any w: the duality gap.
+// p = Mw0. h(γ) = ‖Gᵀx‖ is convex and grows with γ: the solution is where it gets to ρ, to which Newton's method leads
+// from above. With h' = Σx / h its step goes to
+//
+//   γ - h (h - ρ) / Σx = g_wᵀg0 + ρ ‖g_w‖ =: f(w),    w = x / Σx,
+//
+// the value of the paper's dual problem, min f over the simplex: a bound on γ for every w.
 //
 // Where zero is in the convex hull of the gradients (g_w = 0), no γ > 0 is possible; then x at γ = 0, the projection on
 // the dual cone, is the solution if it is near enough.
@@ -17,39 +20,14 @@
 namespace fastmtl {
 namespace {
 
-constexpr int64_t kMaxRootSteps = 100;
+constexpr int64_t kMaxNewtonSteps = 100;
 
 FASTMTL_HOST_DEVICE constexpr int64_t cagrad_scratch(int64_t T) {
-  return 2 * T * T + 10 * T + 2 * Nonnegative::scratch(T);
+  return 2 * T * T + 6 * T + 2 * Nonnegative::scratch(T);
 }
 
-// The larger γ at which ‖Gᵀx‖² = `square` for the support of `problem`: x_S = γ a - e, with a = C_S^-1 b_S and
-// e = C_S^-1 q_S. NaN where there is none.
-template <class Team>
-FASTMTL_HOST_DEVICE double slope_at(
-    Team team,
-    const Nonnegative& problem,
-    const double* b, // [T]
-    const double* q, // [T]
-    double square,
-    double* work) { // [2 T]
-  double *const a = work, *const e = work + problem.T;
-  const int64_t* const support = problem.support;
-  const int64_t n = problem.count;
-  team.each(n, [=](int64_t i) {
-    a[i] = b[support[i]];
-    e[i] = q[support[i]];
-  });
-  problem.solve(team, a);
-  problem.solve(team, e);
-  // γ² A - 2 γ B + E = square
-  const double A = team.sum(n, [=](int64_t i) { return a[i] * b[support[i]]; });
-  const double B = team.sum(n, [=](int64_t i) { return e[i] * b[support[i]]; });
-  const double E = team.sum(n, [=](int64_t i) { return e[i] * q[support[i]]; });
-  return (B + std::sqrt(B * B - A * (E - square))) / A;
-}
-
-// Returns the duality gap, row by row: the largest f(w) b_i - u_iᵀd, relative to the lengths of what d is made of.
+// Returns the duality gap, row by row: the largest f(w) b_i - u_iᵀd, relative to the lengths of what d is made of. In
+// f(w), h² counts as ρ² if it is to the rounding of a sum of products of these lengths and to what x has as a residual.
 template <class Team>
 FASTMTL_HOST_DEVICE double cagrad(
     Team team,
@@ -60,7 +38,6 @@ FASTMTL_HOST_DEVICE double cagrad(
     double* scratch) { // [cagrad_scratch(T)]
   double *const C = scratch, *const Q = C + T * T, *const norms = Q + T * T, *const inverse = norms + T;
   double *const b = inverse + T, *const mean = b + T, *const q = mean + T, *const p = q + T;
-  double *const before = p + T, *const product = before + T, *const work = product + T; // work [2 T]
   unit_rows(team, M, T, C, norms, inverse);
   team.each(T, [=](int64_t t) { alpha[t] = 1.0 / double(T); });
   const double longest = team.largest(T, [=](int64_t t) { return norms[t]; });
@@ -82,23 +59,23 @@ FASTMTL_HOST_DEVICE double cagrad(
   }
   const double square = c * c * squared_mean, radius = std::sqrt(square);
 
-  Nonnegative problem(C, T, work + 2 * T), hull(Q, T, work + 2 * T + Nonnegative::scratch(T));
+  Nonnegative problem(C, T, p + T), hull(Q, T, p + T + Nonnegative::scratch(T));
   double* const x = problem.x;
-  const auto solve = [&](double gamma) { // ‖Gᵀx‖²
-    team.each(T, [=](int64_t t) { p[t] = gamma * b[t] - q[t]; });
-    problem.solve_for(team, p, size + std::fabs(gamma));
-    const double* const slope = problem.slope;
-    return team.sum(T, [=](int64_t t) { return x[t] * (slope[t] + p[t]); });
+  const double* const slope = problem.slope;
+  double gamma = 0.0, distance = 0.0, along = 0.0, toward = 0.0, lengths = 0.0, violation = 0.0;
+  const auto solve = [&] {
+    const double at = gamma;
+    team.each(T, [=](int64_t t) { p[t] = at * b[t] - q[t]; });
+    violation = problem.solve_for(team, p, size + std::fabs(at));
+    distance = team.sum(T, [=](int64_t t) { return x[t] * (slope[t] + p[t]); }); // ‖Gᵀx‖²
+    along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
+    toward = team.sum(T, [=](int64_t t) { return q[t] * x[t]; });
+    lengths = size + problem.total(team);
   };
   problem.start(team, [=](int64_t t) { return q[t] < 0.0; });
-  const double at_zero = solve(0.0);
-  // At the lower end g0 itself is good enough.
-  double low = -team.largest(T, [=](int64_t t) { return inverse[t] > 0.0 ? -q[t] / b[t] : -kInfinity; });
-  double high = 0.0, gamma = 0.0, distance = at_zero;
+  solve();
   bool stationary = false;
-  double bound = 0.0; // f(w) where g_w = 0
-  if (at_zero < square) {
-    low = low > 0.0 ? low : 0.0;
+  if (distance < square) { // γ > 0
     stationary = smallest == 0.0;
     if (!stationary) {
       team.each(T * T, [=](int64_t i) { Q[i] = C[i]; });
@@ -107,54 +84,31 @@ FASTMTL_HOST_DEVICE double cagrad(
       stationary = !(shortest_square > rounding);
       if (!stationary) {
         const double* const y = hull.x;
-        const double along = team.sum(T, [=](int64_t t) { return b[t] * y[t]; });
-        const double toward = team.sum(T, [=](int64_t t) { return q[t] * y[t]; });
-        high = (toward + radius * std::sqrt(shortest_square)) / along;
+        const double across = team.sum(T, [=](int64_t t) { return b[t] * y[t]; });
+        const double over = team.sum(T, [=](int64_t t) { return q[t] * y[t]; });
+        gamma = (over + radius * std::sqrt(shortest_square)) / across;
         problem.start(team, [=](int64_t t) { return y[t] > 0.0; });
-        gamma = high > low ? high : low;
-        high = gamma;
-        distance = solve(gamma);
+        solve();
       }
     }
   }
+  double excess = 0.0; // f(w) - γ
   if (!stationary) {
-    int64_t settled = -1; // size of the support that `gamma` is the root on; its indices are in `before`
-    for (int64_t step = 0; step < kMaxRootSteps; ++step) {
-      const int64_t* const support = problem.support;
-      const int64_t n = problem.count;
-      if (distance < square) {
-        low = gamma;
-      } else {
-        high = gamma;
-      }
-      if (n == settled && team.sum(n, [=](int64_t i) { return before[i] == double(support[i]) ? 0.0 : 1.0; }) == 0.0) {
+    for (int64_t step = 0; step < kMaxNewtonSteps; ++step) {
+      if (!(distance - square > kRounding * lengths * lengths)) {
         break;
       }
-      if (!(high - low > kRounding * (std::fabs(high) + std::fabs(low)))) {
+      const double next = (toward + radius * std::sqrt(distance)) / along;
+      if (!(next < gamma)) {
         break;
       }
-      double next = n > 0 ? slope_at(team, problem, b, q, square, work) : low;
-      settled = n;
-      if (!(next > low && next < high)) {
-        next = low + 0.5 * (high - low);
-        settled = -1;
-      }
-      team.each(n, [=](int64_t i) { before[i] = double(support[i]); });
       gamma = next;
-      distance = solve(gamma);
+      solve();
     }
-    // What is left is rounding.
-    const double stretch = distance > 0.0 ? std::sqrt(square / distance) : 1.0;
-    team.each(T, [=](int64_t t) { x[t] *= stretch; });
-    multiply(team, C, T, x, product);
-    const double total = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
-    bound = (team.sum(T, [=](int64_t t) { return x[t] * q[t]; }) + square) / total;
-  } else {
-    multiply(team, C, T, x, product);
+    excess = std::fabs(square - distance) - (rounding + violation) * lengths * lengths;
+    excess = excess > 0.0 ? excess / along : 0.0;
   }
-  const double worst =
-      team.largest(T, [=](int64_t t) { return inverse[t] > 0.0 ? bound * b[t] - q[t] - product[t] : -kInfinity; });
-  const double lengths = size + problem.total(team);
+  const double worst = team.largest(T, [=](int64_t t) { return excess * b[t] - slope[t]; });
   team.each(T, [=](int64_t t) { alpha[t] += x[t] * longest * inverse[t]; });
   return worst > 0.0 ? worst / lengths : 0.0;
 }

@@ -1,5 +1,5 @@
-// C_S = Uᵀ D^-1 U for the rows and columns S of a symmetric matrix: row i of U is what elimination has left of row i,
-// and D its diagonal (Cholesky without the roots). All of it in steps x -= Σ a_k r_k over rows that are contiguous.
+// C_S + δ = Uᵀ D^-1 U for the rows and columns S of a symmetric matrix: row i of U is what elimination has left of row
+// i, and D its diagonal (Cholesky without the roots). All of it in steps x -= Σ a_k r_k over rows that are contiguous.
 // A factor costs n³/3, a solution 2 n², a row more or less n² multiply-adds.
 //
 // C has a unit diagonal, or one between 1 and 2: what rounding leaves of a row that depends on those before it is at
@@ -38,14 +38,16 @@ struct Cholesky {
   double* inverse;  // [T], 1 / D
   int64_t* support; // [T], the first `count` are S
   int64_t count;
+  double ridge = 0.0; // δ
 
-  // Factors C over the support; false where a row depends on those before it to rounding.
+  // Factors C + ridge over the support; false where a row depends on those before it to rounding.
   template <class Team>
   FASTMTL_HOST_DEVICE bool factor(Team team) const {
     double* const U = this->U;
     double* const inverse = this->inverse;
     const int64_t* const support = this->support;
     const int64_t T = this->T, n = count;
+    const double ridge = this->ridge;
     for (int64_t i = 0; i < n; ++i) {
       double* u = U + i * T;
       const double* from = C + support[i] * T;
@@ -57,11 +59,14 @@ struct Cholesky {
           [=](int64_t k) { return U + k * T + i; },
           n - i,
           u + i);
-      const double pivot = u[i];
+      const double pivot = u[i] + ridge;
       if (!(pivot > noise(i))) {
         return false;
       }
-      team.once([=] { inverse[i] = 1.0 / pivot; });
+      team.once([=] {
+        u[i] = pivot;
+        inverse[i] = 1.0 / pivot;
+      });
     }
     return true;
   }
@@ -102,7 +107,7 @@ struct Cholesky {
     const int64_t* const support = this->support;
     team.each(count, [=](int64_t i) { y[i] = from[support[i]]; });
     forward(team, y);
-    return from[t] - team.sum(count, [=](int64_t i) { return y[i] * y[i] * inverse[i]; });
+    return from[t] + ridge - team.sum(count, [=](int64_t i) { return y[i] * y[i] * inverse[i]; });
   }
 
   template <class Team>

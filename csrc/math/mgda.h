@@ -10,8 +10,9 @@
 namespace fastmtl {
 namespace {
 
-// x [T] of `problem`, whose matrix this makes C + bbᵀ: scaled to Σx = 1. Returns by how much Wolfe's criterion
-// (Cx)_t >= b_t xᵀCx / bᵀx, with equality where x_t > 0, is violated.
+// x [T] of `problem`, whose matrix this makes C + bbᵀ: scaled to Σx = 1. Returns by how much (Cx)_t >= b_t μ, with
+// equality where x_t > 0, is violated. That is Wolfe's criterion with the multiplier μ of the solution: xᵀCx / bᵀx,
+// which equals it, has lost its digits where bᵀx is small.
 template <class Team>
 FASTMTL_HOST_DEVICE double shortest_point(
     Team team,
@@ -27,21 +28,13 @@ FASTMTL_HOST_DEVICE double shortest_point(
   }
   problem.start(team, [](int64_t) { return true; });
   problem.solve_for(team, b, 1.0);
+  const double residual = problem.residual(team, 0.0), total = problem.total(team);
   double* const x = problem.x;
-  double* const slope = problem.slope;
-  const double total = problem.total(team);
+  const double* const slope = problem.slope;
   const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
-  team.each(T, [=](int64_t t) {
-    slope[t] = (slope[t] + b[t] * (1.0 - along)) / total; // Cx
-    x[t] /= total;
-  });
-  square = team.sum(T, [=](int64_t t) { return x[t] * slope[t]; });
-  const double ratio = square * total / along;
-  const double worst = team.largest(T, [=](int64_t t) {
-    const double excess = slope[t] - b[t] * ratio;
-    return x[t] > 0.0 ? std::fabs(excess) : -excess;
-  });
-  return worst > 0.0 ? worst : 0.0;
+  team.each(T, [=](int64_t t) { x[t] /= total; });
+  square = team.sum(T, [=](int64_t t) { return x[t] * (slope[t] + b[t] * (1.0 - along)); }) / total;
+  return residual;
 }
 
 FASTMTL_HOST_DEVICE constexpr int64_t mgda_scratch(int64_t T) {

@@ -1,16 +1,22 @@
 // argmin ½ xᵀCx - pᵀx over x >= 0, which MGDA, the projection on the dual cone and CAGrad all come down to.
 //
 // C [T, T] is positive semi-definite with a diagonal of one (up to two): gradients of unit length. The solution has
-// slope s = Cx - p >= 0 with s_t = 0 where x_t > 0.
+// slope s = Cx - p >= 0 with s_t = 0 where x_t > 0. Where gradients depend on each other it is not unique, and C has no
+// factors. So it is approached by proximal points (Rockafellar 1976),
 //
-// 1. Block principal pivoting (Júdice and Pires 1994; Kim and Park 2011) guesses the support S, solves C_S x_S = p_S,
-//    and exchanges all indices with x_t < 0 or s_t < 0 at once; where that does not lead to fewer of them, one by one
-//    for a while. It takes a handful of factorisations, and is done for only where C_S is regular.
-// 2. Where it is not, or where that takes too long: the active-set method of Lawson and Hanson (1974), which lets in
-//    one index at a time and never leaves x >= 0. An index that depends on the support to rounding comes in along the
-//    null vector of both, in exchange for the one that gets to zero first; so C_S stays regular.
+//   x_k = argmin ½ xᵀ(C + δ)x - (p + δ x_{k-1})ᵀx over x >= 0,    x_0 = 0,
 //
-// Both end in a solution on a support that is judged by its slope, whatever led there.
+// each of them unique, continuous in C and p, and off in the slope by δ (x_k - x_{k-1}) only. With δ = 64 T roundings
+// the first is nearly as good as C is known, and one to three more leave nothing but rounding; where C is regular they
+// are iterated refinement.
+//
+// 1. Block principal pivoting (Júdice and Pires 1994; Kim and Park 2011) guesses the support S, solves for x_S, and
+//    exchanges all indices with x_t < 0 or s_t < 0 at once: a handful of factorisations, unless it runs in circles.
+// 2. Then the active-set method of Lawson and Hanson (1974) goes on from x >= 0, which it never leaves: one index at a
+//    time, downhill, for T² multiply-adds each.
+//
+// A Gram matrix from products in float32 is indefinite by their rounding, and there may be no minimum. Where a pivot
+// shows that, C's diagonal is raised until there are factors: the residual is that of the raised C.
 #pragma once
 
 #include "cholesky.h"
@@ -18,13 +24,13 @@
 namespace fastmtl {
 namespace {
 
-constexpr int64_t kFullExchanges = 3;
-constexpr int64_t kMaxFactors = 25;
-constexpr double kNegligible = 1e-10;       // entries of a null vector below this are rounding
-constexpr double kDoubtful = 1e-12;         // a solution worse than this is looked for again, from the start
-constexpr double kSolved = 4.0 * kRounding; // slopes this small, times sqrt(T) and the size of the terms, are zero
+constexpr int64_t kExchanges = 4;              // that may fail to get nearer, in a row
+constexpr int64_t kMaxPoints = 8;              // proximal points
+constexpr double kProximal = 64.0 * kRounding; // δ / T
+constexpr double kSolved = 4.0 * kRounding;    // slopes this small, times sqrt(T) and the size of the terms, are zero
 
-// C = D^-1/2 M D^-1/2 with D the diagonal; zero gradients become orthogonal to all others.
+// C = D^-1/2 M D^-1/2 with D the diagonal: cosines. Zero gradients become orthogonal to all others. M's upper triangle
+// is read: one from products in float32 may be asymmetric by rounding, which is more than the solvers leave.
 template <class Team>
 FASTMTL_HOST_DEVICE void unit_rows(
     Team team,
@@ -42,7 +48,11 @@ FASTMTL_HOST_DEVICE void unit_rows(
     const double a = inverse[i];
     const double* m = M + i * T;
     double* c = C + i * T;
-    team.each(T, [=](int64_t j) { c[j] = j == i ? 1.0 : m[j] * a * inverse[j]; });
+    team.each(i, [=](int64_t j) { c[j] = C[j * T + i]; });
+    team.each(T - i, [=](int64_t k) {
+      const double cosine = m[i + k] * a * inverse[i + k];
+      c[i + k] = k == 0 || !(cosine < 1.0) ? 1.0 : cosine > -1.0 ? cosine : -1.0;
+    });
   }
 }
 
@@ -59,20 +69,33 @@ FASTMTL_HOST_DEVICE void multiply(
 }
 
 struct Nonnegative : Cholesky {
-  double* x;     // [T]
-  double* slope; // [T], Cx - p
-  double* work;  // [2 T]
-  bool factored; // whether U is the factor of C over the support
+  double* matrix; // C, where it may be raised
+  double* x;      // [T]
+  double* slope;  // [T], Cx - p
+  double* before; // [T], the proximal point before x
+  double* work;   // [2 T]
+  double raised;  // what C's diagonal has got
+  bool factored;  // whether U is the factor of C + δ over the support
 
   FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
-    return T * T + 6 * T;
+    return T * T + 7 * T;
   }
 
-  FASTMTL_HOST_DEVICE Nonnegative(const double* C, int64_t T, double* scratch)
-      : Cholesky{C, T, scratch, scratch + T * T, reinterpret_cast<int64_t*>(scratch + T * T + T), 0},
+  FASTMTL_HOST_DEVICE Nonnegative(double* C, int64_t T, double* scratch)
+      : Cholesky{
+            C,
+            T,
+            scratch,
+            scratch + T * T,
+            reinterpret_cast<int64_t*>(scratch + T * T + T),
+            0,
+            kProximal * double(T)},
+        matrix(C),
         x(scratch + T * T + 2 * T),
         slope(x + T),
-        work(slope + T),
+        before(slope + T),
+        work(before + T),
+        raised(0.0),
         factored(false) {}
 
   // Which support is tried first: the indices with f(t).
@@ -99,16 +122,28 @@ struct Nonnegative : Cholesky {
   // optimality conditions are violated, relative to size + Σx.
   template <class Team>
   FASTMTL_HOST_DEVICE FASTMTL_ONE_COPY double solve_for(Team team, const double* p, double size) {
-    if (!exchange(team, p, size)) {
-      settle(team, p);
-      grow(team, p, size);
-      if (!(residual(team, size) <= kDoubtful)) {
-        count = 0;
-        settle(team, p);
+    double *const x = this->x, *const before = this->before;
+    double violation = kInfinity;
+    team.each(T, [=](int64_t t) { x[t] = 0.0; });
+    for (int64_t k = 0; k < kMaxPoints; ++k) {
+      team.each(T, [=](int64_t t) { before[t] = x[t]; });
+      if (!exchange(team, p, size)) {
         grow(team, p, size);
       }
+      const double last = violation;
+      violation = residual(team, size);
+      if (!(violation < last)) { // only rounding is left, and the point before had less of it
+        team.each(T, [=](int64_t t) { x[t] = before[t]; });
+        double* const slope = this->slope;
+        multiply(team, C, T, x, slope);
+        team.each(T, [=](int64_t t) { slope[t] -= p[t]; });
+        return last;
+      }
+      if (violation > 0.5 * last || violation <= kRounding) {
+        break;
+      }
     }
-    return residual(team, size);
+    return violation;
   }
 
   template <class Team>
@@ -130,201 +165,128 @@ struct Nonnegative : Cholesky {
     return kSolved * std::sqrt(double(T)) * size;
   }
 
-  // slope = Cx - p for an x that vanishes off the support, where it has the values y [count].
+  // y [count] <- the minimum of the proximal problem on the support.
   template <class Team>
-  FASTMTL_HOST_DEVICE void differentiate(Team team, const double* p, const double* y) const {
-    double* const slope = this->slope;
+  FASTMTL_HOST_DEVICE void minimise(Team team, const double* p, double* y) {
+    const double* const before = this->before;
+    const int64_t* const support = this->support;
+    const double ridge = this->ridge;
+    while (!factored) {
+      factored = this->factor(team);
+      if (!factored) {
+        raise(team);
+      }
+    }
+    team.each(count, [=](int64_t i) { y[i] = p[support[i]] + ridge * before[support[i]]; });
+    this->solve(team, y);
+  }
+
+  // x and slope = Cx - p from the values y [count] on the support.
+  template <class Team>
+  FASTMTL_HOST_DEVICE void assign(Team team, const double* p, const double* y) const {
+    double *const x = this->x, *const slope = this->slope;
     const double* const C = this->C;
     const int64_t* const support = this->support;
     const int64_t T = this->T;
-    team.each(T, [=](int64_t t) { slope[t] = -p[t]; });
+    team.each(T, [=](int64_t t) {
+      x[t] = 0.0;
+      slope[t] = -p[t];
+    });
+    team.each(count, [=](int64_t i) { x[support[i]] = y[i]; });
     subtract_rows(
         team, count, [=](int64_t k) { return -y[k]; }, [=](int64_t k) { return C + support[k] * T; }, T, slope);
   }
 
+  // Block principal pivoting; false where it leads nowhere.
   template <class Team>
   FASTMTL_HOST_DEVICE bool exchange(Team team, const double* p, double size) {
-    double *const x = this->x, *const y = work, *const inside = work + T;
-    const double* const slope = this->slope;
-    int64_t* const support = this->support;
+    double *const y = work, *const inside = work + T;
+    const double *const x = this->x, *const slope = this->slope, *const before = this->before;
+    const int64_t* const support = this->support;
     const int64_t T = this->T;
-    int64_t fewest = T + 1, left = kFullExchanges;
-    for (int64_t step = 0; step < kMaxFactors; ++step) {
-      if (!factored && !this->factor(team)) {
-        return false;
-      }
-      factored = true;
-      const int64_t n = count;
-      team.each(n, [=](int64_t i) { y[i] = p[support[i]]; });
-      this->solve(team, y);
-      differentiate(team, p, y);
-      team.each(T, [=](int64_t t) {
-        x[t] = 0.0;
-        inside[t] = 0.0;
-      });
-      team.each(n, [=](int64_t i) {
-        x[support[i]] = y[i];
-        inside[support[i]] = 1.0;
-      });
-      const double limit = tolerance(size + team.sum(n, [=](int64_t i) { return std::fabs(y[i]); }));
-      const auto wrong = [=](int64_t t) { return inside[t] > 0.0 ? !(x[t] > 0.0) : slope[t] < -limit; };
+    const double ridge = this->ridge;
+    int64_t fewest = T + 1;
+    for (int64_t left = kExchanges; left > 0; --left) {
+      minimise(team, p, y);
+      assign(team, p, y);
+      team.each(T, [=](int64_t t) { inside[t] = 0.0; });
+      team.each(count, [=](int64_t i) { inside[support[i]] = 1.0; });
+      const double limit = tolerance(size + team.sum(count, [=](int64_t i) { return std::fabs(y[i]); }));
+      const auto wrong = [=](int64_t t) {
+        return inside[t] > 0.0 ? !(x[t] > 0.0) : slope[t] - ridge * before[t] < -limit;
+      };
       const int64_t count_wrong = int64_t(team.sum(T, [=](int64_t t) { return wrong(t) ? 1.0 : 0.0; }));
       if (count_wrong == 0) {
-        // A factor of a nearly singular C_S may say so wrongly.
-        return team.largest(n, [=](int64_t i) { return std::fabs(slope[support[i]]); }) <= 16.0 * limit;
+        return true;
       }
-      bool all = true;
       if (count_wrong < fewest) {
         fewest = count_wrong;
-        left = kFullExchanges;
-      } else if (left > 0) {
-        --left;
-      } else {
-        all = false;
+        left = kExchanges;
       }
-      const int64_t last = team.argmax(T, [=](int64_t t) { return wrong(t) ? double(t) : -1.0; });
-      start(team, [=](int64_t t) { return (inside[t] > 0.0) != (wrong(t) && (all || t == last)); });
+      start(team, [=](int64_t t) { return (inside[t] > 0.0) != wrong(t); });
     }
     return false;
   }
 
-  // From the support as it is to one on which C is regular and the solution positive, where `grow` can begin: without
-  // the indices that depend on those before them, and, again and again, those with x_t <= 0.
-  template <class Team>
-  FASTMTL_HOST_DEVICE void settle(Team team, const double* p) {
-    double *const x = this->x, *const y = work;
-    int64_t* const support = this->support;
-    thin(team);
-    for (;;) {
-      const int64_t n = count;
-      team.each(n, [=](int64_t i) { y[i] = p[support[i]]; });
-      this->solve(team, y);
-      const int64_t positive = int64_t(team.sum(n, [=](int64_t i) { return y[i] > 0.0 ? 1.0 : 0.0; }));
-      if (positive == n) {
-        break;
-      }
-      team.once([=] {
-        for (int64_t i = 0, kept = 0; i < n; ++i) {
-          if (y[i] > 0.0) {
-            support[kept++] = support[i];
-          }
-        }
-      });
-      count = positive;
-      if (!this->factor(team)) {
-        thin(team);
-      }
-    }
-    factored = true;
-    team.each(T, [=](int64_t t) { x[t] = 0.0; });
-    team.each(count, [=](int64_t i) { x[support[i]] = y[i]; });
-  }
-
-  // Factors C over those of the support that do not depend on the ones before them.
-  template <class Team>
-  FASTMTL_HOST_DEVICE void thin(Team team) {
-    double *const y = work, *const before = work + T;
-    const int64_t* const support = this->support;
-    const int64_t n = count;
-    team.each(n, [=](int64_t i) { before[i] = double(support[i]); });
-    count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t t = int64_t(before[i]);
-      const double pivot = this->column(team, t, y);
-      if (pivot > noise(count)) {
-        this->append(team, t, y, pivot);
-      }
-    }
-  }
-
-  // The method of Lawson and Hanson, from what `settle` has left.
+  // The method of Lawson and Hanson, from where `exchange` has left.
   template <class Team>
   FASTMTL_HOST_DEVICE void grow(Team team, const double* p, double size) {
     double *const x = this->x, *const y = work, *const barred = work + T; // in the support, or of no use where x is now
-    const double* const slope = this->slope;
-    int64_t* const support = this->support;
+    const double *const slope = this->slope, *const before = this->before;
+    const int64_t* const support = this->support;
     const int64_t T = this->T;
-    team.each(T, [=](int64_t t) { barred[t] = x[t] > 0.0 ? 1.0 : 0.0; });
-    differentiate(team, p, y);
-    double limit = tolerance(size + total(team));
+    const double ridge = this->ridge;
+    team.each(T, [=](int64_t t) { x[t] = x[t] > 0.0 ? x[t] : 0.0; });
+    start(team, [=](int64_t t) { return x[t] > 0.0; });
+    team.each(T, [=](int64_t t) { barred[t] = x[t]; });
+    bool moved = true;
     for (int64_t step = 0; step < 20 * T + 20; ++step) {
-      const int64_t entering = team.argmax(T, [=](int64_t t) { return barred[t] > 0.0 ? -kInfinity : -slope[t]; });
-      if (entering < 0 || !(-slope[entering] > limit)) {
-        break;
-      }
-      team.once([=] { barred[entering] = 1.0; });
-      if (!let_in(team, entering)) {
-        continue;
-      }
-      // Towards the solution on the support as far as x >= 0 allows; whoever gets to zero there leaves.
-      bool moved = x[entering] > 0.0;
+      // Towards the minimum on the support as far as x >= 0 allows; whoever gets to zero there leaves.
       for (;;) {
-        team.each(count, [=](int64_t i) { y[i] = p[support[i]]; });
-        this->solve(team, y);
+        minimise(team, p, y);
         const auto reach = [=](int64_t i) { // how far, of 1, until x gets to zero
           const double from = x[support[i]];
           return y[i] > 0.0 ? kInfinity : from > 0.0 ? from / (from - y[i]) : 0.0;
         };
         const int64_t leaving = team.argmax(count, [=](int64_t i) { return -reach(i); });
         if (leaving < 0) {
-          team.each(count, [=](int64_t i) { x[support[i]] = y[i]; });
           moved = true;
           break;
         }
         const double by = reach(leaving);
         moved = moved || by > 0.0;
-        const int64_t gone = support[leaving];
         team.each(count, [=](int64_t i) {
-          const double next = x[support[i]] + by * (y[i] - x[support[i]]);
-          x[support[i]] = i == leaving || !(next > 0.0) ? 0.0 : next;
+          const double to = x[support[i]] + by * (y[i] - x[support[i]]);
+          x[support[i]] = i == leaving || !(to > 0.0) ? 0.0 : to;
         });
         this->remove(team, leaving, y);
-        team.once([=] { barred[gone] = gone == entering ? 1.0 : 0.0; });
-        if (count == 0) {
-          break;
-        }
       }
-      team.each(count, [=](int64_t i) { y[i] = x[support[i]]; });
-      differentiate(team, p, y);
-      limit = tolerance(size + total(team));
+      assign(team, p, y);
+      const double limit = tolerance(size + total(team));
       if (moved) {
-        team.each(T, [=](int64_t t) { barred[t] = 0.0; });
-        team.each(count, [=](int64_t i) { barred[support[i]] = 1.0; });
+        team.each(T, [=](int64_t t) { barred[t] = x[t]; });
       }
+      const int64_t entering =
+          team.argmax(T, [=](int64_t t) { return barred[t] > 0.0 ? -kInfinity : ridge * before[t] - slope[t]; });
+      if (entering < 0 || !(ridge * before[entering] - slope[entering] > limit)) {
+        return;
+      }
+      team.once([=] { barred[entering] = 1.0; });
+      moved = false;
+      const double pivot = this->column(team, entering, y);
+      this->append(team, entering, y, pivot);
+      factored = pivot > noise(count);
     }
-    team.each(count, [=](int64_t i) { y[i] = x[support[i]]; });
-    differentiate(team, p, y);
   }
 
-  // Adds t to the support, at x_t = 0 unless others had to make room; false where the null vector leads nowhere.
+  // For a C that is not positive semi-definite; T would be enough for any.
   template <class Team>
-  FASTMTL_HOST_DEVICE bool let_in(Team team, int64_t t) {
-    double *const x = this->x, *const y = work, *const barred = work + T;
-    int64_t* const support = this->support;
-    for (;;) {
-      const double pivot = this->column(team, t, y);
-      if (pivot > noise(count)) {
-        this->append(team, t, y, pivot);
-        return true;
-      }
-      this->backward(team, y); // C (e_t - y) = 0
-      const int64_t leaving =
-          team.argmax(count, [=](int64_t i) { return y[i] > kNegligible ? -x[support[i]] / y[i] : -kInfinity; });
-      if (leaving < 0) {
-        return false;
-      }
-      const int64_t gone = support[leaving];
-      const double by = x[gone] / y[leaving];
-      team.each(count, [=](int64_t i) {
-        const double next = x[support[i]] - by * y[i];
-        x[support[i]] = i == leaving || !(next > 0.0) ? 0.0 : next;
-      });
-      team.once([=] {
-        x[t] += by;
-        barred[gone] = 0.0;
-      });
-      this->remove(team, leaving, y);
-    }
+  FASTMTL_HOST_DEVICE void raise(Team team) {
+    double* const C = matrix;
+    const int64_t T = this->T;
+    const double next = 16.0 * (raised > 0.0 ? raised : ridge), by = next - raised;
+    team.each(T, [=](int64_t t) { C[t * T + t] += by; });
+    raised = next;
   }
 };
 

@@ -4,8 +4,8 @@ All are solved on gradients of unit length, C = D^-1/2 M D^-1/2 with D the diago
 
     min ½ xᵀCx - pᵀx    over    x >= 0,
 
-by the active-set method of Lawson and Hanson, in float64 on the host, one matrix after the other. csrc/math has the
-derivations, and a faster way to the same solution.
+by proximal points and the active-set method of Lawson and Hanson, in float64 on the host, one matrix after the other.
+csrc/math has the derivations, and a faster way to the same solution.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
         if not each:
             return _dual_cone(one, u)
         projected = [_dual_cone(one, row) for row in torch.diag(u)]
-        return torch.stack([v for v, _ in projected]).sum(0), torch.stack([r for _, r in projected]).max()
+        return sum((v for v, _ in projected), torch.zeros_like(u)), torch.stack([r for _, r in projected]).max()
 
     return _solve_each(M, solve)
 
@@ -99,12 +99,11 @@ def _mgda(M: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shortest_point(C: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The y >= 0 with Σy = 1 of least yᵀCy / (bᵀy)², the residual of Wolfe's criterion, and yᵀCy."""
-    y, _ = _nonnegative(C + b[:, None] * b, b, 1.0)
-    y = y / y.sum()
-    products = C @ y
-    square = y @ products
-    excess = products - b * (square / (b @ y))
-    return y, torch.where(y > 0, excess.abs(), -excess).max().clamp_min(0), square
+    x, slope = _nonnegative(C + b[:, None] * b, b, 1.0)
+    total = x.sum()
+    y = x / total
+    square = y @ (slope + b * (1 - b @ x)) / total
+    return y, _violation(x, slope) / total, square
 
 
 def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +115,8 @@ def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     lengths = lengths / longest
     size = float(lengths.abs().sum())
     p = -(C @ lengths)
-    x, _ = _nonnegative(C, p, size)
-    slope = C @ x - p
-    residual = torch.where(x > 0, slope.abs(), -slope).max().clamp_min(0) / (size + x.sum())
+    x, slope = _nonnegative(C, p, size)
+    residual = _violation(x, slope) / (size + x.sum())
     return u + torch.where(norms > 0, x * longest / norms, 0.0), residual
 
 
@@ -133,101 +131,102 @@ def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
     b = torch.where(alive, norms[alive].min() / norms, 0.0)
     mean = norms / longest / T
     q = C @ mean
-    size, rounding = float(mean.sum()), 4 * T * EPS
+    size, rounding = float(mean.sum()), 4 * T * EPS  # of a square, relative to that of the lengths
     if mean @ q <= rounding * size**2:
         return w0, M.new_zeros(())
     square = c**2 * (mean @ q)
 
-    def solve(gamma: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        x, support = _nonnegative(C, gamma * b - q, size + abs(float(gamma)))
-        return x, support, x @ C @ x
+    def solve(gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p = gamma * b - q
+        x, slope = _nonnegative(C, p, size + abs(float(gamma)))
+        return x, slope, x @ (slope + p)
 
-    gamma = high = M.new_zeros(())
-    low = (q[alive] / b[alive]).min()  # where g0 itself is good enough
-    x, support, distance = solve(gamma)
+    gamma = M.new_zeros(())
+    x, slope, distance = solve(gamma)
     stationary = False
     if distance < square:
         y, _, shortest = _shortest_point(C, b)
         stationary = not bool(alive.all()) or bool(shortest <= rounding)
         if not stationary:
-            low = low.clamp_min(0)
-            gamma = high = ((q @ y + (square * shortest).sqrt()) / (b @ y)).clamp_min(low)  # by duality
-            x, support, distance = solve(gamma)
-    settled: list[int] | None = None
-    for _ in range(0 if stationary else 100):
-        low, high = (gamma, high) if distance < square else (low, gamma)
-        if support == settled or not high - low > EPS * (high.abs() + low.abs()):
-            break
-        # On this support x is linear in γ.
-        settled = support
-        gamma = _slope_at(C, b, q, square, support) if support else low
-        if not low < gamma < high:
-            gamma, settled = (low + high) / 2, None
-        x, support, distance = solve(gamma)
-    bound = M.new_zeros(())
+            gamma = (q @ y + (square * shortest).sqrt()) / (b @ y)  # by duality
+            x, slope, distance = solve(gamma)
+    excess = M.new_zeros(())  # by which the bound on the worst slope, for w = x / Σx, exceeds γ
     if not stationary:
-        x = x * (square / (x @ C @ x)).sqrt()
-        bound = (x @ q + square) / (b @ x)  # of the worst slope, for w = x / Σx
-    gap = (bound * b - q - C @ x)[alive].max().clamp_min(0) / (size + x.sum())
+        for _ in range(100):
+            following = (q @ x + (square * distance).sqrt()) / (b @ x)
+            if not (distance - square > EPS * (size + x.sum()) ** 2 and following < gamma):
+                break
+            gamma = following
+            x, slope, distance = solve(gamma)
+        lengths = size + x.sum()
+        uncertain = (rounding + _violation(x, slope) / lengths) * lengths**2
+        excess = ((square - distance).abs() - uncertain).clamp_min(0)
+        excess = excess / (b @ x) if excess > 0 else excess
+    gap = (excess * b - slope).max().clamp_min(0) / (size + x.sum())
     return w0 + torch.where(alive, x * longest / norms, 0.0), gap
 
 
-def _slope_at(C: Tensor, b: Tensor, q: Tensor, square: Tensor, support: list[int]) -> Tensor:
-    """The larger γ with xᵀCx = square for x = C^-1 (γ b - q), all on the support; NaN where there is none."""
-    right = torch.stack([b[support], q[support]], 1)
-    products = right.T @ torch.linalg.solve(C[support][:, support], right)
-    A, B, E = products[0, 0], products[0, 1], products[1, 1]
-    return (B + (B * B - A * (E - square)).sqrt()) / A
-
-
 def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
-    """C [T, T] and the lengths [T]; zero gradients become orthogonal to all others."""
+    """C [T, T] and the lengths [T]; zero gradients become orthogonal to all others.
+
+    M's upper triangle is read. One that is indefinite beyond rounding (of products in float32) gets the diagonal it
+    lacks.
+    """
     norms = M.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    C = M * inverse[:, None] * inverse
-    C.fill_diagonal_(1)
+    C = (M * inverse[:, None] * inverse).clamp(-1, 1).triu(1)
+    C = C + C.T + torch.eye(M.shape[0], dtype=M.dtype)
+    lacking = -torch.linalg.eigvalsh(C)[0]
+    if lacking > 16 * M.shape[0] * EPS:
+        C.diagonal().add_(lacking)
     return C, norms
 
 
-def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, list[int]]:
-    """The x >= 0 of least ½ xᵀCx - pᵀx, and its support. `size` is that of the terms p is made of.
+def _violation(x: Tensor, slope: Tensor) -> Tensor:
+    """Of slope >= 0, with equality where x > 0."""
+    return torch.where(x > 0, slope.abs(), -slope).max().clamp_min(0)
 
-    One index at a time enters the support, on which C stays regular, and x moves towards the minimum there; whoever
-    gets to zero leaves. An index that depends on the support to rounding enters along the null vector of both.
+
+def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """The x >= 0 of least ½ xᵀCx - pᵀx, and its slope Cx - p. `size` is that of the terms p is made of.
+
+    C may be singular: the proximal points argmin ½ xᵀ(C + δ)x - (p + δ x_before)ᵀx, x >= 0, lead there.
     """
     T = C.shape[0]
+    ridge = 64 * T * EPS
+    A = C + ridge * torch.eye(T, dtype=C.dtype)
+    x = torch.zeros_like(p)
+    slope, least = -p, torch.inf
+    for _ in range(8):
+        following = _lawson_hanson(A, p + ridge * x, size)
+        turned = C @ following - p
+        violation = float(_violation(following, turned) / (size + following.sum()))
+        if not violation < least:
+            break
+        x, slope, least = following, turned, violation
+    return x, slope
+
+
+def _lawson_hanson(A: Tensor, p: Tensor, size: float) -> Tensor:
+    """The x >= 0 of least ½ xᵀAx - pᵀx for a positive definite A.
+
+    One index at a time enters the support, and x moves towards the minimum there; whoever gets to zero leaves.
+    """
+    T = A.shape[0]
     x = torch.zeros_like(p)
     support: list[int] = []
     barred: set[int] = set()  # of no use where x is now
-
-    def move(to: Tensor, step: Tensor, leaving: int) -> None:
-        """Moves to x + step · (to - x) on the support, of which x[leaving] is zero then."""
-        x[support] = (x[support] + step * (to - x[support])).clamp_min(0)
-        x[support[leaving]] = 0
-        del support[leaving]
-
     for _ in range(20 * T + 20):
-        slope = C @ x - p
+        slope = A @ x - p
         slope[[*support, *barred]] = torch.inf
         entering = int(slope.argmin())
         if not slope[entering] < -4 * EPS * T**0.5 * (size + float(x.sum())):
             break
+        support.append(entering)
         barred.add(entering)
         moved = False
-        while True:  # the null vector is e_entering - z
-            z = torch.linalg.solve(C[support][:, support], C[support, entering])
-            if C[entering, entering] - z @ C[support, entering] > 2 * (len(support) + 2) * EPS:
-                support.append(entering)
-                break
-            reach = torch.where(z > 1e-10, x[support] / z, torch.inf)  # below that it is rounding
-            if not bool(reach.isfinite().any()):
-                break
-            leaving = int(reach.argmin())
-            x[entering] += reach[leaving]
-            move(x[support] - z, reach[leaving], leaving)
-            moved = True
-        while support and entering in support:
-            solved = torch.linalg.solve(C[support][:, support], p[support])
+        while support:
+            solved = torch.linalg.solve(A[support][:, support], p[support])
             if bool((solved > 0).all()):
                 x[support] = solved
                 moved = True
@@ -236,7 +235,9 @@ def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, list[int]]:
             reach = torch.where(solved > 0, torch.inf, torch.where(old > 0, old / (old - solved), 0.0))
             leaving = int(reach.argmin())
             moved = moved or bool(reach[leaving] > 0)
-            move(solved, reach[leaving], leaving)
+            x[support] = (old + reach[leaving] * (solved - old)).clamp_min(0)
+            x[support[leaving]] = 0
+            del support[leaving]
         if moved:
             barred.clear()
-    return x, support
+    return x
