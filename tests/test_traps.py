@@ -56,6 +56,19 @@ def test_the_compiled_kernels_run():
         "align_rows": lambda: fastmtl.AlignedMTL()(rows),
         "eigh": lambda: fastmtl.eigh(torch.eye(8).expand(3, 8, 8)),
     }
+    M, seed, out = torch.eye(8, dtype=F64), torch.tensor(1), torch.empty(1000)
+    calls |= {
+        "mgda": lambda: ops.mgda(M),
+        "dual_cone": lambda: ops.dual_cone(M, None, True),
+        "cagrad": lambda: ops.cagrad(M, 0.5),
+        "nash": lambda: ops.nash(M, 1.0),
+        "unit_solve": lambda: ops.unit_solve(M, None, 0.0),
+        "constant": lambda: ops.constant(M, None),
+        "pcgrad": lambda: ops.pcgrad(M, seed, True),
+        "gradvac": lambda: ops.gradvac(M, seed, 0.5, M.clone()),
+        "sign_drop": lambda: ops.sign_drop(G, seed, None, out),
+        "sign_drop_rows": lambda: ops.sign_drop_rows(list(G), 8, seed, None, [out]),
+    }
     assert set(calls) == set(OPS)
     for name, call in calls.items():
         with profile(activities=[ProfilerActivity.CPU]) as recorded:

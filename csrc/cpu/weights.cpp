@@ -27,7 +27,7 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // takes milliseconds.
 constexpr double kGrain = 2e5;
 // From so many matrices on each is the work of one thread, and tasks need no memory of their own.
-constexpr int64_t kManyMatrices = 16;
+constexpr int64_t kEnoughMatrices = 16;
 
 bool all_finite(const double* M, int64_t count) {
   constexpr uint64_t kExponent = UINT64_C(0x7ff0000000000000);
@@ -100,7 +100,7 @@ void sum_tasks(
       residual[b] = std::max(residual[b], error);
     }
   };
-  if (B >= kManyMatrices || double(B * T) * nanoseconds <= kGrain) {
+  if (B >= kEnoughMatrices || double(B * T) * nanoseconds <= kGrain) {
     share(B, double(T) * nanoseconds, [&](int64_t begin, int64_t end) {
       double *v = thread_scratch(0, T + scratch), *memory = v + T;
       for (int64_t b = begin; b < end; ++b) {
