@@ -244,7 +244,7 @@ def _refuse(name: str):
     return backward
 
 
-# Without a formula the results would silently claim to require grad. It costs five microseconds of Python a call: ops on
-# a Gram matrix go without, `weighting` looks in their stead.
+# Without a formula the results would silently claim to require grad. It costs five microseconds of Python a call: the
+# ops on a Gram matrix go without, and `weighting` looks in their stead.
 for _name in ("gram_rows", "balance", "eigh"):
     library.register_autograd(f"fastmtl::{_name}", _refuse(_name))

@@ -273,7 +273,8 @@ class GramMethod(Method):
 
         Raises:
             TypeError: `M` is no float32 or float64 tensor.
-            ValueError: `M` is not square or requires grad, weights or losses of another length than T, losses that are missing.
+            ValueError: `M` is not square or requires grad, weights or losses of another length than T, losses that are
+                missing.
         """
         if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
