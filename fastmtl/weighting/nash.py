@@ -22,7 +22,7 @@ class NashMTL(StatefulMethod):
 
     There is exactly one such α where zero does not lie in the convex hull of the gradients, else none: then α = 0, and
     `info.converged` is false. Found by damped Newton steps on the convex problem behind it, to rounding;
-    `info.residual` is max |α_t (Mα)_t - 1| before the options below are applied.
+    `info.residual` is max |α_t (Mα)_t - 1| of this step's solution, before the options below are applied.
 
     Not homogeneous, because of `max_norm`: with a loss scaler pass `grad_scale=`.
 
