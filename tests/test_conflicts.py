@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers import F64, randn
 
 from fastmtl import ops, reference
 from fastmtl.reference.philox import permutations
-from tests.helpers import F64, randn
 
 SEEDS = [0, 1, -1, 2**62 + 12345]
 

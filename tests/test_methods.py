@@ -33,7 +33,7 @@ GRAM = {
     "IMTL": fastmtl.IMTL,
     "NashMTL": fastmtl.NashMTL,
     "NashMTL every 3": lambda: fastmtl.NashMTL(every=3),
-    "NashMTL plain": lambda: fastmtl.NashMTL(max_norm=0, normalize=False),
+    "NashMTL plain": lambda: fastmtl.NashMTL(max_norm=0),
     "Uniform": fastmtl.Uniform,
     "Uniform sum": lambda: fastmtl.Uniform("sum"),
     "RLW": fastmtl.RLW,

@@ -8,10 +8,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from helpers import EPS64, F64, conditioned, randn
 from scipy.optimize import root
 
+import fastmtl
 from fastmtl import ops, reference
-from tests.helpers import EPS64, F64, conditioned, randn
 
 POWERS = [0.1, 0.5, 1.0, 2.0, 10.0]
 
@@ -242,3 +243,17 @@ def test_parity_with_torchjd_nash():
         theirs = aggregation.NashMTL(n_tasks=4, max_norm=0.0)(G)
         alpha, _ = solve(M)
         assert (theirs - alpha @ G).norm() <= 5e-3 * theirs.norm()
+
+
+def test_the_method_by_its_equation():
+    """Mα = 1/α (Eq. 2 of the paper), then shortened to `max_norm`; TorchJD's solver finds the same to its accuracy."""
+    G = randn(5, 60, dtype=F64, seed=4) + 0.3
+    M = G @ G.T
+    alpha = fastmtl.NashMTL(max_norm=0).weighting(M)
+    assert (alpha * (M @ alpha) - 1).abs().max().item() <= 1e-12
+    assert (alpha @ G).norm().item() == pytest.approx(5**0.5, rel=1e-12)
+    shortened = fastmtl.NashMTL().weighting(M)
+    assert (shortened @ G).norm().item() == pytest.approx(1.0, rel=1e-12)
+    assert torch.allclose(shortened / shortened.sum(), alpha / alpha.sum(), rtol=1e-12)
+    theirs = pytest.importorskip("torchjd.aggregation").NashMTL(5, max_norm=0.0)
+    assert torch.allclose(theirs(G), alpha @ G, rtol=1e-2, atol=1e-2)

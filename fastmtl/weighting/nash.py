@@ -22,15 +22,14 @@ class NashMTL(StatefulMethod):
 
     There is exactly one such α where zero does not lie in the convex hull of the gradients, else none: then α = 0, and
     `info.converged` is false. Found by damped Newton steps on the convex problem behind it, to rounding;
-    `info.residual` is max |α_t (Mα)_t - 1| of this step's solution, before the options below are applied.
+    `info.residual` is max |α_t (Mα)_t - 1| of this step's solution, before the options below are applied. The result
+    has the norm sqrt(T), whatever the gradients' size, and then `max_norm`.
 
     Not homogeneous, because of `max_norm`: with a loss scaler pass `grad_scale=`.
 
     Args:
         max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
         every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it.
-        normalize: solve for M / ‖M‖_F, as the authors' code does: α is larger by ‖M‖_F^½, and the result grows with the
-            gradients instead of having the norm sqrt(T).
 
     Raises:
         ValueError: `max_norm` < 0, `every` < 1.
@@ -39,7 +38,7 @@ class NashMTL(StatefulMethod):
     weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
     steps: Tensor  # how many steps it has had, int64 []
 
-    def __init__(self, max_norm: float = 1.0, every: int = 1, normalize: bool = True) -> None:
+    def __init__(self, max_norm: float = 1.0, every: int = 1) -> None:
         if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
             raise ValueError(f"max_norm: expected a number >= 0, got {max_norm!r}")
         if not isinstance(every, int) or every < 1:
@@ -47,11 +46,10 @@ class NashMTL(StatefulMethod):
         super().__init__("weights", "steps")
         self.max_norm = float(max_norm)
         self.every = every
-        self.normalize = bool(normalize)
         self._remembers = every > 1
 
     def __repr__(self) -> str:
-        return f"NashMTL(max_norm={self.max_norm}, every={self.every}, normalize={self.normalize})"
+        return f"NashMTL(max_norm={self.max_norm}, every={self.every})"
 
     def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         if self.every == 1:
@@ -61,8 +59,6 @@ class NashMTL(StatefulMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         alpha, residual = ops.nash(wide, 1.0)
-        if self.normalize:
-            alpha = alpha * torch.linalg.matrix_norm(wide).sqrt()[..., None]
         if self.every > 1:
             alpha = self._kept(alpha, wide)
         if self.max_norm:
