@@ -409,6 +409,14 @@ def test_only_methods_that_converge_say_so():
         assert info.converged is None
 
 
+@pytest.mark.parametrize("name", ["GradVac", "NashMTL every 3"])
+def test_state_made_in_inference_mode(name):
+    method, G = GRAM[name](), randn(T, 50, dtype=F64)
+    with torch.inference_mode():
+        method(G)
+    assert method(G).isfinite().all()
+
+
 def test_layer_wise_targets_are_a_state_for_each_group():
     encoder = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     method = fastmtl.GradVac()

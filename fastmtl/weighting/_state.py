@@ -36,7 +36,8 @@ class StatefulMethod(GramMethod, nn.Module):
         for name, (wanted, dtype) in self._state_of(shape).items():
             value = self._buffers[name]
             if value is None:
-                setattr(self, name, torch.zeros(wanted, dtype=dtype, device=device))
+                with torch.inference_mode(False):  # later steps may be outside of it
+                    setattr(self, name, torch.zeros(wanted, dtype=dtype, device=device))
             elif value.shape != torch.Size(wanted):
                 raise ValueError(
                     f"{type(self).__name__}: expected Gram matrices as in the first step, for a state of shape "
