@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import BF16, DTYPES, EPS, F16, F32, F64, dense, dtype_id, generator, needs_extension, randn, rounded
-from torch import nn
+from torch import library, nn
 
 import fastmtl
 from fastmtl import GradDrop, ops, reference
@@ -423,9 +423,9 @@ def test_op_errors():
 
 @pytest.mark.parametrize("leak", [None, torch.tensor([0.5, 0.0], dtype=F64)], ids=["none", "leak"])
 def test_opcheck(leak):
-    torch.library.opcheck(ops.sign_drop, (randn(2, 30), SEED, leak), {"out": torch.empty(30)})
+    library.opcheck(ops.sign_drop, (randn(2, 30), SEED, leak), {"out": torch.empty(30)})
     grads = [randn(3, 2), randn(7), None, randn(7, seed=1)]
-    torch.library.opcheck(ops.sign_drop_rows, (grads, 2, SEED, leak, [torch.empty(3, 2), torch.empty(7)]))
+    library.opcheck(ops.sign_drop_rows, (grads, 2, SEED, leak, [torch.empty(3, 2), torch.empty(7)]))
 
 
 @pytest.mark.parametrize("form", ["matrix", "batch", "rows"])

@@ -32,6 +32,7 @@ from helpers import (
     rounded,
     svd_align,
 )
+from torch import library
 
 from fastmtl import ops, reference
 
@@ -733,7 +734,7 @@ OP_CASES = list(op_cases())
     ("name", "args", "kwargs"), OP_CASES, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(OP_CASES)]
 )
 def test_opcheck(name, args, kwargs):
-    torch.library.opcheck(getattr(ops, name), args, kwargs)
+    library.opcheck(getattr(ops, name), args, kwargs)
 
 
 def test_every_op_is_checked():
