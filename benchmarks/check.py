@@ -265,6 +265,22 @@ def graddrop(T: int, P: int, kappa: float) -> Trial:
     )
 
 
+def drop_in(T: int, kappa: float) -> Trial:
+    """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
+    example = importlib.import_module("torchjd_example")
+    ours, theirs = (make(torch.float64) for make in (example.variant()["training"], example.training))
+    losses = [torch.stack([step() for _ in range(50)]) for step in (ours, theirs)]
+    fast, base = (make() for make in (example.variant()["training"], example.training))
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: losses[0].sum(),
+        error=float((losses[0] - losses[1]).abs().max()),
+        tolerance=1e-4,
+        rounds=20,
+    )
+
+
 def resnet50_memory(T: int) -> int:
     """Bytes that the aggregation of T ragged rows takes beyond its result."""
     result = 4 * sum(torch.Size(shape).numel() for shape in workloads.resnet50())
@@ -294,7 +310,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__: function
     for function in (
         *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18),
-        *(weighting, aggregation, graddrop),
+        *(weighting, aggregation, graddrop, drop_in),
     )
 }
 MEMORY: dict[str, Callable[..., int]] = {function.__name__: function for function in (resnet50_memory, step_memory)}

@@ -9,8 +9,21 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
-__all__ = ["DTYPES", "Rows", "check_apart", "check_matrix", "check_out", "check_rows", "describe"]
+__all__ = [
+    "DTYPES",
+    "Rows",
+    "check_apart",
+    "check_matrix",
+    "check_out",
+    "check_rows",
+    "check_tangent",
+    "describe",
+    "requires_grad_outside",
+    "transforming",
+]
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -37,13 +50,50 @@ def _check_gradient(g: object, name: str) -> None:
         raise ValueError(f"{name}: has requires_grad=True, but the aggregation has no derivative; pass it detached")
 
 
+def transforming() -> bool:
+    """Whether forward-mode derivatives or a transform of `torch.func` may have wrapped tensors."""
+    if torch.compiler.is_compiling():  # which refuses by itself what it cannot trace
+        return False
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+def check_tangent(x: Tensor, name: str, what: str) -> None:
+    """Raises ValueError where `x` has a forward-mode tangent, which would be lost."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: has a forward-mode tangent, but {what} no derivative; pass it detached")
+
+
+def _check_transformed(g: Tensor, name: str) -> None:
+    check_tangent(g, name, "the aggregation has")
+    for wrapped, transform in (
+        (_functorch.is_batchedtensor, "vmap"),
+        (_functorch.is_functionaltensor, "functionalize"),
+    ):
+        if wrapped(g):
+            raise NotImplementedError(
+                f"{name}: the aggregation does not work inside torch.func.{transform}, got {describe(g)}; "
+                "a batch of gradients [B, T, P] is one call without it"
+            )
+
+
+def requires_grad_outside(x: Tensor) -> bool:
+    """Whether `x` requires grad outside of a transform of `torch.func`, within which it says that it does not."""
+    inner = x
+    while _functorch.is_functorch_wrapped_tensor(inner):
+        inner = _functorch.get_unwrapped(inner)
+    return inner.requires_grad and not x.requires_grad
+
+
 def check_matrix(G: Tensor) -> None:
     """Accepts [T, P] and [B, T, P] with T >= 1.
 
     Raises:
         TypeError: `G` is sparse or not of a floating dtype that the kernels read.
-        ValueError: `G` has another number of dimensions, no task, or requires grad.
+        ValueError: `G` has another number of dimensions, no task, requires grad or has a tangent.
+        NotImplementedError: within `torch.func.vmap` or `functionalize`.
     """
+    if transforming():
+        _check_transformed(G, "G")
     if G.requires_grad or G.dtype not in DTYPES or G.layout is not torch.strided:
         _check_gradient(G, "G")
     shape = G.shape
@@ -62,13 +112,23 @@ def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out"
         raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
-    if not out.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+    if not out.is_contiguous() and _repeats(out):
         raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
     return out
 
 
+def _repeats(x: Tensor) -> bool:
+    """Whether elements share memory; true also for strides that interleave them so that it is hard to tell."""
+    extent = 1
+    for stride, n in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride < extent:
+            return bool(x.numel())
+        extent += (n - 1) * stride
+    return False
+
+
 def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Results must not span memory that a gradient spans: they would overwrite what is still to be read."""
+    """Results must not span memory that a gradient or another result spans: one would overwrite the other."""
     if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
         return
     spans = sorted(_extent(g) for g in grads if g.numel())
@@ -80,6 +140,10 @@ def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         if out.numel() and before and ends[before - 1] > start:
             name = "out" if len(outs) == 1 else f"out[{k}]"
             raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within")
+    taken = sorted((*_extent(out), k) for k, out in enumerate(outs) if out.numel())
+    for (_, end, j), (start, _, k) in itertools.pairwise(taken):
+        if start < end:
+            raise ValueError(f"out[{k}]: expected memory that does not overlap other results, got that of out[{j}]")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
@@ -97,7 +161,8 @@ def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
     Raises:
         TypeError: an entry is no dense floating tensor.
         ValueError: no row, rows of different length, or gradients of one parameter that differ between tasks in shape,
-            dtype or device; gradients on several devices; a gradient that requires grad.
+            dtype or device; gradients on several devices; a gradient that requires grad or has a tangent.
+        NotImplementedError: within `torch.func.vmap` or `functionalize`.
     """
     if not isinstance(rows, (list, tuple)):
         raise TypeError(f"rows: expected a [T, P] tensor or a sequence of T rows, got {describe(rows)}")
@@ -144,4 +209,8 @@ def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
                 device = g.device
             elif g.device != device:
                 raise ValueError(f"rows[...][{k}]: expected all gradients on {device}, got {describe(g)}")
+    if transforming():
+        for i, g in enumerate(grads):
+            if g is not None:
+                _check_transformed(g, f"rows[{i // K}][{i % K}]")
     return grads, K

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl._inputs import DTYPES, describe
+from fastmtl._inputs import DTYPES, describe, requires_grad_outside, transforming
 from fastmtl._structure import map_tensors, tensors_of
 from fastmtl.info import Info
 from fastmtl.weighting._context import Context
@@ -74,6 +74,7 @@ def fan_out(
         ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
             with a method that does not work on the Gram or needs the losses, `info` for another number of tasks;
             inside `torch.compile`: `global_gram`, `grad_scale`, a method that needs the losses or has state.
+        NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
             method needs losses and `total` was not called.
     """
@@ -109,6 +110,11 @@ def _sources(h: Any) -> list[Tensor]:
         raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
     if not torch.is_grad_enabled():
         return []
+    if transforming() and any(requires_grad_outside(x) for x in tensors):
+        raise NotImplementedError(
+            "h: requires grad, but not within this transform of torch.func, so that its tasks' gradients would be "
+            "plainly summed; call fan_out on the whole batch, outside"
+        )
     sources: list[Tensor] = []
     for x in tensors:
         if not x.requires_grad or any(x is y for y in sources):

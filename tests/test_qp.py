@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import DEPENDENT, F32, F64, conditioned, generator, needs_extension, randn
+from helpers import DEPENDENT, F32, F64, conditioned, generator, needs_extension, randn, relative
 from scipy import optimize
 
+import fastmtl
 from fastmtl import ops, reference
 
 CERTIFIED = 1e-10  # what every residual here stays below; 1e-8 counts as solved
@@ -371,6 +372,26 @@ FROZEN = {
     "cagrad 0.5": [0.2661656324716809, 0.41507768235671805, 0.43501079139644727, 0.2825811340338108],
     "cagrad 1.5": [0.4851470944455722, 0.756573001910716, 0.7929056036973885, 0.5150680606228318],
 }
+
+
+@pytest.mark.parametrize("kind", [fastmtl.UPGrad, fastmtl.DualProj])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_ridge(kind, scale):
+    """A ridge is one more parameter for each task, which it alone depends on."""
+    G = scale * torch.stack([randn(5, 12, dtype=F64, seed=seed) for seed in range(3)])
+    length = (1e-2 * G.square().sum((1, 2), keepdim=True)).sqrt()
+    wide = torch.cat([G, length * torch.eye(5, dtype=F64)], -1)
+    got, exact = kind(ridge=1e-2)(G), kind()(G)
+    assert relative(got, kind()(wide)[:, :12]) <= 1e-10
+    assert relative(got, exact) > 1e-3
+    M = G[0] @ G[0].T
+    assert torch.equal(kind(ridge=0.0).weighting(M), kind().weighting(M))
+    info = kind([1, 2, 3, 4, 5], ridge=1.0)._weigh(M, F64)
+    assert info.converged
+    assert torch.equal(info.gram, M)
+    for ridge in (-1e-3, math.inf, math.nan):
+        with pytest.raises(ValueError, match="ridge: expected a finite number >= 0"):
+            kind(ridge=ridge)
 
 
 def test_frozen_values():

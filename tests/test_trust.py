@@ -13,7 +13,8 @@ import torch
 from helpers import BF16, F16, F32, F64, dtype_id, flat, needs_extension, randn, relative, rounded
 from models import MLP, MTAN, encoded, losses_of
 from torch import nn
-from torch.func import grad, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import functionalize, grad, jacrev, jvp, vmap
 
 import fastmtl
 from fastmtl import ops
@@ -203,14 +204,59 @@ def test_vmap_of_weighting(name):
     torch.testing.assert_close(got, METHODS[name].weighting(M), rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("transform", [vmap, functionalize])
 @every
-def test_vmap_of_gradients_is_refused(name):
-    """A batch [B, T, P] needs no vmap; the op that writes into `out` has no batching rule."""
-    G = randn(5, 3, 40)
-    for call in (METHODS[name], lambda g: METHODS[name](list(g))[0]):
-        with pytest.raises(RuntimeError, match=r"Batching rule not implemented|doesn't have storage"):
-            vmap(call)(G)
-    assert METHODS[name](G).shape == (5, 40)
+def test_vmap_and_functionalize_of_gradients_are_refused(name, transform):
+    """A batch [B, T, P] needs no vmap."""
+    G, method = randn(5, 3, 40), METHODS[name]
+    where = f"does not work inside torch.func.{transform.__name__}"
+    with pytest.raises(NotImplementedError, match=rf"^G: .*{where}"):
+        transform(method)(G)
+    with pytest.raises(NotImplementedError, match=rf"^G: .*{where}"):
+        transform(lambda g: method(g, out=torch.empty(40)))(G)
+    with pytest.raises(NotImplementedError, match=rf"^rows\[0\]\[0\]: .*{where}"):
+        transform(lambda g: method(list(g))[0])(G)
+    assert method(G).shape == (5, 40)
+
+
+def forward_mode(f, x):
+    """The tangent by `forward_ad` itself, as users of torch before `torch.func` have it."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+
+@pytest.mark.parametrize("derivative", [lambda f, x: jvp(f, (x,), (x,))[1], forward_mode], ids=["jvp", "forward_ad"])
+@pytest.mark.parametrize("name", [*METHODS, "GradDrop"])
+def test_forward_mode_is_refused(name, derivative):
+    method, G = METHODS.get(name, fastmtl.GradDrop()), randn(3, 40)
+    with pytest.raises(ValueError, match=r"^G: has a forward-mode tangent, but the aggregation has no derivative"):
+        derivative(method, G)
+    with pytest.raises(ValueError, match=r"^G: has a forward-mode tangent"):
+        derivative(lambda g: method(g, torch.empty(40)), G)
+    with pytest.raises(ValueError, match=r"^rows\[0\]\[0\]: has a forward-mode tangent"):
+        derivative(lambda g: method(list(g))[0], G)
+    if name != "GradDrop":
+        with pytest.raises(ValueError, match=r"^M: has a forward-mode tangent, but task weights have no derivative"):
+            derivative(method.weighting, G @ G.T)
+    assert derivative(lambda g: method(g.detach()).sum() + g.sum(), G) == G.sum()
+
+
+@pytest.mark.parametrize("via", ["node", "hooks"])
+def test_fan_out_where_gradients_would_be_plainly_summed_is_refused(via):
+    W, x = randn(4, 4).requires_grad_(), randn(6, 4)
+    method = fastmtl.AlignedMTL()
+
+    def loss(x, W=W):
+        hs = fastmtl.fan_out(x @ W, 2, method, via=via)
+        return hs[0].sum() + hs[1].square().sum()
+
+    for transformed in (vmap(loss), functionalize(loss), lambda x: jvp(loss, (x,), (x,))[0]):
+        with pytest.raises(NotImplementedError, match=r"^h: requires grad, but not within this transform"):
+            transformed(x)
+        with torch.no_grad():  # nothing to lose
+            torch.testing.assert_close(transformed(x).sum(), loss(x))
+    with pytest.raises(RuntimeError, match=r"autograd.Function with functorch transforms"):
+        grad(loss)(x)
 
 
 @pytest.mark.parametrize("transform", [lambda f: grad(lambda x: f(x).sum()), jacrev], ids=["grad", "jacrev"])

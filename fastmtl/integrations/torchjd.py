@@ -34,7 +34,7 @@ from fastmtl.weighting._method import GramMethod, Method
 try:
     from torchjd import Stateful
     from torchjd.aggregation import Aggregator, GramianWeightedAggregator, WeightedAggregator, Weighting
-    from torchjd.linalg import DualConeProjector
+    from torchjd.linalg import DualConeProjector, QuadprogProjector
 except ImportError as error:
     raise ImportError(
         "fastmtl.integrations.torchjd needs torchjd >= 0.18: pip install 'fastmtl-torch[torchjd]'"
@@ -271,9 +271,13 @@ class _TaskAggregator(_MadeOf):
         super().__init__(self._by(*arguments, **keywords))  # type: ignore[arg-type]
 
 
-def _check_projector(projector: DualConeProjector | None) -> None:
-    if projector is not None and not isinstance(projector, DualConeProjector):
+def _ridge(projector: DualConeProjector | None) -> float:
+    """What TorchJD's projector adds to the diagonal of the Gramian, relative to its trace."""
+    if projector is None:
+        return inspect.signature(QuadprogProjector).parameters["reg_eps"].default
+    if not isinstance(projector, DualConeProjector):
         raise TypeError(f"projector: expected a torchjd.linalg.DualConeProjector or None, got {describe(projector)}")
+    return getattr(projector, "reg_eps", 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ on the Gramian
@@ -350,7 +354,9 @@ class DualProjWeighting(_GramWeighting):
 
     Args:
         pref_vector: weights [m] of the tasks; None for 1/m each.
-        projector: no effect: the projection is exact.
+        projector: its `reg_eps` is what is added to the diagonal of the Gramian, relative to the trace; for None that
+            of TorchJD's default. With `QuadprogProjector(reg_eps=0.0)` projections are exact. Its `norm_eps` has no
+            effect: short gradients are projected like long ones.
 
     Raises:
         TypeError: `projector` is no projector.
@@ -359,8 +365,7 @@ class DualProjWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        _check_projector(projector)
-        return weighting.DualProj(pref_vector)
+        return weighting.DualProj(pref_vector, _ridge(projector))
 
 
 class DualProj(_GramAggregator, by=DualProjWeighting):
@@ -517,7 +522,9 @@ class UPGradWeighting(_GramWeighting):
 
     Args:
         pref_vector: weights [m] of the tasks; None for 1/m each.
-        projector: no effect: the projections are exact.
+        projector: its `reg_eps` is what is added to the diagonal of the Gramian, relative to the trace; for None that
+            of TorchJD's default. With `QuadprogProjector(reg_eps=0.0)` projections are exact. Its `norm_eps` has no
+            effect: short gradients are projected like long ones.
 
     Raises:
         TypeError: `projector` is no projector.
@@ -526,8 +533,7 @@ class UPGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        _check_projector(projector)
-        return weighting.UPGrad(pref_vector)
+        return weighting.UPGrad(pref_vector, _ridge(projector))
 
 
 class UPGrad(_GramAggregator, by=UPGradWeighting):

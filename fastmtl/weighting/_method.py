@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl._inputs import DTYPES, Rows, check_apart, check_matrix, check_out, check_rows, describe
+from fastmtl._inputs import (
+    DTYPES,
+    Rows,
+    check_apart,
+    check_matrix,
+    check_out,
+    check_rows,
+    check_tangent,
+    describe,
+    transforming,
+)
 from fastmtl.backward import backward
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context, checked_losses
@@ -39,7 +49,7 @@ class Method:
             gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
                 rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
                 gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
-            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients.
+            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients or itself.
             losses: the T task losses, for the methods that need them; others take no notice.
             grad_scale: the factor S (a float or a tensor []) by which a loss scaler has multiplied losses and
                 gradients. Only methods that are not homogeneous take notice: their weights are those of the unscaled
@@ -52,8 +62,9 @@ class Method:
         Raises:
             TypeError: integer, complex or sparse gradients, or something that is no tensor.
             ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
-                gradients that require grad, weights of another length than T, an `out` that does not fit or overlaps an
-                input, losses that are missing or not T of them.
+                gradients that require grad or have a forward-mode tangent, weights of another length than T, an `out`
+                that does not fit or overlaps an input or itself, losses that are missing or not T of them.
+            NotImplementedError: within `torch.func.vmap` or `functionalize`.
         """
         if not isinstance(gradients, Tensor):
             rows = isinstance(gradients, (list, tuple))
@@ -272,17 +283,19 @@ class GramMethod(Method):
             α, float64, [T] or [B, T].
 
         Raises:
-            TypeError: `M` is no float32 or float64 tensor.
-            ValueError: `M` is not square or requires grad, weights or losses of another length than T, losses that are
-                missing.
+            TypeError: `M` is no dense float32 or float64 tensor.
+            ValueError: `M` is not square, requires grad or has a forward-mode tangent, weights or losses of another
+                length than T, losses that are missing.
         """
-        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
+        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
+            raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
         shape = M.shape
         if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
         if M.requires_grad and torch.is_grad_enabled():
             raise ValueError("M: has requires_grad=True, but task weights have no derivative; pass it detached")
+        if transforming():
+            check_tangent(M, "M", "task weights have")
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]

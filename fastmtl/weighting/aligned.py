@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl._inputs import Rows
@@ -87,7 +88,15 @@ class AlignedMTL(Weighted, GramMethod):
         if context or not isinstance(gradients, Tensor):
             return super().__call__(gradients, out, **context)
         G = gradients
-        if not isinstance(out, Tensor) or out.requires_grad or not out.is_cpu or G.requires_grad or not _HAS_KERNELS:
+        if (
+            not isinstance(out, Tensor)
+            or out.requires_grad
+            or not out.is_cpu
+            or not out.is_contiguous()
+            or G.requires_grad
+            or forward_ad._current_level >= 0
+            or not _HAS_KERNELS
+        ):
             out = checked_out(G, out)
         # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
         # long, and ours are asked only for what to say.

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from fastmtl import ops
-from fastmtl.info import Info
-from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod
-from fastmtl.weighting._weights import Weighted
+from fastmtl.weighting._dual_cone import DualCone
 
 __all__ = ["DualProj"]
 
 
-class DualProj(Weighted, GramMethod):
+class DualProj(DualCone):
     """DualProj: the weighted sum of the task gradients, projected onto their dual cone.
 
         g = π(Σ_t w_t g_t)        π(x) the nearest point with <g_i, π(x)> >= 0 for every task i
@@ -27,18 +18,12 @@ class DualProj(Weighted, GramMethod):
 
     Args:
         weights: task weights w: None or "mean" for 1/T each, "sum" for ones, or T numbers.
+        ridge: adds `ridge` · trace(M) to the diagonal of the Gram matrix M. 0 is the exact projection; more keeps
+            the weights of nearly opposed gradients small, and conflicts up to its size remain.
 
     Raises:
-        ValueError: weights that are not one-dimensional or not finite.
+        ValueError: weights that are not one-dimensional or not finite, a ridge that is negative or not finite.
         TypeError: `weights` of another kind.
     """
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
-        super().__init__(weights)
-
-    def __repr__(self) -> str:
-        return f"DualProj(weights={self._weights_repr()})"
-
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        alpha, residual = ops.dual_cone(M, self._task_weights(M.shape[-1], M), False)
-        return Info.of(alpha, M, residual=residual)
+    _each = False
