@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 export FASTMTL_CUDA ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all emulate cuda cuda-all cuda-report bench bench-check lint format clean
+.PHONY: help install demo test test-all experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: install ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 
 test-all: install ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --slow $(PYTEST_ARGS)
+
+experiments-smoke: install ## every experiment end to end at tiny size, killed and resumed (part of test)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m smoke tests/experiments $(PYTEST_ARGS)
 
 emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
