@@ -73,15 +73,26 @@ struct View {
   bool overlaps(const View& other) const {
     return data < other.data + other.span() && other.data < data + span();
   }
+  // Whether two elements may lie in one place: said of some views, too, whose elements interleave without meeting.
   bool repeats() const {
-    bool any = false;
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] == 0) {
-        return false;
-      }
-      any = any || (sizes[i] > 1 && strides[i] == 0);
+    if (dense()) {
+      return false;
     }
-    return any;
+    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1) {
+        order.emplace_back(strides[i], sizes[i]);
+      }
+    }
+    std::sort(order.begin(), order.end());
+    int64_t extent = 1; // elements that the dimensions so far span
+    for (const auto& [stride, size] : order) {
+      if (stride < extent) {
+        return true;
+      }
+      extent += (size - 1) * stride;
+    }
+    return false;
   }
   bool same_shape(const View& other) const {
     return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
@@ -289,6 +300,9 @@ class RaggedRows {
     for (int64_t k = 0; k < K_; ++k) {
       add(grads, k, out);
     }
+    if (out) {
+      check_apart();
+    }
     gradients_ = {segments_.data(), K_, T_};
   }
 
@@ -334,6 +348,7 @@ class RaggedRows {
           " of its gradients, got ",
           shape_of(target));
       result = view.data;
+      spans_.push_back({view.data, view.data + view.span(), k});
       if (!view.same_layout(layout)) {
         copies_.push_back(torch::stable::empty_like(*first));
         copy_back_.emplace_back(target, copies_.back());
@@ -346,6 +361,9 @@ class RaggedRows {
         continue;
       }
       const View row(*g);
+      if (out) {
+        spans_.push_back({row.data, row.data + row.span(), -1});
+      }
       STD_TORCH_CHECK(
           row.same_shape(layout),
           "grads: row ",
@@ -367,7 +385,37 @@ class RaggedRows {
     segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
   }
 
+  // Results lie apart from all gradients and from each other.
+  void check_apart() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    const char *read = nullptr, *written = nullptr; // where what began so far ends
+    int64_t writer = -1;
+    for (const Span& span : spans_) {
+      if (span.begin == span.end) {
+        continue;
+      }
+      const bool meets = span.begin < written || (span.out >= 0 && span.begin < read);
+      STD_TORCH_CHECK(
+          !meets,
+          "out: tensor ",
+          span.out >= 0 ? span.out : writer,
+          ": expected memory of its own, got some that overlaps a gradient or another result");
+      if (span.out < 0) {
+        read = std::max(read, span.end);
+      } else if (span.end > written) {
+        written = span.end;
+        writer = span.out;
+      }
+    }
+  }
+
+  struct Span {
+    const char *begin, *end;
+    int64_t out; // which result it is, -1 for a gradient
+  };
+
   int64_t T_, K_;
+  std::vector<Span> spans_;       // of results, and of gradients where there are results
   std::vector<const void*> rows_; // [K, T]
   std::vector<Segment> segments_;
   std::deque<Tensor> copies_; // addresses stay

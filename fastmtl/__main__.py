@@ -26,7 +26,7 @@ def info() -> dict[str, str]:
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
         "CPU ISA": _isa(),
-        "CPU kernels": _kernels("_C", "pip install . needs a C++ compiler, and FASTMTL_NO_EXT unset"),
+        "CPU kernels": _kernels("_C", "pip install . needs GCC or Clang, and FASTMTL_NO_EXT unset"),
         "CUDA": _cuda(),
         "CUDA kernels": _kernels("_C_cuda", "FASTMTL_CUDA=1 pip install . says what is missing"),
     }

@@ -25,11 +25,11 @@ def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
         Eigenvalues [..., T], ascending, and eigenvectors [..., T, T] in columns, both of M's dtype.
 
     Raises:
-        TypeError: `M` is no float32 or float64 tensor.
+        TypeError: `M` is no dense float32 or float64 tensor.
         ValueError: `M` is not square, or requires grad (there is no derivative).
     """
-    if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"M: expected a float32 or float64 tensor, got {describe(M)}")
+    if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
+        raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
     if M.ndim < 2 or M.shape[-1] != M.shape[-2]:
         raise ValueError(f"M: expected shape [..., T, T], got {describe(M)}")
     if M.requires_grad and torch.is_grad_enabled():

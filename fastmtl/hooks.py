@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmtl._inputs import DTYPES, describe, requires_grad_outside, transforming
 from fastmtl._structure import map_tensors, tensors_of
 from fastmtl.info import Info
-from fastmtl.weighting._context import Context
+from fastmtl.weighting._context import Context, check_scale
 from fastmtl.weighting._method import Method
 
 __all__ = ["FanOut", "check_method", "fan_out"]
@@ -85,6 +85,8 @@ def fan_out(
         raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
     if info is not None:
         _check_info(info, tasks)
+    if grad_scale is not None:
+        check_scale(grad_scale)
     sources = _sources(h)
     if not sources:
         return FanOut([h] * tasks, None, info, None)

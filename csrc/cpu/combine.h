@@ -150,7 +150,7 @@ void combine_segment(
   E* out = static_cast<E*>(segment.out);
   // Streaming stores need whole vectors of floats at aligned places.
   past_cache = past_cache && reinterpret_cast<uintptr_t>(out + begin) % FASTMTL_VECTOR_BYTES == 0;
-  if (count == 0) {
+  if (count == 0 || (count < T && empty != 0.0)) { // a missing gradient is zero, times a non-finite α
     for (int64_t k = begin; k < end; ++k) {
       E result[kWidth];
       store(result, splat(empty));
@@ -173,7 +173,7 @@ void combine_segment(
 }
 
 void combine(const Gradients& G, const double* alpha, int64_t begin, int64_t end, bool stream) {
-  double empty = 0.0; // what no task has a gradient for: zero, or NaN with a non-finite α
+  double empty = 0.0; // what a missing gradient adds: zero, or NaN with a non-finite α
   for (int64_t t = 0; t < G.tasks; ++t) {
     empty += 0.0 * alpha[t];
   }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl._inputs import describe
 
-__all__ = ["NOTHING", "Context", "checked_losses", "draw_seed"]
+__all__ = ["NOTHING", "Context", "check_scale", "checked_losses", "draw_seed"]
 
 
 class Context(NamedTuple):
@@ -42,11 +42,21 @@ class Context(NamedTuple):
 NOTHING = Context()
 
 
+def check_scale(grad_scale: object) -> None:
+    """Raises TypeError for a loss scaler's factor that is no real number; its value could lie on a busy device."""
+    if isinstance(grad_scale, Tensor):
+        fits = grad_scale.is_floating_point() and grad_scale.numel() == 1
+    else:
+        fits = isinstance(grad_scale, (int, float))
+    if not fits:
+        raise TypeError(f"grad_scale: expected a float or a floating tensor [], got {describe(grad_scale)}")
+
+
 def checked_losses(losses: Sequence[Tensor] | Tensor, T: int) -> Tensor:
     """The losses as one detached float64 tensor [T].
 
     Raises:
-        TypeError: no tensor [T] or sequence of tensors.
+        TypeError: no tensor [T] or sequence of tensors, or no real numbers.
         ValueError: not T of them.
     """
     if isinstance(losses, Tensor):
@@ -55,6 +65,8 @@ def checked_losses(losses: Sequence[Tensor] | Tensor, T: int) -> Tensor:
         values = torch.stack([loss.detach().reshape(()) for loss in losses]) if losses else torch.empty(0)
     else:
         raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
+    if values.is_complex() or values.layout is not torch.strided:
+        raise TypeError(f"losses: expected real numbers, got {describe(values)}")
     if values.shape != (T,):
         raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
     return values.to(torch.float64)

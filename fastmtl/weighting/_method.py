@@ -22,7 +22,7 @@ from fastmtl._inputs import (
 )
 from fastmtl.backward import backward
 from fastmtl.info import Info
-from fastmtl.weighting._context import NOTHING, Context, checked_losses
+from fastmtl.weighting._context import NOTHING, Context, check_scale, checked_losses
 
 __all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
 
@@ -49,7 +49,8 @@ class Method:
             gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
                 rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
                 gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
-            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients or itself.
+            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients
+                or itself.
             losses: the T task losses, for the methods that need them; others take no notice.
             grad_scale: the factor S (a float or a tensor []) by which a loss scaler has multiplied losses and
                 gradients. Only methods that are not homogeneous take notice: their weights are those of the unscaled
@@ -60,7 +61,8 @@ class Method:
             gradient makes the whole result non-finite, without raising.
 
         Raises:
-            TypeError: integer, complex or sparse gradients, or something that is no tensor.
+            TypeError: integer, complex or sparse gradients, something that is no tensor, or a `grad_scale` that is no
+                real number.
             ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
                 gradients that require grad or have a forward-mode tangent, weights of another length than T, an `out`
                 that does not fit or overlaps an input or itself, losses that are missing or not T of them.
@@ -155,6 +157,8 @@ class Method:
         agree: Callable[[Tensor], Tensor] | None = None,
     ) -> Context:
         """What the step brings besides gradients; the losses only where they are needed."""
+        if grad_scale is not None:
+            check_scale(grad_scale)
         if not self._needs_losses:
             return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
         if losses is None:

@@ -36,7 +36,7 @@ class NashMTL(StatefulMethod):
     """
 
     weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
-    steps: Tensor  # how many steps it has had, int64 []
+    steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
 
     def __init__(self, max_norm: float = 1.0, every: int = 1) -> None:
         if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
@@ -54,7 +54,7 @@ class NashMTL(StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         if self.every == 1:
             return {}
-        return {"weights": (shape[:-1], torch.float64), "steps": ((), torch.int64)}
+        return {"weights": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
 
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
@@ -70,9 +70,9 @@ class NashMTL(StatefulMethod):
     def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""
         self._prepare(M.shape, M.device)
-        finite = M.isfinite().all()
+        finite = M.isfinite().all(-1).all(-1)
         due = self.steps % self.every == 0
-        used = torch.where(due, alpha, self.weights)
-        self.weights.copy_(torch.where(finite, used, self.weights))
+        used = torch.where(due[..., None], alpha, self.weights)
+        self.weights.copy_(torch.where(finite[..., None], used, self.weights))
         self.steps.add_(finite)
-        return torch.where(finite, used, torch.nan)
+        return torch.where(finite[..., None], used, torch.nan)
