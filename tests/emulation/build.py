@@ -1,4 +1,4 @@
-"""Compile a C++ file that includes host_cuda.h into a Python module, and run Python under a sanitizer with it."""
+"""Compile a C++ file that includes host_cuda.h into a Python module, or files into a program, and run it sanitized."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -61,8 +62,9 @@ def _key(command: tuple[str, ...]) -> str:
     versions = [sys.version, *(importlib.metadata.version(name) for name in ("pybind11", "torch"))]
     versions.append(subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout)
     digest = hashlib.sha256("\0".join([*command, *versions]).encode())
-    rule = _compile([*command, "-MM"]).replace("\\\n", " ")  # target: file file ...
-    for path in rule.partition(":")[2].split():
+    # Objects, which are linked, have the hash of what they are made from in their names.
+    rule = "" if command[-1].endswith(".o") else _compile([*command, "-MM"])
+    for path in rule.replace("\\\n", " ").partition(":")[2].split():  # target: file file ...
         digest.update(f"\0{path}\0".encode() + Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -88,19 +90,37 @@ def build(mode: str, source: str | Path = HERE / "toys.cpp", defines: Iterable[s
     command += [f"-I{path}" for path in ours]
     for path in others:
         command += ["-isystem", str(path)]
-    command.append(str(source))
+    return _made([*command, str(source)], mode, source.stem, sysconfig.get_config_var("EXT_SUFFIX"))
 
-    folder = CACHE / f"{source.stem}-{mode}-{_key(tuple(command))}"
-    module = folder / f"{source.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if module.exists():
-        return module
+
+def _made(command: Sequence[str], mode: str, stem: str, suffix: str) -> Path:
+    """What `command` writes, which names its inputs last; from an earlier run if none of them has changed."""
+    folder = CACHE / f"{stem}-{mode}-{_key(tuple(command))}"
+    made = folder / f"{stem}{suffix}"
+    if made.exists():
+        return made
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may build the same: both write their own file, and the last to finish wins.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / module.name
+        output = Path(scratch) / made.name
         _compile([*command, "-o", str(output)])
-        output.replace(module)
-    return module
+        output.replace(made)
+    return made
+
+
+def program(mode: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
+    """Compile `sources`, two at a time, unless that was done before, and return the path of the program.
+
+    Args:
+        mode: as for `build`.
+        sources: C++ files, the first of which names the program.
+        flags: of the compiler, on top of the mode's.
+    """
+    command = [COMPILER, "-std=c++20", "-Wall", *MODES[mode], *flags]
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        objects = pool.map(lambda source: _made([*command, "-c", str(source)], mode, source.stem, ".o"), sources)
+        inputs = [str(path) for path in objects]
+    return _made([COMPILER, *MODES[mode], "-pthread", *inputs], mode, sources[0].stem, "")
 
 
 def load(path: str | Path) -> ModuleType:
@@ -126,18 +146,27 @@ def _prefix(mode: str) -> tuple[str, ...]:
         if not os.path.isabs(path):
             raise RuntimeError(f"{COMPILER} has no {name}")
         libraries.append(os.path.realpath(path))
-    prefix = ("env", f"LD_PRELOAD={' '.join(libraries)}")
+    return _starting(mode, ("env", f"LD_PRELOAD={' '.join(libraries)}"), (sys.executable, "-c", ""))
+
+
+def _starting(mode: str, prefix: tuple[str, ...], program: tuple[str, ...]) -> tuple[str, ...]:
+    """`prefix`, with more before it where `program` does not start without, which does nothing more than that."""
     # A sanitizer wants parts of the address space that a kernel may give to others at random.
     fixed = ("setarch", platform.machine(), "-R", *prefix)
     output = ""
     for attempt in (prefix, fixed) if shutil.which("setarch") else (prefix,):
-        command, environment = [*attempt, sys.executable, "-c", ""], {**os.environ, **OPTIONS}
+        command, environment = [*attempt, *program], {**os.environ, **OPTIONS}
         # Three times: it is a matter of chance.
         runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(3)]
         if not any(run.returncode for run in runs):
             return attempt
         output += "".join(run.stderr for run in runs)
-    raise RuntimeError(f"Python does not start under the {mode} sanitizer:\n{output}")
+    raise RuntimeError(f"{program[0]} does not start under the {mode} sanitizer:\n{output}")
+
+
+@functools.cache
+def _program_prefix(mode: str, path: Path, idle: str) -> tuple[str, ...]:
+    return _starting(mode, (), (str(path), idle))
 
 
 def run(mode: str, script_args: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -149,3 +178,12 @@ def run(mode: str, script_args: Sequence[str], timeout: float = 600) -> subproce
     command = [*_prefix(mode), sys.executable, *script_args]
     environment = {**os.environ, **OPTIONS, "PYTHONPATH": path}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_program(
+    mode: str, path: Path, arguments: Sequence[str], idle: str, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program at `path` that was built for `mode`; with the argument `idle` it does nothing of importance."""
+    command = [*_program_prefix(mode, path, idle), str(path), *arguments]
+    everything = {**os.environ, **OPTIONS, **environment}
+    return subprocess.run(command, env=everything, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,3 @@
+// The dispatcher, with thread_scratch under another name: driver.cpp wraps it.
+#define thread_scratch growing_scratch
+#include "cpu/dispatch.cpp"
