@@ -58,10 +58,21 @@ def wants_cuda() -> bool:
     return False
 
 
-def extensions() -> dict:
-    """The arguments of `setup` that build the compiled objects; none of them with FASTMTL_NO_EXT=1."""
+def without_kernels() -> str | None:
+    """Why this is an installation without compiled objects, None where they are built."""
     if os.environ.get("FASTMTL_NO_EXT", "0") not in ("", "0"):
-        say("no kernels built: FASTMTL_NO_EXT=1; the ops run on their pure PyTorch reference, slowly")
+        return "FASTMTL_NO_EXT=1"
+    if sys.platform == "win32":
+        if os.environ.get("FASTMTL_CUDA") == "1":
+            raise SystemExit("FASTMTL_CUDA=1, but the kernels cannot be built on Windows")
+        return "on Windows torch builds with MSVC, and they need the vector types of GCC and Clang"
+    return None
+
+
+def extensions() -> dict:
+    """The arguments of `setup` that build the compiled objects, empty where none are."""
+    if reason := without_kernels():
+        say(f"no kernels built: {reason}; the ops run on their pure PyTorch reference, slowly")
         return {}
     find_toolkit()
     try:
@@ -72,14 +83,15 @@ def extensions() -> dict:
             "Or set FASTMTL_NO_EXT=1 to install without kernels."
         ) from error
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None and os.name != "nt":
+    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
         raise SystemExit(
-            f"fastmtl: no C++ compiler found (looked for {compiler!r} and 'g++'): install one, point CXX at it, or set "
-            "FASTMTL_NO_EXT=1 to install without kernels (the ops then run on their pure PyTorch reference, slowly)."
+            f"fastmtl: no C++ compiler found (looked for {compiler!r} and 'g++'): install GCC or Clang, point CXX "
+            "at one, or set FASTMTL_NO_EXT=1 to install without kernels (the ops then run on their pure PyTorch "
+            "reference, slowly)."
         )
     flags = ["-O3", "-std=c++20", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", *TARGET]
     modules = [CppExtension("fastmtl._C", CPU_SOURCES, extra_compile_args={"cxx": flags}, py_limited_api=True)]
-    say("CPU kernels built for AVX-512, AVX2 and portable code, chosen at run time")
+    say("CPU kernels built: AVX-512, AVX2 (on x86-64) and portable code, chosen at run time")
     if wants_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", *TARGET]

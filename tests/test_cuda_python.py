@@ -23,6 +23,9 @@ from fastmtl import _inputs
 CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None, reason="fake CUDA tensors that require grad need a torch built with CUDA"
+)
 
 
 class Waits(AssertionError):
@@ -95,6 +98,7 @@ def with_weights(weights, T):
 # ------------------------------------------------------------------------------------------------ the net
 
 
+@needs_cuda_build
 @pytest.mark.parametrize(
     "wait",
     [
@@ -134,6 +138,7 @@ def test_matrix(watch, dtype, shape):
     assert watch.ops == ["aten::empty", "aten::new_empty", "fastmtl::align"]
 
 
+@needs_cuda_build
 @dtypes
 def test_out(watch, dtype):
     G, out = cuda(3, 100, dtype=dtype), cuda(100, dtype=dtype)
@@ -180,6 +185,7 @@ def test_rows(watch, dtype):
         m(rows, out=[rows[0][0], *outs[1:]])
 
 
+@needs_cuda_build
 def test_mixed_dtypes_and_layouts(watch):
     def row():
         return [cuda(4, 3, 5, 5), cuda(7, dtype=BF16), cuda(3, dtype=F64), cuda(8, dtype=F16)]
@@ -249,6 +255,7 @@ class Model(torch.nn.Module):
         return [head(h).square().mean() for head in self.heads]
 
 
+@needs_cuda_build
 @pytest.mark.parametrize("weights", [None, "sum", [1.0, 2.0, 3.0]], ids=str)
 @pytest.mark.parametrize("scale_heads", [False, True])
 def test_backward_from_gradients_to_the_commit(watch, monkeypatch, weights, scale_heads):
