@@ -6,9 +6,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
+FUZZ_SECONDS ?= 300
+# `make wheel` builds against the one torch and tests on the other.
+WHEEL_TORCH ?= 2.14.1
+WHEEL_RUNS_ON ?= 2.13.0
+CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/sanitize/*.h tests/sanitize/*.cpp \
+	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
+.PHONY: help install demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +39,18 @@ test: install ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 
 test-all: install ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --slow $(PYTEST_ARGS)
+
+sanitize: install ## the CPU kernels and solvers under AddressSanitizer, UBSan and ThreadSanitizer, every instruction set
+	$(BIN)/python -m pytest tests/sanitize --slow $(PYTEST_ARGS)
+
+fuzz: install ## new random inputs for FUZZ_SECONDS (300); what fails is kept in tests/fuzz/corpus
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -q -s -o faulthandler_timeout=120 $(PYTEST_ARGS)
+
+wheel: install ## dist/: sdist and, built from it in isolation, the wheel with CPU kernels; then test it on an older torch
+	rm -rf dist *.egg-info
+	echo 'torch==$(WHEEL_TORCH)' > $(VENV)/wheel-constraint.txt
+	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
+	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
 experiments-smoke: install ## every experiment end to end at tiny size, killed and resumed (part of test)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m smoke tests/experiments $(PYTEST_ARGS)
@@ -62,12 +80,12 @@ lint: install ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: install ## put everything into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
+	$(BIN)/clang-format -i $(CPP)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache

@@ -138,5 +138,5 @@ def test_every_method_trains(name):
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match="method: expected one of uniform, .*, got 'nosuch'"):
+    with pytest.raises(ValueError, match=r"method: expected one of uniform, .*, got 'nosuch'"):
         Balancer("nosuch", 2)
