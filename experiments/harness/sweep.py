@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -63,7 +66,7 @@ def _each(root: Path, jobs: Sequence[Job], train: Train, workers: int, progress:
         return
     # Spawned: a forked process would inherit threads that do not survive the fork.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
         futures = {pool.submit(_do, root, job, train, iter): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -71,6 +74,19 @@ def _each(root: Path, jobs: Sequence[Job], train: Train, workers: int, progress:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # A killed parent cannot stop its workers, and the next sweep would find them at work in its folders.
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _do(root: Path, job: Job, train: Train, track: Track) -> dict[str, Any]:

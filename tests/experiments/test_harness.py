@@ -2,7 +2,13 @@
 
 import csv
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +90,55 @@ def test_sweep_does_what_is_not_done(tmp_path, workers):
     assert (tmp_path / "run-1" / "result.json").stat().st_mtime_ns == before
     for seed in (0, 2):
         assert results[f"run-{seed}"] == train(Run(tmp_path / f"again-{seed}", {"seed": seed}))
+
+
+SLEEPERS = """
+import os, sys, time
+from pathlib import Path
+from experiments.harness import Job, sweep
+
+def sleeper(run, track):
+    (run.folder / "pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    sweep(Path(sys.argv[1]), [Job("a"), Job("b")], sleeper, workers=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed otherwise on this system")
+def test_workers_end_with_a_killed_sweep(tmp_path):
+    script = tmp_path / "sleepers.py"
+    script.write_text(SLEEPERS)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, script, tmp_path], env=env, stdout=subprocess.DEVNULL)
+    pids = [tmp_path / name / "pid" for name in "ab"]
+    try:
+        assert eventually(lambda: all(path.exists() and path.read_text() for path in pids), 100)
+    finally:
+        parent.kill()
+        parent.wait()
+    for path in pids:
+        assert eventually(lambda path=path: not running(int(path.read_text())), 30)
+
+
+def eventually(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def running(pid):
+    """A process that nobody waits for stays in the table as a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_table(tmp_path):

@@ -1,0 +1,1 @@
+"""Eleven properties of small molecules (QM9), learned together: `python -m experiments.regression --help`."""
