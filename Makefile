@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
+# Without reordering: files of few tests, which would come last, are long ones.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
@@ -35,10 +37,10 @@ demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; 
 	$(BIN)/python -m fastmtl demo
 
 test: install ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: install ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)
 
 sanitize: install ## the CPU kernels and solvers under AddressSanitizer, UBSan and ThreadSanitizer, every instruction set
 	$(BIN)/python -m pytest tests/sanitize --slow $(PYTEST_ARGS)
@@ -53,7 +55,7 @@ wheel: install ## dist/: sdist and, built from it in isolation, the wheel with C
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
 experiments-smoke: install ## every experiment end to end at tiny size, killed and resumed (part of test)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m smoke tests/experiments $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m smoke tests/experiments $(PYTEST_ARGS)
 
 emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
