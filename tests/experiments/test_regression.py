@@ -5,18 +5,14 @@ import importlib.util
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("typer", reason="the experiments need typer and rich: pip install 'fastmtl-torch[experiments]'")
+from processes import kill_in, start
 from typer.testing import CliRunner
 
 from experiments.harness import METHODS, Run, supervised
@@ -298,27 +294,24 @@ def test_wrong_options_are_named(folder, tmp_path, option, message):
 
 
 def _start(out, folder):
-    root = Path(__file__).parents[2]
-    options = ["--molecules=200", "--batch=16", "--width=16", "--epochs=40", "--seeds=1", "--method=gradvac"]
-    command = [sys.executable, "-m", "experiments.regression", *options, "--method=dwa", "--no-baselines"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        [*command, f"--data={folder}", f"--out={out}"], cwd=root, env=environment, stdout=subprocess.DEVNULL
-    )
+    options = [
+        "--molecules=200",
+        "--batch=16",
+        "--width=16",
+        "--epochs=40",
+        "--seeds=1",
+        "--method=gradvac",
+        "--method=dwa",
+    ]
+    return start("regression", [*options, "--no-baselines", f"--data={folder}", f"--out={out}"])
 
 
 @pytest.mark.smoke
 def test_a_killed_run_ends_with_the_same_numbers(folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert _start(whole, folder).wait(300) == 0
-    process = _start(killed, folder)
     first = killed / "gradvac" / "seed-0"
-    while not (first / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
-    assert not (first / "result.json").exists()
+    kill_in(_start(killed, folder), first)
     before = (first / "log.csv").read_text().splitlines()[:2]
     assert _start(killed, folder).wait(300) == 0
     # The first epoch was not done again: its row has the same seconds.

@@ -5,16 +5,12 @@ import functools
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import kill_in, start
 from torch import distributions
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -845,21 +841,7 @@ def test_a_killed_command_ends_like_one_that_was_not(tmp_path):
         assert shown.exit_code == 0, shown.output
         run = tmp_path / "killed" / "shared-aligned" / "seed-0"
         command = [*SMOKE, "--out", str(tmp_path / "killed"), "--results", str(tmp_path / "results")]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        killed = subprocess.Popen(
-            [sys.executable, "-m", "experiments.rl", *command],
-            cwd=Path(__file__).parents[2],
-            env=env,
-            stdout=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 120
-        while not (run / "checkpoint.pt").exists():
-            assert killed.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
-        assert not (run / "result.json").exists()
+        kill_in(start("rl", command), run)
         shown = CliRunner().invoke(app, command, catch_exceptions=False)
         assert shown.exit_code == 0, shown.output
     finally:

@@ -4,10 +4,6 @@ import csv
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +17,7 @@ pytest.importorskip(
     "torchvision", reason="PSPNet's backbone and images need it: pip install 'fastmtl-torch[experiments]'"
 )
 from PIL import Image
+from processes import kill_in, start
 from typer.testing import CliRunner
 
 import fastmtl
@@ -1014,22 +1011,7 @@ def test_a_killed_run_ends_with_the_same_numbers(rooms, tmp_path):
         return [str(option) for option in options]
 
     folder = tmp_path / "killed" / "gradvac" / "seed-0"
-    tree = Path(__file__).parents[2]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "experiments.scene", *arguments(tmp_path / "killed")],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        until = time.monotonic() + 120
-        while not (folder / "checkpoint.pt").exists() and time.monotonic() < until and child.poll() is None:
-            time.sleep(0.005)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert (folder / "checkpoint.pt").exists()
-    assert not (folder / "result.json").exists()
+    kill_in(start("scene", arguments(tmp_path / "killed")), folder)
     for name in ("killed", "whole"):
         code, output = command(*arguments(tmp_path / name))
         assert code == 0, output

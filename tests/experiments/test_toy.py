@@ -3,11 +3,6 @@
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +16,7 @@ for package in ("typer", "rich", "matplotlib", "PIL"):
     pytest.importorskip(package, reason="needs the experiments extra: pip install 'fastmtl-torch[experiments]'")
 
 from PIL import Image  # noqa: E402
+from processes import kill_in, start  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from experiments.harness import METHODS  # noqa: E402
@@ -33,13 +29,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "toy"
 PAPER_A = (0.1, 0.25, 0.5, 0.75, 0.9)
 LOSSES = [name for name, make in METHODS.items() if isinstance(make(2), scalarization.Scalarization)]
-
-
-def command(*arguments):
-    """The experiment's command as a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {"args": [sys.executable, "-m", "experiments.toy", *map(str, arguments)], "cwd": ROOT, "env": environment}
 
 
 def toy(*arguments, check=True):
@@ -295,17 +284,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     toy(*SMALL, *MIXED, "--out", whole, "--results", whole / "results")
     part = killed / "part-1-of-1"
-    process = subprocess.Popen(**command(*SMALL, *MIXED, "--out", killed), stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while not (part / "checkpoint.pt").exists():
-            assert process.poll() is None, "ended before its first checkpoint"
-            assert time.monotonic() < deadline, "no checkpoint"
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (part / "result.json").exists()
+    kill_in(start("toy", [*SMALL, *MIXED, "--out", killed]), part)
     toy(*SMALL, *MIXED, "--out", killed, "--results", killed / "results")
     for name in ("result.json", "log.csv"):
         assert (part / name).read_text() == (whole / "part-1-of-1" / name).read_text()
