@@ -16,7 +16,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
+.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,63 +28,70 @@ $(VENV)/.torch:
 
 # Editable, and built against the very torch that it will run on.
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(PIP) install --no-build-isolation -e '.[dev]'
+	$(PIP) install --no-build-isolation -e '.[demo]'
+	@touch $@
+
+# What everything but the demo needs; the package itself is there by now.
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) install 'fastmtl-torch[dev]'
 	@touch $@
 
 install: $(VENV)/.built ## create .venv, install torch and fastmtl, build the CPU kernels
 
+develop: $(VENV)/.dev ## the same, and what tests, benchmarks and experiments need
+
 demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; writes demo.png
 	$(BIN)/python -m fastmtl demo
 
-test: install ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
+test: develop ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-test-all: install ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
+test-all: develop ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
 	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)
 
-sanitize: install ## the CPU kernels and solvers under AddressSanitizer, UBSan and ThreadSanitizer, every instruction set
+sanitize: develop ## the CPU kernels and solvers under AddressSanitizer, UBSan and ThreadSanitizer, every instruction set
 	$(BIN)/python -m pytest tests/sanitize --slow $(PYTEST_ARGS)
 
-fuzz: install ## new random inputs for FUZZ_SECONDS (300); what fails is kept in tests/fuzz/corpus
+fuzz: develop ## new random inputs for FUZZ_SECONDS (300); what fails is kept in tests/fuzz/corpus
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -q -s -o faulthandler_timeout=120 $(PYTEST_ARGS)
 
-wheel: install ## dist/: sdist and, built from it in isolation, the wheel with CPU kernels; then test it on an older torch
+wheel: develop ## dist/: sdist and, built from it in isolation, the wheel with CPU kernels; then test it on an older torch
 	rm -rf dist *.egg-info
 	echo 'torch==$(WHEEL_TORCH)' > $(VENV)/wheel-constraint.txt
 	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
-experiments-smoke: install ## every experiment end to end at tiny size, killed and resumed (part of test)
+experiments-smoke: develop ## every experiment end to end at tiny size, killed and resumed (part of test)
 	$(BIN)/python -m pytest $(PARALLEL) -m smoke tests/experiments $(PYTEST_ARGS)
 
-emulate: install ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
+emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)
 
 cuda: ## build with the CUDA kernels (needs nvcc, no GPU) for TORCH_CUDA_ARCH_LIST, default 7.5 and 8.0; import them
 	@rm -f $(VENV)/.built
-	FASTMTL_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0}" $(MAKE) install
+	FASTMTL_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0}" $(MAKE) develop
 	$(BIN)/python -c "import fastmtl; assert fastmtl.ops.EXTENSIONS['_C_cuda'], 'not loaded'"
 	$(BIN)/python -m fastmtl info
 
 cuda-all: ## the same for every architecture of the design
 	TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(MAKE) cuda
 
-cuda-report: install ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
+cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
 
-bench: install ## every op beside plain PyTorch and TorchJD, under pytest-benchmark
+bench: develop ## every op beside plain PyTorch and TorchJD, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
-bench-check: install ## the speed and memory targets: reached or missed (CHECK_ARGS="--only ragged" for some)
+bench-check: develop ## the speed and memory targets: reached or missed (CHECK_ARGS="--only ragged" for some)
 	$(BIN)/python benchmarks/check.py $(CHECK_ARGS)
 
-lint: install ## formatting, lint and types, as CI checks them
+lint: develop ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: install ## put everything into the house style
+format: develop ## put everything into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
