@@ -337,7 +337,8 @@ def test_wrong_arguments(name: str, where: str, wrong: str, batch: bool) -> None
         bad = wrong_tensors(G)[wrong]
         if wrong in ("another dtype", "longer", "meta"):
             return  # they are right
-        names, attempt = ("G", "rows"), lambda: method(bad, **options)
+        # A batch as a list is rows of another number of tasks than there are losses.
+        names, attempt = ("G", "rows", "losses"), lambda: method(bad, **options)
     elif where == "rows":
         if wrong in ("None",):
             return
