@@ -323,9 +323,11 @@ def test_on_a_gpu(name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     host.scalar(host.losses(6))
-    torch.testing.assert_close(gpu.method.weights.cpu(), host.method.weights, rtol=1e-8, atol=1e-10)
+    # What is learned is float32, and its last bit may differ.
+    close = {"rtol": 1e-6, "atol": 1e-7} if list(host.method.parameters()) else {"rtol": 1e-8, "atol": 1e-10}
+    torch.testing.assert_close(gpu.method.weights.cpu(), host.method.weights, **close)
     state = {key: value.cpu() for key, value in state_of(gpu.method).items()}
-    torch.testing.assert_close(state, state_of(host.method), rtol=1e-8, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(state, state_of(host.method), **close, equal_nan=True)
 
 
 @methods
