@@ -260,16 +260,6 @@ void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues) {
   std::copy_n(static_cast<const double*>(lam.const_data_ptr()), T, eigenvalues);
 }
 
-bool lapack_is_positive_definite(const double* M, int64_t T) {
-  StableIValue stack[3] = {
-      torch::stable::detail::from(matrix_tensor(M, T)),
-      torch::stable::detail::from(false),
-      torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_cholesky_ex", "", stack, TORCH_ABI_VERSION));
-  const Tensor L = torch::stable::detail::to<Tensor>(stack[0]), info = torch::stable::detail::to<Tensor>(stack[1]);
-  return *static_cast<const int32_t*>(info.const_data_ptr()) == 0;
-}
-
 } // namespace fastmtl::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmtl, m) {

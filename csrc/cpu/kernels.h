@@ -24,6 +24,20 @@ struct Kernels {
   // The same with products and short sums in float32 (1024 columns at most), flushed to float64.
   void (*gram_blocks)(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M);
 
+  // The same for many rows, in panels of wide_panel(exact) rows: columns [begin, end) of a panel packed as [panel][end
+  // - begin, wide_panel] of float64 where `exact`, else of float32; and what pairs [first, last) of panels add to M's
+  // upper triangle (and to what is below it in the blocks of the diagonal), pair j (j + 1) / 2 + i being panels i <= j.
+  int64_t (*wide_panel)(bool exact);
+  void (*wide_pack)(const Gradients& G, int64_t begin, int64_t end, int64_t panel, bool exact, void* packed);
+  void (*wide_gram)(
+      const void* packed,
+      int64_t columns,
+      int64_t T,
+      bool exact,
+      int64_t first,
+      int64_t last,
+      double* M); // [T, T]
+
   // out = αᵀ G over columns [begin, end), float64 sums, walked backwards (the end of G is still in the cache after a
   // Gram pass); `stream` writes past the cache.
   void (*combine)(
@@ -61,6 +75,63 @@ struct Kernels {
       double* eigenvalues, // [T]
       double* X,           // [T, psd_stride(T)], aligned to 64 bytes
       double* scratch);    // [2 T]
+
+  // M - s I = L Lᵀ, a panel of `panel` columns at a time (<= kMaxPanel): first the diagonal block that begins at column
+  // j, which says whether it is positive definite, then rows of what is below it. `rows` [j, panel] and `inverse`
+  // [panel, panel] pass from the one to the other.
+  int64_t panel;
+  bool (*cholesky_diagonal)(
+      const double* M, // [T, T]
+      int64_t T,
+      double s,
+      double* L, // [T, stride], lower triangle
+      int64_t stride,
+      int64_t j,
+      double* rows,
+      double* inverse);
+  void (*cholesky_below)(
+      const double* M, // [T, T]
+      int64_t T,
+      double* L, // [T, stride]
+      int64_t stride,
+      int64_t j,
+      const double* rows,
+      const double* inverse,
+      int64_t begin,
+      int64_t end);
+  // x = (L Lᵀ)⁻¹ x
+  void (*cholesky_solve)(
+      const double* L, // [T, stride]
+      int64_t T,
+      int64_t stride,
+      const double* inverses, // [panels, panel, panel]
+      double* x);             // [T]
+
+  // y = A x, rows [begin, end); and y += Aᵀ x
+  void (*row_products)(
+      const double* A, // [rows, stride]
+      int64_t stride,
+      const double* x, // [n]
+      int64_t n,
+      int64_t begin,
+      int64_t end,
+      double* y); // [rows]
+  void (*add_rows)(
+      const double* A, // [rows, stride]
+      int64_t stride,
+      const double* x, // [rows]
+      int64_t rows,
+      int64_t n,
+      double* y); // [n]
+
+  // What rows [begin, end) of the upper triangle of a symmetric M add to M x, in elements begin and on of y.
+  void (*symmetric_rows)(
+      const double* M, // [T, T]
+      int64_t T,
+      const double* x, // [T]
+      int64_t begin,
+      int64_t end,
+      double* y); // [T]
 
   // Task weights of one Gram matrix of finite entries, and how far they are from optimal; see csrc/math. `scratch`
   // holds what <name>_scratch(T) there says.
@@ -109,6 +180,8 @@ struct Kernels {
       double* v,       // [T]
       double* scratch);
 };
+
+constexpr int64_t kMaxPanel = 48;
 
 constexpr int64_t psd_stride(int64_t T) {
   return (T + 7) / 8 * 8;

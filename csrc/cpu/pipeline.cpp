@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "definite.h"
 
 namespace fastmtl::cpu {
 
@@ -18,6 +19,13 @@ using torch::stable::parallel_for;
 
 // Columns that are not worth another partial sum.
 constexpr int64_t kMinChunk = 2048;
+
+// More tasks than this have their Gram from panels that all threads share (wide.h), blocks of so many columns at a
+// time.
+constexpr int64_t kMaxNarrowTasks = 128;
+constexpr int64_t kBlockColumns = 2048;
+// The leading tasks, all of which must be as independent as every task must be, of which the first block judges.
+constexpr int64_t kJudgedTasks = 256;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -128,33 +136,36 @@ void gram_serial(const Gradients* G, int64_t count, double* M) {
   }
 }
 
-// Cholesky of a symmetric matrix [T, T], whose upper triangle it overwrites: T^3 / 6 multiply-adds.
-bool is_positive_definite(double* A, int64_t T) {
-  for (int64_t k = 0; k < T; ++k) {
-    const double* pivot = A + k * T;
-    if (!(pivot[k] > 0.0)) {
-      return false;
-    }
-    for (int64_t i = k + 1; i < T; ++i) {
-      const double factor = pivot[i] / pivot[k];
-      double* row = A + i * T;
-      for (int64_t j = i; j < T; ++j) {
-        row[j] -= factor * pivot[j];
+double* aligned(double* p) {
+  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
+// M += the products of columns [begin, end), upper triangle.
+void gram_wide(const Gradients& G, bool exact, int64_t begin, int64_t end, double* M) {
+  const int64_t T = G.tasks, height = kernels().wide_panel(exact), panels = (T + height - 1) / height,
+                pairs = (panels + 1) / 2;
+  const int64_t blocks = (end - begin + kBlockColumns - 1) / kBlockColumns,
+                widest = std::min(kBlockColumns, end - begin);
+  const std::unique_ptr<double[]> memory(new double[size_t(panels * height * widest / (exact ? 1 : 2) + 8)]);
+  double* packed = aligned(memory.get());
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = begin + (end - begin) * b / blocks, to = begin + (end - begin) * (b + 1) / blocks;
+    parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t panel = first; panel < last; ++panel) {
+        kernels().wide_pack(G, from, to, panel, exact, packed);
       }
-    }
+    });
+    parallel_for(0, pairs * (pairs + 1), 4, [&](int64_t first, int64_t last) {
+      kernels().wide_gram(packed, to - from, T, exact, first, last, M);
+    });
   }
-  return true;
 }
 
 // Whether float32 blocks are good enough for M: λ_min(C) > kBlocksMinEigenvalue, C the row-normalised M.
 bool well_conditioned(const double* M, int64_t T) {
   std::vector<double> C(static_cast<size_t>(T * T));
   normalize_rows(M, T, 0.0, C.data());
-  for (int64_t i = 0; i < T; ++i) {
-    C[size_t(i * T + i)] -= kBlocksMinEigenvalue;
-  }
-  // To call LAPACK by way of the dispatcher costs more than a small factorisation.
-  return T <= kMaxJacobiTasks ? is_positive_definite(C.data(), T) : lapack_is_positive_definite(C.data(), T);
+  return is_positive_definite(C.data(), T, kBlocksMinEigenvalue);
 }
 
 // The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, with nothing
@@ -163,6 +174,22 @@ bool gram_from_blocks(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
   if (T <= kMaxExactTasks || P < 4 * T || has_float64(G)) {
     return false;
+  }
+  if (T > kMaxNarrowTasks) {
+    const int64_t few = std::min(T, kJudgedTasks), probe = std::min(P, 4 * few);
+    std::fill(M, M + T * T, 0.0);
+    gram_wide(G, false, 0, probe, M);
+    std::vector<double> leading(static_cast<size_t>(few * few));
+    for (int64_t i = 0; i < few; ++i) {
+      std::copy_n(M + i * T + i, few - i, &leading[size_t(i * few + i)]);
+    }
+    mirror(leading.data(), few);
+    if (!well_conditioned(leading.data(), few)) {
+      return false;
+    }
+    gram_wide(G, false, probe, P, M);
+    mirror(M, T);
+    return true;
   }
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
@@ -270,10 +297,6 @@ int64_t psd_workspace(int64_t T) {
   return T * psd_stride(T) + 2 * T;
 }
 
-double* aligned(double* p) {
-  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
-}
-
 // Rank of M whose eigenvalues (descending) are known.
 int64_t decide_rank(const double* M, const double* eigenvalues, int64_t T, const Policy& policy) {
   if (policy.rank_rule == RankRule::gram) {
@@ -328,6 +351,26 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
   kernels().psd_eigh(M, T, eigenvalues, X, X + T * psd_stride(T));
   *rank = decide_rank(M, eigenvalues, T, policy);
   task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
+}
+
+// The same, eigenvalues and rank being null where nobody asks for them. Returns λ_min(M).
+double weigh(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+  Buffer<double, 64> spectrum(eigenvalues ? 0 : T);
+  int64_t unused;
+  double* lam = eigenvalues ? eigenvalues : spectrum.get();
+  balance_one(M, T, policy, alpha, lam, rank ? rank : &unused);
+  return lam[T - 1];
+}
+
+// Whether the weights alone could be had for less, and a lower bound of λ_min(M) if so.
+bool definite(
+    const double* M,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,
+    const double* eigenvalues,
+    double* smallest) {
+  return !eigenvalues && T > kMaxJacobiTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
 }
 
 // `unit_solve` of one matrix.
@@ -445,6 +488,12 @@ bool share_out(const Gradients* G, int64_t B) {
 
 void gram(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
+  if (T > kMaxNarrowTasks) {
+    std::fill(M, M + T * T, 0.0);
+    gram_wide(G, true, 0, P, M);
+    mirror(M, T);
+    return;
+  }
   if (P <= kMinChunk) {
     gram_serial(G, M);
     return;
@@ -558,28 +607,37 @@ void sign_drop(const Gradients* G, int64_t B, uint64_t seed, const double* leak)
 
 void align(const Gradients& G, const Policy& policy, double* M, double* alpha, double* eigenvalues, int64_t* rank) {
   const int64_t T = G.tasks;
+  double smallest = 0.0;
   if (gram_from_blocks(G, M)) {
-    balance_one(M, T, policy, alpha, eigenvalues, rank);
-    // λ_min(C) >= λ_min(M) / max D often says it without another factorisation.
-    if (eigenvalues[T - 1] > kBlocksMinEigenvalue * largest_diagonal(M, T) || well_conditioned(M, T)) {
-      combine(G, alpha);
-      return;
+    // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But LAPACK
+    // is too dear to be asked in vain.
+    bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
+    if (T <= kMaxJacobiTasks) {
+      smallest = weigh(M, T, policy, alpha, eigenvalues, rank);
+      solved = true;
     }
-  }
-  gram(G, M);
-  if (out_of_range(G, M)) {
-    std::vector<double> scaled(static_cast<size_t>(T * T));
-    const double factor = gram_rescaled(G, scaled.data());
-    if (factor != 1.0) {
-      balance_one(scaled.data(), T, policy, alpha, eigenvalues, rank);
-      for (int64_t j = 0; j < T; ++j) {
-        eigenvalues[j] = eigenvalues[j] / factor / factor;
+    if (smallest > kBlocksMinEigenvalue * largest_diagonal(M, T) || well_conditioned(M, T)) {
+      if (!solved) {
+        weigh(M, T, policy, alpha, eigenvalues, rank);
       }
       combine(G, alpha);
       return;
     }
   }
-  balance_one(M, T, policy, alpha, eigenvalues, rank);
+  gram(G, M);
+  double factor = 1.0;
+  std::vector<double> scaled;
+  if (out_of_range(G, M)) {
+    scaled.resize(size_t(T * T));
+    factor = gram_rescaled(G, scaled.data());
+  }
+  const double* judged = factor == 1.0 ? M : scaled.data();
+  if (!definite(judged, T, policy, alpha, eigenvalues, &smallest)) {
+    weigh(judged, T, policy, alpha, eigenvalues, rank);
+  }
+  for (int64_t j = 0; eigenvalues && factor != 1.0 && j < T; ++j) {
+    eigenvalues[j] = eigenvalues[j] / factor / factor;
+  }
   combine(G, alpha);
 }
 
@@ -589,10 +647,9 @@ void align_batch(const Gradients* G, int64_t B, const Policy& policy) {
   }
   const int64_t T = G[0].tasks;
   if (!share_out(G, B)) {
-    Buffer<double, 512> memory(T * T + 2 * T);
-    int64_t rank;
+    Buffer<double, 512> memory(T * T + T);
     for (int64_t b = 0; b < B; ++b) {
-      align(G[b], policy, memory.get(), memory.get() + T * T, memory.get() + T * T + T, &rank);
+      align(G[b], policy, memory.get(), memory.get() + T * T, nullptr, nullptr);
     }
     return;
   }

@@ -43,14 +43,15 @@ void sign_drop(
     uint64_t seed,
     const double* leak); // [T], or null where nothing leaks
 
-// All three. Rows of float64 whose squares over- or underflow are rescaled for the Gram that decides α.
+// All three. Rows of float64 whose squares over- or underflow are rescaled for the Gram that decides α. Without the
+// eigenvalues, which most callers never see, large T is several times faster.
 void align(
     const Gradients& G,
     const Policy& policy,
     double* M,           // [T, T]
     double* alpha,       // [T]
-    double* eigenvalues, // [T]
-    int64_t* rank);
+    double* eigenvalues, // [T] or null
+    int64_t* rank);      // or null
 
 void align_batch(const Gradients* G, int64_t B, const Policy& policy);
 
@@ -64,13 +65,12 @@ void eigh(
 
 constexpr int64_t kMaxLanesTasks = 32;
 
-// LAPACK's eigensolvers and Cholesky test, which torch carries; defined with the ops.
+// LAPACK's eigensolvers, which torch carries; defined with the ops.
 void lapack_eigh(
     const double* M, // [T, T]
     int64_t T,
     double* eigenvalues,   // [T], ascending
     double* eigenvectors); // [T, T], one a row
 void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues);
-bool lapack_is_positive_definite(const double* M, int64_t T);
 
 } // namespace fastmtl::cpu
