@@ -237,28 +237,7 @@ std::string cpu_isa() {
   return kernels().name;
 }
 
-Tensor matrix_tensor(const double* M, int64_t T) {
-  const Tensor x = torch::stable::empty({T, T}, ScalarType::Double);
-  std::copy(M, M + T * T, doubles(x));
-  return x;
-}
-
 } // namespace
-
-void lapack_eigh(const double* M, int64_t T, double* eigenvalues, double* eigenvectors) {
-  const auto [lam, V] = call_linalg_eigh(matrix_tensor(M, T));
-  const Tensor rows = torch::stable::contiguous(torch::stable::transpose(V, 0, 1)); // no copy: LAPACK's are columns
-  std::copy_n(static_cast<const double*>(lam.const_data_ptr()), T, eigenvalues);
-  std::copy_n(static_cast<const double*>(rows.const_data_ptr()), T * T, eigenvectors);
-}
-
-void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues) {
-  StableIValue stack[2] = {
-      torch::stable::detail::from(matrix_tensor(M, T)), torch::stable::detail::from(std::string("L"))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigvalsh", "", stack, TORCH_ABI_VERSION));
-  const Tensor lam = torch::stable::detail::to<Tensor>(stack[0]);
-  std::copy_n(static_cast<const double*>(lam.const_data_ptr()), T, eigenvalues);
-}
 
 } // namespace fastmtl::cpu
 

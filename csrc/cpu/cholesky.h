@@ -3,7 +3,8 @@
 // Left-looking: the columns of a panel are A - L_left Pᵀ, P the panel's own rows of L_left, times the inverse of the
 // panel's diagonal block: T³ / 6 multiply-adds in all, in tiles of kTile rows times a panel, as in a matrix product. P
 // is transposed into a buffer that stays in the second-level cache; each panel reads what is left of it once, T³ / (6
-// kPanel) doubles in all. Every sum runs over the columns in order, so that it does not depend on who computes it.
+// kCholeskyPanel) doubles in all. Every sum runs over the columns in order, so that it does not depend on who computes
+// it.
 //
 // A solve reads L twice: T² / 2 multiply-adds and 4 T² bytes each.
 #pragma once
@@ -13,8 +14,8 @@ namespace {
 
 constexpr int kTileWidth = int(kTile * kWidth);                 // columns of one tile
 constexpr int kTileGroups = (40 + kTileWidth - 1) / kTileWidth; // that make a panel
-static_assert(kTileWidth % kWidth == 0 && kTileGroups * kTileWidth <= kMaxPanel, "what the callers allocate");
-constexpr int64_t kPanel = kTileGroups * kTileWidth;
+static_assert(kTileWidth % kWidth == 0 && kTileGroups * kTileWidth <= kMaxCholeskyPanel, "what the callers allocate");
+constexpr int64_t kCholeskyPanel = kTileGroups * kTileWidth;
 constexpr int64_t kCholeskyColumns = 96; // of a panel at once: 30 KB
 
 // out = base - X P for R rows, or X P where there is no base.
@@ -23,7 +24,7 @@ void panel_product(
     const double* x, // X [R, n], rows `stride` apart
     int64_t stride,
     int64_t n,
-    const double* P,    // [n, kPanel]
+    const double* P,    // [n, kCholeskyPanel]
     const double* base, // [R, width], rows `base_stride` apart, or null
     int64_t base_stride,
     double* out, // [R, width], rows `out_stride` apart
@@ -36,7 +37,7 @@ void panel_product(
       s[i] = Vd{};
     }
     const double* p = P + g * kTileWidth;
-    for (int64_t k = 0; k < n; ++k, p += kPanel) {
+    for (int64_t k = 0; k < n; ++k, p += kCholeskyPanel) {
       if (k % 8 == 0) { // the rows that come next: their stretches are too short for the hardware to foresee
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -96,14 +97,14 @@ void panel_product(
   });
 }
 
-// Rows [kPanel] of a panel, from the vector that holds column `from` on.
+// Rows [kCholeskyPanel] of a panel, from the vector that holds column `from` on.
 void scale_row(double* row, double factor, int64_t from) {
-  for (int64_t k = from / kWidth * kWidth; k < kPanel; k += kWidth) {
+  for (int64_t k = from / kWidth * kWidth; k < kCholeskyPanel; k += kWidth) {
     write(row + k, factor * read<Vd>(row + k));
   }
 }
 void subtract_row(double* row, double factor, const double* other, int64_t from) {
-  for (int64_t k = from / kWidth * kWidth; k < kPanel; k += kWidth) {
+  for (int64_t k = from / kWidth * kWidth; k < kCholeskyPanel; k += kWidth) {
     write(row + k, read<Vd>(row + k) - factor * read<Vd>(other + k));
   }
 }
@@ -117,11 +118,11 @@ bool cholesky_diagonal(
     double* L, // [T, stride], lower triangle
     int64_t stride,
     int64_t j,
-    double* panel,     // [j, kPanel]
-    double* inverse) { // [kPanel, kPanel]: of the block, transposed
-  const int64_t width = T - j < kPanel ? T - j : kPanel;
-  for (int64_t c = 0; c < kPanel; c += kWidth) {
-    for (int64_t k = 0; k < j; k += kWidth) { // j is a multiple of kPanel, and that of kWidth
+    double* panel,     // [j, kCholeskyPanel]
+    double* inverse) { // [kCholeskyPanel, kCholeskyPanel]: of the block, transposed
+  const int64_t width = T - j < kCholeskyPanel ? T - j : kCholeskyPanel;
+  for (int64_t c = 0; c < kCholeskyPanel; c += kWidth) {
+    for (int64_t k = 0; k < j; k += kWidth) { // j is a multiple of kCholeskyPanel, and that of kWidth
       Vd v[kWidth];
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kWidth; ++r) {
@@ -130,7 +131,7 @@ bool cholesky_diagonal(
       transpose<double>(v);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kWidth; ++i) {
-        write(panel + (k + i) * kPanel + c, v[i]);
+        write(panel + (k + i) * kCholeskyPanel + c, v[i]);
       }
     }
   }
@@ -140,39 +141,39 @@ bool cholesky_diagonal(
     panel_product(height, at, stride, j, panel, M + (j + r) * T + j, T, at + j, stride, width);
   }
   // Right-looking, on whole rows: U with Uᵀ U = the block, and U⁻¹ = the inverse of L transposed beside it.
-  alignas(64) double U[kPanel * kPanel];
+  alignas(64) double U[kCholeskyPanel * kCholeskyPanel];
   for (int64_t r = 0; r < width; ++r) {
-    for (int64_t c = 0; c < kPanel; ++c) {
-      U[r * kPanel + c] = c < r || c >= width ? 0.0 : L[(j + c) * stride + j + r];
+    for (int64_t c = 0; c < kCholeskyPanel; ++c) {
+      U[r * kCholeskyPanel + c] = c < r || c >= width ? 0.0 : L[(j + c) * stride + j + r];
     }
-    U[r * kPanel + r] -= shift;
+    U[r * kCholeskyPanel + r] -= shift;
   }
   for (int64_t r = 0; r < width; ++r) {
-    double* pivot = U + r * kPanel;
+    double* pivot = U + r * kCholeskyPanel;
     if (!(pivot[r] > 0.0)) {
       return false;
     }
     scale_row(pivot, 1.0 / __builtin_sqrt(pivot[r]), r);
     for (int64_t i = r + 1; i < width; ++i) {
-      subtract_row(U + i * kPanel, pivot[i], pivot, i);
+      subtract_row(U + i * kCholeskyPanel, pivot[i], pivot, i);
     }
   }
   for (int64_t r = 0; r < width; ++r) {
     for (int64_t c = 0; c <= r; ++c) {
-      L[(j + r) * stride + j + c] = U[c * kPanel + r];
+      L[(j + r) * stride + j + c] = U[c * kCholeskyPanel + r];
     }
   }
   // U X = 1, from the last row up.
-  for (int64_t i = 0; i < kPanel * kPanel; ++i) {
+  for (int64_t i = 0; i < kCholeskyPanel * kCholeskyPanel; ++i) {
     inverse[i] = 0.0;
   }
   for (int64_t r = width - 1; r >= 0; --r) {
-    double* x = inverse + r * kPanel;
+    double* x = inverse + r * kCholeskyPanel;
     x[r] = 1.0;
     for (int64_t i = r + 1; i < width; ++i) {
-      subtract_row(x, U[r * kPanel + i], inverse + i * kPanel, i);
+      subtract_row(x, U[r * kCholeskyPanel + i], inverse + i * kCholeskyPanel, i);
     }
-    scale_row(x, 1.0 / U[r * kPanel + r], r);
+    scale_row(x, 1.0 / U[r * kCholeskyPanel + r], r);
   }
   return true;
 }
@@ -184,8 +185,8 @@ void cholesky_below(
     double* L, // [T, stride]
     int64_t stride,
     int64_t j,
-    const double* panel,   // [j, kPanel]
-    const double* inverse, // [kPanel, kPanel]
+    const double* panel,   // [j, kCholeskyPanel]
+    const double* inverse, // [kCholeskyPanel, kCholeskyPanel]
     int64_t begin,
     int64_t end) {
   const auto each = [&](auto&& f) __attribute__((always_inline)) {
@@ -198,15 +199,26 @@ void cholesky_below(
     const int64_t n = j - k < kCholeskyColumns ? j - k : kCholeskyColumns;
     each([&](double* row, int64_t height, const double* base) __attribute__((always_inline)) {
       panel_product(
-          height, row + k, stride, n, panel + k * kPanel, k ? row + j : base, k ? stride : T, row + j, stride, kPanel);
+          height,
+          row + k,
+          stride,
+          n,
+          panel + k * kCholeskyPanel,
+          k ? row + j : base,
+          k ? stride : T,
+          row + j,
+          stride,
+          kCholeskyPanel);
     });
   }
   each([&](double* row, int64_t height, const double* base) __attribute__((always_inline)) {
-    double difference[kTile * kPanel];
+    double difference[kTile * kCholeskyPanel];
     for (int64_t r = 0; r < height; ++r) {
-      __builtin_memcpy(difference + r * kPanel, j ? row + r * stride + j : base + r * T, kPanel * sizeof(double));
+      __builtin_memcpy(
+          difference + r * kCholeskyPanel, j ? row + r * stride + j : base + r * T, kCholeskyPanel * sizeof(double));
     }
-    panel_product(height, difference, kPanel, kPanel, inverse, nullptr, 0, row + j, stride, kPanel);
+    panel_product(
+        height, difference, kCholeskyPanel, kCholeskyPanel, inverse, nullptr, 0, row + j, stride, kCholeskyPanel);
   });
 }
 
@@ -349,22 +361,22 @@ void cholesky_solve(
     const double* L, // [T, stride]
     int64_t T,
     int64_t stride,
-    const double* inverses, // [panels, kPanel, kPanel]
+    const double* inverses, // [panels, kCholeskyPanel, kCholeskyPanel]
     double* x) {            // [T]
-  double left[kPanel], right[kPanel];
-  for (int64_t j = 0; j < T; j += kPanel) {
-    const int64_t width = T - j < kPanel ? T - j : kPanel;
+  double left[kCholeskyPanel], right[kCholeskyPanel];
+  for (int64_t j = 0; j < T; j += kCholeskyPanel) {
+    const int64_t width = T - j < kCholeskyPanel ? T - j : kCholeskyPanel;
     row_products(L + j * stride, stride, x, j, 0, width, left);
     for (int64_t c = 0; c < width; ++c) {
       left[c] = x[j + c] - left[c];
       right[c] = 0.0;
     }
-    add_rows(inverses + j * kPanel, kPanel, left, width, width, right);
+    add_rows(inverses + j * kCholeskyPanel, kCholeskyPanel, left, width, width, right);
     __builtin_memcpy(x + j, right, size_t(width) * sizeof(double));
   }
-  for (int64_t j = (T - 1) / kPanel * kPanel; j >= 0; j -= kPanel) {
-    const int64_t width = T - j < kPanel ? T - j : kPanel;
-    row_products(inverses + j * kPanel, kPanel, x + j, width, 0, width, right);
+  for (int64_t j = (T - 1) / kCholeskyPanel * kCholeskyPanel; j >= 0; j -= kCholeskyPanel) {
+    const int64_t width = T - j < kCholeskyPanel ? T - j : kCholeskyPanel;
+    row_products(inverses + j * kCholeskyPanel, kCholeskyPanel, x + j, width, 0, width, right);
     for (int64_t c = 0; c < width; ++c) {
       x[j + c] = right[c];
       left[c] = -right[c];

@@ -21,7 +21,7 @@ constexpr int64_t kRows = 60;
 // Multiply-adds that are not worth another thread.
 constexpr int64_t kSerial = int64_t(1) << 19;
 constexpr int64_t kParts = 8;       // of a product with a vector
-constexpr int64_t kMaxSteps = 96;   // of a Krylov space: beyond, LAPACK's eigenvectors are not dearer
+constexpr int64_t kMaxSteps = 96;   // of a Krylov space: beyond, a tridiagonalisation is not dearer
 constexpr double kCertified = 1e-6; // how far below its estimate λ_min may lie
 constexpr double kMaxDiagonalRatio = 1e2;
 
@@ -43,12 +43,13 @@ class Cholesky {
       : T_(T),
         stride_((T + 7) / 8 * 8 + 8), // not a power of two: rows would share a set of the cache
         L_(new double[size_t(T * stride_)]),
-        inverses_(new double[size_t((T / kernels().panel + 1) * kernels().panel * kernels().panel)]),
-        rows_(new double[size_t(T * kernels().panel)]) {}
+        inverses_(new double[size_t(
+            (T / kernels().cholesky_panel + 1) * kernels().cholesky_panel * kernels().cholesky_panel)]),
+        rows_(new double[size_t(T * kernels().cholesky_panel)]) {}
 
   // Whether M - shift I is positive definite: then it is what `solve` divides by.
   bool factor(const double* M, double shift) {
-    const int64_t panel = kernels().panel;
+    const int64_t panel = kernels().cholesky_panel;
     for (int64_t j = 0; j < T_; j += panel) {
       double* inverse = inverses_.get() + j * panel;
       if (!kernels().cholesky_diagonal(M, T_, shift, L_.get(), stride_, j, rows_.get(), inverse)) {
@@ -244,8 +245,8 @@ void scatter(double* x, int64_t T) {
   }
 }
 
-// ‖D^-1/2 M D^-1/2‖ in the maximum norm, which bounds the largest eigenvalue; D the diagonal or, for the rule on M
-// itself, the identity.
+} // namespace
+
 double row_norm(const double* M, int64_t T, bool normalized) {
   std::vector<double> inverse(static_cast<size_t>(T), 1.0);
   for (int64_t i = 0; normalized && i < T; ++i) {
@@ -261,8 +262,6 @@ double row_norm(const double* M, int64_t T, bool normalized) {
   }
   return largest;
 }
-
-} // namespace
 
 bool is_positive_definite(const double* M, int64_t T, double shift) {
   return Cholesky(T).factor(M, shift);

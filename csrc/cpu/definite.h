@@ -8,6 +8,9 @@ namespace fastmtl::cpu {
 // Whether M - shift I is positive definite; the same answer for any number of threads.
 bool is_positive_definite(const double* M, int64_t T, double shift); // M [T, T]
 
+// ‖M‖ in the maximum norm, which bounds its largest eigenvalue; of D^-1/2 M D^-1/2, D its diagonal, where `normalized`.
+double row_norm(const double* M, int64_t T, bool normalized); // M [T, T]
+
 // α = sqrt(s) M^-1/2 w where M, of finite entries, is proved to be of full rank under the policy's rule, and where that
 // takes few steps: T³ / 3 multiply-adds and some forty reads of M. λ_min is certified to a relative 1e-6 and usually
 // good to 1e-10; the rest is good to rounding. False, with nothing of use in α, where it is not so: for scale `median`,

@@ -7,6 +7,16 @@
 
 namespace fastmtl::cpu {
 
+// A symmetric matrix is stored in tiles of kSide x kSide, its lower triangle's rows of tiles one after the other; a
+// panel holds kPanel pairs of columns for each block of kSide rows. See householder.h.
+constexpr int64_t kSide = 8;
+constexpr int64_t kPanel = 32;
+constexpr int64_t kPanelBlock = 2 * kPanel * kSide;
+
+constexpr int64_t tile_offset(int64_t row, int64_t column) {
+  return (row * (row + 1) / 2 + column) * kSide * kSide;
+}
+
 // The same kernels for one instruction set; `kernels()` picks the best that this machine runs.
 struct Kernels {
   const char* name;
@@ -76,10 +86,10 @@ struct Kernels {
       double* X,           // [T, psd_stride(T)], aligned to 64 bytes
       double* scratch);    // [2 T]
 
-  // M - s I = L Lᵀ, a panel of `panel` columns at a time (<= kMaxPanel): first the diagonal block that begins at column
-  // j, which says whether it is positive definite, then rows of what is below it. `rows` [j, panel] and `inverse`
-  // [panel, panel] pass from the one to the other.
-  int64_t panel;
+  // M - s I = L Lᵀ, a panel of `cholesky_panel` columns at a time (<= kMaxCholeskyPanel): first the diagonal block that
+  // begins at column j, which says whether it is positive definite, then rows of what is below it. `rows` [j,
+  // cholesky_panel] and `inverse` [cholesky_panel, cholesky_panel] pass from the one to the other.
+  int64_t cholesky_panel;
   bool (*cholesky_diagonal)(
       const double* M, // [T, T]
       int64_t T,
@@ -104,7 +114,7 @@ struct Kernels {
       const double* L, // [T, stride]
       int64_t T,
       int64_t stride,
-      const double* inverses, // [panels, panel, panel]
+      const double* inverses, // [panels, cholesky_panel, cholesky_panel]
       double* x);             // [T]
 
   // y = A x, rows [begin, end); and y += Aᵀ x
@@ -132,6 +142,22 @@ struct Kernels {
       int64_t begin,
       int64_t end,
       double* y); // [T]
+
+  // What csrc/cpu/tridiagonal.h consists of; vectors are whole blocks of kSide, aligned to 64 bytes.
+  // y += A x over rows of tiles [first, last), from the first or back from the last.
+  void (*symmetric_multiply)(const double* tiles, int64_t first, int64_t last, bool back, const double* x, double* y);
+  // A -= Σ v wᵀ + w vᵀ over rows of tiles [first, last), for the first `pairs` columns v, w of the panel.
+  void (*symmetric_update)(double* tiles, int64_t first, int64_t last, const double* panel, int64_t pairs);
+  // v and τ (returned) of the reflection that takes x [n] to β e_{n-1}; v is also the panel's k-th.
+  double (*reflector)(const double* x, int64_t n, double* v, double* beta, double* panel, int64_t k);
+  // The panel's k-th w, from y = A v, which it overwrites; updates `row`, row n - 1 of A, where that is not null.
+  void (*panel_column)(double* panel, int64_t k, int64_t n, const double* v, double tau, double* y, double* row);
+  // x -= τ v (vᵀ x)
+  void (*reflect)(const double* v, int64_t n, double tau, double* x);
+  // One implicit QL sweep over d[0 ... n], and its n rotations, where wanted.
+  void (*ql_sweep)(double* d, double* e, int64_t step, int64_t n, double* rotations);
+  // x := Gᵀ x for the rotations of a sweep, or G x.
+  void (*rotate)(const double* rotations, int64_t step, int64_t n, bool back, double* x);
 
   // Task weights of one Gram matrix of finite entries, and how far they are from optimal; see csrc/math. `scratch`
   // holds what <name>_scratch(T) there says.
@@ -181,7 +207,7 @@ struct Kernels {
       double* scratch);
 };
 
-constexpr int64_t kMaxPanel = 48;
+constexpr int64_t kMaxCholeskyPanel = 48;
 
 constexpr int64_t psd_stride(int64_t T) {
   return (T + 7) / 8 * 8;

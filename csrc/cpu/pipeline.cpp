@@ -10,6 +10,7 @@
 
 #include "../common.h"
 #include "definite.h"
+#include "tridiagonal.h"
 
 namespace fastmtl::cpu {
 
@@ -29,12 +30,15 @@ constexpr int64_t kJudgedTasks = 256;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Above this many tasks LAPACK's eigensolver is faster than Jacobi and is used where it is accurate enough: its error
-// is about eps λ_max, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it, where
-// the rows are this even (then the Gram itself carries an error of that size).
+// Above this many tasks tridiagonalisation is faster than Jacobi and is used where it is accurate enough: its error is
+// about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
+// where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
+// solved to a relative precision (tests/test_tridiagonal.py) while the row-normalised Gram is this far from singular.
 constexpr int64_t kMaxJacobiTasks = 64;
-constexpr double kLapackMinRatio = 1e-8;
-constexpr double kLapackMaxDiagonalRatio = 1e2;
+constexpr double kTridiagonalMinRatio = 1e-8;
+constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
+constexpr double kGradedMinEigenvalue = 1e-8;
+constexpr double kGradedMaxDiagonalRatio = 1e16;
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Results are written past the cache when G is larger than this: they would only push out what is read next.
@@ -308,17 +312,56 @@ int64_t decide_rank(const double* M, const double* eigenvalues, int64_t T, const
   Buffer<double, 1024> memory(T * T + T + psd_workspace(T) + 8);
   double *C = memory.get(), *judged = C + T * T, *X = aligned(judged + T);
   normalize_rows(M, T, policy.zero, C);
-  if (T <= kMaxJacobiTasks) {
+  const bool large = T > kMaxJacobiTasks;
+  if (large && is_positive_definite(C, T, row_norm(C, T, false) * policy.rtol * policy.rtol)) {
+    std::fill_n(judged, T, 1.0);                                  // all are kept
+  } else if (!large || !Tridiagonal(C, T).solve(judged, false)) { // the diagonal of C is even
     kernels().psd_eigh(C, T, judged, X, X + T * psd_stride(T));
-  } else { // the diagonal of C is even
-    lapack_eigenvalues(C, T, judged);
-    std::reverse(judged, judged + T);
   }
   int64_t positive = 0; // of M's own, Cholesky may have found fewer
   while (positive < T && eigenvalues[positive] > 0.0) {
     ++positive;
   }
   return std::min(kept(judged, T, policy.rtol), positive);
+}
+
+// α = sqrt(s) V diag(λ^-1/2, of the kept ones) Vᵀ w
+void task_weights(
+    const Tridiagonal& solver,
+    const double* eigenvalues,
+    int64_t rank,
+    int64_t T,
+    const Policy& policy,
+    double* alpha) {
+  std::vector<double> factors(static_cast<size_t>(T));
+  const double s = rank ? squared_scale(eigenvalues, rank, policy.scale) : 0.0;
+  for (int64_t j = 0; j < rank; ++j) {
+    factors[size_t(j)] = std::sqrt(s / eigenvalues[j]);
+  }
+  for (int64_t i = 0; i < T; ++i) {
+    alpha[i] = policy.weights ? policy.weights[i] : 1.0 / double(T);
+  }
+  solver.apply(factors.data(), alpha, alpha);
+}
+
+bool tridiagonal_is_accurate(const double* M, const double* eigenvalues, int64_t T) {
+  const double largest = largest_diagonal(M, T);
+  double smallest = largest;
+  bool empty = false;
+  for (int64_t i = 0; i < T; ++i) {
+    empty = empty || !(M[i * T + i] > 0.0);
+    smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
+  }
+  if (largest <= kTridiagonalMaxDiagonalRatio * smallest ||
+      eigenvalues[T - 1] > kTridiagonalMinRatio * eigenvalues[0]) {
+    return true;
+  }
+  if (empty || !(largest <= kGradedMaxDiagonalRatio * smallest)) {
+    return false;
+  }
+  std::vector<double> C(static_cast<size_t>(T * T));
+  normalize_rows(M, T, 0.0, C.data());
+  return is_positive_definite(C.data(), T, kGradedMinEigenvalue);
 }
 
 // One Gram matrix, by the most accurate solver that its size affords.
@@ -328,21 +371,14 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     return;
   }
   if (T > kMaxJacobiTasks) {
-    std::vector<double> vectors(static_cast<size_t>(T * T));
-    lapack_eigh(M, T, eigenvalues, vectors.data());
-    std::reverse(eigenvalues, eigenvalues + T);
-    double smallest = std::numeric_limits<double>::infinity();
-    for (int64_t i = 0; i < T; ++i) {
-      smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
-    }
-    const bool even = largest_diagonal(M, T) <= kLapackMaxDiagonalRatio * smallest;
-    if (even || eigenvalues[T - 1] > kLapackMinRatio * eigenvalues[0]) {
+    Tridiagonal solver(M, T);
+    const bool solved = solver.solve(eigenvalues, true);
+    if (solved && tridiagonal_is_accurate(M, eigenvalues, T)) {
       for (int64_t j = 0; j < T; ++j) {
         eigenvalues[j] = std::max(eigenvalues[j], 0.0);
       }
       *rank = decide_rank(M, eigenvalues, T, policy);
-      // Ascending: walk them from the last.
-      task_weights({eigenvalues, vectors.data() + (T - 1) * T, -T, 1}, *rank, T, policy, alpha);
+      task_weights(solver, eigenvalues, *rank, T, policy, alpha);
       return;
     }
   }
@@ -390,29 +426,34 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
       C[i * T + j] = M[i * T + j] * inverse[i] * inverse[j];
     }
   }
-  // Vectors of any length along the eigenvectors, the largest eigenvalue's first.
-  const double* vectors = X;
-  int64_t next = psd_stride(T);
-  if (T <= kMaxJacobiTasks) {
-    kernels().psd_eigh(C, T, lam, X, X + T * psd_stride(T));
-  } else { // the diagonal of C is even
-    lapack_eigh(C, T, lam, X);
-    std::reverse(lam, lam + T);
-    vectors = X + (T - 1) * T;
-    next = -T;
-  }
-  const double cut = lam[0] * std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
-  std::fill_n(x, T, 0.0);
-  for (int64_t j = 0; j < T && lam[j] > cut; ++j) {
-    const double* v = vectors + j * next;
-    double along = 0.0, square = 0.0;
+  const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
+  const auto entry = [&](int64_t i) { return inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0; };
+  bool solved = false;
+  if (T > kMaxJacobiTasks) { // the diagonal of C is even
+    Tridiagonal solver(C, T);
+    solved = solver.solve(lam, true);
+    const double cut = lam[0] * relative_cut;
     for (int64_t i = 0; i < T; ++i) {
-      along += v[i] * (inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0);
-      square += v[i] * v[i];
+      lam[i] = lam[i] > cut ? 1.0 / lam[i] : 0.0;
+      x[i] = entry(i);
     }
-    const double factor = along / square / lam[j];
-    for (int64_t i = 0; i < T; ++i) {
-      x[i] += factor * v[i];
+    solver.apply(lam, x, x);
+  }
+  if (!solved) {
+    kernels().psd_eigh(C, T, lam, X, X + T * psd_stride(T));
+    const double cut = lam[0] * relative_cut;
+    std::fill_n(x, T, 0.0);
+    for (int64_t j = 0; j < T && lam[j] > cut; ++j) {
+      const double* v = X + j * psd_stride(T); // of any length
+      double along = 0.0, square = 0.0;
+      for (int64_t i = 0; i < T; ++i) {
+        along += v[i] * entry(i);
+        square += v[i] * v[i];
+      }
+      const double factor = along / square / lam[j];
+      for (int64_t i = 0; i < T; ++i) {
+        x[i] += factor * v[i];
+      }
     }
   }
   for (int64_t i = 0; i < T; ++i) {
@@ -544,7 +585,7 @@ void balance(
   };
   if (B > 1 && T <= kMaxJacobiTasks) {
     parallel_for(0, B, 1, each);
-  } else { // LAPACK has threads of its own
+  } else { // one at a time, on several threads
     each(0, B);
   }
 }
@@ -564,7 +605,7 @@ void unit_solve(
   };
   if (B > 1 && T <= kMaxJacobiTasks) {
     parallel_for(0, B, 4, each);
-  } else { // LAPACK has threads of its own
+  } else { // one at a time, on several threads
     each(0, B);
   }
 }
@@ -609,8 +650,8 @@ void align(const Gradients& G, const Policy& policy, double* M, double* alpha, d
   const int64_t T = G.tasks;
   double smallest = 0.0;
   if (gram_from_blocks(G, M)) {
-    // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But LAPACK
-    // is too dear to be asked in vain.
+    // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But a
+    // tridiagonalisation is too dear to be done in vain.
     bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
     if (T <= kMaxJacobiTasks) {
       smallest = weigh(M, T, policy, alpha, eigenvalues, rank);

@@ -65,12 +65,4 @@ void eigh(
 
 constexpr int64_t kMaxLanesTasks = 32;
 
-// LAPACK's eigensolvers, which torch carries; defined with the ops.
-void lapack_eigh(
-    const double* M, // [T, T]
-    int64_t T,
-    double* eigenvalues,   // [T], ascending
-    double* eigenvectors); // [T, T], one a row
-void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues);
-
 } // namespace fastmtl::cpu

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/pipeline.h"
+#include "cpu/tridiagonal.h"
 #include "cpu/weights.h"
 #include "math/cagrad.h"
 #include "math/conflicts.h"
@@ -60,19 +61,6 @@ double* thread_scratch(int slot, int64_t doubles) {
   std::memset(memory, 0xff, size_t(doubles) * sizeof(double));
   FASTMTL_POISON(memory + doubles, size_t(most[slot] - doubles) * sizeof(double));
   return memory;
-}
-
-void lapack_eigh(const double* M, int64_t T, double* eigenvalues, double* eigenvectors) {
-  plain::eigh(M, T, eigenvalues, eigenvectors);
-}
-
-void lapack_eigenvalues(const double* M, int64_t T, double* eigenvalues) {
-  std::vector<double> vectors(static_cast<size_t>(T * T));
-  plain::eigh(M, T, eigenvalues, vectors.data());
-}
-
-bool lapack_is_positive_definite(const double* M, int64_t T) {
-  return plain::is_positive_definite(M, T);
 }
 
 } // namespace fastmtl::cpu
@@ -956,6 +944,48 @@ void gradients(int64_t T, int64_t P, Dtype dtype, int64_t offset, Kind kind, boo
   one_matrix(G, kind, aligning);
 }
 
+// Functions of M that take no eigenvectors to check: one, and λ itself.
+void tridiagonal(int64_t T, Spectrum spectrum) {
+  begin_case("tridiagonal T=%ld spectrum=%d", T, int(spectrum));
+  Exact<double> M(T * T), w(T), ones(T);
+  fill_gram(M, T, spectrum);
+  std::generate_n(w + 0, T, normal);
+  std::fill_n(ones + 0, T, 1.0);
+  const double size = *std::max_element(M + 0, M + T * T) * double(T); // of a diagonal entry, so at least λ_max
+  Exact<double> first(3 * T);
+  with_threads([&](int64_t n) {
+    Exact<double> lam(T), alone(T), same(T), times(T), all(3 * T);
+    cpu::Tridiagonal solver(M, T);
+    solver.solve(lam, true);
+    solver.apply(ones, w, same);
+    solver.apply(lam, w, times);
+    cpu::Tridiagonal(M, T).solve(alone, false);
+    check(alone.same_bits(lam), "the eigenvalues depend on the rotations' being kept");
+    for (int64_t i = 0; i < T; ++i) {
+      all[i] = lam[i];
+      all[T + i] = same[i];
+      all[2 * T + i] = times[i];
+    }
+    if (n > 1) {
+      check(first.same_bits(all), "tridiagonal depends on the number of threads");
+      return;
+    }
+    std::copy_n(all + 0, 3 * T, first + 0);
+    double trace = 0.0;
+    for (int64_t i = 0; i < T; ++i) {
+      double product = 0.0;
+      for (int64_t j = 0; j < T; ++j) {
+        product += M[i * T + j] * w[j];
+      }
+      check_near(same[i], w[i], 1e-12, "V Vᵀ w");
+      check_near(times[i], product, 1e-12 * size, "V Λ Vᵀ w");
+      check(i == 0 || lam[i - 1] >= lam[i], "eigenvalues descend");
+      trace += M[i * T + i] - lam[i];
+    }
+    check_near(trace, 0.0, 1e-12 * size, "trace");
+  });
+}
+
 void run(bool full) {
   std::vector<int64_t> tasks = {1, 2, 3, 4, 5, 6, 7, 12, 17, 33};
   std::vector<int64_t> parameters = {0, 1, 3, 8, 17, 63, 1000};
@@ -971,7 +1001,7 @@ void run(bool full) {
   for (const int64_t T : tasks) {
     for (const int64_t P : parameters) {
       for (const Dtype dtype : kDtypes) {
-        // More of the plain eigensolver, which also stands in for LAPACK, would take all the time.
+        // More of the plain eigensolver would take all the time.
         const bool afford = T <= 20 || (T <= 33 && P % 2) || (P == 4097 && dtype == Dtype::f32);
         gradients(T, P, dtype, 0, Kind::normal, false, afford);
         gradients(T, P, dtype, 1, Kind::normal, true, afford && T <= 64);
@@ -999,6 +1029,20 @@ void run(bool full) {
         }
       }
     }
+  }
+  std::vector<int64_t> sizes = {1, 2, 3, 7, 8, 9, 31, 32, 33, 41, 65};
+  for (int64_t T = 10; full && T <= 100; ++T) {
+    sizes.push_back(T);
+  }
+  for (const int64_t T : sizes) {
+    for (const Spectrum spectrum : kSpectra) {
+      if (spectrum != Spectrum::poisoned) {
+        tridiagonal(T, spectrum);
+      }
+    }
+  }
+  if (full) {
+    tridiagonal(744, Spectrum::regular); // in several parts
   }
   // Large enough for several threads, float32 blocks of full size and stores past the cache.
   const std::pair<int64_t, int64_t> large[] = {

@@ -18,7 +18,8 @@ sys.path.insert(0, str(HERE.parent / "emulation"))
 import build  # noqa: E402
 
 CPU = ROOT / "csrc" / "cpu"
-COMMON = [HERE / "driver.cpp", HERE / "dispatch.cpp", CPU / "pipeline.cpp", CPU / "weights.cpp"]
+COMMON = [HERE / "driver.cpp", HERE / "dispatch.cpp"]
+COMMON += [CPU / name for name in ("definite.cpp", "pipeline.cpp", "tridiagonal.cpp", "weights.cpp")]
 PORTABLE = [CPU / "isa_portable.cpp", HERE / "only_portable.cpp"]
 EVERY = [CPU / "isa_avx512.cpp", CPU / "isa_avx2.cpp", CPU / "isa_portable.cpp"]
 # Sums in float64 as in the plain loops; the warnings are about the compiler's own headers, as in setup.py.
