@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Measures what fastmtl promises about speed and memory, and exits 1 where a promise is missed.
 
-    python benchmarks/check.py [--only SUBSTRING] [--rounds 15] [--threads 2] [--accept-roof] [--json PATH]
+    python benchmarks/check.py [--only SUBSTRING] [--rounds 15] [--threads 2] [--accept-roof]
+                               [--json PATH] [--summary PATH]
+    python benchmarks/check.py --ci [--only SUBSTRING] [--repeat N] [--usual]
 
 The promises stand in bounds.toml. They are ratios of interleaved medians (measure.py) against plain PyTorch (pure.py),
 against TorchJD (peers.py) and against a streaming read of the same data, and each result is compared with a float64
-computation before it is timed. A case that fails is measured up to two more times, as a whole: no attempt is patched
-with numbers from another.
+computation before it is timed (trials.py). A case that fails is measured up to two more times, as a whole: no attempt
+is patched with numbers from another.
 
 Verdicts: ok; MISSED; WRONG (the result is not accurate, nothing was timed); ABSENT (TorchJD, or the solver that it
 needs, is not installed: the last line says how to); NOISY (most rounds were disturbed, or the
@@ -20,6 +22,13 @@ which would lower the limit, and what a cache keeps between two passes, which ca
 promise is out of reach here for code that is at most a floor bound from the limit, not that it is kept: such lines are
 counted apart, with the roof beside them. They still fail the check, unless --accept-roof is given: a lesser machine
 should say so itself.
+
+With --ci it is the gate against regressions: small cases, one thread, and bounds that leave room for another machine
+but not for code that takes twice as long. Each case has two ratios, against plain PyTorch and against a yardstick that
+has no fastmtl and no small matrices in it, and is REGRESSED only where both are beyond their bounds: slow memory moves
+the one, a better LAPACK the other, slower code moves both. One beyond its bound alone is shown as ALONE and fails
+nothing. Times are those of the processor, which stand still while others have it, so that a busy machine passes too.
+A case that stays NOISY in every attempt does not fail the gate, but it is shown.
 """
 
 from __future__ import annotations
@@ -29,54 +38,29 @@ import importlib
 import itertools
 import json
 import math
+import statistics
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import measure
 import peers
-import pure
+import summary
 import torch
-import workloads
-
-import fastmtl
+from trials import FIGURES, TRIALS, Trial
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
 
-BOUNDS = Path(__file__).with_name("bounds.toml")
+BOUNDS = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text(encoding="utf-8"))
 ATTEMPTS = 3
 NAME = 28  # width of the column
 BUSY = 0.2  # processors kept busy by others: beyond that, only a promise that is kept means anything
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A prepared case.
-
-    Attributes:
-        fast: fastmtl.
-        base: what it is compared with.
-        read: a streaming read of the input.
-        error: how wrong fastmtl's result was.
-        tolerance: how wrong it may be.
-        multiply_adds: of the Gram's upper triangle.
-        products: the cheapest dtype that is accurate enough for them.
-        rounds: how many rounds to time for one of the other cases, where the ratio is close to 1 or a call is long.
-        calls: how many calls each function makes; times are given for one.
-    """
-
-    fast: Callable[[], object]
-    base: Callable[[], object]
-    read: Callable[[], object]
-    error: float
-    tolerance: float
-    multiply_adds: int = 0
-    products: torch.dtype = torch.float32
-    rounds: float = 1.0
-    calls: int = 1
+SAMPLE = 5e-4  # seconds that a sample of the gate takes at least: shorter ones scatter where others run meanwhile
+YARDSTICK = 256  # side of the matrix product where that is the yardstick: half a millisecond
 
 
 @dataclass(frozen=True)
@@ -91,261 +75,81 @@ class Line:
     roof: float | None
     verdict: str
 
-
-def triangle(T: int, P: int) -> int:
-    """Multiply-adds of the upper triangle of a Gram."""
-    return T * (T + 1) // 2 * P
-
-
-def flat(T: int, P: int, kappa: float) -> Trial:
-    """A matrix [T, P]."""
-    G, out = workloads.matrix(T, P, kappa=kappa), torch.empty(P)
-    method, base = fastmtl.AlignedMTL(), pure.Flat(T, P)
-    return Trial(
-        fast=lambda: method(G, out=out),
-        base=lambda: base(G),
-        read=lambda: G.sum(),
-        error=workloads.error(method(G), workloads.exact(G)),
-        tolerance=workloads.tolerance(T),
-        multiply_adds=triangle(T, P),
-        products=torch.float64 if kappa > 1 else torch.float32,
-    )
-
-
-def batched(B: int, T: int, P: int, kappa: float) -> Trial:
-    """A batch [B, T, P]."""
-    G, out = workloads.matrix(B, T, P, kappa=kappa), torch.empty(B, P)
-    method, base = fastmtl.AlignedMTL(), pure.Batched(B, T, P)
-    return Trial(
-        fast=lambda: method(G, out=out),
-        base=lambda: base(G),
-        read=lambda: G.sum(),
-        error=workloads.error(method(G), workloads.exact(G)),
-        tolerance=workloads.tolerance(T),
-        multiply_adds=B * triangle(T, P),
-        products=torch.float64 if kappa > 1 else torch.float32,
-    )
-
-
-def bfloat16(T: int, P: int, kappa: float) -> Trial:
-    """A bfloat16 matrix against a float32 matrix of the same shape."""
-    wide = workloads.matrix(T, P, kappa=kappa)
-    half, out, wide_out = wide.bfloat16(), torch.empty(P, dtype=torch.bfloat16), torch.empty(P)
-    method = fastmtl.AlignedMTL()
-    return Trial(
-        fast=lambda: method(half, out=out),
-        base=lambda: method(wide, out=wide_out),
-        read=lambda: wide.sum(),
-        error=workloads.error(method(half), workloads.exact(half)),
-        tolerance=workloads.tolerance(T, torch.bfloat16),
-    )
-
-
-def eigh(B: int, T: int, kappa: float) -> Trial:
-    """Batched float64 eigendecomposition of [B, T, T] against torch.linalg.eigh."""
-    M = workloads.symmetric(B, T)
-    return Trial(
-        fast=lambda: fastmtl.eigh(M),
-        base=lambda: torch.linalg.eigh(M),
-        read=lambda: M.sum(),
-        error=workloads.eigen_error(M, *fastmtl.eigh(M)),
-        tolerance=10.0,
-    )
-
-
-def resnet50(T: int, kappa: float) -> Trial:
-    """A ragged list shaped like ResNet-50's parameters against concatenation."""
-    shapes = workloads.resnet50()
-    rows, base, method = workloads.ragged(T, shapes), pure.Ragged(T, shapes), fastmtl.AlignedMTL()
-    matrix = base.flatten(rows)
-    return Trial(
-        fast=lambda: method(rows),
-        base=lambda: base(rows),
-        read=lambda: matrix.sum(),
-        error=workloads.error(method(rows), workloads.exact(matrix)),
-        tolerance=workloads.tolerance(T),
-        multiply_adds=triangle(*matrix.shape),
-    )
-
-
-def backward(T: int, kappa: float) -> Trial:
-    """`m.backward` of T heads on an MLP against the bare loop of T autograd.grad calls; the graph is kept by both."""
-    problem, method = workloads.mlp(T), fastmtl.AlignedMTL()
-    losses = problem.losses([problem.forward()] * T)
-    loop = pure.autograd_loop(losses, problem.shared, problem.heads)
-    matrix = torch.stack([workloads.flatten(row[: len(problem.shared)]) for row in loop])
-    del loop
-
-    def fast() -> None:
-        problem.zero_grad()
-        method.backward(losses, shared=problem.shared, retain_graph=True)
-
-    fast()
-    return Trial(
-        fast=fast,
-        base=lambda: pure.autograd_loop(losses, problem.shared, problem.heads),
-        read=lambda: matrix.sum(),
-        error=workloads.error(problem.shared_grad(), workloads.exact(matrix)),
-        tolerance=workloads.tolerance(T),
-        multiply_adds=triangle(*matrix.shape),
-    )
-
-
-def fan_out(problem: workloads.MultiTask) -> Callable[[], object]:
-    """A training step through `fan_out`."""
-    method = fastmtl.AlignedMTL()
-    return lambda: problem.step(lambda h: fastmtl.fan_out(h, problem.tasks, method))
-
-
-def step(problem: workloads.MultiTask, rounds: float) -> Trial:
-    """A training step (without optimizer) through `fan_out` against one of the plain sum of the losses."""
-    measure.keep_memory()
-    expected, fast = problem.exact_upper_bound(), fan_out(problem)
-    fast()
-    return Trial(
-        fast=fast,
-        base=problem.step,
-        read=lambda: expected.sum(),
-        error=workloads.error(problem.shared_grad(), expected),
-        tolerance=workloads.tolerance(problem.tasks),
-        rounds=rounds,
-    )
-
-
-def step_mlp(T: int, kappa: float) -> Trial:
-    """T heads on an MLP: a step of a few milliseconds."""
-    return step(workloads.mlp(T), rounds=10)
-
-
-def step_resnet18(T: int, kappa: float) -> Trial:
-    """T heads on convolutions."""
-    return step(workloads.resnet18(T), rounds=1)
-
-
-def weighting(method: str, T: int, kappa: float) -> Trial:
-    """Task weights from a Gram matrix [T, T] against TorchJD's from the same one."""
-    grams, peer = workloads.grams(T), peers.PEERS[method]
-    fast, base = peer.passes(grams)
-    stacked = torch.stack(grams)
-    return Trial(
-        fast=fast,
-        base=base,
-        read=lambda: stacked.sum(),
-        error=max(peer.error(M) for M in grams),
-        tolerance=peer.tolerance,
-        rounds=1 if T < 100 else 1 / 3,  # theirs takes up to half a second
-        calls=len(grams),
-    )
-
-
-def aggregation(method: str, T: int, P: int, kappa: float) -> Trial:
-    """A whole aggregation of [T, P] against Aligned-MTL's."""
-    G, out = workloads.conflicting(T, P), torch.empty(P)
-    peer, aligned = peers.PEERS[method], fastmtl.AlignedMTL()
-    fast = peer.ours()
-    return Trial(
-        fast=lambda: fast(G, out=out),
-        base=lambda: aligned(G, out=out),
-        read=lambda: G.sum(),
-        error=peer.aggregation_error(G),
-        tolerance=peers.AGGREGATION,
-    )
-
-
-def graddrop(T: int, P: int, kappa: float) -> Trial:
-    """GradDrop of [T, P] against TorchJD's."""
-    G, out = workloads.conflicting(T, P), torch.empty(P)
-    method, base = fastmtl.GradDrop(), peers.torchjd().GradDrop()
-    return Trial(
-        fast=lambda: method(G, out=out),
-        base=lambda: base(G),
-        read=lambda: G.sum(),
-        error=workloads.sign_error(G, method(G)),
-        tolerance=workloads.tolerance(T),
-    )
-
-
-def drop_in(T: int, kappa: float) -> Trial:
-    """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
-    example = importlib.import_module("torchjd_example")
-    ours, theirs = (make(torch.float64) for make in (example.variant()["training"], example.training))
-    losses = [torch.stack([step() for _ in range(50)]) for step in (ours, theirs)]
-    fast, base = (make() for make in (example.variant()["training"], example.training))
-    return Trial(
-        fast=fast,
-        base=base,
-        read=lambda: losses[0].sum(),
-        error=float((losses[0] - losses[1]).abs().max()),
-        tolerance=1e-4,
-        rounds=20,
-    )
-
-
-def resnet50_memory(T: int) -> int:
-    """Bytes that the aggregation of T ragged rows takes beyond its result."""
-    result = 4 * sum(torch.Size(shape).numel() for shape in workloads.resnet50())
-    return measure.peak_extra_memory(_resnet50_call, T) - result
-
-
-def _resnet50_call(T: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    method = fastmtl.AlignedMTL()
-    small, rows = workloads.ragged(T, [(100, 1000), (1000,)]), workloads.ragged(T, workloads.resnet50())
-    return lambda: method(small), lambda: method(rows)
-
-
-def step_memory(T: int) -> int:
-    """Bytes that a step through `fan_out` takes beyond a plain step and the T gradients that are captured."""
-    batch, width = 4096, 512  # 8 MiB each: far beyond what the measurement is off by
-    peaks = [measure.peak_extra_memory(_step_call, T, batch, aggregated) for aggregated in (False, True)]
-    return peaks[1] - peaks[0] - T * batch * width * 4
-
-
-def _step_call(T: int, batch: int, aggregated: bool) -> tuple[Callable[[], object], Callable[[], object]]:
-    problems = workloads.mlp(T), workloads.mlp(T, batch)
-    small, large = (fan_out(problem) if aggregated else problem.step for problem in problems)
-    return small, large
-
-
-TRIALS: dict[str, Callable[..., Trial]] = {
-    function.__name__: function
-    for function in (
-        *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18),
-        *(weighting, aggregation, graddrop, drop_in),
-    )
-}
-MEMORY: dict[str, Callable[..., int]] = {function.__name__: function for function in (resnet50_memory, step_memory)}
+    @staticmethod
+    def met(reached: float, target: float, sense: str) -> bool:
+        """Whether `reached` is on the good side of `target`; NaN is not."""
+        return reached >= target if sense == ">=" else reached <= target
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of a group in bounds.toml; the attributes from `min_speedup` on are described there."""
+    """One problem of a group in bounds.toml; the attributes from `kappa` on are described there."""
 
     name: str
     kind: str
     arguments: Sequence[Any]
-    kappa: float
-    floor_bound: float
+    conditions: Mapping[str, float]
+    floor_bound: float = math.nan
     reads: int | None = None
     min_speedup: float | None = None
     max_slowdown: float | None = None
     max_floor: float | None = None
     max_extra_mb: float | None = None
+    max_ms: float | None = None
+    min_efficiency: float | None = None
+    yardstick: str = "read"
+    usual: tuple[float, float] | None = None
+    slack: float = math.nan
+
+    def prepare(self) -> Trial:
+        """The problem, with its result compared with the truth."""
+        return TRIALS[self.kind](*self.arguments, **self.conditions)
+
+    def functions(self, trial: Trial) -> dict[str, Callable[[], object]]:
+        """What is timed in turn."""
+        functions = {"base": trial.base, "fast": trial.fast, "read": trial.read}
+        if self.reads is not None:
+            functions["gemm"] = measure.gemm(trial.products)
+        elif self.yardstick == "gemm":
+            functions["gemm"] = measure.gemm(trial.products, YARDSTICK)
+        if trial.read_alone is not None:
+            functions["read_alone"] = trial.read_alone
+        return functions
 
 
-def cases() -> Iterator[Case]:
-    """The cases of bounds.toml."""
-    bounds = tomllib.loads(BOUNDS.read_text())
+def cases(bounds: Mapping[str, Any] = BOUNDS) -> Iterator[Case]:
+    """The promises of bounds.toml."""
     for group in bounds["group"]:
-        kind, shapes, kappas = group.pop("kind"), group.pop("shapes"), group.pop("kappas", [1])
-        methods = group.pop("methods", [None])
         floor_bound = group.get("max_floor", bounds["floor_bound"])
-        for method, (i, shape), kappa in itertools.product(methods, enumerate(shapes), kappas):
-            size = "x".join(map(short, shape)) if len(shape) > 1 else f"T={shape[0]}"
-            condition = f" kappa={short(kappa)}" if kappa > 1 else ""
-            name = " ".join(filter(None, (kind.replace("_", " "), method, size))) + condition
-            arguments = shape if method is None else [method, *shape]
-            limits = {key: limit[i] if isinstance(limit, list) else limit for key, limit in group.items()}
-            yield Case(name, kind, arguments, kappa, floor_bound, **limits)
+        yield from _expand(group, floor_bound=floor_bound)
+
+
+def ci_cases(isa: str, bounds: Mapping[str, Any] = BOUNDS) -> Iterator[Case]:
+    """The cases of the gate, with what is usual for kernels of this instruction set (`portable` where unknown)."""
+    ci = bounds["ci"]
+    usual = ci["usual"].get(isa, ci["usual"]["portable"])
+    for group in ci["group"]:
+        for case in _expand(group, slack=ci["slack"]):
+            yield replace(case, usual=usual.get(case.name, (math.nan, math.nan)))
+
+
+def _expand(group: Mapping[str, Any], **common: Any) -> Iterator[Case]:
+    """One case per method, shape and conditions."""
+    limits = dict(group)
+    kind, shapes = limits.pop("kind"), limits.pop("shapes", [[]])
+    methods, kappas, spread = limits.pop("methods", [None]), limits.pop("kappas", [1]), limits.pop("spread", 1)
+    for method, (i, shape), kappa in itertools.product(methods, enumerate(shapes), kappas):
+        size = "x".join(map(short, shape)) if len(shape) > 1 else "".join(f"T={T}" for T in shape)
+        conditions = {"kappa": kappa} | ({"spread": spread} if spread > 1 else {})
+        said = [f"{key}={short(value)}" for key, value in conditions.items() if value > 1]
+        yield Case(
+            " ".join(filter(None, (kind.replace("_", " "), method, size, *said))),
+            kind,
+            shape if method is None else [method, *shape],
+            conditions,
+            **common,
+            **{key: limit[i] if isinstance(limit, list) else limit for key, limit in limits.items()},
+        )
 
 
 def short(n: float) -> str:
@@ -355,104 +159,125 @@ def short(n: float) -> str:
     return f"{mantissa}e{int(exponent)}" if len(mantissa) == 1 and n >= 1000 else f"{n:g}"
 
 
-def lines(case: Case, trial: Trial, timing: measure.Timing) -> Iterator[Line]:
+Judge = Callable[[Case, Trial, measure.Timing], Sequence[Line]]
+
+
+def against_targets(case: Case, trial: Trial, timing: measure.Timing) -> list[Line]:
     """The demands of a case against one attempt's times."""
     seconds = timing.seconds
     fast, base, read = seconds["fast"], seconds["base"], seconds["read"]
+    found = []
 
-    def line(measure: str, reached: float, target: float, sense: str, roof: float, limited: bool) -> Line:
-        met = reached >= target if sense == ">=" else reached <= target
-        if met and timing.steady:
+    def line(name: str, reached: float, target: float | None, sense: str, roof: float, limited: bool) -> None:
+        if target is None:
+            return
+        if Line.met(reached, target, sense) and timing.steady:
             verdict = "ok"
         elif not timing.steady or timing.others > BUSY:  # a read slowed down by others is no roof
             verdict = "NOISY"
         else:
             verdict = "ROOF" if limited else "MISSED"
-        return Line(case.name, measure, reached, target, sense, None if math.isnan(roof) else roof, verdict)
+        found.append(Line(case.name, name, reached, target, sense, None if math.isnan(roof) else roof, verdict))
 
     roof_time = math.nan  # compares as never reached
     if case.reads is not None:
         compute = trial.multiply_adds / measure.GEMM**3 * seconds["gemm"]
         roof_time = max(read, compute) + (case.reads - 1) * read
-    if case.min_speedup is not None:
-        limited = fast <= case.floor_bound * roof_time
-        yield line("speed-up", base / fast, case.min_speedup, ">=", base / roof_time, limited)
-    if case.max_slowdown is not None:
-        limited = fast <= base + case.floor_bound * roof_time
-        yield line("slow-down", fast / base, case.max_slowdown, "<=", (base + roof_time) / base, limited)
-    if case.max_floor is not None:
-        yield line("x 2 reads", fast / (2 * read), case.max_floor, "<=", math.nan, False)
+    bound = case.floor_bound
+    line("speed-up", base / fast, case.min_speedup, ">=", base / roof_time, fast <= bound * roof_time)
+    slowest = base + bound * roof_time
+    line("slow-down", fast / base, case.max_slowdown, "<=", (base + roof_time) / base, fast <= slowest)
+    line("x 2 reads", fast / (2 * read), case.max_floor, "<=", math.nan, False)
+    if case.min_efficiency is not None:
+        several, of_read = torch.get_num_threads(), seconds["read_alone"] / read
+        efficiency, roof = base / fast / several, of_read / several
+        line("efficiency", efficiency, case.min_efficiency, ">=", roof, efficiency * bound >= roof)
+    return found
 
 
-def run(case: Case, rounds: int, accept: Sequence[str]) -> tuple[list[Line], dict[str, Any]]:
-    """The case's lines and the data behind them: the first attempt with only `accept` verdicts, or the best one."""
-    if case.max_extra_mb is not None:
-        extra = MEMORY[case.kind](*case.arguments)
-        verdict = "ok" if extra <= case.max_extra_mb * 1e6 else "MISSED"
-        return [Line(case.name, "extra MB", extra / 1e6, case.max_extra_mb, "<=", None, verdict)], {
-            "extra_bytes": extra
-        }
+def against_usual(case: Case, trial: Trial, timing: measure.Timing) -> list[Line]:
+    """The two ratios of a case of the gate against what is usual: REGRESSED where both are beyond their bounds."""
+    assert case.usual is not None
+    seconds = timing.seconds
+    ratios = (
+        ("speed-up", seconds["base"] / seconds["fast"], case.usual[0] * case.slack, ">="),
+        (f"x {case.yardstick}", seconds["fast"] / seconds[case.yardstick], case.usual[1] / case.slack, "<="),
+    )
+    met = [Line.met(reached, target, sense) for _, reached, target, sense in ratios]
 
+    def verdict(kept: bool) -> str:
+        if not timing.steady:
+            return "NOISY"
+        if kept:
+            return "ok"
+        return "ALONE" if any(met) else "REGRESSED"
+
+    return [Line(case.name, *ratio, None, verdict(kept)) for ratio, kept in zip(ratios, met, strict=True)]
+
+
+def run(
+    case: Case, rounds: int, accept: Sequence[str], judge: Judge, **options: Any
+) -> tuple[Sequence[Line], dict[str, Any]]:
+    """The case's lines and the data behind them: the first attempt with only `accept` verdicts, or the best one.
+
+    That is the one with the fewest others; among these, one that is not NOISY. `options` are those of
+    `measure.interleave`.
+    """
+    if case.kind in FIGURES:
+        return figure(case)
     try:
-        trial = TRIALS[case.kind](*case.arguments, kappa=case.kappa)
+        trial = case.prepare()
     except ImportError:  # TorchJD, or the solver that a method of it needs
         return [Line(case.name, "speed-up", 0.0, case.min_speedup or 0.0, ">=", None, "ABSENT")], {}
     data: dict[str, Any] = {"error": trial.error, "tolerance": trial.tolerance}
     if not trial.error <= trial.tolerance:
         return [Line(case.name, "error", trial.error, trial.tolerance, "<=", None, "WRONG")], data
-    functions = {"base": trial.base, "fast": trial.fast, "read": trial.read}
-    if case.reads is not None:
-        functions["gemm"] = measure.gemm(trial.products)
-    best: tuple[list[Line], dict[str, Any]] | None = None
-    fewest = 0
+    functions = case.functions(trial)
+    attempts = []
     for attempt in range(1, ATTEMPTS + 1):
-        timing = measure.interleave(functions, math.ceil(trial.rounds * rounds)).per_call(trial.calls)
-        result_lines = list(lines(case, trial, timing))
-        bad = sum(line.verdict not in accept for line in result_lines)
-        if best is None or bad < fewest:
-            fewest = bad
-            best = result_lines, data | {"attempt": attempt, **timing._asdict()}
-        if not bad:
+        timing = measure.interleave(functions, math.ceil(trial.rounds * rounds), **options).per_call(trial.calls)
+        lines = judge(case, trial, timing)
+        verdicts = [line.verdict for line in lines]
+        bad = sum(verdict not in accept for verdict in verdicts), verdicts.count("NOISY")
+        attempts.append((bad, lines, data | {"attempt": attempt, **timing._asdict()}))
+        if bad == (0, 0):
             break
-    assert best is not None
-    return best
+    _, lines, data = min(attempts, key=lambda attempt: attempt[0])
+    return lines, data
 
 
-def show(line: Line, data: dict[str, Any]) -> str:
+def figure(case: Case) -> tuple[list[Line], dict[str, Any]]:
+    """The line of a case that is no ratio."""
+    name, target = ("ms", case.max_ms) if case.max_extra_mb is None else ("extra MB", case.max_extra_mb)
+    assert target is not None
+    with measure.others_busy() as others:
+        reached = FIGURES[case.kind](*case.arguments)
+    verdict = "ok" if reached <= target else "NOISY" if name == "ms" and others() > BUSY else "MISSED"
+    return [Line(case.name, name, reached, target, "<=", None, verdict)], {"others": others()}
+
+
+HEAD = f"{'case':{NAME}} {'measure':10} {'reached':>8} {'target':>8} {'roof':>7} {'fast ms':>10}  verdict"
+
+
+def show(line: Line, data: Mapping[str, Any]) -> str:
     """A row of the printed table."""
     roof = "" if line.roof is None else f"{line.roof:.2f}"
     fast = f"{data['seconds']['fast'] * 1e3:.3f}" if "seconds" in data else ""
     reached = f"{line.reached:.1e}" if line.verdict == "WRONG" else f"{line.reached:.2f}"
-    target = f"{line.sense} {line.target:g}"
+    target = f"{line.sense} {line.target:.3g}"
     return f"{line.name:{NAME}} {line.measure:10} {reached:>8} {target:>8} {roof:>7} {fast:>10}  {line.verdict}"
 
 
-def main() -> None:
-    """Runs the cases, prints a row per demand, and exits 1 where one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per attempt (default 15)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--accept-roof", action="store_true", help="do not fail on what this machine's roof forbids")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write results, hardware and commit there")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    chosen = [case for case in cases() if args.only in case.name]
-    if not chosen:
-        parser.error(f"--only {args.only!r}: no such case")
-
-    machine = measure.machine()
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+def check(chosen: Sequence[Case], args: argparse.Namespace, machine: Mapping[str, Any]) -> bool:
+    """Holds the cases to their targets; whether all are kept."""
     if "_C" not in machine["extensions"]:
         print("The CPU kernels are not built: these are the times of the reference ops.")
-    print(
-        f"{'case':{NAME}} {'measure':10} {'reached':>8} {'target':>8} {'roof':>7} {'fast ms':>10}  verdict", flush=True
-    )
+    print(HEAD, flush=True)
     accept = ("ok", "ROOF") if args.accept_roof else ("ok",)
     verdicts: Counter[str] = Counter()
     records = []
     for case in chosen:
-        result, data = run(case, args.rounds, accept)
+        result, data = run(case, args.rounds, accept, against_targets)
         for line in result:
             verdicts[line.verdict] += 1
             print(show(line, data), flush=True)
@@ -470,12 +295,78 @@ def main() -> None:
         print(f"Other processes kept up to {busy:.1f} processors busy meanwhile: do not trust these numbers.")
     if verdicts["ABSENT"]:
         print(f"TorchJD or a solver that it needs is not installed: {peers.INSTALL}")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        options = {"only": args.only, "rounds": args.rounds, "accept_roof": args.accept_roof}
-        content = {"machine": machine, "options": options, "verdicts": dict(verdicts), "cases": records}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
-    raise SystemExit(any(verdict not in accept for verdict in verdicts))
+    options = {"only": args.only, "rounds": args.rounds, "accept_roof": args.accept_roof}
+    content = {"machine": machine, "options": options, "verdicts": dict(verdicts), "cases": records}
+    for path, text in ((args.json, json.dumps(content, indent=1) + "\n"), (args.summary, summary.markdown(content))):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return set(verdicts) <= set(accept)
+
+
+def gate(chosen: Sequence[Case], args: argparse.Namespace, machine: Mapping[str, Any]) -> bool:
+    """Holds the cases to what is usual, up to `args.repeat` times over; whether nothing regressed.
+
+    With `args.usual` nothing is judged, and what is usual here is printed.
+    """
+    accept = ("ok", "ALONE", "REGRESSED") if args.usual else ("ok", "ALONE")
+    clock = measure.cpu_clock()
+    reached: defaultdict[str, list[list[float]]] = defaultdict(list)
+    for number in range(1, args.repeat + 1):
+        start, verdicts = time.perf_counter(), Counter[str]()
+        if number == 1:
+            print(HEAD, flush=True)
+        for case in chosen:
+            result, data = run(case, args.rounds, accept, against_usual, clock=clock, shortest=SAMPLE)
+            for line in result:
+                verdicts[line.verdict] += 1
+                if number == 1 or line.verdict != "ok":
+                    print(show(line, data), flush=True)
+            reached[case.name].append([line.reached for line in result])
+        passed = set(verdicts) <= {*accept, "NOISY"}
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
+        seconds = time.perf_counter() - start
+        print(
+            f"pass {number} of {args.repeat}: {'kept' if passed else 'FAILED'} ({counts}) in {seconds:.0f} s",
+            flush=True,
+        )
+        if not passed:
+            return False
+    if args.usual:
+        print(f"\n[ci.usual.{machine['isa']}]")
+        for name, passes in reached.items():
+            print(
+                f'"{name}" = [{", ".join(f"{statistics.median(ratios):.3g}" for ratios in zip(*passes, strict=True))}]'
+            )
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the cases, prints a row per demand, and exits 1 where one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds per attempt (default 15, with --ci 61)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default 2, with --ci 1)")
+    parser.add_argument("--accept-roof", action="store_true", help="do not fail on what this machine's roof forbids")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write results, hardware and commit there")
+    parser.add_argument("--summary", type=Path, metavar="PATH", help="write them there as a Markdown table")
+    parser.add_argument("--ci", action="store_true", help="the gate: quick cases against looser bounds")
+    parser.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="with --ci: N passes, up to the first failure"
+    )
+    parser.add_argument("--usual", action="store_true", help="with --ci: judge nothing, print medians for bounds.toml")
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (61 if args.ci else 15)
+    torch.set_num_threads(args.threads or (1 if args.ci else 2))
+    machine = measure.machine()
+    if args.ci and "_C" not in machine["extensions"]:
+        print("The CPU kernels are not built: there is nothing whose speed could be gated, and nothing was measured.")
+        raise SystemExit(0)
+    chosen = [case for case in (ci_cases(machine["isa"]) if args.ci else cases()) if args.only in case.name]
+    if not chosen:
+        parser.error(f"--only {args.only!r}: no such case")
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    raise SystemExit(not (gate if args.ci else check)(chosen, args, machine))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,21 @@ TABLES = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Adds what `measure.machine` finds."""
-    machine_info["fastmtl"] = measure.machine()
+    """What `measure.machine` finds, in place of pytest-benchmark's own, which names the host.
+
+    Without commit and date, which the file has elsewhere: a comparison warns where this is not the same.
+    """
+    machine_info.clear()
+    found = measure.machine()
+    machine_info["fastmtl"] = {key: found[key] for key in found if key not in ("commit", "dirty", "date")}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Leaves every single time out, unless --benchmark-save-data asks for them: medians are what is committed."""
+    if not config.getoption("benchmark_save_data"):
+        for benchmark in output_json["benchmarks"]:
+            benchmark["stats"].pop("data", None)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own

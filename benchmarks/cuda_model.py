@@ -1,9 +1,9 @@
 """A model: what bytes, operations and launches alone would take on three GPUs. And what was measured, beside it.
 
-    python benchmarks/cuda_model.py             # prints the tables, as Markdown; needs no GPU
-    python benchmarks/cuda_model.py --write     # puts them into docs/performance.md
+    python benchmarks/cuda_model.py     # prints the tables, as Markdown; needs no GPU
 
-What was measured is read from benchmarks/results, where pytest benchmarks/test_cuda.py has left it.
+tools/docs_numbers.py (make docs-numbers) puts them into docs/performance.md. What was measured is read from
+benchmarks/results, where pytest benchmarks/test_cuda.py has left it.
 
 Every kernel of csrc/cuda is counted as it is launched for well-conditioned gradients: bytes from and to memory,
 multiply-adds (those on zero rows included: tiles are padded), and launches. A kernel takes the longer of bytes /
@@ -17,7 +17,6 @@ matrix that fits the second-level cache, and partial sums, look slower than they
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,13 +35,11 @@ __all__ = [
     "Device",
     "Kernel",
     "align",
-    "document",
     "measured",
     "plain",
     "tables",
 ]
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results" / "h100-sxm" / "cuda.json"
 
 # The numbers that csrc/cuda decides by, each with its own name there: tests/test_cuda_model.py compares them.
@@ -425,7 +422,8 @@ def measured() -> str:
     roof = found.pop("cuda roof")
     copy, read = (roof[name, "eager"]["GB/s"] for name in ("copy", "sum"))
     machine = results["machine_info"]["fastmtl"]
-    text = f"{roof['copy', 'eager']['device']}, torch {machine['torch']}, commit {machine['commit'][:7]}. "
+    commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
+    text = f"{roof['copy', 'eager']['device']}, torch {machine['torch']}, commit {commit[:7]}. "
     text += f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
     text += (
         _row(["case", "µs", "called eagerly", "plain PyTorch", "× plain", "× the reads", "model"]) + "|---" * 7 + "|\n"
@@ -451,31 +449,5 @@ def _group(case: Case) -> str:
     return f"cuda batched {case.B}x{case.T}x{case.P}" if case.B > 1 else f"cuda {str(case.dtype)[6:]} {case.T}x{case.P}"
 
 
-def document(page: str) -> str:
-    """The page with today's tables between their marks.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    for name, content in (("measured", measured()), ("model", tables())):
-        begin, end = f"<!-- benchmarks/cuda_model.py: {name} -->\n", f"<!-- end: {name} -->\n"
-        before, first, rest = page.partition(begin)
-        _, last, after = rest.partition(end)
-        if not first or not last:
-            raise ValueError(f"expected {begin.strip()} and {end.strip()} in the page")
-        page = f"{before}{begin}\n{content}\n{end}{after}"
-    return page
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables, or writes them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"put the tables into docs/{PAGE.name}")
-    if parser.parse_args(arguments).write:
-        PAGE.write_text(document(PAGE.read_text()))
-    else:
-        sys.stdout.write(f"{measured()}\n{tables()}")
-
-
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(f"{measured()}\n{tables()}")

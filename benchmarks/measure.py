@@ -10,8 +10,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,10 +21,21 @@ import torch
 
 import fastmtl
 
-__all__ = ["GEMM", "Timing", "gemm", "interleave", "keep_memory", "machine", "peak_extra_memory"]
+__all__ = [
+    "GEMM",
+    "Timing",
+    "cpu_clock",
+    "gemm",
+    "interleave",
+    "keep_memory",
+    "machine",
+    "others_busy",
+    "peak_extra_memory",
+]
 
-SHORTEST = 1e-4  # seconds: shorter functions are called repeatedly within one sample
-STEADY = 1.5  # a round counts while the read around it stays within this factor of its median
+SHORTEST = 1e-4  # seconds that a sample takes at least
+LONG = 1.0  # seconds: one call is warm-up enough
+STEADY = 1.5  # a round counts while the read around it stays within this factor of the usual one
 GEMM = 1024  # side of the matrix product that gives the multiply-add rate
 
 
@@ -52,53 +64,85 @@ class Timing(NamedTuple):
         return self._replace(seconds={name: s / calls for name, s in self.seconds.items()})
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> Timing:
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    shortest: float = SHORTEST,
+) -> Timing:
     """Times all functions in turn, `rounds` times over, and takes the median of each.
 
     Ratios of such medians hold on a noisy machine: whatever slows a round down slows all of its functions. What hits
     only some of them shows in `functions["read"]`, which must be a plain read of the input: a round is discarded where
-    this read, timed within the round and within the one before, is off its median by more than a factor of `STEADY`.
+    this read, timed within the round and within the one before, is off the usual one by more than a factor of `STEADY`.
+    The usual one is the lower quartile of all of them, not their median: what disturbs a read makes it slower, and if
+    it disturbs most of them, the median is one of those and the good rounds would be the ones to go.
+
+    Args:
+        functions: what to time, by name.
+        rounds: how often, at least 1.
+        clock: seconds since some moment.
+        shortest: a function that takes less is called repeatedly within one sample, until it has taken so long.
     """
     calls = {}
     for name, function in functions.items():
-        for _ in range(3):
-            start = time.perf_counter()
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < LONG:
+            start = clock()
             function()
-            elapsed = time.perf_counter() - start
-        calls[name] = max(1, round(SHORTEST / elapsed))
+            times.append(clock() - start)
+        # Not the fastest: where a host gives the processor to others, a clock may even lag behind for a moment.
+        calls[name] = max(1, round(shortest / max(statistics.median(times), 1e-6)))
 
     def sample(name: str) -> float:
         function, n = functions[name], calls[name]
-        start = time.perf_counter()
+        start = clock()
         for _ in range(n):
             function()
-        return (time.perf_counter() - start) / n
+        return (clock() - start) / n
 
-    start, others = time.perf_counter(), _others()
-    first = sample("read")
-    samples = [{name: sample(name) for name in functions} for _ in range(rounds)]
-    others = max(0.0, _others() - others) / (time.perf_counter() - start)
+    with others_busy() as others:
+        first = sample("read")
+        samples = [{name: sample(name) for name in functions} for _ in range(rounds)]
     reads = [first, *(s["read"] for s in samples)]
-    typical = statistics.median(reads)
-    steady = [typical / STEADY <= read <= typical * STEADY for read in reads]
+    usual = statistics.quantiles(reads, n=4, method="inclusive")[0]
+    steady = [usual / STEADY <= read <= usual * STEADY for read in reads]
     kept = [s for s, before, within in zip(samples, steady, steady[1:], strict=False) if before and within]
     medians = {name: statistics.median(s[name] for s in kept or samples) for name in functions}
-    return Timing(medians, len(kept), rounds, others)
+    return Timing(medians, len(kept), rounds, others())
 
 
-def _others() -> float:
-    """Processor seconds that other processes, or other guests of the same host, have used since the machine started."""
+def cpu_clock() -> Callable[[], float]:
+    """The clock that stands still while this process does not run, where it is fine enough; else the one on the wall.
+
+    With a single thread nothing but the processor's own speed and its caches is left to disturb what it times.
+    """
+    fine = time.get_clock_info("process_time").resolution <= 1e-6
+    return time.process_time if fine else time.perf_counter
+
+
+@contextmanager
+def others_busy() -> Iterator[Callable[[], float]]:
+    """Gives a function that says how many processors other processes kept busy within (Linux; elsewhere 0)."""
+    start, used = time.perf_counter(), _used_by_others()
+    busy = 0.0
+    yield lambda: busy
+    busy = max(0.0, _used_by_others() - used) / (time.perf_counter() - start)
+
+
+def _used_by_others() -> float:
+    """Processor seconds that processes other than this one and its children, or other guests of the same host, used."""
     try:
         ticks = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
     except OSError:
         return 0.0
     idle, waiting = ticks[3:5]
-    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
-def gemm(dtype: torch.dtype) -> Callable[[], object]:
-    """A square matrix product of `GEMM`³ multiply-adds, for the rate at which this machine does them in `dtype`."""
-    a, b, out = (torch.ones(GEMM, GEMM, dtype=dtype) for _ in range(3))
+def gemm(dtype: torch.dtype, side: int = GEMM) -> Callable[[], object]:
+    """A square matrix product of `side`³ multiply-adds, for the rate at which this machine does them in `dtype`."""
+    a, b, out = (torch.ones(side, side, dtype=dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out)
 
 

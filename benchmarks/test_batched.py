@@ -32,7 +32,7 @@ def test_batched(benchmark: Any, shape: tuple[int, int, int], name: str) -> None
 
 
 @pytest.mark.benchmark(max_time=0.5, min_rounds=3)
-@pytest.mark.parametrize("function", [fastmtl.eigh, torch.linalg.eigh], ids=["fastmtl", "torch"])
+@pytest.mark.parametrize("function", [fastmtl.eigh, torch.linalg.eigh], ids=["fastmtl", "pure"])
 @pytest.mark.parametrize(("B", "T"), [(4096, 3), (4096, 8), (1024, 16), (1024, 32)])
 def test_eigh(benchmark: Any, B: int, T: int, function: Any) -> None:
     """float64 [B, T, T] against torch.linalg.eigh."""

@@ -45,7 +45,7 @@ def torchjd(G: Tensor) -> Callable[[], Tensor]:
 
 
 @pytest.mark.benchmark(max_time=0.3, min_rounds=5)
-@pytest.mark.parametrize("make", [fast, plain, torchjd])
+@pytest.mark.parametrize("make", [fast, plain, torchjd], ids=["fastmtl", "pure", "torchjd"])
 def test_flat(benchmark: Any, problem: tuple[Tensor, Tensor], make: Callable[[Tensor], Callable[[], Tensor]]) -> None:
     """float32, well conditioned, so that a float32 Gram is accurate enough for all of them."""
     G, expected = problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import loops
 import measure
 import pure
 import pytest
@@ -46,6 +47,13 @@ def torchjd(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], obj
     return lambda rows: [aggregator(flatten(rows))]
 
 
+def loop(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], object]:
+    """A LibMTL-style loop: flatten parameter by parameter, stack, aggregate, write back slice by slice."""
+    sizes = [torch.Size(shape) for shape in shapes]
+    numbers = [shape.numel() for shape in sizes]
+    return lambda rows: loops.slices(loops.aligned(loops.collected(rows, numbers)), sizes)
+
+
 def prepare(make: Callable[..., Callable[[list[list[Tensor]]], object]]) -> Any:
     """For `measure.peak_extra_memory`: a small call, and the call itself with the buffers that its user must hold."""
     small = [(100, 1000), (1000,)]
@@ -54,7 +62,7 @@ def prepare(make: Callable[..., Callable[[list[list[Tensor]]], object]]) -> Any:
 
 
 @pytest.mark.benchmark(max_time=1.0, min_rounds=3, group=f"ragged resnet50 T={T}")
-@pytest.mark.parametrize("make", [fast, plain, torchjd])
+@pytest.mark.parametrize("make", [fast, plain, torchjd, loop], ids=["fastmtl", "pure", "torchjd", "loop"])
 def test_ragged(benchmark: Any, problem: tuple[list[list[Tensor]], Tensor], make: Callable[..., Any]) -> None:
     """Time of one aggregation, T rows in, one tensor per parameter out."""
     rows, expected = problem
@@ -64,7 +72,7 @@ def test_ragged(benchmark: Any, problem: tuple[list[list[Tensor]], Tensor], make
 
 
 @pytest.mark.benchmark(group=f"ragged resnet50 T={T}, peak memory (see extra_info)")
-@pytest.mark.parametrize("make", [fast, plain])
+@pytest.mark.parametrize("make", [fast, plain, loop], ids=["fastmtl", "pure", "loop"])
 def test_memory(benchmark: Any, make: Callable[..., Any]) -> None:
     """Peak extra memory of one call beyond its result, in `extra_info`; the time is that of the measurement."""
     peak = benchmark.pedantic(measure.peak_extra_memory, (prepare, make), rounds=1)

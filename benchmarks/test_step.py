@@ -7,10 +7,12 @@ Each way is timed in turn with the plain step of the summed losses: those ratios
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import loops
 import measure
 import pure
 import pytest
@@ -19,6 +21,7 @@ import workloads
 from torch import Tensor
 
 import fastmtl
+from fastmtl import scalarization
 
 pytest.importorskip("pytest_benchmark")
 
@@ -33,12 +36,13 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda name: name.replace(" T=", "-"))
 def problem(request: pytest.FixtureRequest) -> tuple[str, workloads.MultiTask, dict[str, Tensor]]:
-    """A model, and its encoder's gradient: of the plain sum, of Aligned-MTL-UB and of Aligned-MTL."""
+    """A model, and its encoder's gradient: of the plain sum, of Aligned-MTL-UB, of Aligned-MTL and of it by layers."""
     measure.keep_memory()
     model = MODELS[request.param]()
     model.step()
     plain = model.shared_grad().double()
-    return request.param, model, {"plain": plain, "UB": model.exact_upper_bound(), "full": model.exact()}
+    expected = {"plain": plain, "half": plain / 2, "UB": model.exact_upper_bound(), "full": model.exact()}
+    return request.param, model, expected | {"layers": model.exact(model.layers)}
 
 
 def plain(model: workloads.MultiTask) -> Callable[[], object]:
@@ -50,6 +54,57 @@ def fan_out(model: workloads.MultiTask, via: str = "node") -> Callable[[], objec
     """One backward of the summed losses, aggregation where the aliases of the representation meet."""
     method = fastmtl.AlignedMTL()
     return lambda: model.step(lambda h: fastmtl.fan_out(h, model.tasks, method, via=via))
+
+
+def attached(model: workloads.MultiTask) -> Callable[[], object]:
+    """The same by module hooks, on modules of their own with the same parameters: the plain step has to go without."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.model.parameters()})
+    fastmtl.attach(twin.encoder, list(twin.model[1:]), fastmtl.AlignedMTL())
+    return twin.step
+
+
+def weighted(model: workloads.MultiTask) -> Callable[[], object]:
+    """A weighted sum of the losses: no aggregation, but what the losses' weights cost."""
+    method = scalarization.Uncertainty(model.tasks)
+
+    def run() -> None:
+        model.zero_grad()
+        method.zero_grad()
+        method(model.losses([model.forward()] * model.tasks)).backward()
+
+    return run
+
+
+def pure_full(model: workloads.MultiTask) -> Callable[[], object]:
+    """The exact method in plain PyTorch."""
+    base = pure.Backward(model.shared, model.heads)
+
+    def run() -> None:
+        model.zero_grad()
+        base(model.losses([model.forward()] * model.tasks))
+
+    return run
+
+
+def loop(model: workloads.MultiTask) -> Callable[[], object]:
+    """The exact method as LibMTL-style loops collect it."""
+    collect = loops.Loop(model.shared)
+
+    def run() -> None:
+        model.zero_grad()
+        collect(model.losses([model.forward()] * model.tasks))
+
+    return run
+
+
+def loop_ub(model: workloads.MultiTask) -> Callable[[], object]:
+    """The upper bound as they do it."""
+
+    def run() -> None:
+        model.zero_grad()
+        loops.upper_bound(model.forward(), lambda z: model.losses([z] * model.tasks))
+
+    return run
 
 
 def pure_fan_out(model: workloads.MultiTask) -> Callable[[], object]:
@@ -66,6 +121,7 @@ def backward(model: workloads.MultiTask, options: Sequence[str]) -> Callable[[],
         model.zero_grad()
         h = model.forward()
         values: dict[str, Any] = {"shared": model.shared, "representation": h, "features": h, "batched": True}
+        values["groups"] = model.layers
         method.backward(model.losses([h] * model.tasks), **{option: values[option] for option in options})
 
     return run
@@ -109,17 +165,24 @@ def torchjd_parts() -> tuple[Any, Any, Any]:
 # The table's rows: which gradient it is, and how the step is made.
 WAYS: dict[str, tuple[str, Callable[..., Callable[[], object]], dict[str, Any]]] = {
     "summed losses": ("plain", plain, {}),
+    "weighted losses: Uncertainty": ("half", weighted, {}),
     "UB: fan_out": ("UB", fan_out, {}),
     'UB: fan_out, via="hooks"': ("UB", fan_out, {"via": "hooks"}),
+    "UB: attach": ("UB", attached, {}),
     "UB: backward(representation=)": ("UB", backward, {"options": ["representation"]}),
     "UB: plain PyTorch": ("UB", pure_fan_out, {}),
     "UB: TorchJD's parts": ("UB", torchjd_ub, {}),
+    "UB: LibMTL-style loop": ("UB", loop_ub, {}),
     "full: backward(shared=)": ("full", backward, {"options": ["shared"]}),
     "full: backward(features=)": ("full", backward, {"options": ["features"]}),
     "full: backward(features=, batched=True)": ("full", backward, {"options": ["features", "batched"]}),
+    "full: backward(groups=layers)": ("layers", backward, {"options": ["groups"]}),
+    "full: plain PyTorch": ("full", pure_full, {}),
     "full: TorchJD's mtl_backward": ("full", torchjd, {}),
     "full: TorchJD's mtl_backward, one by one": ("full", torchjd, {"chunk": 1}),
+    "full: LibMTL-style loop": ("full", loop, {}),
 }
+OURS = (fan_out, attached, backward, weighted)
 
 
 @pytest.mark.benchmark(max_time=0.3, min_rounds=3)
@@ -132,7 +195,7 @@ def test_step(
     gradient, make, options = WAYS[way]
     run = make(model, **options)
     run()
-    tolerance = workloads.tolerance(model.tasks) if make in (fan_out, backward) else 1e-3
+    tolerance = workloads.tolerance(model.tasks) if make in OURS else 1e-3
     assert workloads.error(model.shared_grad(), expected[gradient]) <= tolerance
 
     start = time.perf_counter()

@@ -109,6 +109,12 @@ class MultiTask:
         return list(self.encoder.parameters())
 
     @property
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The encoder's parameters, layer by layer."""
+        own = (list(layer.parameters(recurse=False)) for layer in self.encoder.modules())
+        return [parameters for parameters in own if parameters]
+
+    @property
     def heads(self) -> list[list[Tensor]]:
         """The parameters of each head."""
         return [list(head.parameters()) for head in self.model[1:]]
@@ -141,11 +147,19 @@ class MultiTask:
         """The shared parameters' `.grad` as one vector."""
         return flatten([p.grad for p in self.shared if p.grad is not None])
 
-    def exact(self) -> Tensor:
-        """Aligned-MTL's gradient of the encoder as one vector: autograd's T gradients, aggregated in float64."""
+    def exact(self, groups: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
+        """Aligned-MTL's gradient of the encoder as one vector: autograd's T gradients, aggregated in float64.
+
+        Args:
+            groups: the encoder's parameters in order, in parts that are aggregated on their own; default: in one.
+        """
         h = self.forward()
         rows = [torch.autograd.grad(loss, self.shared, retain_graph=True) for loss in self.losses([h] * self.tasks)]
-        return exact(torch.stack([flatten(row) for row in rows]))
+        G = torch.stack([flatten(row) for row in rows])
+        if groups is None:
+            return exact(G)
+        sizes = [sum(p.numel() for p in group) for group in groups]
+        return torch.cat([exact(part) for part in G.split(sizes, dim=1)])
 
     def exact_upper_bound(self) -> Tensor:
         """The same of Aligned-MTL-UB: the T gradients of the representation aggregated, then one pass behind it."""

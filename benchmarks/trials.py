@@ -1,0 +1,438 @@
+"""The problems that check.py times: each prepared, with its result compared with a float64 computation."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import measure
+import peers
+import pure
+import torch
+import workloads
+from torch import Tensor
+
+import fastmtl
+from fastmtl import ops, reference
+
+__all__ = ["FIGURES", "TRIALS", "Trial"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prepared case.
+
+    Attributes:
+        fast: fastmtl.
+        base: what it is compared with.
+        read: a streaming read of the input.
+        error: how wrong fastmtl's result was.
+        tolerance: how wrong it may be.
+        multiply_adds: of the Gram's upper triangle.
+        products: the cheapest dtype that is accurate enough for them.
+        rounds: how many rounds to time for one of the other cases, where the ratio is close to 1 or a call is long.
+        calls: how many calls each function makes; times are given for one.
+        read_alone: the read on one thread, where two threads are compared with one.
+    """
+
+    fast: Callable[[], object]
+    base: Callable[[], object]
+    read: Callable[[], object]
+    error: float
+    tolerance: float
+    multiply_adds: int = 0
+    products: torch.dtype = torch.float32
+    rounds: float = 1.0
+    calls: int = 1
+    read_alone: Callable[[], object] | None = None
+
+
+def triangle(T: int, P: int) -> int:
+    """Multiply-adds of the upper triangle of a Gram."""
+    return T * (T + 1) // 2 * P
+
+
+def flat(T: int, P: int, kappa: float, spread: float = 1.0) -> Trial:
+    """A matrix [T, P] whose row norms go from 1 to 1 / `spread` times what they were."""
+    G, out = workloads.matrix(T, P, kappa=kappa), torch.empty(P)
+    if spread > 1:
+        G *= (spread ** -torch.linspace(0, 1, T))[:, None]
+    method, base = fastmtl.AlignedMTL(), pure.Flat(T, P)
+    return Trial(
+        fast=lambda: method(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.error(method(G), workloads.exact(G)),
+        tolerance=workloads.tolerance(T),
+        multiply_adds=triangle(T, P),
+        products=torch.float64 if kappa > 1 else torch.float32,
+        rounds=1 if T < 1000 else 1 / 3,  # seconds
+    )
+
+
+def batched(B: int, T: int, P: int, kappa: float) -> Trial:
+    """A batch [B, T, P]."""
+    G, out = workloads.matrix(B, T, P, kappa=kappa), torch.empty(B, P)
+    method, base = fastmtl.AlignedMTL(), pure.Batched(B, T, P)
+    return Trial(
+        fast=lambda: method(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.error(method(G), workloads.exact(G)),
+        tolerance=workloads.tolerance(T),
+        multiply_adds=B * triangle(T, P),
+        products=torch.float64 if kappa > 1 else torch.float32,
+    )
+
+
+def bfloat16(T: int, P: int, kappa: float) -> Trial:
+    """A bfloat16 matrix against a float32 matrix of the same shape."""
+    wide = workloads.matrix(T, P, kappa=kappa)
+    half, out, wide_out = wide.bfloat16(), torch.empty(P, dtype=torch.bfloat16), torch.empty(P)
+    method = fastmtl.AlignedMTL()
+    return Trial(
+        fast=lambda: method(half, out=out),
+        base=lambda: method(wide, out=wide_out),
+        read=lambda: wide.sum(),
+        error=workloads.error(method(half), workloads.exact(half)),
+        tolerance=workloads.tolerance(T, torch.bfloat16),
+    )
+
+
+def eigh(B: int, T: int, kappa: float) -> Trial:
+    """Batched float64 eigendecomposition of [B, T, T] against torch.linalg.eigh."""
+    M = workloads.symmetric(B, T)
+    return Trial(
+        fast=lambda: fastmtl.eigh(M),
+        base=lambda: torch.linalg.eigh(M),
+        read=lambda: M.sum(),
+        error=workloads.eigen_error(M, *fastmtl.eigh(M)),
+        tolerance=10.0,
+    )
+
+
+def resnet50(T: int, kappa: float) -> Trial:
+    """A ragged list shaped like ResNet-50's parameters against concatenation."""
+    shapes = workloads.resnet50()
+    rows, base, method = workloads.ragged(T, shapes), pure.Ragged(T, shapes), fastmtl.AlignedMTL()
+    matrix = base.flatten(rows)
+    return Trial(
+        fast=lambda: method(rows),
+        base=lambda: base(rows),
+        read=lambda: matrix.sum(),
+        error=workloads.error(method(rows), workloads.exact(matrix)),
+        tolerance=workloads.tolerance(T),
+        multiply_adds=triangle(*matrix.shape),
+    )
+
+
+def backward(T: int, kappa: float) -> Trial:
+    """`m.backward` of T heads on an MLP against the bare loop of T autograd.grad calls; the graph is kept by both."""
+    problem, method = workloads.mlp(T), fastmtl.AlignedMTL()
+    losses = problem.losses([problem.forward()] * T)
+    loop = pure.autograd_loop(losses, problem.shared, problem.heads)
+    matrix = torch.stack([workloads.flatten(row[: len(problem.shared)]) for row in loop])
+    del loop
+
+    def fast() -> None:
+        problem.zero_grad()
+        method.backward(losses, shared=problem.shared, retain_graph=True)
+
+    fast()
+    return Trial(
+        fast=fast,
+        base=lambda: pure.autograd_loop(losses, problem.shared, problem.heads),
+        read=lambda: matrix.sum(),
+        error=workloads.error(problem.shared_grad(), workloads.exact(matrix)),
+        tolerance=workloads.tolerance(T),
+        multiply_adds=triangle(*matrix.shape),
+    )
+
+
+def fan_out(problem: workloads.MultiTask) -> Callable[[], object]:
+    """A training step through `fan_out`."""
+    method = fastmtl.AlignedMTL()
+    return lambda: problem.step(lambda h: fastmtl.fan_out(h, problem.tasks, method))
+
+
+def step(problem: workloads.MultiTask, rounds: float) -> Trial:
+    """A training step (without optimizer) through `fan_out` against one of the plain sum of the losses."""
+    measure.keep_memory()
+    expected, fast = problem.exact_upper_bound(), fan_out(problem)
+    fast()
+    return Trial(
+        fast=fast,
+        base=problem.step,
+        read=lambda: expected.sum(),
+        error=workloads.error(problem.shared_grad(), expected),
+        tolerance=workloads.tolerance(problem.tasks),
+        rounds=rounds,
+    )
+
+
+def step_mlp(T: int, kappa: float) -> Trial:
+    """T heads on an MLP: a step of a few milliseconds."""
+    return step(workloads.mlp(T), rounds=10)
+
+
+def step_resnet18(T: int, kappa: float) -> Trial:
+    """T heads on convolutions."""
+    return step(workloads.resnet18(T), rounds=1)
+
+
+def weighting(method: str, T: int, kappa: float) -> Trial:
+    """Task weights from a Gram matrix [T, T] against TorchJD's from the same one."""
+    grams, peer = workloads.grams(T), peers.PEERS[method]
+    fast, base = peer.passes(grams)
+    stacked = torch.stack(grams)
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: stacked.sum(),
+        error=max(peer.error(M) for M in grams),
+        tolerance=peer.tolerance,
+        rounds=1 if T < 100 else 1 / 3,  # theirs takes up to half a second
+        calls=len(grams),
+    )
+
+
+def aggregation(method: str, T: int, P: int, kappa: float) -> Trial:
+    """A whole aggregation of [T, P] against Aligned-MTL's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    peer, aligned = peers.PEERS[method], fastmtl.AlignedMTL()
+    fast = peer.ours()
+    return Trial(
+        fast=lambda: fast(G, out=out),
+        base=lambda: aligned(G, out=out),
+        read=lambda: G.sum(),
+        error=peer.aggregation_error(G),
+        tolerance=peers.AGGREGATION,
+    )
+
+
+def graddrop(T: int, P: int, kappa: float) -> Trial:
+    """GradDrop of [T, P] against TorchJD's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    method, base = fastmtl.GradDrop(), peers.torchjd().GradDrop()
+    return Trial(
+        fast=lambda: method(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.sign_error(G, method(G)),
+        tolerance=workloads.tolerance(T),
+    )
+
+
+def drop_in(T: int, kappa: float) -> Trial:
+    """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
+    example = importlib.import_module("torchjd_example")
+    ours, theirs = (make(torch.float64) for make in (example.variant()["training"], example.training))
+    losses = [torch.stack([step() for _ in range(50)]) for step in (ours, theirs)]
+    fast, base = (make() for make in (example.variant()["training"], example.training))
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: losses[0].sum(),
+        error=float((losses[0] - losses[1]).abs().max()),
+        tolerance=1e-4,
+        rounds=20,
+    )
+
+
+def threads(T: int, P: int, kappa: float) -> Trial:
+    """A matrix [T, P] on as many threads as torch has now, against the same on one."""
+    several = torch.get_num_threads()
+    trial = flat(T, P, kappa)
+
+    def alone(function: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            torch.set_num_threads(1)
+            try:
+                function()
+            finally:
+                torch.set_num_threads(several)
+
+        return run
+
+    return replace(trial, base=alone(trial.fast), read_alone=alone(trial.read))
+
+
+def import_(kappa: float) -> Trial:
+    """`import fastmtl` in a fresh process against `import torch`; the read is that of the interpreter."""
+
+    def start(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    return Trial(
+        fast=start("import fastmtl"),
+        base=start("import torch"),
+        read=start("pass"),
+        error=0.0,
+        tolerance=0.0,
+        rounds=2 / 3,
+    )
+
+
+def ragged(T: int, layers: int, kappa: float) -> Trial:
+    """T rows of `layers` weights [64, 64] and biases [64] against concatenation."""
+    shapes = [shape for _ in range(layers) for shape in ((64, 64), (64,))]
+    rows, base, method = workloads.ragged(T, shapes), pure.Ragged(T, shapes), fastmtl.AlignedMTL()
+    matrix = base.flatten(rows)
+    return Trial(
+        fast=lambda: method(rows),
+        base=lambda: base(rows),
+        read=lambda: matrix.sum(),
+        error=workloads.error(method(rows), workloads.exact(matrix)),
+        tolerance=workloads.tolerance(T),
+    )
+
+
+def aliases(T: int, batch: int, kappa: float) -> Trial:
+    """`fan_out` of a representation [batch, 512] and the backward through it against the same in plain PyTorch."""
+    torch.manual_seed(0)
+    h, gradients = torch.randn(batch, 512, requires_grad=True), torch.randn(T, batch, 512)
+    method, base = fastmtl.AlignedMTL(), pure.FanOut(T, h.shape)
+
+    def backward(outputs: Sequence[Tensor]) -> Tensor:
+        return torch.autograd.grad(list(outputs), h, gradients.unbind())[0]
+
+    def fast() -> Tensor:
+        return backward(fastmtl.fan_out(h, T, method))
+
+    return Trial(
+        fast=fast,
+        base=lambda: backward(base(h)),
+        read=lambda: gradients.sum(),
+        error=workloads.error(workloads.flatten([fast()]), workloads.exact(gradients.view(T, -1))),
+        tolerance=workloads.tolerance(T),
+    )
+
+
+POLICY = (None, "min", 1e-3, 0.0, "normalized")  # of Aligned-MTL, as the ops take it
+PIECES = 20  # tensors a row, of the ops on lists
+
+
+def op(name: str, T: int, P: int, kappa: float) -> Trial:
+    """One op on gradients [T, P], or on their columns in pieces; plain Aligned-MTL is the fixed work beside it."""
+    G = workloads.conflicting(T, P)
+    alpha, seed = torch.linspace(0.5, 1.5, T, dtype=torch.float64), torch.tensor(0)
+    pieces = [piece for row in G for piece in row.chunk(PIECES)]
+    results = torch.empty(P)
+    outs = list(results.chunk(PIECES))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "align": (G, *POLICY, results),
+        "align_rows": (pieces, T, *POLICY, outs),
+        "combine": (G, alpha, results),
+        "combine_rows": (pieces, alpha, outs),
+        "gram": (G,),
+        "gram_rows": (pieces, T),
+        "sign_drop": (G, seed, None, results),
+        "sign_drop_rows": (pieces, T, seed, None, outs),
+    }
+
+    def call(module: Any) -> Tensor:
+        results.zero_()
+        returned = getattr(module, name)(*arguments[name])
+        return results.double() if returned is None or name == "align_rows" else returned
+
+    function, base = getattr(ops, name), pure.Flat(T, P)
+    return Trial(
+        fast=lambda: function(*arguments[name]),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.error(call(ops), call(reference)),
+        tolerance=peers.AGGREGATION,
+    )
+
+
+def solver(op: str, T: int, kappa: float) -> Trial:
+    """Task weights by one op from a Gram matrix [T, T] against those of plain Aligned-MTL."""
+    grams, w = workloads.grams(T), torch.full((T,), 1 / T, dtype=torch.float64)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "balance": POLICY,
+        "mgda": (),
+        "dual_cone": (None, True),
+        "cagrad": (0.5,),
+        "nash": (1.0,),
+        "unit_solve": (None, 1e-6),
+        "pcgrad": (torch.tensor(0), True),
+        "gradvac": (torch.tensor(0), 0.5, torch.zeros(T, T, dtype=torch.float64)),
+    }
+
+    def error(M: Tensor) -> float:
+        weights = []
+        for module in (ops, reference):
+            fresh = [x.clone() if isinstance(x, Tensor) else x for x in arguments[op]]  # gradvac's targets move
+            result = getattr(module, op)(M, *fresh)
+            weights.append(result if isinstance(result, Tensor) else result[0])
+        return peers.difference(M, *weights)
+
+    function = getattr(ops, op)
+    return Trial(
+        fast=lambda: [function(M, *arguments[op]) for M in grams],
+        base=lambda: [pure.task_weights(M, w) for M in grams],
+        read=lambda: [M.sum() for M in grams],
+        error=max(error(M) for M in grams),
+        tolerance=1e-6,
+        calls=len(grams),
+    )
+
+
+def resnet50_memory(T: int) -> float:
+    """MB that the aggregation of T ragged rows takes beyond its result."""
+    result = 4 * sum(torch.Size(shape).numel() for shape in workloads.resnet50())
+    return (measure.peak_extra_memory(_resnet50_call, T) - result) / 1e6
+
+
+def _resnet50_call(T: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    method = fastmtl.AlignedMTL()
+    small, rows = workloads.ragged(T, [(100, 1000), (1000,)]), workloads.ragged(T, workloads.resnet50())
+    return lambda: method(small), lambda: method(rows)
+
+
+def step_memory(T: int) -> float:
+    """MB that a step through `fan_out` takes beyond a plain step and the T gradients that are captured."""
+    batch, width = 4096, 512  # 8 MiB each: far beyond what the measurement is off by
+    peaks = [measure.peak_extra_memory(_step_call, T, batch, aggregated) for aggregated in (False, True)]
+    return (peaks[1] - peaks[0] - T * batch * width * 4) / 1e6
+
+
+def _step_call(T: int, batch: int, aggregated: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    problems = workloads.mlp(T), workloads.mlp(T, batch)
+    small, large = (fan_out(problem) if aggregated else problem.step for problem in problems)
+    return small, large
+
+
+def first_call(T: int, P: int) -> float:
+    """Milliseconds that the first aggregation of a fresh process takes."""
+    return statistics.median(_first_call(T, P) for _ in range(7))
+
+
+def _first_call(T: int, P: int) -> float:
+    code = f"""
+import time, torch, fastmtl
+torch.set_num_threads({torch.get_num_threads()})
+G, method = torch.randn({T}, {P}), fastmtl.AlignedMTL()
+start = time.perf_counter()
+method(G)
+print(1e3 * (time.perf_counter() - start))
+"""
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+TRIALS: dict[str, Callable[..., Trial]] = {
+    function.__name__.rstrip("_"): function
+    for function in (
+        *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads, import_),
+        *(weighting, aggregation, graddrop, drop_in),
+        *(ragged, aliases, op, solver),
+    )
+}
+FIGURES: dict[str, Callable[..., float]] = {
+    function.__name__: function for function in (resnet50_memory, step_memory, first_call)
+}
