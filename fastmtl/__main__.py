@@ -1,4 +1,4 @@
-"""Command line: `python -m fastmtl info` says what is built, `methods` what there is, `demo` shows it at work."""
+"""Command line: `python -m fastmtl info` says what is built, `methods` what there is, `demo` and `scaling` show it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 import fastmtl
 from fastmtl import methods
+from fastmtl.scaling import command as scaling
 
 __all__ = ["info", "main"]
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
     listed = commands.add_parser("methods", help="list every method: paper, needs, state, options, names elsewhere")
     listed.add_argument("--markdown", action="store_true", help="as the table of the README")
+    swept = commands.add_parser("scaling", help="how time, memory and accuracy grow with tasks and parameters")
+    scaling.add_options(swept)
     options = parser.parse_args(arguments)
     if options.command == "info":
         for name, value in info().items():
@@ -87,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "methods":
         print(methods.table(options.markdown))
         return 0
+    if options.command == "scaling":
+        return scaling.run(options, swept.error)
     from fastmtl.demo import run  # its dependencies are an optional extra
 
     return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick)

@@ -1,0 +1,137 @@
+"""What a point is measured with: its gradients, the same method in plain PyTorch, and the answer in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastmtl.scaling.points import DTYPES, METHODS, Point
+from fastmtl.weighting.aligned import _tolerances
+
+__all__ = ["Pure", "affordable", "error", "exact", "gradients", "tolerance"]
+
+AFFORDABLE = 2e10  # multiply-adds: a QR decomposition in float64 takes a few times as many
+CHUNK = 1 << 22  # numbers that are converted to float64 at a time
+
+
+def gradients(point: Point, device: str = "cpu") -> Tensor:
+    """Random gradients [T, P] or [B, T, P] of condition number about `kappa`, every row a mixture of all directions."""
+    dtype = torch.float64 if point.dtype == "float64" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    mixed = point.kappa > 1
+    if mixed:
+        square = torch.randn(point.tasks, point.tasks, generator=generator, device=device, dtype=torch.float64)
+        spectrum = point.kappa ** -torch.linspace(0, 1, point.tasks, dtype=torch.float64, device=device)
+        mixture = (torch.linalg.qr(square).Q * spectrum).to(dtype)
+    G = torch.empty(point.shape, dtype=DTYPES[point.dtype], device=device)
+    for chunk in _chunks(G):
+        noise = torch.randn(chunk.shape, generator=generator, device=device, dtype=dtype)
+        chunk.copy_(mixture @ noise if mixed else noise)
+    return G
+
+
+class Pure:
+    """Aligned-MTL as a good user of plain PyTorch would write it.
+
+    Gram, eigenvectors and result are in the gradients' dtype (halves have no eigensolver: theirs is float32's), the
+    result is allocated once, and α is a chain of matrix-vector products. Full rank is assumed.
+    """
+
+    def __init__(self, G: Tensor) -> None:
+        """Allocates the result for gradients like `G`: [P], or [B, 1, P] of a batch."""
+        *batch, T, P = G.shape
+        self.dtype = G.dtype if G.dtype in (torch.float32, torch.float64) else torch.float32
+        self.w = torch.full((T,), 1 / T, dtype=self.dtype, device=G.device)
+        self.out = G.new_empty((*batch, 1, P) if batch else (P,))
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """`G` [T, P] -> [P] or [B, T, P] -> [B, P], overwritten by the next call."""
+        if G.ndim == 3:
+            lam, V = torch.linalg.eigh(torch.bmm(G, G.mT).to(self.dtype))
+            alpha = (V @ ((self.w @ V) * lam.rsqrt())[..., None]).mT * lam[:, :1, None].sqrt()
+            return torch.bmm(alpha.to(G.dtype), G, out=self.out)[:, 0]
+        lam, V = torch.linalg.eigh((G @ G.T).to(self.dtype))
+        alpha = lam[0].sqrt() * (V @ ((V.T @ self.w) * lam.rsqrt()))
+        return torch.mv(G.T, alpha.to(G.dtype), out=self.out)
+
+
+def affordable(point: Point) -> bool:
+    """Whether a singular value decomposition of the gradients takes seconds, not minutes."""
+    return point.batch * point.tasks**2 * point.params <= AFFORDABLE
+
+
+def exact(G: Tensor, point: Point) -> Tensor:
+    """Float64 task weights [T] or [B, T], on the CPU.
+
+    Aligned-MTL's come from a singular value decomposition of the gradients where it is `affordable`, else from a
+    float64 Gram matrix, which is good to κ² times eps of float64. Those of other methods are fastmtl's own for that
+    Gram matrix: they only check what is done with the gradients.
+    """
+    if point.method != "AlignedMTL":
+        return METHODS[point.method]().weighting(_gram(G), G.dtype).cpu()
+    if affordable(point):
+        L = _factor(G).cpu()
+        norms = torch.linalg.vector_norm(L, dim=-1, keepdim=True)
+        U, sigma, _ = torch.linalg.svd(L, full_matrices=False)
+        judged = torch.linalg.svdvals(L / norms)
+    else:
+        M = _gram(G).cpu()
+        norms = M.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+        lam, V = torch.linalg.eigh(M)
+        sigma, U = lam.clamp_min(0).sqrt().flip(-1), V.flip(-1)
+        judged = torch.linalg.eigvalsh(M / norms / norms.mT).clamp_min(0).sqrt().flip(-1)
+    rtol, _ = _tolerances(point.tasks, G.dtype)
+    kept = judged > rtol * judged[..., :1]
+    smallest = sigma.gather(-1, kept.sum(-1, keepdim=True) - 1)
+    inverse = torch.where(kept, smallest / sigma, 0.0) * U.mean(-2)  # Uᵀw: the mean of U's rows
+    return (U @ inverse[..., None])[..., 0]
+
+
+def error(result: Tensor, alpha: Tensor, G: Tensor) -> float:
+    """How far a result is from αᵀ G, relative to it, in the 2-norm."""
+    alpha = alpha.to(G.device)[..., None, :]
+    difference = norm = 0.0
+    for part, found in zip(_chunks(G), _chunks(result[..., None, :], G.shape[-2]), strict=True):
+        expected = alpha @ part.double()
+        difference += float((found - expected).square().sum())
+        norm += float(expected.square().sum())
+    return math.sqrt(difference / norm) if math.isfinite(difference) else math.inf
+
+
+def tolerance(point: Point) -> float:
+    """The relative error that is allowed: what docs/numerics.md promises, and rounding of the result.
+
+    Where nothing is promised, any finite result will do.
+    """
+    eps = torch.finfo(DTYPES[point.dtype]).eps
+    if point.method != "AlignedMTL":
+        return max(1e-4, eps)
+    if point.tasks <= 40 and point.kappa <= 1e4:
+        return max(2e-6, eps)
+    promised = point.kappa <= 1e5 and point.kappa * point.tasks * torch.finfo(torch.float32).eps <= 0.3
+    return max(1e-4, eps) if promised else math.inf
+
+
+def _chunks(G: Tensor, tasks: int | None = None) -> Iterator[Tensor]:
+    """Some columns of all rows at a time; at least as many as there are tasks."""
+    T = G.shape[-2] if tasks is None else tasks
+    yield from G.split(max(T, CHUNK // T), dim=-1)
+
+
+def _gram(G: Tensor) -> Tensor:
+    M = G.new_zeros((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
+    for part in _chunks(G):
+        wide = part.double()
+        M += wide @ wide.mT
+    return M
+
+
+def _factor(G: Tensor) -> Tensor:
+    """L [..., T, T] with L Lᵀ = G Gᵀ and the singular values of G, from QR decompositions of its columns in turn."""
+    R = G.new_empty((*G.shape[:-2], 0, G.shape[-2]), dtype=torch.float64)
+    for part in _chunks(G):
+        R = torch.linalg.qr(torch.cat([R, part.double().mT], dim=-2), mode="r").R
+    return R.mT

@@ -1,0 +1,123 @@
+"""Which points a sweep measures: ranges as they are typed, and the grid that they span."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastmtl import weighting
+from fastmtl.weighting._method import GramMethod
+
+__all__ = ["DTYPES", "METHODS", "Grid", "Point", "names", "numbers"]
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+METHODS: dict[str, type[GramMethod]] = {
+    name: kind for name in weighting.__all__ if issubclass(kind := getattr(weighting, name), GramMethod)
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: gradients [batch, tasks, params] of this dtype and condition number, aggregated by `method`."""
+
+    tasks: int
+    params: int
+    batch: int = 1
+    dtype: str = "float32"
+    threads: int = 1
+    method: str = "AlignedMTL"
+    kappa: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the gradients: [T, P], or [B, T, P] where B > 1."""
+        matrix = (self.tasks, self.params)
+        return matrix if self.batch == 1 else (self.batch, *matrix)
+
+    @property
+    def bytes(self) -> int:
+        """What the gradients take."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return (
+            f"T{self.tasks}-P{self.params}-B{self.batch}-{self.dtype}-t{self.threads}-{self.method}-k{self.kappa:.6g}"
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of a sweep, and how many were left out: too large, or with fewer parameters than tasks."""
+
+    points: list[Point]
+    large: int
+    wide: int
+
+    @classmethod
+    def product(cls, max_bytes: float, **axes: Sequence[Any]) -> Grid:
+        """The product of `axes` (values by the names of `Point`), small ones first.
+
+        Args:
+            max_bytes: what a point's gradients may take.
+            axes: the values; T > P is left out, since plain PyTorch has no answer for dependent gradients.
+        """
+        order = ("method", "batch", "dtype", "threads", "kappa", "params", "tasks")
+        every = [
+            Point(**dict(zip(order, values, strict=True)))
+            for values in itertools.product(*(axes[name] for name in order))
+        ]
+        fitting = [point for point in every if point.bytes <= max_bytes]
+        kept = [point for point in fitting if point.tasks <= point.params]
+        return cls(kept, len(every) - len(fitting), len(fitting) - len(kept))
+
+
+def numbers(factor: float, least: float = 1, whole: bool = True) -> Callable[[str], list[float]]:
+    """How an option's values are read: a list of numbers and geometric ranges, `2:64,100`.
+
+    `a:b` is a, a·factor, a·factor², … and b; `a:b:f` has another factor.
+
+    Args:
+        factor: the step of ranges that name none.
+        least: the smallest number that makes sense.
+        whole: integers (in a range, the nearest ones); 1e3 is one.
+    """
+
+    def read(text: str) -> list[float]:
+        found: set[float] = set()
+        for part in text.split(","):
+            try:
+                ends = [float(number) for number in part.split(":")]
+            except ValueError:
+                ends = []
+            if not 1 <= len(ends) <= 3 or not all(map(math.isfinite, ends)):
+                raise ArgumentTypeError(f"expected numbers and ranges as in 2:64,100, got {text!r}")
+            low, high, step = (*ends, *ends, factor)[:3] if len(ends) == 1 else (*ends, factor)[:3]
+            if low < least or high < low or step <= 1:
+                raise ArgumentTypeError(f"expected {least:g} <= a <= b and a factor > 1 in a:b:factor, got {part!r}")
+            if whole and (low % 1 or high % 1):
+                raise ArgumentTypeError(f"expected integers, got {part!r}")
+            steps = math.floor(math.log(high / low) / math.log(step) + 1e-9)
+            values = [low * step**i for i in range(steps + 1)] + [high]
+            found.update(round(value) if whole else float(f"{value:.6g}") for value in values)
+        return sorted(found)
+
+    return read
+
+
+def names(*choices: str) -> Callable[[str], list[str]]:
+    """How an option's values are read: a comma list of some of the `choices`."""
+
+    def read(text: str) -> list[str]:
+        found = list(dict.fromkeys(text.split(",")))
+        unknown = [name for name in found if name not in choices]
+        if unknown:
+            raise ArgumentTypeError(f"expected some of {', '.join(choices)}, got {unknown[0]!r}")
+        return found
+
+    return read
