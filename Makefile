@@ -16,7 +16,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check lint format clean
+.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,11 +79,21 @@ cuda-all: ## the same for every architecture of the design
 cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
 
-bench: develop ## every op beside plain PyTorch and TorchJD, under pytest-benchmark
+bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-style loop, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 bench-check: develop ## the speed and memory targets: reached or missed (CHECK_ARGS="--only ragged" for some)
 	$(BIN)/python benchmarks/check.py $(CHECK_ARGS)
+
+bench-gate: develop ## the gate against regressions: quick, tolerates a busy machine (CHECK_ARGS="--repeat 10" for ten passes)
+	$(BIN)/python benchmarks/check.py --ci $(CHECK_ARGS)
+
+scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in scaling-quick/
+	rm -rf scaling-quick
+	$(BIN)/python -m fastmtl scaling --quick --out scaling-quick
+
+docs-numbers: develop ## the numbers of the documentation, from benchmarks/results
+	$(BIN)/python tools/docs_numbers.py
 
 lint: develop ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
@@ -97,5 +107,5 @@ format: develop ## put everything into the house style
 	$(BIN)/clang-format -i $(CPP)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist scaling-quick *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

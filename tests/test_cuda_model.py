@@ -1,4 +1,4 @@
-"""benchmarks/cuda_model.py counts what the pipeline launches, with the numbers of its sources, and the docs show it."""
+"""benchmarks/cuda_model.py counts what the pipeline launches, with the numbers of its sources."""
 
 import importlib
 import re
@@ -127,13 +127,3 @@ def test_what_is_counted(model):
     assert model.plain(model.Case(10, 1000, BF16)) is None
     kernels = model.plain(model.Case(10, 1_000_000))
     assert sum(kernel.fma32 for kernel in kernels) == 110 * 1_000_000
-
-
-def test_the_documentation_shows_what_the_script_prints(model):
-    page = model.PAGE.read_text()
-    assert model.document(page) == page, "python benchmarks/cuda_model.py --write"
-
-
-def test_a_page_without_marks(model):
-    with pytest.raises(ValueError, match="expected"):
-        model.document("nothing here")

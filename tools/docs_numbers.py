@@ -1,0 +1,427 @@
+#!/usr/bin/env python3
+"""Puts every measured number of the documentation there from benchmarks/results, or checks that it is there.
+
+    python tools/docs_numbers.py             # rewrites what stands between marks (make docs-numbers)
+    python tools/docs_numbers.py --check     # exits 1, with a diff, where the text is not what the results say
+
+Marks are comments, which a reader of the page does not see. A section is what a function of `SECTIONS` makes:
+
+    <!-- numbers: NAME -->
+    ...
+    <!-- end -->
+
+and a span is one number in a sentence: <!-- n: CASE / MEASURE / FORMAT / PICK -->1.11<!-- /n -->. CASE is a case of
+benchmarks/check.py, as it prints them, or a pattern of several; MEASURE one of its measures ("speed-up", "x 2 reads",
+...), or "fast" or "base" with a unit ("fast ms"): the time of fastmtl, or of what it is compared with; FORMAT a Python
+format (default .2f); PICK "min" or "max" where there are several. Two more kinds are
+<!-- n: steps / ROW / COLUMN / FORMAT -->, from the table of training steps, and <!-- n: model / launch µs -->, from the
+CUDA model.
+
+Where a case is in several files of a machine's folder, the newest run of it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import fnmatch
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cuda_model  # noqa: E402  (from benchmarks)
+
+__all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
+
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+MACHINE = "xeon-2core-avx512"  # whose numbers the pages show, CUDA's apart
+SECTION = re.compile(r"(<!-- numbers: (?P<name>[^>]+?) -->\n)(?:(?!<!-- numbers: ).)*?(<!-- end -->)", re.DOTALL)
+SPAN = re.compile(r"(<!-- n: (?P<name>[^>]+?) -->)[^<]*(<!-- /n -->)")
+MARK = re.compile(r"<!-- (?:numbers: [^>]*|end|n: [^>]*|/n) -->")
+UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+LARGE = 256  # tasks from which a case is shown among those of large T
+
+Line = Mapping[str, Any]
+
+
+class Results:
+    """The committed results of one machine.
+
+    Args:
+        folder: benchmarks/results/<machine>.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """What check.py measured: name -> lines, seconds and machine of the newest run, in the order of the runs."""
+        runs = [self.read(path.name) for path in self.folder.glob("*.json")]
+        runs = sorted((run for run in runs if "cases" in run), key=lambda run: run["machine"]["date"])
+        found: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            for case in run["cases"]:
+                name = case["case"].replace("_", " ")  # as the first runs wrote it
+                found[name] = {**case, "case": name, "machine": run["machine"]}
+        return found
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One file; empty where there is none."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def named(self, *patterns: str) -> list[dict[str, Any]]:
+        """The cases that match, in the order of the patterns."""
+        return [case for p in patterns for name, case in self.cases.items() if fnmatch.fnmatchcase(name, p)]
+
+    def values(self, pattern: str, measure: str) -> list[float]:
+        """One measure of all cases that match.
+
+        Raises:
+            ValueError: there is none.
+        """
+        who, _, unit = measure.partition(" ")
+        if who in ("fast", "base") and unit in UNITS:
+            found = [case["seconds"][who] * UNITS[unit] for case in self.named(pattern) if "seconds" in case]
+        else:
+            lines = (line for case in self.named(pattern) for line in case["lines"])
+            found = [line["reached"] for line in lines if line["measure"] == measure]
+        if not found:
+            raise ValueError(f"{self.folder.name}: no case {pattern!r} with {measure!r}")
+        return found
+
+    @cached_property
+    def steps(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The table of training steps: row -> column -> what `benchmarks/test_step.py` left in `extra_info`."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for benchmark in self.read("step-table.json").get("benchmarks", []):
+            if benchmark["fullname"].startswith("benchmarks/test_step.py"):
+                params = benchmark["params"]
+                found.setdefault(params["way"], {})[params["problem"]] = benchmark["extra_info"]
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def source(cases: Sequence[Mapping[str, Any]]) -> str:
+    """With what the cases were measured: one sentence a run."""
+    runs = {case["machine"]["date"]: case["machine"] for case in cases}
+    said = (f"commit {of['commit'][:7]}, torch {of['torch']}, {date[:10]}" for date, of in sorted(runs.items()))
+    return f"\nMeasured at {'; '.join(dict.fromkeys(said))}.\n"
+
+
+def absent(command: str) -> str:
+    """What stands in the place of results that nobody has measured yet."""
+    return f"*Not measured yet. The command: `{command}`.*\n"
+
+
+def number(x: float) -> str:
+    """Three digits, plainly written."""
+    return f"{float(f'{x:.3g}'):g}"
+
+
+def reached(line: Line) -> str:
+    """The ratio; `?` where the machine was disturbed."""
+    return f"{line['reached']:.2f}{' ?' if line['verdict'] == 'NOISY' else ''}"
+
+
+def bound(line: Line) -> str:
+    """≥ 3."""
+    return f"{'≥' if line['sense'] == '>=' else '≤'} {line['target']:g}"
+
+
+def short(name: str) -> str:
+    """A case without its kind, its condition number in the field's letter."""
+    return name.removeprefix("flat ").replace("kappa", "κ").replace("_", " ")
+
+
+def tasks(case: Mapping[str, Any]) -> int:
+    """T of a case of kind `flat`."""
+    return int(case["case"].split()[1].partition("x")[0])
+
+
+def flat(results: Results, chosen: Callable[[int], bool]) -> str:
+    """Aligned-MTL of a matrix, for those T."""
+    cases = [case for case in results.named("flat *x*") if chosen(tasks(case)) and case["case"] != "flat 4x1e3"]
+    cases.sort(key=tasks)
+    rows = []
+    for case in cases:
+        lines = {line["measure"]: line for line in case["lines"]}
+        pure, floor = lines.get("speed-up"), lines.get("x 2 reads")
+        milliseconds = number(1e3 * case["seconds"]["fast"]) if "seconds" in case else ""
+        of_pure = ["", "", ""]
+        if pure:
+            of_pure = [reached(pure), bound(pure), "" if pure["roof"] is None else f"{pure['roof']:.2f}"]
+        of_floor = [reached(floor), bound(floor)] if floor else ["", ""]
+        rows.append([short(case["case"]), milliseconds, *of_pure, *of_floor])
+    if not rows:
+        return absent("make bench-check")
+    return table(["case", "ms", "× pure", "target", "roof", "× 2 reads", "target"], rows) + source(cases)
+
+
+def lines(*patterns: str) -> Callable[[Results], str]:
+    """A section: every line of these cases, one a row."""
+
+    def section(results: Results) -> str:
+        cases = results.named(*patterns)
+        if not cases:
+            return absent("make bench-check")
+        roofs = any(line["roof"] is not None for case in cases for line in case["lines"])
+        rows = [
+            [short(line["name"]), line["measure"], reached(line), bound(line)]
+            + ([] if not roofs else ["" if line["roof"] is None else f"{line['roof']:.2f}"])
+            for case in cases
+            for line in case["lines"]
+        ]
+        head = ["case", "measure", "reached", "target", *(["roof"] if roofs else [])]
+        return table(head, rows) + source(cases)
+
+    return section
+
+
+def verdicts(results: Results) -> str:
+    """How many targets are reached."""
+    cases = list(results.cases.values())
+    found = [line["verdict"] for case in cases for line in case["lines"]]
+    if not found:
+        return absent("make bench-check")
+    counts = {verdict: found.count(verdict) for verdict in sorted(set(found))}
+    meaning = {
+        "ok": "reached",
+        "ROOF": "out of reach of code that reads G twice on this machine",
+        "MISSED": "missed",
+        "NOISY": "measured on a disturbed machine",
+        "ABSENT": "without the library that they compare with",
+        "WRONG": "with a wrong result",
+    }
+    said = ", ".join(f"{n} {meaning[verdict]}" for verdict, n in counts.items())
+    return f"Of {len(found)} targets: {said}.\n{source(cases)}"
+
+
+def losses(results: Results) -> str:
+    """Every line and point that is slower than what it is compared with, and every target that is missed."""
+    cases = list(results.cases.values())
+    rows = []
+    for case in cases:
+        for line in case["lines"]:
+            slower = line["measure"] == "speed-up" and line["reached"] < 1 and line["verdict"] != "ABSENT"
+            if slower or line["verdict"] == "MISSED":
+                rows.append([short(line["name"]), line["measure"], f"{line['reached']:.2f}", bound(line)])
+    if not cases:
+        return absent("make bench-check")
+    for record in measured_points(results):
+        ratio = record["seconds"].get("pure", math.inf) / record["seconds"]["fastmtl"]
+        if ratio < 1:
+            rows.append([f"scaling: {of_point(record['point'])}", "speed-up", f"{ratio:.2f}", ""])
+    return table(["case", "measure", "reached", "target"], rows) if rows else "Nowhere, in this run.\n"
+
+
+def steps(results: Results) -> str:
+    """Training steps: ratios to the plain step, and milliseconds."""
+    if not results.steps:
+        where = f"benchmarks/results/{results.folder.name}/step-table.json"
+        return absent(f"pytest benchmarks/test_step.py --benchmark-only --benchmark-json={where}")
+    content = results.read("step-table.json")
+    columns = list(dict.fromkeys(column for row in results.steps.values() for column in row))
+
+    def cell(extra: Mapping[str, Any] | None) -> str:
+        if extra is None:
+            return ""
+        steady = 2 * extra["kept"] >= extra["rounds"]
+        return f"{extra['ratio']:.2f} ({number(1e3 * extra['seconds']['way'])}){'' if steady else ' ?'}"
+
+    rows = [[way, *(cell(row.get(column)) for column in columns)] for way, row in results.steps.items()]
+    version = content["machine_info"]["fastmtl"]["torch"]
+    said = f"commit {content['commit_info']['id'][:7]}, torch {version}, {content['datetime'][:10]}"
+    return table(["× the step of the summed losses", *columns], rows) + f"\nMeasured at {said}.\n"
+
+
+def weighting(results: Results) -> str:
+    """Task weights beside TorchJD's."""
+    cases = results.named("weighting *")
+    if not cases:
+        return absent('make bench-check CHECK_ARGS="--only weighting"')
+    cells: dict[str, dict[str, str]] = {}
+    for case in cases:
+        _, method, size = case["case"].split()
+        if "seconds" not in case:  # TorchJD was not installed
+            continue
+        fast, base = case["seconds"]["fast"], case["seconds"]["base"]
+        noisy = " ?" if any(line["verdict"] == "NOISY" for line in case["lines"]) else ""
+        cell = f"{number(base / fast)} × ({number(1e6 * fast)} µs, {number(1e3 * base)} ms){noisy}"
+        cells.setdefault(method, {})[size] = cell
+    sizes = list(dict.fromkeys(size for row in cells.values() for size in row))
+    head = ["method", *(size.replace("=", " = ") for size in sizes)]
+    rows = [[method, *(row.get(size, "") for size in sizes)] for method, row in cells.items()]
+    return table(head, rows) + source(cases)
+
+
+def measured_points(results: Results) -> list[dict[str, Any]]:
+    """The points of `python -m fastmtl scaling` that ended well."""
+    content = results.read("scaling/scaling.json")
+    return [point for point in content.get("points", []) if "error" not in point]
+
+
+def of_point(point: Mapping[str, Any]) -> str:
+    """A point of the study as a case is called."""
+    batch = f"{point['batch']}x" if point["batch"] > 1 else ""
+    threads = f"{point['threads']} thread{'s' if point['threads'] > 1 else ''}"
+    return f"{batch}{point['tasks']}x{point['params']:g} κ={point['kappa']:g} {point['dtype']}, {threads}"
+
+
+SCALING = f"python -m fastmtl scaling --out benchmarks/results/{MACHINE}/scaling"
+
+
+def scaling_large(results: Results) -> str:
+    """Where the time goes at large T: the stages by themselves, beside plain PyTorch."""
+    rows = []
+    for record in measured_points(results):
+        point, seconds, errors = record["point"], record["seconds"], record["accuracy"] or {}
+        if point["tasks"] < LARGE or point["batch"] > 1 or point["method"] != "AlignedMTL" or "pure" not in seconds:
+            continue
+        name = of_point(point)
+        stages = [number(1e3 * seconds[stage]) for stage in ("gram", "weights", "combine", "fastmtl", "pure")]
+        ratio = f"{seconds['pure'] / seconds['fastmtl']:.2f}"
+        wrong = ["" if errors.get(who) is None else f"{errors[who]:.0e}" for who in ("fastmtl", "pure")]
+        rows.append((point["tasks"], [name, *stages, ratio, *wrong]))
+    if not rows:
+        return absent(SCALING)
+    head = ["case", "Gram", "weights", "combine", "whole", "pure", "× pure", "error", "pure's error"]
+    return "Milliseconds:\n\n" + table(head, (row for _, row in sorted(rows, key=lambda row: row[0])))
+
+
+def scaling(results: Results) -> str:
+    """The plots, and how time grows."""
+    content = results.read("scaling/scaling.json")
+    if not content:
+        return absent(SCALING)
+    from fastmtl.scaling.fit import table as growth
+    from fastmtl.scaling.study import columns
+
+    folder = results.folder / "scaling"
+    pictures = [
+        f"![{path.stem}]({Path(os.path.relpath(path, PAGES[0].parent)).as_posix()})\n"
+        for path in sorted(folder.glob("*.png"))
+    ]
+    fits = growth(columns(point) for point in content["points"])
+    of = content["machine"]
+    said = f"commits {', '.join(commit[:7] for commit in of['commits'])}, torch {of['torch']}, {of['last'][:10]}"
+    return "\n".join([*pictures, f"```text\n{fits}\n```\n", f"Measured at {said}.\n"])
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "verdicts": verdicts,
+    "flat": lambda results: flat(results, lambda T: T < LARGE),
+    "more": lines("flat 4x1e3", "batched *", "eigh *", "resnet50 T=*", "bfloat16 *", "backward *"),
+    "large": lambda results: flat(results, lambda T: T >= LARGE),
+    "large stages": scaling_large,
+    "steps": steps,
+    "step targets": lines("step mlp *", "step resnet18 *"),
+    "weighting": weighting,
+    "memory": lines("resnet50 memory *", "step memory *"),
+    "cold": lines("import*", "first call *"),
+    "threads": lines("threads *"),
+    "scaling": scaling,
+    "losses": losses,
+    "cuda": lambda results: cuda_model.measured(),
+    "cuda model": lambda results: cuda_model.tables(),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def span(name: str, results: Results) -> str:
+    """One number.
+
+    Raises:
+        ValueError: the results do not have it, or the name is not understood.
+    """
+    kind, *rest = name.split(" / ")
+    pick = min
+    if kind == "model":
+        if rest != ["launch µs"]:
+            raise ValueError(f"n: {name}: expected 'model / launch µs'")
+        return f"{1e6 * cuda_model.LAUNCH:g}"
+    if kind == "steps":
+        if len(rest) not in (2, 3):
+            raise ValueError(f"n: {name}: expected 'steps / ROW / COLUMN / FORMAT'")
+        row, column, *form = rest
+        try:
+            values = [results.steps[row][column]["ratio"]]
+        except KeyError:
+            raise ValueError(f"n: {name}: not in step-table.json of {results.folder.name}") from None
+    else:
+        if not 1 <= len(rest) <= 3 or (len(rest) == 3 and rest[2] not in ("min", "max")):
+            raise ValueError(f"n: {name}: expected 'CASE / MEASURE / FORMAT / min or max'")
+        measure, *form = rest
+        values = results.values(kind, measure)
+        if len(form) == 2:
+            pick = {"min": min, "max": max}[form.pop()]
+        elif len(values) > 1:
+            raise ValueError(f"n: {name}: expected one value, got {len(values)}; add a format and min or max")
+    return format(pick(values), *(form or [".2f"]))
+
+
+def fill(page: str, results: Results) -> str:
+    """The page with what the results say between its marks.
+
+    Raises:
+        ValueError: a section or span that is unknown, or a mark without its counterpart.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        if match["name"] not in SECTIONS:
+            raise ValueError(f"numbers: expected one of {', '.join(SECTIONS)}, got {match['name']!r}")
+        return f"{match[1]}\n{SECTIONS[match['name']](results)}\n{match[3]}"
+
+    left = MARK.search(SPAN.sub("", SECTION.sub("", page)))
+    if left is not None:
+        raise ValueError(f"expected a beginning and an end of every mark, got {left[0]} alone")
+    page = SECTION.sub(section, page)
+    return SPAN.sub(lambda match: f"{match[1]}{span(match['name'], results)}{match[3]}", page)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites the pages, or with --check prints how they differ; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is not up to date")
+    check = parser.parse_args(arguments).check
+    results, status = Results(ROOT / "benchmarks" / "results" / MACHINE), 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        filled = fill(page, results)
+        if filled == page:
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        if check:
+            before, after = page.splitlines(True), filled.splitlines(True)
+            sys.stdout.writelines(difflib.unified_diff(before, after, name, "what the results say", n=1))
+            status = 1
+        else:
+            path.write_text(filled, encoding="utf-8")
+            print(f"{name}: written")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
