@@ -28,17 +28,21 @@ constexpr int64_t kBlockColumns = 2048;
 // The leading tasks, all of which must be as independent as every task must be, of which the first block judges.
 constexpr int64_t kJudgedTasks = 256;
 
+// Below this square of a row's norm its products are not left to float32.
+constexpr double kBlocksMinSquare = 1e-20;
+
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // Above this many tasks tridiagonalisation is faster than Jacobi and is used where it is accurate enough: its error is
 // about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
 // where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
-// solved to a relative precision (tests/test_tridiagonal.py) while the row-normalised Gram is this far from singular.
+// often solved to a relative precision while the row-normalised Gram is this far from singular; that is then checked.
 constexpr int64_t kMaxJacobiTasks = 64;
 constexpr double kTridiagonalMinRatio = 1e-8;
 constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
 constexpr double kGradedMinEigenvalue = 1e-8;
 constexpr double kGradedMaxDiagonalRatio = 1e16;
+constexpr double kGradedError = 1e-8; // relative, of λ_min and of αᵀ M α
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Results are written past the cache when G is larger than this: they would only push out what is read next.
@@ -172,6 +176,16 @@ bool well_conditioned(const double* M, int64_t T) {
   return is_positive_definite(C.data(), T, kBlocksMinEigenvalue);
 }
 
+// Whether float32 products may have lost bits as subnormal numbers: where a row's entries are below 1e-15 or so.
+bool may_have_underflowed(const double* M, int64_t T) {
+  for (int64_t i = 0; i < T; ++i) {
+    if (!(M[i * T + i] >= kBlocksMinSquare)) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, with nothing
 // of use in M. The whole is to be judged again.
 bool gram_from_blocks(const Gradients& G, double* M) {
@@ -193,7 +207,7 @@ bool gram_from_blocks(const Gradients& G, double* M) {
     }
     gram_wide(G, false, probe, P, M);
     mirror(M, T);
-    return true;
+    return !may_have_underflowed(M, T);
   }
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
@@ -205,7 +219,7 @@ bool gram_from_blocks(const Gradients& G, double* M) {
   }
   gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.get());
   sum_chunks(partial.get(), chunks, T, M);
-  return true;
+  return !may_have_underflowed(M, T);
 }
 
 // Gram of G scaled by the power of two that brings its largest float64 entry near one; returns that factor.
@@ -344,7 +358,10 @@ void task_weights(
   solver.apply(factors.data(), alpha, alpha);
 }
 
-bool tridiagonal_is_accurate(const double* M, const double* eigenvalues, int64_t T) {
+enum class Accuracy { poor, graded, full };
+
+// How accurate a tridiagonalisation of M is.
+Accuracy tridiagonal_accuracy(const double* M, const double* eigenvalues, int64_t T) {
   const double largest = largest_diagonal(M, T);
   double smallest = largest;
   bool empty = false;
@@ -354,14 +371,38 @@ bool tridiagonal_is_accurate(const double* M, const double* eigenvalues, int64_t
   }
   if (largest <= kTridiagonalMaxDiagonalRatio * smallest ||
       eigenvalues[T - 1] > kTridiagonalMinRatio * eigenvalues[0]) {
-    return true;
+    return Accuracy::full;
   }
   if (empty || !(largest <= kGradedMaxDiagonalRatio * smallest)) {
-    return false;
+    return Accuracy::poor;
   }
   std::vector<double> C(static_cast<size_t>(T * T));
   normalize_rows(M, T, 0.0, C.data());
-  return is_positive_definite(C.data(), T, kGradedMinEigenvalue);
+  return is_positive_definite(C.data(), T, kGradedMinEigenvalue) ? Accuracy::graded : Accuracy::poor;
+}
+
+// Whether the weights of full rank fulfil αᵀ M α = s wᵀ w, and λ_min lies where it is said to: Cholesky factors of
+// graded matrices are accurate.
+bool graded_weights_hold(
+    const double* M,
+    int64_t T,
+    const Policy& policy,
+    const double* eigenvalues,
+    const double* alpha) {
+  double form = 0.0, squares = 0.0;
+  for (int64_t i = 0; i < T; ++i) {
+    double along = 0.0;
+    for (int64_t j = 0; j < T; ++j) {
+      along += M[i * T + j] * alpha[j];
+    }
+    form += alpha[i] * along;
+    const double w = policy.weights ? policy.weights[i] : 1.0 / double(T);
+    squares += w * w;
+  }
+  const double expected = squared_scale(eigenvalues, T, policy.scale) * squares, smallest = eigenvalues[T - 1];
+  return std::fabs(form - expected) <= kGradedError * expected &&
+         is_positive_definite(M, T, (1.0 - kGradedError) * smallest) &&
+         !is_positive_definite(M, T, (1.0 + kGradedError) * smallest);
 }
 
 // One Gram matrix, by the most accurate solver that its size affords.
@@ -373,13 +414,16 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
   if (T > kMaxJacobiTasks) {
     Tridiagonal solver(M, T);
     const bool solved = solver.solve(eigenvalues, true);
-    if (solved && tridiagonal_is_accurate(M, eigenvalues, T)) {
+    const Accuracy accuracy = solved ? tridiagonal_accuracy(M, eigenvalues, T) : Accuracy::poor;
+    if (accuracy != Accuracy::poor) {
       for (int64_t j = 0; j < T; ++j) {
         eigenvalues[j] = std::max(eigenvalues[j], 0.0);
       }
       *rank = decide_rank(M, eigenvalues, T, policy);
       task_weights(solver, eigenvalues, *rank, T, policy, alpha);
-      return;
+      if (accuracy == Accuracy::full || (*rank == T && graded_weights_hold(M, T, policy, eigenvalues, alpha))) {
+        return;
+      }
     }
   }
   Buffer<double, 1024> memory(psd_workspace(T) + 8);
