@@ -239,7 +239,7 @@ def _peak(point: Point, name: str) -> int:
     call = _call(point, name)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _high_water()
     call()
     return _high_water() - before
