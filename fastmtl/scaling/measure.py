@@ -155,7 +155,7 @@ def _words(G: Tensor) -> Tensor:
 def _others() -> float:
     """Processor seconds that other processes, or other guests of the same host, have used since the machine started."""
     try:
-        ticks = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+        ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()[1:9]]
     except OSError:
         return 0.0
     idle, waiting = ticks[3:5]
@@ -257,7 +257,7 @@ def _call(point: Point, name: str) -> Function:
 
 
 def _high_water() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
@@ -289,7 +289,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -40,7 +40,7 @@ class Study:
         self.settings = json.loads(json.dumps(dict(settings)))
         path = folder / "settings.json"
         if path.exists():
-            there = json.loads(path.read_text())
+            there = json.loads(path.read_text(encoding="utf-8"))
             names = sorted(k for k in there.keys() | self.settings.keys() if there.get(k) != self.settings.get(k))
             if names:
                 was, now = ({k: s.get(k) for k in names} for s in (there, self.settings))
@@ -68,7 +68,7 @@ class Study:
             _write(self.path(point), record)
             spent = time.monotonic() - start
             print(f"[{i}/{len(todo)}, {spent:.0f} s] {point}: {_outcome(record)}", file=log, flush=True)
-        return [json.loads(self.path(point).read_text()) for point in points]
+        return [json.loads(self.path(point).read_text(encoding="utf-8")) for point in points]
 
     def write(self, records: Sequence[Record]) -> dict[str, Any]:
         """Writes scaling.json and scaling.csv; returns what is in the former."""
@@ -129,5 +129,5 @@ def _outcome(record: Record) -> str:
 
 def _write(path: Path, content: Any) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
