@@ -173,20 +173,4 @@ FASTMTL_PLAIN inline std::vector<double> product(const double* M, int64_t T, con
   return y;
 }
 
-FASTMTL_PLAIN inline bool is_positive_definite(const double* M, int64_t T) {
-  std::vector<double> L(M, M + T * T);
-  double* A = L.data();
-  for (int64_t k = 0; k < T; ++k) {
-    if (!(A[k * T + k] > 0.0)) {
-      return false;
-    }
-    for (int64_t i = k + 1; i < T; ++i) {
-      for (int64_t j = k + 1; j < T; ++j) {
-        A[i * T + j] -= A[i * T + k] * A[k * T + j] / A[k * T + k];
-      }
-    }
-  }
-  return true;
-}
-
 } // namespace plain
