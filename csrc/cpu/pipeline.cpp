@@ -37,7 +37,7 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
 // where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
 // often solved to a relative precision while the row-normalised Gram is this far from singular; that is then checked.
-constexpr int64_t kMaxJacobiTasks = 64;
+constexpr int64_t kJacobiTasks = 32;
 constexpr double kTridiagonalMinRatio = 1e-8;
 constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
 constexpr double kGradedMinEigenvalue = 1e-8;
@@ -326,7 +326,7 @@ int64_t decide_rank(const double* M, const double* eigenvalues, int64_t T, const
   Buffer<double, 1024> memory(T * T + T + psd_workspace(T) + 8);
   double *C = memory.get(), *judged = C + T * T, *X = aligned(judged + T);
   normalize_rows(M, T, policy.zero, C);
-  const bool large = T > kMaxJacobiTasks;
+  const bool large = T > kJacobiTasks;
   if (large && is_positive_definite(C, T, row_norm(C, T, false) * policy.rtol * policy.rtol)) {
     std::fill_n(judged, T, 1.0);                                  // all are kept
   } else if (!large || !Tridiagonal(C, T).solve(judged, false)) { // the diagonal of C is even
@@ -411,7 +411,7 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  if (T > kMaxJacobiTasks) {
+  if (T > kJacobiTasks) {
     Tridiagonal solver(M, T);
     const bool solved = solver.solve(eigenvalues, true);
     const Accuracy accuracy = solved ? tridiagonal_accuracy(M, eigenvalues, T) : Accuracy::poor;
@@ -450,7 +450,7 @@ bool definite(
     double* alpha,
     const double* eigenvalues,
     double* smallest) {
-  return !eigenvalues && T > kMaxJacobiTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+  return !eigenvalues && T > kJacobiTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
 }
 
 // `unit_solve` of one matrix.
@@ -473,7 +473,7 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
   const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
   const auto entry = [&](int64_t i) { return inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0; };
   bool solved = false;
-  if (T > kMaxJacobiTasks) { // the diagonal of C is even
+  if (T > kJacobiTasks) { // the diagonal of C is even
     Tridiagonal solver(C, T);
     solved = solver.solve(lam, true);
     const double cut = lam[0] * relative_cut;
@@ -566,7 +566,7 @@ void share_columns(const Gradients& G, F&& f) {
 
 // Batches are shared out over threads where the entries are many or small, else each entry is.
 bool share_out(const Gradients* G, int64_t B) {
-  return B >= 4 && G[0].tasks <= kMaxJacobiTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
+  return B >= 4 && G[0].tasks <= kJacobiTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
 }
 
 } // namespace
@@ -627,7 +627,7 @@ void balance(
       balance_one(M + b * T * T, T, policy, alpha + b * T, eigenvalues + b * T, rank + b);
     }
   };
-  if (B > 1 && T <= kMaxJacobiTasks) {
+  if (B > 1 && T <= kJacobiTasks) {
     parallel_for(0, B, 1, each);
   } else { // one at a time, on several threads
     each(0, B);
@@ -647,7 +647,7 @@ void unit_solve(
       unit_solve_one(M + b * T * T, T, weights, rtol, alpha + b * T, cosines + b * T);
     }
   };
-  if (B > 1 && T <= kMaxJacobiTasks) {
+  if (B > 1 && T <= kJacobiTasks) {
     parallel_for(0, B, 4, each);
   } else { // one at a time, on several threads
     each(0, B);
@@ -697,7 +697,7 @@ void align(const Gradients& G, const Policy& policy, double* M, double* alpha, d
     // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But a
     // tridiagonalisation is too dear to be done in vain.
     bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
-    if (T <= kMaxJacobiTasks) {
+    if (T <= kJacobiTasks) {
       smallest = weigh(M, T, policy, alpha, eigenvalues, rank);
       solved = true;
     }
