@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from fastmtl import ops
+from fastmtl import gramian, ops
+from fastmtl._graph import Leaves, edge_of, leaves_of, nothing_behind, trunk_of
 from fastmtl._inputs import DTYPES, check_rows, describe
 from fastmtl._structure import tensors_of
 from fastmtl.info import Info
@@ -26,12 +26,13 @@ Row: TypeAlias = "list[Tensor | None]"
 # Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
 Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ENGINES = ("full", "gramian", "auto")
 
 
 def backward(
     method: Method,
     losses: Sequence[Tensor],
-    shared: Iterable[Tensor] | None,
+    shared: torch.nn.Module | Iterable[Tensor] | None,
     *,
     representation: Any,
     features: Any,
@@ -41,11 +42,17 @@ def backward(
     retain_graph: bool,
     process_group: Any,
     grad_scale: Tensor | float | None,
+    engine: str,
 ) -> Info:
-    """The engine behind `Method.backward`: see there. Nothing is written before `_commit`."""
+    """What is behind `Method.backward`: see there. Nothing is written before `_commit`."""
     _check_losses(losses)
     method._check_tasks(len(losses))
     _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
+    engine = _chosen_engine(engine, method, len(losses), representation, features, groups, process_group)
+    names: dict[int, str] = {}
+    if isinstance(shared, torch.nn.Module):
+        names = {id(p): name for name, p in shared.named_parameters()}
+        shared = [p for p in shared.parameters() if p.requires_grad]
     group = None if process_group is None else _distributed().gram_group(process_group)
     agree = None if group is None else lambda x: _distributed().agree(x, group)
     context = method._context(losses, len(losses), grad_scale, agree)
@@ -54,7 +61,7 @@ def backward(
     parts = [] if groups is None else _checked_groups(groups)
     parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
 
-    heads, (trunk, nested) = _leaves_of(losses, cut), _trunk(cut)
+    heads, (trunk, nested) = leaves_of(losses, cut), trunk_of(cut)
     tied = heads.meet(trunk)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
@@ -66,7 +73,29 @@ def backward(
             # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
             if batched:
                 raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
-            cut, heads = [], _leaves_of(losses, [])
+            cut, heads = [], leaves_of(losses, [])
+        if engine != "full" and _are_plain(parameters, engine):
+            _check_owned(parameters, heads)
+            with _without_tensor_hooks([*parameters, *heads.all()]):
+                found = gramian.update(
+                    method,
+                    losses,
+                    [(p, names.get(id(p), f"shared[{k}]")) for k, p in enumerate(parameters)],
+                    heads,
+                    context,
+                    automatic=engine == "auto",
+                    scale_heads=scale_heads,
+                    retain_graph=retain_graph,
+                )
+            if found is not None:
+                updates, own, common, info = found
+                rest = heads.without(parameters)
+                pairs = [*_pairs(parameters, updates), *_pairs(rest.common, common)]
+                del found, updates, common  # `_commit` has to be the only owner
+                pairs += _own_gradients(rest, own, info.alpha if scale_heads else None)
+                _check_gathered(parameter for parameter, _ in pairs)
+                _commit(pairs)
+                return info
         heads = heads.without(parameters)
         if _sharded(parameters, features, groups, scale_heads, process_group):
             if method._needs_losses:
@@ -151,7 +180,7 @@ def _pairs(parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> Up
 def _passes(
     losses: Sequence[Tensor],
     first: list[Tensor],
-    heads: _Leaves,
+    heads: Leaves,
     retain_graph: bool,
     rows: Any,
     closed: bool = False,
@@ -162,7 +191,7 @@ def _passes(
     another.
     """
     own: list[Row] = []
-    with _closed(first if closed else ()):
+    with nothing_behind(first if closed else ()):
         for t, loss in enumerate(losses):
             # Only the last pass may free what losses share; a closed trunk is still to be passed through.
             keep = retain_graph or closed or (heads.overlap and t < len(losses) - 1)
@@ -232,113 +261,7 @@ def _by_group(
     return updates, info
 
 
-class _Leaves(NamedTuple):
-    """The leaf tensors that T losses reach.
-
-    Attributes:
-        private: those that one loss alone reaches, for each loss.
-        common: those that several reach.
-        overlap: whether some losses share a part of the graph that a backward pass frees.
-    """
-
-    private: list[list[Tensor]]
-    common: list[Tensor]
-    overlap: bool
-
-    def all(self) -> list[Tensor]:
-        """Every leaf."""
-        return [*self.common, *(leaf for leaves in self.private for leaf in leaves)]
-
-    def meet(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of the tensors is among them."""
-        ids = {id(leaf) for leaf in self.all()}
-        return any(id(x) in ids for x in tensors)
-
-    def without(self, tensors: Iterable[Tensor]) -> _Leaves:
-        """The leaves that are none of these tensors."""
-        ids = {id(x) for x in tensors}
-        private = [[leaf for leaf in leaves if id(leaf) not in ids] for leaves in self.private]
-        return _Leaves(private, [leaf for leaf in self.common if id(leaf) not in ids], self.overlap)
-
-
-def _leaves_of(losses: Sequence[Tensor], cut: list[Tensor]) -> _Leaves:
-    """The leaves that losses reach by ways that do not lead through the tensors of `cut`.
-
-    Each graph node is visited at most twice: when the first loss finds it, and when a second loss shows it is common.
-    """
-    closed = {_edge(x) for x in cut}
-    owner: dict[Any, int] = {}
-    leaves: dict[Any, Tensor] = {}
-    several = -1
-    overlap = False
-    for t, loss in enumerate(losses):
-        stack = [edge for edge in (_edge(loss),) if edge not in closed]  # also where the loss itself is a parameter
-        while stack:
-            node, _ = stack.pop()
-            known = owner.get(node)
-            if known in (t, several):
-                continue
-            owner[node] = t if known is None else several
-            successors = node.next_functions
-            if successors:
-                overlap |= known is not None
-                stack.extend(edge for edge in successors if edge[0] is not None and edge not in closed)
-            elif known is None and (variable := getattr(node, "variable", None)) is not None:
-                leaves[node] = variable
-    private: list[list[Tensor]] = [[] for _ in losses]
-    common: list[Tensor] = []
-    for node, variable in leaves.items():
-        (common if owner[node] == several else private[owner[node]]).append(variable)
-    return _Leaves(private, common, overlap)
-
-
-def _trunk(cut: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """The leaves behind the tensors (themselves, where they are leaves), and whether one tensor lies behind another."""
-    inside = {_edge(x) for x in cut}
-    leaves: list[Tensor] = []
-    nested = False
-    seen: set[Any] = set()
-    stack = [node for node, _ in inside]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for edge in node.next_functions:
-            nested |= edge in inside
-            if edge[0] is not None:
-                stack.append(edge[0])
-        if not node.next_functions and (variable := getattr(node, "variable", None)) is not None:
-            leaves.append(variable)
-    return leaves, nested
-
-
-def _edge(x: Tensor) -> tuple[Any, int]:
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
-
-
-@contextmanager
-def _closed(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within, no gradient passes behind these tensors."""
-    outputs: dict[Any, set[int]] = {}
-    for x in tensors:
-        node, output = _edge(x)
-        outputs.setdefault(node, set()).add(output)
-
-    def close(node: Any) -> Any:
-        stopped = outputs[node]
-        return node.register_prehook(lambda grads: tuple(None if i in stopped else g for i, g in enumerate(grads)))
-
-    handles = [close(node) for node in outputs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _own_gradients(heads: _Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`."""
     sums: dict[int, Tensor] = {}
     for t, parameters in enumerate(heads.private):
@@ -449,6 +372,38 @@ def _check_options(
         )
 
 
+def _chosen_engine(
+    engine: str, method: Method, tasks: int, representation: Any, features: Any, groups: Any, process_group: Any
+) -> str:
+    """The engine, "full" for "auto" where another is not possible."""
+    if engine not in _ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(map(repr, _ENGINES))}, got {engine!r}")
+    obstacles = [
+        f"{name}: expected None with engine='gramian', got {describe(value)}"
+        for name, value in (
+            ("representation", representation),  # its Gram matrix is another one
+            ("features", features),
+            ("groups", groups),  # one backward pass brings one combination
+            ("process_group", process_group),  # averaged gradients have products across processes
+        )
+        if value is not None
+    ]
+    if not method._on_gram:
+        obstacles.append(f"engine: expected 'full' for a method that needs more than the Gram matrix, got {engine!r}")
+    if engine == "gramian" and obstacles:
+        raise ValueError(obstacles[0])
+    return "full" if obstacles or tasks == 1 else engine
+
+
+def _are_plain(parameters: list[Tensor], engine: str) -> bool:
+    if all(type(p) in _PLAIN for p in parameters):
+        return True
+    if engine == "gramian":
+        other = next(p for p in parameters if type(p) not in _PLAIN)
+        raise ValueError(f"shared: expected plain parameters with engine='gramian', got a {type(other).__name__}")
+    return False
+
+
 def _sharded(parameters: list[Tensor], features: Any, groups: Any, scale_heads: bool, process_group: Any) -> bool:
     """Whether these are parameters of `fully_shard`, whose gradients only whole backward passes bring."""
     if all(type(p) in _PLAIN for p in parameters) or not _distributed().is_sharded(parameters):
@@ -463,6 +418,11 @@ def _sharded(parameters: list[Tensor], features: Any, groups: Any, scale_heads: 
         if value is not None:
             raise ValueError(f"{name}: expected none with parameters of fully_shard, got {describe(value)}")
     return True
+
+
+def _check_owned(parameters: list[Tensor], leaves: Leaves) -> None:
+    if not any(edge_of(p)[0] in leaves.owner for p in parameters):
+        _check_reached([], "shared")
 
 
 def _check_reached(rows: list[Row], name: str) -> None:

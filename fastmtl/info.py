@@ -27,6 +27,8 @@ class Info:
         rank: number of independent task gradients under the method's rank rule, int64 [].
         residual: how far α is from satisfying the method's own optimality conditions, relative, float64 []: infinite
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
+        explicit: names of the shared parameters whose T gradients `engine="gramian"` formed because it knows no closed
+            form for their use; None without that engine.
     """
 
     SOLVED = 1e-8  # a residual up to this counts as converged
@@ -37,6 +39,7 @@ class Info:
     eigenvalues: Tensor
     rank: Tensor
     residual: Tensor
+    explicit: tuple[str, ...] | None = None
 
     def __init__(self, tasks: int, device: torch.device | str | None = None) -> None:
         self.alpha = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)

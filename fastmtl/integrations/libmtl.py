@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import ops, scalarization
-from fastmtl.backward import _commit, _leaves_of, _pairs, _pass, _trunk, _without_tensor_hooks
+from fastmtl._graph import leaves_of, trunk_of
+from fastmtl.backward import _commit, _pairs, _pass, _without_tensor_hooks
 from fastmtl.info import Info
 from fastmtl.scalarization import Scalarization
 from fastmtl.weighting._context import NOTHING, Context
@@ -151,8 +152,8 @@ class Weighting(nn.Module):
         several = isinstance(self.rep, dict)
         rep = [self.rep[task] for task in self.task_name] if several else [self.rep]
         ids = {id(x) for x in copies}
-        heads = [leaf for leaf in _leaves_of([total], []).all() if id(leaf) not in ids]
-        trunk, _ = _trunk(rep)
+        heads = [leaf for leaf in leaves_of([total], []).all() if id(leaf) not in ids]
+        trunk, _ = trunk_of(rep)
         with _without_tensor_hooks([*heads, *trunk]):
             grads = torch.autograd.grad(total, [*copies, *heads], allow_unused=True)
             rows, own = grads[: len(copies)], grads[len(copies) :]

@@ -82,7 +82,7 @@ class Method:
     def backward(
         self,
         losses: Sequence[Tensor],
-        shared: Iterable[Tensor] | None = None,
+        shared: torch.nn.Module | Iterable[Tensor] | None = None,
         *,
         representation: Any = None,
         features: Any = None,
@@ -92,6 +92,7 @@ class Method:
         retain_graph: bool = False,
         process_group: Any = None,
         grad_scale: Tensor | float | None = None,
+        engine: str = "full",
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -108,8 +109,8 @@ class Method:
 
         Args:
             losses: T scalar losses.
-            shared: the shared parameters; one that no loss reaches is left untouched. Default: the parameters that at
-                least two losses reach.
+            shared: the shared parameters, or a module for those of its parameters that require grad; one that no loss
+                reaches is left untouched. Default: the parameters that at least two losses reach.
             representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
                 are then those behind it, and `shared` has to be None.
             features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
@@ -125,6 +126,11 @@ class Method:
                 DistributedDataParallel averages them.
             grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
                 methods that are not homogeneous: see `__call__`.
+            engine: how the exact gradients come about. "full": T backward passes down to the parameters. "gramian":
+                their Gram matrix from activations and T cotangents of the operations' outputs, then one ordinary
+                backward pass: for methods that need no more than the Gram matrix; as accurate as float32 products
+                allow, in less time and memory for most models (docs/methods.md). "auto": whichever a cost model expects
+                to be faster.
 
         Returns:
             What the method saw and did.
@@ -133,7 +139,8 @@ class Method:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
             ValueError: a loss that is not a scalar or does not require grad, no loss, no shared parameter, one that is
-                no leaf requiring grad, options that exclude each other, weights of another length than T.
+                no leaf requiring grad, an unknown engine, options that exclude each other, weights of another length
+                than T.
         """
         return backward(
             self,
@@ -147,6 +154,7 @@ class Method:
             retain_graph=retain_graph,
             process_group=process_group,
             grad_scale=grad_scale,
+            engine=engine,
         )
 
     def _context(

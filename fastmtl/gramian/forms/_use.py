@@ -1,0 +1,57 @@
+"""What the closed forms have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl._graph import Edge
+
+__all__ = ["Use"]
+
+
+class Use(ABC):
+    """One use of a parameter: its gradient is G_t = B_tᵀ A in each of g groups, A the same for all tasks.
+
+    Attributes:
+        edge: where the cotangents arrive.
+        groups: number of groups g.
+        rows: N, rows of A and B_t: samples times positions.
+        width: O, columns of B_t.
+        depth: I, columns of A.
+        side: which dimension of the parameter the columns of B_t are, 0 or 1.
+        is_indexed: whether the rows of A are unit vectors.
+    """
+
+    is_indexed = False
+
+    def __init__(self, node: Any, *, groups: int = 1, rows: int, width: int, depth: int, side: int) -> None:
+        self.edge: Edge = (node, 0)
+        self.groups, self.rows, self.width, self.depth, self.side = groups, rows, width, depth, side
+
+    @property
+    def node(self) -> Any:
+        """The graph node of the operation."""
+        return self.edge[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one cotangent as it arrives."""
+        return self.node._input_metadata[0].shape
+
+    @property
+    def elements(self) -> int:
+        """Number of entries of one cotangent."""
+        return math.prod(self.shape)
+
+    @abstractmethod
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """A [g, N, I] in this dtype, or for a matrix of unit vectors their indices, int64 [N]."""
+
+    @abstractmethod
+    def cotangents(self, arrived: Tensor) -> Tensor:
+        """B [c, g, N, O] from c cotangents as they arrived."""

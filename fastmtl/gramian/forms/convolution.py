@@ -1,0 +1,58 @@
+"""Convolutions in any number of dimensions, with groups, strides, dilation and zero padding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmtl.gramian.forms._use import Use
+
+__all__ = ["convolution"]
+
+
+def convolution(node: Any, operand: int, flipped: bool) -> Use | None:
+    """The weight of a convolution that is not transposed."""
+    if operand != 1 or flipped or node._saved_transposed:
+        return None
+    return _Convolution(node)
+
+
+class _Convolution(Use):
+    """A matrix product of the weight with the windows of the padded input: I = C/g times the size of the kernel."""
+
+    def __init__(self, node: Any) -> None:
+        batch, channels, *self._out = node._input_metadata[0].shape
+        self._groups = node._saved_groups
+        weight, output = node.next_functions[1]
+        _, depth, *self._kernel = weight._input_metadata[output].shape
+        super().__init__(
+            node,
+            groups=self._groups,
+            rows=batch * math.prod(self._out),
+            width=channels // self._groups,
+            depth=depth * math.prod(self._kernel),
+            side=0,
+        )
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        x: Tensor = self.node._saved_input
+        around = [p for p in reversed(self.node._saved_padding) for _ in range(2)]
+        x = F.pad(x, around) if any(around) else x
+        batch, channels, *_ = x.shape
+        own, *steps = x.stride()[1:]
+        strides = [s * step for s, step in zip(self.node._saved_stride, steps, strict=True)]
+        dilated = [d * step for d, step in zip(self.node._saved_dilation, steps, strict=True)]
+        per_group = channels // self._groups
+        windows = x.as_strided(
+            (self._groups, batch, *self._out, per_group, *self._kernel),
+            (per_group * own, x.stride(0), *strides, own, *dilated),
+        )
+        return windows.to(dtype).reshape(self._groups, self.rows, self.depth)
+
+    def cotangents(self, arrived: Tensor) -> Tensor:
+        by_group = arrived.reshape(len(arrived), -1, self._groups, self.width, math.prod(self._out))
+        return by_group.permute(0, 2, 1, 4, 3).reshape(len(arrived), self._groups, self.rows, self.width)

@@ -1,0 +1,42 @@
+"""Embeddings, whose ids may repeat."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.forms._use import Use
+
+__all__ = ["embedding"]
+
+
+def embedding(node: Any, operand: int, flipped: bool) -> Use | None:
+    """The table of an embedding that makes dense gradients."""
+    if operand != 0 or flipped or node._saved_sparse:
+        return None
+    return _Embedding(node)
+
+
+class _Embedding(Use):
+    """A product with the matrix of the ids' unit vectors."""
+
+    is_indexed = True
+
+    def __init__(self, node: Any) -> None:
+        *ids, width = node._input_metadata[0].shape
+        super().__init__(node, rows=math.prod(ids), width=width, depth=node._saved_weight_sym_argsize_0, side=1)
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        return self.node._saved_indices.reshape(-1)
+
+    def cotangents(self, arrived: Tensor) -> Tensor:
+        B = arrived.reshape(len(arrived), 1, self.rows, self.width)
+        ids = self.node._saved_indices.reshape(-1)
+        if self.node._saved_scale_grad_by_freq:
+            _, place, counts = ids.unique(return_inverse=True, return_counts=True)
+            B = B / counts[place].to(B.dtype)[:, None]
+        padding = self.node._saved_padding_idx  # -1, read as unsigned, where there is none
+        return B * (ids != padding).to(B.dtype)[:, None] if padding < 2**63 else B

@@ -1,0 +1,99 @@
+"""Which parameters' gradients are contracted from their factors, and which are formed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastmtl._graph import SEVERAL, edge_of
+from fastmtl.gramian import cost
+from fastmtl.gramian.contraction import Contraction
+from fastmtl.gramian.forms import Use, is_bias, is_small, use_of
+from fastmtl.gramian.survey import Consumer, Survey, parts_of
+
+__all__ = ["Plan", "plan"]
+
+
+class Plan(NamedTuple):
+    """How the Gram matrix comes about.
+
+    Attributes:
+        contractions: what is contracted.
+        explicit: parameters whose T gradients are formed.
+        unrecognised: names of those among them for which no closed form was found.
+    """
+
+    contractions: list[Contraction]
+    explicit: list[Tensor]
+    unrecognised: tuple[str, ...]
+
+
+def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, int], tasks: int) -> Plan:
+    """The plan for those of the parameters that several losses reach."""
+    contractions: list[Contraction] = []
+    explicit: list[Tensor] = []
+    unrecognised: list[str] = []
+    biases: list[tuple[Tensor, list[Consumer]]] = []
+    weights: list[tuple[list[Consumer], Contraction]] = []
+    for parameter, name in named:
+        node = edge_of(parameter)[0]
+        if owner.get(node) != SEVERAL:
+            continue
+        parts = parts_of(node, graph)
+        if parts is not None and all(is_small(consumer) for part in parts for consumer in part):
+            if len(parts) == 1 and all(is_bias(consumer) for consumer in parts[0]):
+                biases.append((parameter, parts[0]))
+            else:
+                explicit.append(parameter)
+            continue
+        uses = None if parts is None else [_uses(part) for part in parts]
+        if uses is None or any(part is None for part in uses):
+            explicit.append(parameter)
+            unrecognised.append(name)
+            continue
+        blocks = [part for part in uses if part]
+        if cost.is_cheaper_explicit(blocks, tasks, parameter.numel()):
+            explicit.append(parameter)
+            continue
+        contractions += (own := [Contraction(part) for part in blocks])
+        if parts is not None and len(parts) == 1:
+            weights.append((parts[0], own[0]))
+    for bias, consumers in biases:
+        contraction = _with_this_bias(bias, consumers, weights)
+        if contraction is None:
+            explicit.append(bias)
+        else:
+            contraction.biased = True
+    return Plan(contractions, explicit, tuple(unrecognised))
+
+
+def _uses(consumers: Sequence[Consumer]) -> list[Use] | None:
+    """The closed forms of all of them, None where one has none or they do not go together."""
+    uses: list[Use] = []
+    for consumer in consumers:
+        use = use_of(consumer)
+        if use is None:
+            return None
+        uses.append(use)
+    for side in (0, 1):
+        if len({(use.is_indexed, use.groups, use.width, use.depth) for use in uses if use.side == side}) > 1:
+            return None
+    return uses
+
+
+def _with_this_bias(
+    bias: Tensor, consumers: Sequence[Consumer], weights: Sequence[tuple[list[Consumer], Contraction]]
+) -> Contraction | None:
+    """The weight that occurs in the very operations in which the bias does, once in each."""
+    for others, contraction in weights:
+        use = contraction.uses[0]
+        if (
+            len(others) == len(consumers)
+            and len({use.side for use in contraction.uses}) == 1
+            and bias.shape == (use.groups * use.width,)
+            and all(any(is_bias(consumer, other) for other in others) for consumer in consumers)
+        ):
+            return contraction
+    return None
