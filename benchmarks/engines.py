@@ -20,6 +20,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,10 +36,27 @@ import torch
 import workloads
 from check import BUSY, HEAD, Line, show
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastmtl
+from fastmtl._graph import SEVERAL, leaves_of
+from fastmtl.gramian.plan import plan
+from fastmtl.gramian.survey import survey
 
-__all__ = ["GRID", "MEMORY", "STEPS", "WAYS", "Way", "allocated", "grid", "main", "memory", "picked", "steps"]
+__all__ = [
+    "GRID",
+    "MEMORY",
+    "STEPS",
+    "WAYS",
+    "Way",
+    "allocated",
+    "grid",
+    "main",
+    "memory",
+    "picked",
+    "planned",
+    "steps",
+]
 
 Model = Callable[[], workloads.MultiTask]
 
@@ -288,7 +306,7 @@ def grid(name: str, make: Model, seconds: float) -> dict[str, Any]:
     Returns:
         The record of the case. `seconds`: of "forward" (all of a step that is not its backward), of the "plain" step,
         and of both engines; `excess`: the time of the step by the engine that "auto" takes over that of the faster one;
-        `excess_backward`: the same without the forward.
+        `excess_backward`: the same without the forward; `plan`: what `planned` returns.
 
     Raises:
         ArithmeticError: a gradient is wrong: nothing was timed.
@@ -310,9 +328,38 @@ def grid(name: str, make: Model, seconds: float) -> dict[str, Any]:
         "excess": taken[choice] / min(taken["full"], taken["gramian"]),
         "excess_backward": backward[choice] / min(backward["full"], backward["gramian"]),
         "explicit": ways["gramian"].step().explicit,
+        "plan": planned(model),
         "rounds": timing.rounds,
         "kept": timing.kept,
         "others": timing.others,
+    }
+
+
+def planned(model: workloads.MultiTask) -> dict[str, Any]:
+    """What the gramian engine is about to do, for whoever fits its cost model to the times.
+
+    Returns:
+        `multiply_adds`: of the encoder's matrix products, forward; a backward pass takes as many for the weights, and
+        for the inputs of all layers but the first; `nodes`: graph nodes that the cotangents pass,
+        and `entries` of one task's cotangents there; `explicit`: sizes of the parameters whose T gradients are formed;
+        `contractions`: the uses of every other weight, each as groups, rows, width, depth and number of entries of one
+        cotangent.
+    """
+    with FlopCounterMode(display=False) as counter:
+        h = model.forward()
+    losses = model.losses([h] * model.tasks)
+    owner = leaves_of(losses, []).owner
+    trunk = [node for node, t in owner.items() if t == SEVERAL and node.next_functions]
+    todo = plan([(p, "") for p in model.shared], survey(losses, owner), owner, model.tasks)
+    return {
+        "multiply_adds": counter.get_total_flops() // 2,
+        "nodes": len(trunk),
+        "entries": sum(math.prod(x.shape) for node in trunk for x in node._input_metadata),
+        "explicit": [p.numel() for p in todo.explicit],
+        "contractions": [
+            [{key: getattr(use, key) for key in ("groups", "rows", "width", "depth", "elements")} for use in c.uses]
+            for c in todo.contractions
+        ],
     }
 
 

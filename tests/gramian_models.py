@@ -181,6 +181,7 @@ class Scenes(nn.Module):
 
     def __init__(self, tasks: int = 3) -> None:
         super().__init__()
+        self.tasks = tasks
         self.network = MTAN([2] * tasks, width=1 / 16)
         self.register_buffer("x", randn(4, 3, 32, 32, seed=1))
         self.register_buffer("y", randn(tasks, 4, 2, 32, 32, seed=2))
@@ -331,6 +332,9 @@ LAYERS: dict[str, Callable[[], Multitask]] = {
         ),
         _image(),
     ),
+    "conv on slices": lambda: Multitask(
+        Uses(lambda x, a, b: b(a(x[1:, 1:])[:, 1:, ::2, 1:]).tanh(), nn.Conv2d(2, 4, 2), nn.Conv2d(3, 4, 2)), _image()
+    ),
     "conv without a batch": lambda: Multitask(
         Uses(lambda x, a: torch.stack([a(image) for image in x]).tanh(), nn.Conv2d(3, 4, 3)), _image()
     ),
@@ -356,6 +360,7 @@ LAYERS: dict[str, Callable[[], Multitask]] = {
         ),
         _ids(),
     ),
+    "embedding of int32": lambda: Multitask(nn.Embedding(6, 5, padding_idx=2), _ids().int()),
     "embedding bag": lambda: Multitask(nn.Sequential(nn.EmbeddingBag(6, 5, mode="mean"), nn.Tanh()), _ids()),
     "indexed": lambda: Multitask(Through(lambda m, ids: m.w[ids].tanh(), w=(6, 4)), _ids()),
     # Normalisation
@@ -438,7 +443,7 @@ LAYERS: dict[str, Callable[[], Multitask]] = {
     "scaled and shifted": lambda: Multitask(
         Through(lambda m, x: (x @ m.w * m.scale).tanh() + m.shift, w=(5, 4), scale=(4,), shift=(7, 1)), _rows()
     ),
-    "a number": lambda: Multitask(Through(lambda m, x: (x * m.w.exp()).tanh(), w=()), _rows()),
+    "a number": lambda: Multitask(Through(lambda m, x: (x @ m.w * m.n.exp()).tanh(), w=(5, 4), n=()), _rows()),
     "prelu": lambda: Multitask(_dense(nn.PReLU(6), nn.Linear(6, 4)), _rows()),
     "low rank": lambda: Multitask(Through(lambda m, x: (x @ (m.a @ m.b)).tanh(), a=(5, 2), b=(2, 4)), _rows()),
     "masked": lambda: Multitask(
@@ -523,7 +528,7 @@ LAYERS: dict[str, Callable[[], Multitask]] = {
     "frozen table": lambda: _frozen(Multitask(nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 4)), _ids()), "0.weight"),
     "dropout": lambda: Multitask(nn.Sequential(mlp(5), nn.Dropout(0.3), nn.Linear(16, 5)), _rows()),
     "in place": lambda: Multitask(
-        Uses(lambda x, a, b: b(a(x).relu_().mul_(2.0)).add_(x.new_ones(4)).sin_(), nn.Linear(5, 6), nn.Linear(6, 4)),
+        Uses(lambda x, a, b: b(a(x).mul_(2.0).relu_()).add_(x.new_ones(4)).sin_(), nn.Linear(5, 6), nn.Linear(6, 4)),
         _rows(),
     ),
     "written into": lambda: Multitask(
@@ -543,7 +548,7 @@ LAYERS: dict[str, Callable[[], Multitask]] = {
     "checkpointed with dropout and convolutions": lambda: Multitask(
         Uses(
             lambda x, a: checkpoint(a, x, use_reentrant=False),
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 3, 3)),
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(4, 3, 3)),
         ),
         _image(),
     ),
