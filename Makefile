@@ -16,7 +16,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-gate scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,11 @@ bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-s
 
 bench-check: develop ## the speed and memory targets: reached or missed (CHECK_ARGS="--only ragged" for some)
 	$(BIN)/python benchmarks/check.py $(CHECK_ARGS)
+
+bench-engines: develop ## the engines of backward: steps, memory, and what "auto" takes
+	$(BIN)/python benchmarks/engines.py steps
+	$(BIN)/python benchmarks/engines.py memory
+	$(BIN)/python benchmarks/engines.py grid
 
 bench-gate: develop ## the gate against regressions: quick, tolerates a busy machine (CHECK_ARGS="--repeat 10" for ten passes)
 	$(BIN)/python benchmarks/check.py --ci $(CHECK_ARGS)

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +35,10 @@ import torch
 import workloads
 from check import BUSY, HEAD, Line, show
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastmtl
-from fastmtl._graph import SEVERAL, leaves_of
+from fastmtl._graph import leaves_of
+from fastmtl.gramian import cost
 from fastmtl.gramian.plan import plan
 from fastmtl.gramian.survey import survey
 
@@ -336,31 +335,11 @@ def grid(name: str, make: Model, seconds: float) -> dict[str, Any]:
 
 
 def planned(model: workloads.MultiTask) -> dict[str, Any]:
-    """What the gramian engine is about to do, for whoever fits its cost model to the times.
-
-    Returns:
-        `multiply_adds`: of the encoder's matrix products, forward; a backward pass takes as many for the weights, and
-        for the inputs of all layers but the first; `nodes`: graph nodes that the cotangents pass,
-        and `entries` of one task's cotangents there; `explicit`: sizes of the parameters whose T gradients are formed;
-        `contractions`: the uses of every other weight, each as groups, rows, width, depth and number of entries of one
-        cotangent.
-    """
-    with FlopCounterMode(display=False) as counter:
-        h = model.forward()
-    losses = model.losses([h] * model.tasks)
+    """What the cost model knows of a step, and what it expects of the engines: `work` and `features`, full and gramian."""
+    losses = model.losses([model.forward()] * model.tasks)
     owner = leaves_of(losses, []).owner
-    trunk = [node for node, t in owner.items() if t == SEVERAL and node.next_functions]
-    todo = plan([(p, "") for p in model.shared], survey(losses, owner), owner, model.tasks)
-    return {
-        "multiply_adds": counter.get_total_flops() // 2,
-        "nodes": len(trunk),
-        "entries": sum(math.prod(x.shape) for node in trunk for x in node._input_metadata),
-        "explicit": [p.numel() for p in todo.explicit],
-        "contractions": [
-            [{key: getattr(use, key) for key in ("groups", "rows", "width", "depth", "elements")} for use in c.uses]
-            for c in todo.contractions
-        ],
-    }
+    work = plan([(p, "") for p in model.shared], survey(losses, owner), owner, model.tasks).work
+    return {"work": dataclasses.asdict(work), "features": cost.features(work, model.tasks)}
 
 
 def _described(name: str, model: workloads.MultiTask) -> dict[str, Any]:
@@ -477,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (busy := max(record["others"] for record in records)) > BUSY:
         print(f"Other processes kept up to {busy:.1f} processors busy meanwhile: do not trust these numbers.")
     if args.json is not None:
-        content = {"machine": machine, "lines": [asdict(line) for line in lines], "cases": records}
+        content = {"machine": machine, "lines": [dataclasses.asdict(line) for line in lines], "cases": records}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(any(line.verdict == "MISSED" for line in lines))

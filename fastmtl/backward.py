@@ -88,11 +88,9 @@ def backward(
                     retain_graph=retain_graph,
                 )
             if found is not None:
-                updates, own, common, info = found
-                rest = heads.without(parameters)
-                pairs = [*_pairs(parameters, updates), *_pairs(rest.common, common)]
-                del found, updates, common  # `_commit` has to be the only owner
-                pairs += _own_gradients(rest, own, info.alpha if scale_heads else None)
+                pairs, own, info = found
+                del found
+                pairs += _own_gradients(heads.without(parameters), own, info.alpha if scale_heads else None)
                 _check_gathered(parameter for parameter, _ in pairs)
                 _commit(pairs)
                 return info

@@ -303,11 +303,6 @@ BACKWARD = {
         TypeError,
         ("shared", "iterable", "tensor of shape [4, 4]"),
     ),
-    "shared a module": (
-        lambda trunk, heads, losses, h, table: (losses, trunk),
-        TypeError,
-        ("shared", "iterable", "Linear"),
-    ),
     "shared None": (
         lambda trunk, heads, losses, h, table: (losses[:1], None),
         ValueError,

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import fastmtl
+from fastmtl.gramian import cost
 
 LIMIT = {F32: 1e-4, F64: 1e-9}
 GRAM = {F32: 1e-5, F64: 1e-12}
@@ -813,6 +814,7 @@ def _no_collection():
     gc.enable()
 
 
+FIRST = 2  # saved values of an operation
 KINDS = ["mlp", "resnet18", "vit", "language model", "lstm", "mtan"]
 
 
@@ -831,17 +833,22 @@ def _saved_in_the_trunk(name):
 
 @pytest.mark.usefixtures("_no_collection")
 @pytest.mark.parametrize("name", KINDS)
-def test_the_graph_is_freed(name):
-    """With the call, not when the losses go; the heads only where none begins behind what another one takes."""
+def test_the_graph_is_freed(name, monkeypatch):
+    """With the call, not when the losses go; the heads only where none begins behind what another one takes.
+
+    What the first operations saved, the model's inputs, stays: no cotangent passes them. Where a graph is so small that
+    all cotangents pass it at once, it goes with the losses.
+    """
+    monkeypatch.setattr(cost, "goes_at_once", lambda *_: False)
     model = build(MODELS[name])
     losses, boxes = boxed(model)
     fastmtl.AlignedMTL().backward(losses, model.shared(), engine="gramian")
     kept = sum(box() is not None for box in boxes)
     if name in ("language model", "mtan"):
         in_heads = len(boxes) - _saved_in_the_trunk(name)
-        assert kept <= in_heads
+        assert kept <= in_heads + FIRST
     else:
-        assert kept == 0
+        assert kept <= FIRST
     for engine in ("gramian", "full"):
         with pytest.raises(RuntimeError, match="second time"):
             fastmtl.AlignedMTL().backward(losses, model.shared(), engine=engine)

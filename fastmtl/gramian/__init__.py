@@ -1,8 +1,8 @@
 """The exact Gram matrix of the tasks' parameter gradients from activations and cotangents, without the gradients.
 
-One pass through the losses' own parts of the graph (`heads`), T cotangents through the part that they share (`trunk`),
-where every weight has a closed form (`forms`, one a file) that is contracted (`contraction`) or T explicit gradients,
-whichever is cheaper (`cost`), and one ordinary backward pass: docs/methods.md.
+The graph is cut where the losses' own parts end (`survey`); each parameter gets a closed form (`forms`, one a file) or T
+explicit gradients, whichever is cheaper (`plan`, `cost`); one pass goes through the losses' own parts and T cotangents
+through the rest (`engine`), where the Gram matrix is contracted (`contraction`): docs/methods.md.
 """
 
 from fastmtl.gramian.engine import update

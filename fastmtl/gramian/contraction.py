@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,22 +12,26 @@ from fastmtl import ops
 from fastmtl._graph import Edge
 from fastmtl.gramian.forms import Use
 
-__all__ = ["Contraction"]
+__all__ = ["BLOCK", "Contraction"]
 
 _F64 = torch.float64
-_BLOCK = 512  # rows of K = A Aᵀ at a time: what is made of them stays in the cache, and memory linear in N
+_COLUMNS = 2048  # of X and Y that are summed in their own dtype
+BLOCK = 512  # rows of K = A Aᵀ at a time: what is made of them stays in the cache, and memory linear in N
 
 
 class Contraction:
     """The uses of one weight, or of one of the disjoint blocks that it is split into.
 
     Args:
+        parameter: the weight.
         uses: its uses. Those of one side have the same groups, width and depth, and are all dense or all indexed.
+        block: dimension, start and length of the block.
     """
 
-    def __init__(self, uses: Sequence[Use]) -> None:
-        self.uses = uses
-        self.biased = False  # whether the operations' bias, used there alone, is to be counted in
+    def __init__(self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None) -> None:
+        self.parameter, self.uses = parameter, uses
+        self.bias: Tensor | None = None  # of the same operations, and of no other
+        self._block = block
         self._sides = [[use for use in uses if use.side == side] for side in (0, 1)]
 
     def gram(self, arrived: Mapping[Edge, Tensor | None], working: Callable[[torch.dtype], torch.dtype]) -> Tensor:
@@ -37,11 +42,31 @@ class Contraction:
             working: from the cotangents' dtype to that of products; sums over rows are in float64.
         """
         found = [side for uses in self._sides if (side := _side(uses, arrived, working)) is not None]
-        M = sum((_own(A, B, self.biased) for A, B in found), torch.zeros((), dtype=_F64))
+        M = sum((_own(A, B, self.bias is not None) for A, B in found), torch.zeros((), dtype=_F64))
         if len(found) == 2:
             X = _cross(*found[0], *found[1])
             M = M + X + X.T
         return M
+
+    def gradients(self, cotangents: Mapping[Edge, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weight and its gradient from one cotangent of every use, and the same of the bias."""
+        used = [use for use in self.uses if use.edge in cotangents]
+        if not used:
+            return
+        g = sum_of(use.gradient(cotangents[use.edge]) for use in used).to(self.parameter.dtype)
+        if self._block is not None:
+            whole = torch.zeros_like(self.parameter)
+            whole.narrow(*self._block).copy_(g)
+            g = whole
+        yield self.parameter, g
+        if self.bias is not None:
+            each = (use.cotangents(cotangents[use.edge][None]).sum(2).flatten() for use in used)
+            yield self.bias, sum_of(each).to(self.bias.dtype)
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum; one alone is not copied."""
+    return functools.reduce(torch.add, tensors)
 
 
 def _side(
@@ -68,8 +93,8 @@ def _own(A: Tensor, B: Tensor, biased: bool) -> Tensor:
         return ops.gram(sums.reshape(T, -1))
     M = torch.zeros(T, T, dtype=_F64, device=B.device)
     for g in range(groups):
-        for start in range(0, N, _BLOCK):
-            rows = A[g, start : start + _BLOCK]
+        for start in range(0, N, BLOCK):
+            rows = A[g, start : start + BLOCK]
             end = start + len(rows)
             own = B[:, g, start:end]
             for first, last in ((0, start), (start, end)):  # K is symmetric: what is left of the diagonal counts twice
@@ -78,7 +103,8 @@ def _own(A: Tensor, B: Tensor, biased: bool) -> Tensor:
                 K = rows @ A[g, first:last].mT
                 if biased:
                     K += 1.0
-                X = _products(torch.matmul(K, B[:, g, first:last]), own)
+                # Not `matmul`, which would transpose all of B to make one product of it.
+                X = _products(torch.bmm(K.expand(T, *K.shape), B[:, g, first:last]), own)
                 M += X if last == end else X + X.T
     return (M + M.T) / 2
 
@@ -87,13 +113,20 @@ def _cross(A: Tensor, B: Tensor, other: Tensor, D: Tensor) -> Tensor:
     """⟨B_tᵀ A, Eᵀ D_s⟩ [T, T] = Σ_nm ⟨B_t[n], E[m]⟩ ⟨A[n], D_s[m]⟩ of uses on both sides; E dense, or ids."""
     M = torch.zeros(len(B), len(B), dtype=_F64, device=B.device)
     B, D = B[:, 0], D[:, 0]
-    for start in range(0, D.shape[1], _BLOCK):
-        part = slice(start, start + _BLOCK)
+    for start in range(0, D.shape[1], BLOCK):
+        part = slice(start, start + BLOCK)
         P = B[:, :, other[part]] if other.dim() == 1 else B @ other[0, part].mT
         M += _products(P, A[0] @ D[:, part].mT)
     return M
 
 
 def _products(X: Tensor, Y: Tensor) -> Tensor:
-    """⟨X_t, Y_s⟩ [T, T] of X and Y [T, N, O]: products and sums over O in their dtype, sums over N in float64."""
-    return torch.matmul(X.transpose(0, 1), Y.permute(1, 2, 0)).sum(0, dtype=_F64)
+    """⟨X_t, Y_s⟩ [T, T] of X and Y [T, N, O]: sums over a few rows in their dtype, the rest in float64."""
+    T, N, width = X.shape
+    rows = max(1, min(N, _COLUMNS // max(1, width)))
+    M = torch.zeros(T, T, dtype=_F64, device=X.device)
+    for start, end, step in ((0, N - N % rows, rows), (N - N % rows, N, N % rows)):
+        if start < end:
+            left, right = (x[:, start:end].reshape(T, -1, step * width) for x in (X, Y))
+            M += torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(0, dtype=_F64)
+    return M

@@ -1,9 +1,7 @@
-"""From T losses to the shared parameters' aggregated gradients by one Gram matrix and one ordinary backward pass."""
+"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients that nobody forms."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -14,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl import ops
 from fastmtl._graph import SEVERAL, Edge, Leaves, edge_of
+from fastmtl._inputs import check_rows
 from fastmtl.gramian import cost
 from fastmtl.gramian.plan import Plan, plan
 from fastmtl.gramian.survey import Survey, survey
@@ -32,15 +31,14 @@ class Result(NamedTuple):
     """What is to be added to `.grad`, and why.
 
     Attributes:
-        shared: for every shared parameter, None where no loss reaches it.
+        updates: shared parameters, and others that several losses reach, with their gradients; one of a parameter that
+            is split in blocks for each block.
         private: for every loss the gradients of its own leaves that are not shared.
-        common: for the leaves that several losses reach and that are not shared.
         info: what the method saw and did.
     """
 
-    shared: Row
+    updates: list[tuple[Tensor, Tensor]]
     private: list[Row]
-    common: Row
     info: Info
 
 
@@ -73,7 +71,7 @@ def update(
     """
     graph = survey(losses, leaves.owner)
     todo = plan(named, graph, leaves.owner, len(losses))
-    if automatic and cost.prefers_full(todo, graph, len(losses)):
+    if automatic and cost.prefers_full(todo.work, len(losses)):
         return None
     parameters = [p for p, _ in named]
     shared = {id(p) for p in parameters}
@@ -85,27 +83,25 @@ def update(
     of_own = [row[: len(p)] for row, p in zip(grads, own, strict=True)]
     of_rest = [row[len(p) :] for row, p in zip(grads, own, strict=True)]
     del grads
-    M = torch.zeros(len(losses), len(losses), dtype=torch.float64, device=parameters[0].device)
-    with torch.no_grad(), _without_autocast(M.device):
-        _trunk(graph, at_frontier, todo, M)
+    device = parameters[0].device
+    keep = retain_graph or bool(rest.common)
+    with torch.no_grad(), _without_autocast(device):
+        trunk = _trunk(graph.frontier, at_frontier, todo, device, keep)
+        M = trunk.gram()
         for t, row in enumerate(of_own):
             M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
-    info = method._weigh(M, max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps), context)
-    info.explicit = todo.unrecognised
-
-    sums = _combine(at_frontier, info.alpha)
-    reached = [p for p in parameters if leaves.owner.get(edge_of(p)[0]) == SEVERAL]
-    once = scale_heads or not rest.common
-    inputs = [*reached, *rest.common] if once else reached
-    found = _pass(graph.frontier, sums, inputs, retain_graph=retain_graph or not once)
-    common = found[len(reached) :]
-    if not once:
-        sums = _combine(at_frontier, torch.ones_like(info.alpha))
+        info = method._weigh(M, max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps), context)
+        info.explicit = todo.unrecognised
+        updates = trunk.combined(info.alpha)
+        del trunk
+    for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
+        updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
+    if rest.common:
+        weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
+        sums = _combine(at_frontier, weights)
         common = _pass(graph.frontier, sums, rest.common, retain_graph=retain_graph)
-    by_id = {id(p): g for p, g in zip(reached, found, strict=False)}
-    for alpha, private_, row in zip(info.alpha, own, of_own, strict=True):
-        by_id.update((id(p), None if g is None else g * alpha.to(g)) for p, g in zip(private_, row, strict=True))
-    return Result([by_id.get(id(p)) for p in parameters], of_rest, common, info)
+        updates += [(p, g) for p, g in zip(rest.common, common, strict=True) if g is not None]
+    return Result(updates, of_rest, info)
 
 
 def _heads(
@@ -128,22 +124,23 @@ def _heads(
     if not outputs:
         return rows, [[] for _ in losses]
     with _caught(graph, owner, rows):
-        keep = retain_graph or graph.nested  # what lies between two edges of the frontier runs too, without gradients
+        keep = retain_graph or graph.nested  # what lies between two edges of the frontier runs too, in vain
         grads = iter(torch.autograd.grad(outputs, inputs, retain_graph=keep, allow_unused=True))
     return rows, [[next(grads) for _ in leaves] for leaves in private]
 
 
 @contextmanager
 def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[None]:
-    """Within, what a pass brings to the frontier is added to the rows and goes no farther."""
+    """Within, what a pass brings to the frontier is added to the rows.
+
+    It goes on to the frontier, where hooks of the tensors are run.
+    """
 
     def catch(row: Row, ways: Sequence[tuple[int, int]]) -> Any:
-        def hook(grads: Sequence[Tensor | None], _: Any) -> Sequence[Tensor | None]:
-            kept = list(grads)
+        def hook(grads: Sequence[Tensor | None], _: Any) -> None:
             for i, k in ways:
-                g, before, kept[i] = grads[i], row[k], None
+                g, before = grads[i], row[k]
                 row[k] = before if g is None else g if before is None else before + g
-            return tuple(kept)
 
         return hook
 
@@ -155,58 +152,92 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
             handle.remove()
 
 
-def _trunk(graph: Survey, rows: list[Row], todo: Plan, M: Tensor) -> None:
-    """Adds to M [T, T] the inner products of the gradients that cotangents at the frontier make."""
-    edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
-    inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *todo.explicit]
-    if not inputs or not graph.frontier:
-        return
-    T = len(rows)
-    scale = _scale(rows, M)
-    kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in (node._input_metadata[output] for node, output in edges))
-    chunk = cost.chunk_of(kept, T)
-    try:
-        columns = _passes(graph.frontier, rows, scale, inputs, chunk)
-    except RuntimeError:  # an operation that cannot be vectorised
-        if chunk == 1:
-            raise
-        columns = _passes(graph.frontier, rows, scale, inputs, 1)
-    explicit = [g for g in columns[len(edges) :] if g is not None]
-    arrived = dict(zip(edges, columns, strict=False))
-    del columns
-    products = torch.zeros_like(M)
-    if explicit:
-        products += ops.gram_rows([g[t] for t in range(T) for g in explicit], T)
-    del explicit
-    left = Counter(use.edge for contraction in todo.contractions for use in contraction.uses)
+class _Trunk(NamedTuple):
+    """What T scaled cotangents at the frontier brought.
+
+    Attributes:
+        todo: what it is for.
+        arrived: where operations with a closed form are, all T cotangents of their output [T, ...].
+        explicit: parameters with their T gradients.
+        scale: powers of two [T], float64, by which the cotangents of every task were multiplied.
+    """
+
+    todo: Plan
+    arrived: dict[Edge, Tensor]
+    explicit: list[tuple[Tensor, Row]]
+    scale: Tensor
+
+    def gram(self) -> Tensor:
+        """M [T, T], float64."""
+        T = len(self.scale)
+        M = torch.zeros(T, T, dtype=torch.float64, device=self.scale.device)
+        if self.explicit:
+            M += ops.gram_rows(check_rows([[rows[t] for _, rows in self.explicit] for t in range(T)])[0], T)
+        for contraction in self.todo.contractions:
+            M += contraction.gram(self.arrived, _working_dtype)
+        return M / self.scale[:, None] / self.scale
+
+    def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that were reached, with Σ_t α_t of their gradients: what one more pass would bring."""
+        weights = alpha / self.scale
+        updates = [(p, torch.empty_like(p)) for p, _ in self.explicit]
+        if updates:
+            rows = [rows[t] for t in range(len(alpha)) for _, rows in self.explicit]
+            ops.combine_rows(rows, weights, [g for _, g in updates])
+        cotangents = {}
+        for edge, g in self.arrived.items():
+            cotangents[edge] = out = torch.empty_like(g[0], memory_format=torch.contiguous_format)
+            ops.combine(g.reshape(len(g), -1), weights, out.view(-1))
+        for contraction in self.todo.contractions:
+            updates += contraction.gradients(cotangents)
+        return updates
+
+
+def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.device, retain_graph: bool) -> _Trunk:
+    """T cotangents from the frontier to where the plan needs them: at once, or one task after the other.
+
+    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then.
+    """
     for contraction in todo.contractions:
-        products += contraction.gram(arrived, _working_dtype)
         for use in contraction.uses:
-            left[use.edge] -= 1
-            if not left[use.edge]:
-                del arrived[use.edge]  # or all of them would live to the end
-    M += products / scale[:, None] / scale
-
-
-def _passes(
-    frontier: Sequence[Edge], rows: Sequence[Row], scale: Tensor, inputs: Sequence[Any], chunk: int
-) -> list[Tensor | None]:
-    """For every input the gradients [T, ...] of scaled cotangents at the frontier, `chunk` tasks at once."""
+            use.hold()
+    edges = list({use.edge: use for contraction in todo.contractions for use in contraction.uses})
+    inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *todo.explicit]
     T = len(rows)
-    columns: list[Tensor | None] = [None] * len(inputs)
-    for start in range(0, T, chunk):
-        tasks = slice(start, start + chunk)
-        grads = _pass(frontier, _stacked(rows[tasks], scale[tasks]), inputs, retain_graph=True, batched=True)
-        if chunk >= T:
-            return grads
-        for k, g in enumerate(grads):
-            if g is None:
-                continue
-            if (column := columns[k]) is None:
-                column = columns[k] = g.new_zeros(T, *g.shape[1:])
-            column[tasks] = g
+    if todo.work.at_once:
+        stacks, scale = _stacked(rows, device)
+        try:
+            grads = _pass(frontier, stacks, inputs, retain_graph=True, batched=True)
+        except RuntimeError:  # an operation that cannot be vectorised
+            pass
+        else:
+            columns = [None if g is None else list(g) for g in grads[len(edges) :]]
+            return _Trunk(
+                todo,
+                {edge: g for edge, g in zip(edges, grads, strict=False) if g is not None},
+                [(p, rows) for p, rows in zip(todo.explicit, columns, strict=True) if rows is not None],
+                scale,
+            )
+    arrived: dict[Edge, Tensor] = {}
+    explicit: list[Row] = [[None] * T for _ in todo.explicit]
+    scales = []
+    for t, row in enumerate(rows):
+        stacks, scale = _stacked([row], device)
+        scales.append(scale)
+        last = t == T - 1
+        alone = [None if g is None else g[0] for g in stacks]
+        grads = _pass(frontier, alone, inputs, retain_graph=retain_graph or not last)
+        del stacks, alone
+        for edge, g in zip(edges, grads, strict=False):
+            if g is not None:
+                if edge not in arrived:
+                    arrived[edge] = g.new_zeros(T, *g.shape)
+                arrived[edge][t] = g
+        for column, g in zip(explicit, grads[len(edges) :], strict=True):
+            column[t] = g
         del grads  # before the next ones are made
-    return columns
+    found = [(p, c) for p, c in zip(todo.explicit, explicit, strict=True) if any(g is not None for g in c)]
+    return _Trunk(todo, arrived, found, torch.cat(scales))
 
 
 def _pass(
@@ -216,52 +247,43 @@ def _pass(
     *,
     retain_graph: bool,
     batched: bool = False,
-) -> list[Tensor | None]:
-    """Gradients from cotangents at the frontier; those of several tasks where they have a leading dimension."""
+) -> Row:
+    """Gradients from cotangents at the frontier, which have a leading dimension if `batched`."""
     used = [k for k, g in enumerate(cotangents) if g is not None]
     if not used or not inputs:
         return [None] * len(inputs)
-    given = [cotangents[k] for k in used]
-    alone = batched and len(given[0]) == 1
-    grads = torch.autograd.grad(
-        [GradientEdge(*frontier[k]) for k in used],
-        inputs,
-        [g[0] for g in given] if alone else given,
-        retain_graph=retain_graph,
-        allow_unused=True,
-        is_grads_batched=batched and not alone,
+    return list(
+        torch.autograd.grad(
+            [GradientEdge(*frontier[k]) for k in used],
+            inputs,
+            [cotangents[k] for k in used],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
     )
-    return [g[None] if alone and g is not None else g for g in grads]
 
 
-def _stacked(rows: Sequence[Row], scale: Tensor) -> list[Tensor | None]:
-    """For every edge of the frontier the cotangents of some tasks, scaled, [c, ...]; None where there is none."""
-    stacks: list[Tensor | None] = []
+def _stacked(rows: Sequence[Row], device: torch.device) -> tuple[Row, Tensor]:
+    """For every edge of the frontier the cotangents of c tasks [c, ...], None where there is none, and their scale.
+
+    The scale, float64 [c], are powers of two that bring every task's largest cotangent near 1, so that products of two
+    gradients stay in range. Half precision has its own loss scale and is left alone.
+    """
+    stacks: Row = []
     for column in zip(*rows, strict=True):
         like = next((g for g in column if g is not None), None)
-        if like is None:
-            stacks.append(None)
-            continue
-        stack = torch.stack([torch.zeros_like(like) if g is None else g for g in column])
-        stacks.append(stack.mul_(scale.to(stack).view(-1, *[1] * like.dim())))
-    return stacks
-
-
-def _scale(rows: Sequence[Row], M: Tensor) -> Tensor:
-    """Powers of two, float64 [T], that bring every task's largest cotangent near 1: products of two stay in range.
-
-    Half precision has its own loss scale and is left alone.
-    """
-    scale = torch.ones(len(rows), dtype=torch.float64, device=M.device)
-    found = [g for row in rows for g in row if g is not None and g.numel()]
-    if not found or any(g.dtype is torch.float16 for g in found):
-        return scale
-    norms = iter(torch._foreach_norm(found, math.inf))
-    zero = scale.new_zeros(())
-    each = [next(norms).to(scale) if g is not None and g.numel() else zero for row in rows for g in row]
-    largest = torch.stack(each).view(len(rows), -1).amax(1)
-    exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-    return torch.where(largest.isfinite() & (largest > 0), torch.ldexp(scale, -exponent), scale)
+        zero = None if like is None else torch.zeros_like(like) if any(g is None for g in column) else like
+        stacks.append(None if zero is None else torch.stack([zero if g is None else g for g in column]))
+    scale = torch.ones(len(rows), dtype=torch.float64, device=device)
+    found = [g for g in stacks if g is not None and g.numel()]
+    if found and not any(g.dtype is torch.float16 for g in found):
+        largest = torch.stack([g.abs().reshape(len(g), -1).amax(1).to(scale) for g in found]).amax(0)
+        exponent = torch.frexp(largest).exponent.clamp(-120, 120)
+        scale = torch.where(largest.isfinite() & (largest > 0), torch.ldexp(scale, -exponent), scale)
+        for g in found:
+            g.mul_(scale.to(g).view(-1, *[1] * (g.dim() - 1)))
+    return stacks, scale
 
 
 def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
@@ -269,7 +291,7 @@ def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
     present = [k for k in range(len(rows[0])) if any(row[k] is not None for row in rows)]
     results: list[Tensor | None] = [None] * len(rows[0])
     if present:
-        targets = [torch.empty_like(next(row[k] for row in rows if row[k] is not None)) for k in present]
+        targets = [torch.empty_like(next(g for row in rows if (g := row[k]) is not None)) for k in present]
         ops.combine_rows([row[k] for row in rows for k in present], alpha, targets)
         for k, target in zip(present, targets, strict=True):
             results[k] = target

@@ -23,11 +23,13 @@ class Plan(NamedTuple):
         contractions: what is contracted.
         explicit: parameters whose T gradients are formed.
         unrecognised: names of those among them for which no closed form was found.
+        work: what it takes.
     """
 
     contractions: list[Contraction]
     explicit: list[Tensor]
     unrecognised: tuple[str, ...]
+    work: cost.Work
 
 
 def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, int], tasks: int) -> Plan:
@@ -37,36 +39,44 @@ def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, in
     unrecognised: list[str] = []
     biases: list[tuple[Tensor, list[Consumer]]] = []
     weights: list[tuple[list[Consumer], Contraction]] = []
+    work = cost.Work.of(graph, tasks)
     for parameter, name in named:
         node = edge_of(parameter)[0]
         if owner.get(node) != SEVERAL:
             continue
+        work.parameters += parameter.numel()
         parts = parts_of(node, graph)
-        if parts is not None and all(is_small(consumer) for part in parts for consumer in part):
-            if len(parts) == 1 and all(is_bias(consumer) for consumer in parts[0]):
-                biases.append((parameter, parts[0]))
+        if parts is not None and all(is_small(consumer) for part in parts for consumer in part.consumers):
+            if len(parts) == 1 and all(is_bias(consumer) for consumer in parts[0].consumers):
+                biases.append((parameter, parts[0].consumers))
             else:
                 explicit.append(parameter)
             continue
-        uses = None if parts is None else [_uses(part) for part in parts]
-        if uses is None or any(part is None for part in uses):
+        blocks = [] if parts is None else [(_uses(part.consumers), part) for part in parts if part.consumers]
+        if parts is None or any(own is None for own, _ in blocks):
             explicit.append(parameter)
             unrecognised.append(name)
+            work.formed += parameter.numel() * cost.rows_read(graph.users.get(node, ()))
             continue
-        blocks = [part for part in uses if part]
-        if cost.is_cheaper_explicit(blocks, tasks, parameter.numel()):
+        found = [Contraction(parameter, own, part.block) for own, part in blocks if own is not None]
+        uses = [contraction.uses for contraction in found]
+        if cost.is_cheaper_explicit(uses, tasks, parameter.numel()):
+            work.formed += sum(cost.forward(use) for part in uses for use in part)
             explicit.append(parameter)
             continue
-        contractions += (own := [Contraction(part) for part in blocks])
-        if parts is not None and len(parts) == 1:
-            weights.append((parts[0], own[0]))
+        work.spared += sum(cost.forward(use) for part in uses for use in part)
+        work.contracted += sum(cost.closed(part, tasks) for part in uses)
+        contractions += found
+        if len(parts) == 1:
+            weights.append((parts[0].consumers, found[0]))
     for bias, consumers in biases:
         contraction = _with_this_bias(bias, consumers, weights)
         if contraction is None:
             explicit.append(bias)
         else:
-            contraction.biased = True
-    return Plan(contractions, explicit, tuple(unrecognised))
+            contraction.bias = bias
+    work.explicit = sum(p.numel() for p in explicit)
+    return Plan(contractions, explicit, tuple(unrecognised), work)
 
 
 def _uses(consumers: Sequence[Consumer]) -> list[Use] | None:

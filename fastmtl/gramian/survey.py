@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl._graph import SEVERAL, Edge, edge_of
 
-__all__ = ["Consumer", "Survey", "parts_of", "survey"]
+__all__ = ["Consumer", "Part", "Survey", "parts_of", "survey"]
 
 # What an operation that only passes a parameter on does to it: whether it transposes it.
 _PASSED_ON = {"TBackward0": True, "TransposeBackward0": True, "ToCopyBackward0": False}
@@ -32,6 +32,18 @@ class Consumer(NamedTuple):
     passed: bool
 
 
+class Part(NamedTuple):
+    """A parameter, or one of the blocks that it is split into.
+
+    Attributes:
+        consumers: who reads it.
+        block: dimension, start and length of the block.
+    """
+
+    consumers: list[Consumer]
+    block: tuple[int, int, int] | None
+
+
 class Survey(NamedTuple):
     """The graph of T losses, cut where their own parts of it end.
 
@@ -40,6 +52,7 @@ class Survey(NamedTuple):
         boundary: the nodes of those parts that have such edges: which of its inputs, and which edge of `frontier`.
         whole: losses that another loss depends on, or that were passed twice: which loss, which edge of `frontier`.
         nested: whether an edge of the frontier lies behind another.
+        nodes: the shared nodes that hand gradients on.
         users: for every shared node, the shared nodes that read its outputs: node, which input of it, which output.
     """
 
@@ -47,6 +60,7 @@ class Survey(NamedTuple):
     boundary: dict[Any, list[tuple[int, int]]]
     whole: list[tuple[int, int]]
     nested: bool
+    nodes: list[Any]
     users: dict[Any, list[tuple[Any, int, int]]]
 
 
@@ -68,28 +82,36 @@ def survey(losses: Sequence[Tensor], owner: dict[Any, int]) -> Survey:
                 users.setdefault(edge[0], []).append((node, i, edge[1]))
             else:
                 boundary.setdefault(node, []).append((i, frontier.setdefault(edge, len(frontier))))
+    nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions]
     nested = any(node in users for node, _ in frontier)
-    return Survey(list(frontier), boundary, whole, nested, users)
+    return Survey(list(frontier), boundary, whole, nested, nodes, users)
 
 
-def parts_of(node: Any, graph: Survey) -> list[list[Consumer]] | None:
-    """Who reads a parameter, given its node: a list of consumers for each of the disjoint blocks that it is split into.
+def parts_of(node: Any, graph: Survey) -> list[Part] | None:
+    """Who reads a parameter, given its node: one part, or one for each of the disjoint blocks that it is split into.
 
     None where a loss's own part of the graph reads it too.
     """
     users = graph.users.get(node, ())
-    outputs = (
-        sorted({output for _, _, output in graph.users.get(users[0][0], ())})
-        if len(users) == 1 and users[0][0].name() in _SPLITS
-        else None
-    )
+    split = users[0][0] if len(users) == 1 and users[0][0].name() in _SPLITS else None
     open_ends = set(graph.frontier)
     try:
-        if outputs is None:
-            return [list(_consumers((node, 0), graph, open_ends, False, False))]
-        return [list(_consumers((users[0][0], k), graph, open_ends, False, True)) for k in outputs]
+        if split is None:
+            return [Part(list(_consumers((node, 0), graph, open_ends, False, False)), None)]
+        outputs = sorted({output for _, _, output in graph.users.get(split, ())})
+        return [
+            Part(list(_consumers((split, output), graph, open_ends, False, True)), _block(split, output))
+            for output in outputs
+        ]
     except _ReadElsewhere:
         return None
+
+
+def _block(split: Any, output: int) -> tuple[int, int, int]:
+    outputs = split._input_metadata
+    dim = split._saved_dim if split._saved_dim < len(outputs[0].shape) else split._saved_dim - 2**64
+    lengths = [x.shape[dim] for x in outputs[: output + 1]]
+    return dim, sum(lengths[:-1]), lengths[-1]
 
 
 class _ReadElsewhere(Exception):

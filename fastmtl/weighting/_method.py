@@ -127,10 +127,10 @@ class Method:
             grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
                 methods that are not homogeneous: see `__call__`.
             engine: how the exact gradients come about. "full": T backward passes down to the parameters. "gramian":
-                their Gram matrix from activations and T cotangents of the operations' outputs, then one ordinary
-                backward pass: for methods that need no more than the Gram matrix; as accurate as float32 products
-                allow, in less time and memory for most models (docs/methods.md). "auto": whichever a cost model expects
-                to be faster.
+                their Gram matrix from activations and T cotangents of the operations' outputs, and one gradient of
+                each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
+                and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
+                faster.
 
         Returns:
             What the method saw and did.

@@ -49,9 +49,17 @@ class Use(ABC):
         return math.prod(self.shape)
 
     @abstractmethod
+    def hold(self) -> None:
+        """Keeps what the operation saved, before a pass frees it."""
+
+    @abstractmethod
     def factor(self, dtype: torch.dtype) -> Tensor:
         """A [g, N, I] in this dtype, or for a matrix of unit vectors their indices, int64 [N]."""
 
     @abstractmethod
     def cotangents(self, arrived: Tensor) -> Tensor:
         """B [c, g, N, O] from c cotangents as they arrived."""
+
+    @abstractmethod
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        """The parameter's gradient from one cotangent of the operation's output, laid out as the parameter is."""

@@ -24,6 +24,9 @@ def convolution(node: Any, operand: int, flipped: bool) -> Use | None:
 class _Convolution(Use):
     """A matrix product of the weight with the windows of the padded input: I = C/g times the size of the kernel."""
 
+    _x: Tensor
+    _weight: Tensor
+
     def __init__(self, node: Any) -> None:
         batch, channels, *self._out = node._input_metadata[0].shape
         self._groups = node._saved_groups
@@ -38,8 +41,11 @@ class _Convolution(Use):
             side=0,
         )
 
+    def hold(self) -> None:
+        self._x, self._weight = self.node._saved_input, self.node._saved_weight
+
     def factor(self, dtype: torch.dtype) -> Tensor:
-        x: Tensor = self.node._saved_input
+        x = self._x
         around = [p for p in reversed(self.node._saved_padding) for _ in range(2)]
         x = F.pad(x, around) if any(around) else x
         batch, channels, *_ = x.shape
@@ -56,3 +62,19 @@ class _Convolution(Use):
     def cotangents(self, arrived: Tensor) -> Tensor:
         by_group = arrived.reshape(len(arrived), -1, self._groups, self.width, math.prod(self._out))
         return by_group.permute(0, 2, 1, 4, 3).reshape(len(arrived), self._groups, self.rows, self.width)
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        node = self.node
+        return torch.ops.aten.convolution_backward(
+            cotangent,
+            self._x,
+            self._weight,
+            None,
+            node._saved_stride,
+            node._saved_padding,
+            node._saved_dilation,
+            False,
+            node._saved_output_padding,
+            self._groups,
+            (False, True, False),
+        )[1]

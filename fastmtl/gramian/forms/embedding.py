@@ -25,18 +25,28 @@ class _Embedding(Use):
 
     is_indexed = True
 
+    _ids: Tensor
+
     def __init__(self, node: Any) -> None:
+        padding = node._saved_padding_idx  # -1, read as unsigned, where there is none
+        self._padding = padding if padding < 2**63 else -1
         *ids, width = node._input_metadata[0].shape
         super().__init__(node, rows=math.prod(ids), width=width, depth=node._saved_weight_sym_argsize_0, side=1)
 
+    def hold(self) -> None:
+        self._ids = self.node._saved_indices
+
     def factor(self, dtype: torch.dtype) -> Tensor:
-        return self.node._saved_indices.reshape(-1)
+        return self._ids.reshape(-1)
 
     def cotangents(self, arrived: Tensor) -> Tensor:
         B = arrived.reshape(len(arrived), 1, self.rows, self.width)
-        ids = self.node._saved_indices.reshape(-1)
+        ids = self._ids.reshape(-1)
         if self.node._saved_scale_grad_by_freq:
             _, place, counts = ids.unique(return_inverse=True, return_counts=True)
             B = B / counts[place].to(B.dtype)[:, None]
-        padding = self.node._saved_padding_idx  # -1, read as unsigned, where there is none
-        return B * (ids != padding).to(B.dtype)[:, None] if padding < 2**63 else B
+        return B if self._padding < 0 else B * (ids != self._padding).to(B.dtype)[:, None]
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        frequencies = self.node._saved_scale_grad_by_freq
+        return torch.ops.aten.embedding_dense_backward(cotangent, self._ids, self.depth, self._padding, frequencies)

@@ -24,29 +24,47 @@ def product(node: Any, operand: int, flipped: bool) -> Use | None:
 class _Right(Use):
     """Y = X R: the gradient of R is Xᵀ B_t; that of its transpose, a linear layer's weight, B_tᵀ X."""
 
+    _x: Tensor
+
     def __init__(self, node: Any, fused: bool, flipped: bool) -> None:
         rows, width = node._input_metadata[0].shape
         self._saved = "_saved_mat1" if fused else "_saved_self"
-        sizes = node._saved_mat2_sym_sizes
-        super().__init__(node, rows=rows, width=width, depth=sizes[0], side=0 if flipped else 1)
+        depth = node._saved_mat2_sym_sizes[0]
+        super().__init__(node, rows=rows, width=width, depth=depth, side=0 if flipped else 1)
+
+    def hold(self) -> None:
+        self._x = getattr(self.node, self._saved)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        return getattr(self.node, self._saved).to(dtype)[None]
+        return self._x.to(dtype)[None]
 
     def cotangents(self, arrived: Tensor) -> Tensor:
         return arrived[:, None]
 
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        x = self._x.to(cotangent.dtype)
+        return cotangent.mT @ x if self.side == 0 else x.mT @ cotangent
+
 
 class _Left(Use):
     """Y = L X: the gradient of L is B_t Xᵀ."""
+
+    _x: Tensor
 
     def __init__(self, node: Any, fused: bool, flipped: bool) -> None:
         width, rows = node._input_metadata[0].shape
         sizes = node._saved_mat1_sym_sizes if fused else node._saved_self_sym_sizes
         super().__init__(node, rows=rows, width=width, depth=sizes[1], side=1 if flipped else 0)
 
+    def hold(self) -> None:
+        self._x = self.node._saved_mat2
+
     def factor(self, dtype: torch.dtype) -> Tensor:
-        return self.node._saved_mat2.to(dtype).mT[None]
+        return self._x.to(dtype).mT[None]
 
     def cotangents(self, arrived: Tensor) -> Tensor:
         return arrived.mT[:, None]
+
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        x = self._x.to(cotangent.dtype)
+        return cotangent @ x.mT if self.side == 0 else x @ cotangent.mT
