@@ -162,14 +162,16 @@ STEPS: dict[str, Model] = {
     "mlp T=10": lambda: workloads.mlp(10),
     "mlp T=40": lambda: workloads.mlp(40),
     "resnet18 T=10": lambda: workloads.resnet18(10),
-    "transformer T=10": lambda: networks.transformer(10),
+    "transformer 256 T=10": lambda: networks.transformer(10),
+    "transformer 512 T=10": lambda: networks.transformer(10, width=512, layers=2, batch=8, length=32),
 }
 # case -> which way may take at most how many times as long as which other
 TARGETS = {
     "mlp T=10": ("gramian", "plain", 2.2),
     "mlp T=40": ("gramian", "plain", 3.0),
     "resnet18 T=10": ("gramian", "full", 1.0),
-    "transformer T=10": ("gramian", "full", 1.0),
+    "transformer 256 T=10": ("gramian", "full", 1.0),
+    "transformer 512 T=10": ("gramian", "full", 1.0),
 }
 MEMORY: dict[str, Model] = {"resnet18 T=10": STEPS["resnet18 T=10"]}
 MEMORY_TARGET = 0.25  # of the T x P task gradients
@@ -335,7 +337,7 @@ def grid(name: str, make: Model, seconds: float) -> dict[str, Any]:
 
 
 def planned(model: workloads.MultiTask) -> dict[str, Any]:
-    """What the cost model knows of a step, and what it expects of the engines: `work` and `features`, full and gramian."""
+    """What the cost model knows of a step, and the rows of its coefficients for both engines."""
     losses = model.losses([model.forward()] * model.tasks)
     owner = leaves_of(losses, []).owner
     work = plan([(p, "") for p in model.shared], survey(losses, owner), owner, model.tasks).work

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "update"]
 
+# Powers of two that a cotangent may be from 1: products of what smaller or larger ones become could leave float32.
+_NEAR = 20
+
 Row: TypeAlias = "list[Tensor | None]"
 
 
@@ -267,8 +270,8 @@ def _pass(
 def _stacked(rows: Sequence[Row], device: torch.device) -> tuple[Row, Tensor]:
     """For every edge of the frontier the cotangents of c tasks [c, ...], None where there is none, and their scale.
 
-    The scale, float64 [c], are powers of two that bring every task's largest cotangent near 1, so that products of two
-    gradients stay in range. Half precision has its own loss scale and is left alone.
+    The scale, float64 [c], are powers of two that bring a task's largest cotangent near 1 where it is far from that, so
+    that products of two gradients stay in range. Half precision has its own loss scale and is left alone.
     """
     stacks: Row = []
     for column in zip(*rows, strict=True):
@@ -276,13 +279,15 @@ def _stacked(rows: Sequence[Row], device: torch.device) -> tuple[Row, Tensor]:
         zero = None if like is None else torch.zeros_like(like) if any(g is None for g in column) else like
         stacks.append(None if zero is None else torch.stack([zero if g is None else g for g in column]))
     scale = torch.ones(len(rows), dtype=torch.float64, device=device)
-    found = [g for g in stacks if g is not None and g.numel()]
+    found = [g.view(len(g), -1) for g in stacks if g is not None and g.numel()]
     if found and not any(g.dtype is torch.float16 for g in found):
-        largest = torch.stack([g.abs().reshape(len(g), -1).amax(1).to(scale) for g in found]).amax(0)
+        largest = torch.stack([torch.maximum(g.amax(1), -g.amin(1)).to(scale) for g in found]).amax(0)
         exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-        scale = torch.where(largest.isfinite() & (largest > 0), torch.ldexp(scale, -exponent), scale)
-        for g in found:
-            g.mul_(scale.to(g).view(-1, *[1] * (g.dim() - 1)))
+        far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
+        if far.is_cuda or far.any():  # nothing waits for a GPU
+            scale = torch.where(far, torch.ldexp(scale, -exponent), scale)
+            for g in found:
+                g.mul_(scale.to(g)[:, None])
     return stacks, scale
 
 
