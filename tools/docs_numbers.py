@@ -254,6 +254,53 @@ def steps(results: Results) -> str:
     return table(["× the step of the summed losses", *columns], rows) + f"\nMeasured at {said}.\n"
 
 
+def engines(results: Results) -> str:
+    """Steps by the engines of `backward` beside TorchJD's: ratios to the plain step, and milliseconds."""
+    run = results.read("engines/steps.json")
+    if not run:
+        return absent(f"python benchmarks/engines.py steps --json benchmarks/results/{MACHINE}/engines/steps.json")
+    ways = list(dict.fromkeys(way for case in run["cases"] for way in case["seconds"]))
+
+    def cell(case: Mapping[str, Any], way: str) -> str:
+        return f"{case['ratios'][way]:.2f} ({number(1e3 * case['seconds'][way])})" if way in case["seconds"] else ""
+
+    rows = [[way, *(cell(case, way) for case in run["cases"])] for way in ways]
+    head = ["× the step of the summed losses", *(case["case"] for case in run["cases"])]
+    return table(head, rows) + "\n" + targets(run)
+
+
+def engine_memory(results: Results) -> str:
+    """What a backward allocates at its peak."""
+    run = results.read("engines/memory.json")
+    if not run:
+        return absent(f"python benchmarks/engines.py memory --json benchmarks/results/{MACHINE}/engines/memory.json")
+    rows = [
+        [case["case"], way, f"{case['peaks'][way] / 1e6:.0f} MB", f"{share:.2f}"]
+        for case in run["cases"]
+        for way, share in case["shares"].items()
+    ]
+    return table(["case", "way", "peak", "of T · P · 4 bytes"], rows) + "\n" + targets(run)
+
+
+def engine_choice(results: Results) -> str:
+    """How often "auto" is right."""
+    run = results.read("engines/grid.json")
+    if not run:
+        return absent(f"python benchmarks/engines.py grid --json benchmarks/results/{MACHINE}/engines/grid.json")
+    gains = [case["seconds"]["full"] / case["seconds"]["gramian"] for case in run["cases"] if case["auto"] == "gramian"]
+    worst = max(case["excess"] for case in run["cases"])
+    said = f'"auto" takes the gramian engine in {len(gains)} of {len(run["cases"])} cases'
+    if gains:
+        said += f", where a step takes 1/{max(gains):.1f} to 1/{min(gains):.1f} of the full engine's"
+    return f"{said}; at worst it takes {worst:.2f} × the faster one's.\n\n" + targets(run)
+
+
+def targets(run: Mapping[str, Any]) -> str:
+    """The lines of a run of benchmarks/engines.py that have a target."""
+    rows = [[of["name"], of["measure"], reached(of), bound(of), of["verdict"]] for of in run["lines"]]
+    return table(["case", "measure", "reached", "target", ""], rows) + source([run])
+
+
 def weighting(results: Results) -> str:
     """Task weights beside TorchJD's."""
     cases = results.named("weighting *")
@@ -334,6 +381,9 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
     "steps": steps,
+    "engines": engines,
+    "engine memory": engine_memory,
+    "engine choice": engine_choice,
     "step targets": lines("step mlp *", "step resnet18 *"),
     "weighting": weighting,
     "memory": lines("resnet50 memory *", "step memory *"),

@@ -42,7 +42,7 @@ class Work:
     """What a step takes, as far as the engines differ.
 
     Attributes:
-        nodes: shared nodes that hand gradients on.
+        nodes: shared nodes that compute.
         entries: of one cotangent of each of them.
         at_once: whether all tasks' cotangents go through them at once.
         spared: multiply-adds of one task's gradients of the weights that are contracted; as many as forward.

@@ -52,7 +52,7 @@ class Survey(NamedTuple):
         boundary: the nodes of those parts that have such edges: which of its inputs, and which edge of `frontier`.
         whole: losses that another loss depends on, or that were passed twice: which loss, which edge of `frontier`.
         nested: whether an edge of the frontier lies behind another.
-        nodes: the shared nodes that hand gradients on.
+        nodes: the shared nodes that compute.
         users: for every shared node, the shared nodes that read its outputs: node, which input of it, which output.
     """
 
@@ -82,7 +82,9 @@ def survey(losses: Sequence[Tensor], owner: dict[Any, int]) -> Survey:
                 users.setdefault(edge[0], []).append((node, i, edge[1]))
             else:
                 boundary.setdefault(node, []).append((i, frontier.setdefault(edge, len(frontier))))
-    nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions]
+    nodes = [
+        node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in _PASSED_ON
+    ]
     nested = any(node in users for node, _ in frontier)
     return Survey(list(frontier), boundary, whole, nested, nodes, users)
 
