@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import F16, F64, randn
+from helpers import F16, F64, Fail, randn
 from torch import nn
 
 import fastmtl
@@ -213,18 +213,6 @@ def test_an_error_leaves_out_alone():
 
 
 # ------------------------------------------------------------------------------------------------ backward
-
-
-class Fail(torch.autograd.Function):
-    """Fails in its backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        raise ArithmeticError("this loss cannot be differentiated")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 Every graph is held to plain autograd: T passes, the Gram of their gradients, and Aligned-MTL by an SVD.
 """
 
-import gc
 import math
 import warnings
 import weakref
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gramian_models import LAYERS, MODELS, Multitask, build, mlp
-from helpers import F32, F64, dtype_id, flat, randn, relative, svd_align
+from helpers import F32, F64, Fail, dtype_id, flat, randn, relative, svd_align
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -649,21 +648,12 @@ def test_an_error_in_any_pass_leaves_gradients_as_they_were(place):
 
 
 def test_an_error_in_a_function():
-    class Fail(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise ArithmeticError("here")
-
     model = three()
     h = model.trunk(model.x)
-    with pytest.raises(ArithmeticError, match="here"):
+    with pytest.raises(ArithmeticError, match="cannot be differentiated"):
         fastmtl.AlignedMTL().backward([h.sum(), Fail.apply(h).square().sum()], model.shared(), engine="gramian")
     h = Fail.apply(model.trunk(model.x))
-    with pytest.raises(ArithmeticError, match="here"):
+    with pytest.raises(ArithmeticError, match="cannot be differentiated"):
         fastmtl.AlignedMTL().backward([h.sum(), h.square().sum()], model.shared(), engine="gramian")
     assert all(p.grad is None for p in model.parameters())
 
@@ -806,14 +796,6 @@ def boxed(model):
     return losses, boxes
 
 
-@pytest.fixture
-def _no_collection():
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 FIRST = 2  # saved values of an operation
 KINDS = ["mlp", "resnet18", "vit", "language model", "lstm", "mtan"]
 
@@ -831,7 +813,7 @@ def _saved_in_the_trunk(name):
     return before - round(heads * model.tasks / (model.tasks - 1))
 
 
-@pytest.mark.usefixtures("_no_collection")
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("name", KINDS)
 def test_the_graph_is_freed(name, monkeypatch):
     """With the call, not when the losses go; the heads only where none begins behind what another one takes.
@@ -856,7 +838,7 @@ def test_the_graph_is_freed(name, monkeypatch):
         losses[0].backward()
 
 
-@pytest.mark.usefixtures("_no_collection")
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_the_engine_keeps_a_retained_graph(name, fails):

@@ -1,7 +1,6 @@
 """`fan_out`: the upper bound inside one ordinary backward, by a node and by hooks."""
 
 import dataclasses
-import gc
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -670,14 +669,6 @@ class Hold(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g, None
-
-
-@pytest.fixture
-def no_collector():
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @both

@@ -53,7 +53,7 @@ class Contraction:
         used = [use for use in self.uses if use.edge in cotangents]
         if not used:
             return
-        g = sum_of(use.gradient(cotangents[use.edge]) for use in used).to(self.parameter.dtype)
+        g = _sum(use.gradient(cotangents[use.edge]) for use in used).to(self.parameter.dtype)
         if self._block is not None:
             whole = torch.zeros_like(self.parameter)
             whole.narrow(*self._block).copy_(g)
@@ -61,10 +61,10 @@ class Contraction:
         yield self.parameter, g
         if self.bias is not None:
             each = (use.cotangents(cotangents[use.edge][None]).sum(2).flatten() for use in used)
-            yield self.bias, sum_of(each).to(self.bias.dtype)
+            yield self.bias, _sum(each).to(self.bias.dtype)
 
 
-def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
     """Their sum; one alone is not copied."""
     return functools.reduce(torch.add, tensors)
 

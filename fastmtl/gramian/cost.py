@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastmtl.gramian.survey import Survey
 
 __all__ = [
+    "SECONDS",
     "Work",
     "closed",
     "features",
@@ -22,7 +23,6 @@ __all__ = [
     "is_cheaper_explicit",
     "prefers_full",
     "rows_read",
-    "seconds",
 ]
 
 # Next to a multiply-add of a large float32 product:
@@ -114,7 +114,7 @@ def goes_at_once(graph: Survey, entries: int, T: int) -> bool:
 
 
 def features(work: Work, T: int) -> tuple[list[float], list[float]]:
-    """What the times of the full engine and of this one are linear in: rows of the coefficients `_SECONDS`."""
+    """What the times of the full engine and of this one are linear in: rows of the coefficients `SECONDS`."""
     w = work
     full = [
         T * w.nodes,
@@ -141,22 +141,13 @@ def features(work: Work, T: int) -> tuple[list[float], list[float]]:
     return full, own
 
 
-# Of a node, a node looked at, an entry of a cotangent, a multiply-add, one of a contraction, one of a Gram matrix, an
-# entry of a gradient, a pass, and once: `tools/fit_engine_costs.py`, on two AVX-512 cores; only their ratios matter.
-_SECONDS = (1.2e-05, 2.8e-06, 9.9e-11, 1.1e-11, 1.9e-11, 4.3e-12, 3.9e-10, 0.00013, 0.002)
-
-
-def seconds(work: Work, T: int) -> tuple[float, float]:
-    """About what the full engine takes, and this one, on the machine that the coefficients are from."""
-    full, own = features(work, T)
-    return _dot(full), _dot(own)
-
-
-def _dot(row: Sequence[float]) -> float:
-    return sum(x * c for x, c in zip(row, _SECONDS, strict=True))
+# Seconds of a node, a node looked at, an entry of a cotangent, a multiply-add, one of a contraction, one of a Gram
+# matrix, an entry of a gradient, a pass, and once. By `tools/fit_engine_costs.py` on two AVX-512 cores, from a run
+# before the one in benchmarks/results, which judges them. Only ratios matter.
+SECONDS = (1.2e-05, 2.8e-06, 9.9e-11, 1.1e-11, 1.9e-11, 4.3e-12, 3.9e-10, 0.00013, 0.002)
 
 
 def prefers_full(work: Work, T: int) -> bool:
-    """Whether T backward passes take less than the gramian engine."""
-    full, own = seconds(work, T)
+    """Whether T backward passes take less than the gramian engine, on the machine that the coefficients are from."""
+    full, own = (sum(x * c for x, c in zip(row, SECONDS, strict=True)) for row in features(work, T))
     return full < own

@@ -204,7 +204,7 @@ def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.
     for contraction in todo.contractions:
         for use in contraction.uses:
             use.hold()
-    edges = list({use.edge: use for contraction in todo.contractions for use in contraction.uses})
+    edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
     inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *todo.explicit]
     T = len(rows)
     if todo.work.at_once:
