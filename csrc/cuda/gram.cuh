@@ -11,7 +11,7 @@
 //
 // gram_tiles, in float32 for any T, and in float64 the blocks off the diagonal: columns are staged in shared memory as
 //   `accumulator`, the next ones being fetched into registers meanwhile; a thread owns a 4 x 4 tile of M. With float32
-//   the sums of 32 columns (128 of a pair of 64 rows) go to a pair of float32 (TwoSum), which holds 48 bits without
+//   the sums of 64 columns (128 of a pair of 64 rows) go to a pair of float32 (TwoSum), which holds 48 bits without
 //   float64 arithmetic. What that costs is measured: probe.cuh.
 //   Reads G once for T <= 64, beyond that once for every 64 other rows; (T + 3)² / 2 P FMA.
 #pragma once
@@ -440,7 +440,7 @@ __device__ void tiles_block(
   constexpr int kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
   constexpr int kLoads = (kRows * kRowVectors + Shape::kThreads - 1) / Shape::kThreads;
   // Where few tasks are promised more digits, reading G takes longer than adding up more often.
-  constexpr int kColumnsUnflushed = Shape::kPair ? 128 : 32;
+  constexpr int kColumnsUnflushed = Shape::kPair ? 128 : 64;
   constexpr bool kBlocks = sizeof(accumulator) == 4;
   accumulator* stage = reinterpret_cast<accumulator*>(shared); // [kRows, kStride]
   const int tile = int(threadIdx.x) % Shape::kTiles, slice = int(threadIdx.x) / Shape::kTiles;
