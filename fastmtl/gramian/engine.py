@@ -12,9 +12,11 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl import ops
 from fastmtl._graph import SEVERAL, Edge, Leaves, edge_of
-from fastmtl._inputs import check_rows
+from fastmtl._inputs import DTYPES, check_rows
 from fastmtl.gramian import cost
-from fastmtl.gramian.plan import Plan, plan
+from fastmtl.gramian.hooks import is_hooked
+from fastmtl.gramian.plan import Plan, plan, settled
+from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
 from fastmtl.info import Info
 
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from fastmtl.weighting._method import Method
 
 __all__ = ["Result", "update"]
-
-# Powers of two that a cotangent may be from 1: products of what smaller or larger ones become could leave float32.
-_NEAR = 20
 
 Row: TypeAlias = "list[Tensor | None]"
 
@@ -47,7 +46,7 @@ class Result(NamedTuple):
 
 def update(
     method: Method,
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     named: Sequence[tuple[Tensor, str]],
     leaves: Leaves,
     context: Context,
@@ -60,25 +59,45 @@ def update(
 
     Args:
         method: the method.
-        losses: T scalar losses.
+        losses: T scalar losses; None for one that is not there, whose gradient is zero.
         named: the shared parameters, and what to call them.
         leaves: what the losses reach.
         context: what the step brings besides gradients.
-        automatic: whether to do nothing and return None where T backward passes take less.
+        automatic: whether to do nothing and return None where T backward passes take less, and where this engine does
+            not understand the graph. No pass has run then: the graph, hooks and random numbers are as they were.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
 
     Returns:
         Gradients of everything that the losses reach. The same as from T explicit task gradients, as accurate as
         products in float32 (float64 for float64 cotangents) allow.
+
+    Raises:
+        NotImplementedError: this engine does not understand the graph.
     """
-    graph = survey(losses, leaves.owner)
-    todo = plan(named, graph, leaves.owner, len(losses))
+    try:
+        graph = survey(losses, leaves.owner)
+        todo = plan(named, graph, leaves.owner, len(losses))
+    except Exception as error:
+        if automatic:
+            return None
+        raise NotImplementedError(
+            f"engine: expected 'full' or 'auto' for this graph, which the gramian engine cannot read "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if automatic and cost.prefers_full(todo.work, len(losses)):
         return None
+    try:
+        todo = settled(todo, named)
+    except Exception:  # autograd's, where something was freed or overwritten, or of hooks on what it saved
+        if automatic:
+            return None
+        raise
     parameters = [p for p, _ in named]
     shared = {id(p) for p in parameters}
     rest = leaves.without(parameters)
+    # Whether code in Python sees the T cotangents on their way, and may not be linear or able to deal with a batch.
+    watched = graph.opaque or ((todo.work.at_once or bool(rest.common)) and is_hooked(graph))
     own = [[p for p in private if id(p) in shared] for private in leaves.private]
 
     private = [[*a, *b] for a, b in zip(own, rest.private, strict=True)]
@@ -87,28 +106,33 @@ def update(
     of_rest = [row[len(p) :] for row, p in zip(grads, own, strict=True)]
     del grads
     device = parameters[0].device
-    keep = retain_graph or bool(rest.common)
-    with torch.no_grad(), _without_autocast(device):
-        trunk = _trunk(graph.frontier, at_frontier, todo, device, keep)
-        M = trunk.gram()
-        for t, row in enumerate(of_own):
-            M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
-        info = method._weigh(M, max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps), context)
-        info.explicit = todo.unrecognised
-        updates = trunk.combined(info.alpha)
-        del trunk
-    for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
-        updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
-    if rest.common:
-        weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
-        sums = _combine(at_frontier, weights)
-        common = _pass(graph.frontier, sums, rest.common, retain_graph=retain_graph)
-        updates += [(p, g) for p, g in zip(rest.common, common, strict=True) if g is not None]
+    with torch.no_grad():
+        at_once = todo.work.at_once and not watched
+        trunk = _trunk(
+            graph.frontier, at_frontier, todo, at_once=at_once, retain_graph=retain_graph, again=bool(rest.common)
+        )
+        with _without_autocast(device):
+            M = trunk.gram(len(losses), device)
+            for t, row in enumerate(of_own):
+                M[t, t] += sum(_dense(g).double().square().sum() for g in row if g is not None)
+            dtype = max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps)
+            info = method._weigh(M, dtype, context)
+            info.explicit = todo.unrecognised
+            updates = trunk.combined(info.alpha)
+            del trunk
+            for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
+                updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
+        if rest.common:
+            weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
+            common = _common(
+                graph.frontier, at_frontier, weights, rest.common, linear=not watched, retain_graph=retain_graph
+            )
+            updates += [(p, g) for p, g in zip(rest.common, common, strict=True) if g is not None]
     return Result(updates, of_rest, info)
 
 
 def _heads(
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     graph: Survey,
     owner: dict[Any, int],
     private: Sequence[Sequence[Tensor]],
@@ -119,9 +143,10 @@ def _heads(
     No two losses share anything before the frontier, so what a node there hands on belongs to one of them.
     """
     rows: list[Row] = [[None] * len(graph.frontier) for _ in losses]
+    there = {t: loss for t, loss in enumerate(losses) if loss is not None}
     for t, k in graph.whole:
-        rows[t][k] = torch.ones_like(losses[t])
-    outputs = [loss for loss in losses if owner[edge_of(loss)[0]] != SEVERAL]
+        rows[t][k] = torch.ones_like(there[t])
+    outputs = [loss for loss in there.values() if owner[edge_of(loss)[0]] != SEVERAL]
     inputs: list[Any] = [leaf for leaves in private for leaf in leaves]
     inputs += [GradientEdge(*edge) for edge in graph.frontier]
     if not outputs:
@@ -136,14 +161,22 @@ def _heads(
 def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[None]:
     """Within, what a pass brings to the frontier is added to the rows.
 
-    It goes on to the frontier, where hooks of the tensors are run.
+    Zeros go on in its place, to the frontier, where hooks of the tensors are run: what `retain_grad` keeps is that of
+    the passes from there.
     """
+    reached: set[int] = set()
 
     def catch(row: Row, ways: Sequence[tuple[int, int]]) -> Any:
-        def hook(grads: Sequence[Tensor | None], _: Any) -> None:
+        def hook(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
+            passed = list(grads)
             for i, k in ways:
                 g, before = grads[i], row[k]
-                row[k] = before if g is None else g if before is None else before + g
+                if g is None:
+                    continue
+                row[k] = g if before is None else before + g
+                passed[i] = None if k in reached else torch.zeros_like(g)
+                reached.add(k)
+            return tuple(passed)
 
         return hook
 
@@ -156,61 +189,55 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
 
 
 class _Trunk(NamedTuple):
-    """What T scaled cotangents at the frontier brought.
+    """What T cotangents at the frontier brought.
 
     Attributes:
         todo: what it is for.
         arrived: where operations with a closed form are, all T cotangents of their output [T, ...].
         explicit: parameters with their T gradients.
-        scale: powers of two [T], float64, by which the cotangents of every task were multiplied.
     """
 
     todo: Plan
     arrived: dict[Edge, Tensor]
     explicit: list[tuple[Tensor, Row]]
-    scale: Tensor
 
-    def gram(self) -> Tensor:
+    def gram(self, T: int, device: torch.device) -> Tensor:
         """M [T, T], float64."""
-        T = len(self.scale)
-        M = torch.zeros(T, T, dtype=torch.float64, device=self.scale.device)
+        M = torch.zeros(T, T, dtype=torch.float64, device=device)
         if self.explicit:
             M += ops.gram_rows(check_rows([[rows[t] for _, rows in self.explicit] for t in range(T)])[0], T)
         for contraction in self.todo.contractions:
             M += contraction.gram(self.arrived, _working_dtype)
-        return M / self.scale[:, None] / self.scale
+        return M
 
     def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The parameters that were reached, with Σ_t α_t of their gradients: what one more pass would bring."""
-        weights = alpha / self.scale
         updates = [(p, torch.empty_like(p)) for p, _ in self.explicit]
         if updates:
             rows = [rows[t] for t in range(len(alpha)) for _, rows in self.explicit]
-            ops.combine_rows(rows, weights, [g for _, g in updates])
+            ops.combine_rows(rows, alpha, [g for _, g in updates])
         cotangents = {}
         for edge, g in self.arrived.items():
             cotangents[edge] = out = torch.empty_like(g[0], memory_format=torch.contiguous_format)
-            ops.combine(g.reshape(len(g), -1), weights, out.view(-1))
+            ops.combine(g.reshape(len(g), -1), alpha, out.view(-1))
         for contraction in self.todo.contractions:
             updates += contraction.gradients(cotangents)
         return updates
 
 
-def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.device, retain_graph: bool) -> _Trunk:
+def _trunk(
+    frontier: Sequence[Edge], rows: list[Row], todo: Plan, *, at_once: bool, retain_graph: bool, again: bool
+) -> _Trunk:
     """T cotangents from the frontier to where the plan needs them: at once, or one task after the other.
 
-    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then.
+    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then. `again` tells
+    that graph and rows are still needed.
     """
-    for contraction in todo.contractions:
-        for use in contraction.uses:
-            use.hold()
     edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
-    inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *todo.explicit]
     T = len(rows)
-    if todo.work.at_once:
-        stacks, scale = _stacked(rows, device)
+    if at_once:
         try:
-            grads = _pass(frontier, stacks, inputs, retain_graph=True, batched=True)
+            grads = _at_once(frontier, rows, edges, todo.explicit)
         except RuntimeError:  # an operation that cannot be vectorised
             pass
         else:
@@ -219,39 +246,111 @@ def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.
                 todo,
                 {edge: g for edge, g in zip(edges, grads, strict=False) if g is not None},
                 [(p, rows) for p, rows in zip(todo.explicit, columns, strict=True) if rows is not None],
-                scale,
             )
     arrived: dict[Edge, Tensor] = {}
     explicit: list[Row] = [[None] * T for _ in todo.explicit]
-    scales = []
-    for t, row in enumerate(rows):
-        stacks, scale = _stacked([row], device)
-        scales.append(scale)
-        last = t == T - 1
-        alone = [None if g is None else g[0] for g in stacks]
-        grads = _pass(frontier, alone, inputs, retain_graph=retain_graph or not last)
-        del stacks, alone
+    present = [t for t, row in enumerate(rows) if any(g is not None for g in row)]
+    for t in present:
+        # Hooks may write to what they are given.
+        row = [None if g is None else g.clone() for g in rows[t]] if again else rows[t]
+        grads = _gradients(frontier, row, edges, todo.explicit, retain_graph=retain_graph or again or t != present[-1])
         for edge, g in zip(edges, grads, strict=False):
             if g is not None:
                 if edge not in arrived:
-                    arrived[edge] = g.new_zeros(T, *g.shape)
+                    arrived[edge] = torch.zeros((T, *g.shape), dtype=g.dtype, device=g.device)
                 arrived[edge][t] = g
         for column, g in zip(explicit, grads[len(edges) :], strict=True):
             column[t] = g
-        del grads  # before the next ones are made
+        del grads, row  # before the next ones are made
+        if not again:
+            rows[t] = []
     found = [(p, c) for p, c in zip(todo.explicit, explicit, strict=True) if any(g is not None for g in c)]
-    return _Trunk(todo, arrived, found, torch.cat(scales))
+    return _Trunk(todo, arrived, found)
+
+
+def _at_once(frontier: Sequence[Edge], rows: Sequence[Row], edges: Sequence[Edge], leaves: Sequence[Tensor]) -> Row:
+    """The gradients of all tasks, each with a leading dimension, from one vectorised pass."""
+    stacks: list[Tensor] = []
+    starts: list[Edge] = []
+    for edge, column in zip(frontier, zip(*rows, strict=True), strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is not None:
+            starts.append(edge)
+            stacks.append(torch.stack([torch.zeros_like(like) if g is None else _dense(g) for g in column]))
+    if not starts:
+        return [None] * (len(edges) + len(leaves))
+    present: list[int] = []
+
+    def send(*cotangents: Tensor) -> list[Tensor]:
+        grads = _gradients(starts, cotangents, edges, leaves, retain_graph=True)
+        present[:] = [k for k, g in enumerate(grads) if g is not None]
+        return [g for g in grads if g is not None]
+
+    results: Row = [None] * (len(edges) + len(leaves))
+    for k, g in zip(present, torch.func.vmap(send)(*stacks), strict=True):
+        results[k] = g
+    return results
+
+
+def _gradients(
+    frontier: Sequence[Edge],
+    cotangents: Sequence[Tensor | None],
+    edges: Sequence[Edge],
+    leaves: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+) -> Row:
+    """What one pass from the frontier brings to edges, as hooks of their tensors leave it, and to leaves.
+
+    Autograd hands out what arrives at an edge before those hooks where it goes on from there, and after them elsewhere.
+    """
+    behind: dict[Edge, Tensor | None] = {}
+
+    def catch(edge: Edge) -> Any:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            behind[edge] = grads[edge[1]]
+
+        return hook
+
+    handles = [edge[0].register_prehook(catch(edge)) for edge in edges]
+    try:
+        inputs = [*(GradientEdge(*edge) for edge in edges), *leaves]
+        grads = _pass(frontier, cotangents, inputs, retain_graph=retain_graph)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for k, edge in enumerate(edges):
+        g = behind.get(edge, grads[k])
+        grads[k] = None if g is None else _dense(g)
+    return grads
+
+
+def _common(
+    frontier: Sequence[Edge],
+    rows: Sequence[Row],
+    weights: Tensor,
+    leaves: Sequence[Tensor],
+    *,
+    linear: bool,
+    retain_graph: bool,
+) -> Row:
+    """The leaves' gradients from the weighted sum of T rows of cotangents: in one pass, where passes are linear."""
+    if linear:
+        return _pass(frontier, _combine(rows, weights), leaves, retain_graph=retain_graph)
+    sums: Row = [None] * len(leaves)
+    for t, row in enumerate(rows):
+        grads = _pass(frontier, row, leaves, retain_graph=retain_graph or t != len(rows) - 1)
+        for k, g in enumerate(grads):
+            if g is not None:
+                g, before = g * weights[t].to(g.device, g.dtype), sums[k]
+                sums[k] = g if before is None else before + g
+    return sums
 
 
 def _pass(
-    frontier: Sequence[Edge],
-    cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Any],
-    *,
-    retain_graph: bool,
-    batched: bool = False,
+    frontier: Sequence[Edge], cotangents: Sequence[Tensor | None], inputs: Sequence[Any], *, retain_graph: bool
 ) -> Row:
-    """Gradients from cotangents at the frontier, which have a leading dimension if `batched`."""
+    """Gradients from cotangents at the frontier."""
     used = [k for k, g in enumerate(cotangents) if g is not None]
     if not used or not inputs:
         return [None] * len(inputs)
@@ -262,45 +361,31 @@ def _pass(
             [cotangents[k] for k in used],
             retain_graph=retain_graph,
             allow_unused=True,
-            is_grads_batched=batched,
         )
     )
 
 
-def _stacked(rows: Sequence[Row], device: torch.device) -> tuple[Row, Tensor]:
-    """For every edge of the frontier the cotangents of c tasks [c, ...], None where there is none, and their scale.
-
-    The scale, float64 [c], are powers of two that bring a task's largest cotangent near 1 where it is far from that, so
-    that products of two gradients stay in range. Half precision has its own loss scale and is left alone.
-    """
-    stacks: Row = []
-    for column in zip(*rows, strict=True):
-        like = next((g for g in column if g is not None), None)
-        zero = None if like is None else torch.zeros_like(like) if any(g is None for g in column) else like
-        stacks.append(None if zero is None else torch.stack([zero if g is None else g for g in column]))
-    scale = torch.ones(len(rows), dtype=torch.float64, device=device)
-    found = [g.view(len(g), -1) for g in stacks if g is not None and g.numel()]
-    if found and not any(g.dtype is torch.float16 for g in found):
-        largest = torch.stack([torch.maximum(g.amax(1), -g.amin(1)).to(scale) for g in found]).amax(0)
-        exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-        far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
-        if far.is_cuda or far.any():  # nothing waits for a GPU
-            scale = torch.where(far, torch.ldexp(scale, -exponent), scale)
-            for g in found:
-                g.mul_(scale.to(g)[:, None])
-    return stacks, scale
-
-
 def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
     """Σ_t α_t of the rows, for every edge of the frontier."""
-    present = [k for k in range(len(rows[0])) if any(row[k] is not None for row in rows)]
     results: list[Tensor | None] = [None] * len(rows[0])
-    if present:
-        targets = [torch.empty_like(next(g for row in rows if (g := row[k]) is not None)) for k in present]
-        ops.combine_rows([row[k] for row in rows for k in present], alpha, targets)
-        for k, target in zip(present, targets, strict=True):
-            results[k] = target
+    kernels = []
+    for k, column in enumerate(zip(*rows, strict=True)):
+        present = [(t, g) for t, g in enumerate(column) if g is not None]
+        if all(is_plain(g, alpha.device) and g.dtype in DTYPES for _, g in present):
+            if present:
+                results[k] = torch.empty_like(present[0][1])
+                kernels.append(k)
+        else:  # complex, nested, elsewhere
+            results[k] = sum(g * alpha[t].to(g.device) for t, g in present)
+    if kernels:
+        targets = [g for k in kernels if (g := results[k]) is not None]
+        ops.combine_rows([row[k] for row in rows for k in kernels], alpha, targets)
     return results
+
+
+def _dense(g: Tensor) -> Tensor:
+    """That of an activation may be sparse: behind `gather(sparse_grad=True)`, or where it is itself an embedding."""
+    return g if g.layout is torch.strided else g.to_dense()
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
