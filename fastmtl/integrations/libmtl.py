@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import ops, scalarization
-from fastmtl._graph import leaves_of, trunk_of
+from fastmtl._graph import edge_of, leaves_of, trunk_of
 from fastmtl.backward import _commit, _pairs, _pass, _without_tensor_hooks
 from fastmtl.info import Info
 from fastmtl.scalarization import Scalarization
@@ -153,7 +153,7 @@ class Weighting(nn.Module):
         rep = [self.rep[task] for task in self.task_name] if several else [self.rep]
         ids = {id(x) for x in copies}
         heads = [leaf for leaf in leaves_of([total], []).all() if id(leaf) not in ids]
-        trunk, _ = trunk_of(rep)
+        trunk = trunk_of(edge_of(x) for x in rep).leaves
         with _without_tensor_hooks([*heads, *trunk]):
             grads = torch.autograd.grad(total, [*copies, *heads], allow_unused=True)
             rows, own = grads[: len(copies)], grads[len(copies) :]
