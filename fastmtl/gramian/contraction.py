@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,28 +40,31 @@ class Contraction:
         self._block = block
         self._sides = [[use for use in uses if use.side == side] for side in (0, 1)]
 
-    def gram(self, arrived: Mapping[Edge, Tensor | None], working: Callable[[torch.dtype], torch.dtype]) -> Tensor:
-        """M [T, T], float64, or 0 where no cotangent arrived.
+    def gram(self, arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """M [T, T] and the sizes [T] of what its diagonal is added up from, both float64.
+
+        M is off by some eps of `dtype` times these sizes; by no more than float64 rounds where they are zero.
 
         Args:
-            arrived: all T cotangents [T, ...] where they arrived.
-            working: from the cotangents' dtype to that of products; sums over rows are in float64.
+            arrived: all T cotangents [T, ...] where they arrived, which is at one use at least.
+            dtype: of products, float32 or float64; sums over rows are in float64.
         """
-        found = [side for uses in self._sides if (side := _side(uses, arrived, working)) is not None]
-        if not found:
-            return torch.zeros((), dtype=_F64)
+        found = [side for uses in self._sides if (side := _side(uses, arrived, dtype)) is not None]
         scale = _scale([B for _, B in found], 1)
         sizes = [_scale([A], 0) for A, _ in found]
         found = [(_times(A, size), _times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
         M = torch.zeros(scale.numel(), scale.numel(), dtype=_F64, device=scale.device)
+        lengths = torch.zeros_like(scale)
         for (A, B), size in zip(found, sizes, strict=True):
-            M += _own(A, B) / size.square()
+            own, length = _own(A, B)
+            M += own / size.square()
+            lengths += length / size.square()
             if self.bias is not None:
                 M += _of_bias(B)
         if len(found) == 2:
             X = _cross(*found[0], *found[1]) / (sizes[0] * sizes[1])
             M += X + X.T
-        return M / scale[:, None] / scale
+        return M / scale[:, None] / scale, lengths / scale / scale
 
     def gradients(self, cotangents: Mapping[Edge, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and its gradient from one cotangent of every use, and the same of the bias."""
@@ -84,16 +87,11 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
 
-def _side(
-    uses: Sequence[Use], arrived: Mapping[Edge, Tensor | None], working: Callable[[torch.dtype], torch.dtype]
-) -> tuple[Tensor, Tensor] | None:
+def _side(uses: Sequence[Use], arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """A [g, N, I] (or ids [N]) and B [T, g, N, O] of uses whose rows follow each other."""
-    factors, cotangents = [], []
-    for use in uses:
-        if (b := arrived[use.edge]) is not None:
-            dtype = working(b.dtype)
-            factors.append(use.factor(dtype))
-            cotangents.append(use.cotangents(b.to(dtype)))
+    used = [use for use in uses if use.edge in arrived]
+    factors = [use.factor(dtype) for use in used]
+    cotangents = [use.cotangents(arrived[use.edge].to(dtype)) for use in used]
     if len(factors) > 1:
         return torch.cat(factors, 0 if uses[0].is_indexed else 1), torch.cat(cotangents, 2)
     return (factors[0], cotangents[0]) if factors else None
@@ -123,22 +121,25 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
     return x * scale.to(x.dtype).reshape(scale.shape + (1,) * (x.dim() - scale.dim()))
 
 
-def _own(A: Tensor, B: Tensor) -> Tensor:
-    """⟨B_tᵀ A, B_sᵀ A⟩ [T, T] = Σ_nm K_nm ⟨B_t[n], B_s[m]⟩, K = A Aᵀ.
+def _own(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨B_tᵀ A, B_sᵀ A⟩ [T, T] = Σ_nm K_nm ⟨B_t[n], B_s[m]⟩, K = A Aᵀ, and Σ_n K_nn ⟨B_t[n], B_t[n]⟩ [T].
 
     A is taken apart into its mean over rows and the rest, and B_tᵀ A into (B_tᵀ 1) meanᵀ and that of the rest: where
     cotangents add up to nothing, as before a batch norm, K would lose what it is about beside the square of the mean.
     """
     T, groups, N, _ = B.shape
+    M = torch.zeros(T, T, dtype=_F64, device=B.device)
     if A.dim() == 1:  # rows of the same id are summed; all others are orthogonal
         ids, place = A.unique(return_inverse=True)
-        sums = B.new_zeros(T, len(ids), B.shape[3]).index_add_(1, place, B[:, 0])
-        return ops.gram(sums.reshape(T, -1))
-    M = torch.zeros(T, T, dtype=_F64, device=B.device)
-    if not N:
-        return M
+        sums = torch.zeros(T, len(ids), B.shape[3], dtype=_F64, device=B.device)
+        for own, b in zip(sums, B[:, 0], strict=True):
+            own.index_add_(0, place, b.double())
+        return ops.gram(sums.flatten(1)), M.diagonal()
+    if not A.numel() or not B.numel():
+        return M, M.diagonal()
     mean = A.mean(1, keepdim=True)
     A = A - mean
+    lengths = torch.zeros(T, dtype=_F64, device=B.device)
     for g in range(groups):
         for start in range(0, N, BLOCK):
             rows = A[g, start : start + BLOCK]
@@ -155,7 +156,10 @@ def _own(A: Tensor, B: Tensor) -> Tensor:
         sums = B[:, g].sum(1, dtype=_F64)
         X = torch.bmm(along.expand(T, 1, N), B[:, g])[:, 0].double() @ sums.mT
         M += X + X.T + mean[g].double().square().sum() * (sums @ sums.mT)
-    return (M + M.T) / 2
+        if B.dtype is not _F64:
+            squares = torch.linalg.vector_norm(A[g], dim=1).square()
+            lengths += (torch.linalg.vector_norm(B[:, g], dim=2).square() @ squares).double()
+    return (M + M.T) / 2, lengths
 
 
 def _of_bias(B: Tensor) -> Tensor:
@@ -181,7 +185,7 @@ def _products(X: Tensor, Y: Tensor) -> Tensor:
     rows = max(1, min(N, _COLUMNS // max(1, width)))
     M = torch.zeros(T, T, dtype=_F64, device=X.device)
     for start, end, step in ((0, N - N % rows, rows), (N - N % rows, N, N % rows)):
-        if start < end:
+        if start < end and width:
             left, right = (x[:, start:end].reshape(T, -1, step * width) for x in (X, Y))
             M += torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(0, dtype=_F64)
     return M

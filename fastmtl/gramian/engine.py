@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "update"]
 
+# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
+_CANCELLED = 4.0
+
 Row: TypeAlias = "list[Tensor | None]"
 
 
@@ -82,22 +85,21 @@ def update(
         if automatic:
             return None
         raise NotImplementedError(
-            f"engine: expected 'full' or 'auto' for this graph, which the gramian engine cannot read "
-            f"({type(error).__name__}: {error})"
+            f"engine: expected 'full' or 'auto' for this graph, got 'gramian', which cannot read it: {error}"
         ) from error
     if automatic and cost.prefers_full(todo.work, len(losses)):
         return None
-    try:
-        todo = settled(todo, named)
-    except Exception:  # autograd's, where something was freed or overwritten, or of hooks on what it saved
-        if automatic:
-            return None
-        raise
     parameters = [p for p, _ in named]
     shared = {id(p) for p in parameters}
     rest = leaves.without(parameters)
-    # Whether code in Python sees the T cotangents on their way, and may not be linear or able to deal with a batch.
-    watched = graph.opaque or ((todo.work.at_once or bool(rest.common)) and is_hooked(graph))
+    try:
+        todo = settled(todo, named)
+        # Whether code in Python sees the T cotangents on their way, which need not be linear, or may keep them.
+        watched = graph.opaque or ((todo.work.at_once or bool(rest.common)) and is_hooked(graph))
+    except Exception:  # autograd's, where something was freed or overwritten, or that of a hook on what it saved
+        if automatic:
+            return None
+        raise
     own = [[p for p in private if id(p) in shared] for private in leaves.private]
 
     private = [[*a, *b] for a, b in zip(own, rest.private, strict=True)]
@@ -105,6 +107,8 @@ def update(
     of_own = [row[: len(p)] for row, p in zip(grads, own, strict=True)]
     of_rest = [row[len(p) :] for row, p in zip(grads, own, strict=True)]
     del grads
+    for row in of_own:
+        check_rows([row])
     device = parameters[0].device
     with torch.no_grad():
         at_once = todo.work.at_once and not watched
@@ -114,7 +118,7 @@ def update(
         with _without_autocast(device):
             M = trunk.gram(len(losses), device)
             for t, row in enumerate(of_own):
-                M[t, t] += sum(_dense(g).double().square().sum() for g in row if g is not None)
+                M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
             dtype = max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps)
             info = method._weigh(M, dtype, context)
             info.explicit = todo.unrecognised
@@ -167,16 +171,18 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
     reached: set[int] = set()
 
     def catch(row: Row, ways: Sequence[tuple[int, int]]) -> Any:
-        def hook(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
+        def hook(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
             passed = list(grads)
             for i, k in ways:
                 g, before = grads[i], row[k]
                 if g is None:
                     continue
                 row[k] = g if before is None else before + g
-                passed[i] = None if k in reached else torch.zeros_like(g)
+                # What is no plain tensor may not have zeros.
+                passed[i] = None if k in reached else torch.zeros_like(g) if is_plain(g, g.device) else g
                 reached.add(k)
-            return tuple(passed)
+            is_nested = any(g is not None and g.is_nested for g in grads)  # of which autograd takes none from a hook
+            return None if is_nested else tuple(passed)
 
         return hook
 
@@ -206,8 +212,18 @@ class _Trunk(NamedTuple):
         M = torch.zeros(T, T, dtype=torch.float64, device=device)
         if self.explicit:
             M += ops.gram_rows(check_rows([[rows[t] for _, rows in self.explicit] for t in range(T)])[0], T)
+        parts = []
         for contraction in self.todo.contractions:
-            M += contraction.gram(self.arrived, _working_dtype)
+            dtypes = {self.arrived[use.edge].dtype for use in contraction.uses if use.edge in self.arrived}
+            if dtypes:
+                parts.append((contraction, *contraction.gram(self.arrived, _working_dtype(dtypes))))
+        M += sum(own for _, own, _ in parts)
+        if device.type == "cpu":  # nothing waits for a GPU
+            allowed = _CANCELLED * M.diagonal()
+            if (sum(size for _, _, size in parts) > allowed).any():
+                for contraction, own, size in parts:
+                    if (len(parts) * size > allowed).any():
+                        M += contraction.gram(self.arrived, torch.float64)[0] - own
         return M
 
     def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -219,7 +235,7 @@ class _Trunk(NamedTuple):
         cotangents = {}
         for edge, g in self.arrived.items():
             cotangents[edge] = out = torch.empty_like(g[0], memory_format=torch.contiguous_format)
-            ops.combine(g.reshape(len(g), -1), alpha, out.view(-1))
+            ops.combine(g.flatten(1), alpha, out.view(-1))
         for contraction in self.todo.contractions:
             updates += contraction.gradients(cotangents)
         return updates
@@ -276,20 +292,8 @@ def _at_once(frontier: Sequence[Edge], rows: Sequence[Row], edges: Sequence[Edge
         like = next((g for g in column if g is not None), None)
         if like is not None:
             starts.append(edge)
-            stacks.append(torch.stack([torch.zeros_like(like) if g is None else _dense(g) for g in column]))
-    if not starts:
-        return [None] * (len(edges) + len(leaves))
-    present: list[int] = []
-
-    def send(*cotangents: Tensor) -> list[Tensor]:
-        grads = _gradients(starts, cotangents, edges, leaves, retain_graph=True)
-        present[:] = [k for k, g in enumerate(grads) if g is not None]
-        return [g for g in grads if g is not None]
-
-    results: Row = [None] * (len(edges) + len(leaves))
-    for k, g in zip(present, torch.func.vmap(send)(*stacks), strict=True):
-        results[k] = g
-    return results
+            stacks.append(torch.stack([torch.zeros_like(_dense(like)) if g is None else _dense(g) for g in column]))
+    return _pass(starts, stacks, [*(GradientEdge(*edge) for edge in edges), *leaves], retain_graph=True, batched=True)
 
 
 def _gradients(
@@ -348,9 +352,14 @@ def _common(
 
 
 def _pass(
-    frontier: Sequence[Edge], cotangents: Sequence[Tensor | None], inputs: Sequence[Any], *, retain_graph: bool
+    frontier: Sequence[Edge],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    *,
+    retain_graph: bool,
+    batched: bool = False,
 ) -> Row:
-    """Gradients from cotangents at the frontier."""
+    """Gradients from cotangents at the frontier, which have a leading dimension if `batched`."""
     used = [k for k, g in enumerate(cotangents) if g is not None]
     if not used or not inputs:
         return [None] * len(inputs)
@@ -361,6 +370,7 @@ def _pass(
             [cotangents[k] for k in used],
             retain_graph=retain_graph,
             allow_unused=True,
+            is_grads_batched=batched,  # `torch.func.vmap` around this call gets `cdist` and others wrong
         )
     )
 
@@ -388,10 +398,10 @@ def _dense(g: Tensor) -> Tensor:
     return g if g.layout is torch.strided else g.to_dense()
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of tensors of this dtype are made in: float32 only where it is not rounded further."""
+def _working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """What products of tensors of these dtypes are made in: float32 only where it is not rounded further."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if dtype is not torch.float64 and exact else torch.float64
+    return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
 
 
 @contextmanager

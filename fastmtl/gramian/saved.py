@@ -19,10 +19,9 @@ def attributes(kind: Any) -> tuple[str, ...]:
     return tuple(name.removeprefix(_PREFIX) for name in dir(kind) if name.startswith(_PREFIX))
 
 
-@functools.cache
-def is_builtin(kind: Any) -> bool:
-    """Whether nodes of this type are autograd's own: linear in the cotangents, without Python, known to `vmap`."""
-    return getattr(torch._C._functions, kind.__name__, None) is kind
+def is_builtin(node: Any) -> bool:
+    """Whether the operation is one of autograd's own: linear in the cotangents, and without code in Python."""
+    return getattr(torch._C._functions, type(node).__name__, None) is type(node)
 
 
 class Saved:
@@ -38,9 +37,10 @@ class Saved:
 
     def covers(self, node: Any) -> bool:
         """Whether the formula is that of this node: every attribute is read, or neutral."""
+        kind: Any = type(node)
         return all(
             name in self.read or (name in self.neutral and getattr(node, _PREFIX + name) == self.neutral[name])
-            for name in attributes(type(node))
+            for name in attributes(kind)
         )
 
 

@@ -73,7 +73,11 @@ class Survey(NamedTuple):
 
 
 def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
-    """The survey of a graph whose nodes belong to one loss or to several; None is a loss that is not there."""
+    """The survey of a graph whose nodes belong to one loss or to several; None is a loss that is not there.
+
+    Raises:
+        NotImplementedError: autograd takes no cotangents where a loss's own part of the graph ends.
+    """
     frontier: dict[Edge, int] = {}
     boundary: dict[Any, list[tuple[int, int]]] = {}
     users: dict[Any, list[tuple[Any, int, int]]] = {}
@@ -91,8 +95,14 @@ def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
             else:
                 boundary.setdefault(node, []).append((i, frontier.setdefault(edge, len(frontier))))
     nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in PASSED_ON]
+    for node, output in frontier:
+        if node._input_metadata[output].is_cpp_nested_tensor:
+            raise NotImplementedError(
+                f"several losses read a nested tensor of layout torch.strided, the result of {node.name()}, where "
+                "torch.jagged is needed"
+            )
     nested = any(node in users for node, _ in frontier)
-    opaque = not all(is_builtin(type(node)) for node in nodes)
+    opaque = not all(map(is_builtin, nodes))
     return Survey(list(frontier), frozenset(frontier), boundary, whole, nested, nodes, opaque, users)
 
 
