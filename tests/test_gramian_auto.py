@@ -728,9 +728,10 @@ def test_hooks_of_tensors_are_noticed(kind):
     h = (nn.Parameter(randn(3, 3)) * 2).exp()
     before, after = h.t(), h.t().t().sin()
     edges = [(y.grad_fn, 0) for y in (h, before, after)]
-    assert not list(hooks.seen_by_hooks(edges))
+    assert not hooks.seen_by_hooks(edges)
     HOOKS[kind](h)
-    assert list(hooks.seen_by_hooks(edges)) == edges[:1]
+    assert hooks.seen_by_hooks(edges) == edges[:1]
+    assert hooks.seen_by_hooks([*edges, *edges], first=True) == edges[:1]
 
 
 def test_hooks_of_nodes_are_noticed():

@@ -6,7 +6,7 @@ there may change the gradient. A pass of all cotangents at once shows hooks a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from sys import getrefcount
 from typing import Any
 
@@ -31,43 +31,48 @@ class _Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def seen_by_hooks(edges: Iterable[Edge]) -> Iterator[Edge]:
-    """Those of the edges whose gradient hooks of tensors would see, `retain_grad` included.
+def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
+    """Those of the edges, or the first, whose gradient hooks of tensors would see, `retain_grad` included.
 
     Nobody lists such hooks. So a pass for each edge, which ends where it begins, brings zeros to it: all that runs is
     hooks, once.
     """
-    zero: dict[Any, Tensor] = {}
-    for edge in edges:
-        like, way = edge[0]._input_metadata[edge[1]], (GradientEdge(*edge),)
-        if like.is_nested_tensor:  # who knows
-            yield edge
-            continue
-        kind = like.dtype, like.device
-        if kind not in zero:
-            zero[kind] = torch.zeros((), dtype=like.dtype, device=like.device)
-        zeros = zero[kind].expand(like.shape)
-        owners = getrefcount(zeros)
-        with _Watch() as watch:
-            try:
-                # What `torch.autograd.grad` calls, which takes longer than this does to check what it is given.
-                arrived = _engine_run_backward(
-                    way, (zeros,), True, False, way, allow_unreachable=True, accumulate_grad=False
-                )
-            except Exception:  # a hook's, that takes no zeros
-                arrived = ()
-        replaced = not any(g is zeros for g in arrived)
-        del arrived
-        if replaced or watch.active or getrefcount(zeros) > owners:
-            yield edge
+    found: list[Edge] = []
+    probes = [(edge, _zeros(edge)) for edge in edges]
+    with _Watch() as watch:
+        for edge, zeros in probes:
+            if zeros is None or _is_seen(edge, zeros, watch):
+                found.append(edge)
+                if first:
+                    break
+    return found
+
+
+def _zeros(edge: Edge) -> Tensor | None:
+    """Such a gradient, without memory; None for a nested tensor."""
+    like = edge[0]._input_metadata[edge[1]]
+    return None if like.is_nested_tensor else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _is_seen(edge: Edge, zeros: Tensor, watch: _Watch) -> bool:
+    way = (GradientEdge(*edge),)
+    watch.active = False
+    owners = getrefcount(zeros)
+    try:
+        # What `torch.autograd.grad` calls, which takes longer than this does to check what it is given.
+        arrived = _engine_run_backward(way, (zeros,), True, False, way, allow_unreachable=True, accumulate_grad=False)
+    except Exception:  # a hook's, that takes no zeros
+        return True
+    replaced = arrived[0] is not zeros
+    del arrived
+    return replaced or watch.active or getrefcount(zeros) > owners
 
 
 def is_hooked(graph: Survey) -> bool:
     """Whether anything in the shared part of a graph has hooks; those of one tensor may be called, with zeros."""
-    if any(map(has_hooks, graph.nodes)):
-        return True
     read = [(node, output) for node in graph.nodes for _, _, output in graph.users.get(node, ())]
-    return any(True for _ in seen_by_hooks(dict.fromkeys([*graph.frontier, *read])))
+    edges = dict.fromkeys([*graph.frontier, *read])
+    return any(map(has_hooks, graph.nodes)) or bool(seen_by_hooks(edges, first=True))
 
 
 def has_hooks(node: Any) -> bool:
