@@ -255,7 +255,7 @@ def reached_by(
 
 
 def computes(node: Any) -> bool:
-    """Whether this is no leaf, nor a mere transpose, cast or function of one leaf, which tied weights have in common."""
+    """Whether this is neither a leaf nor a function of one leaf alone: the cast of a tied weight is no activation."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         node = following[0][0]
     return not is_leaf(node)

@@ -60,8 +60,9 @@ def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
         warnings.warn_explicit(
             message, UserWarning, site.file, site.line, module, site.scope.setdefault("__warningregistry__", {})
         )
-    except UserWarning:  # made an error by a filter: then each time
-        _seen[kind, site.file, site.line].discard(message)
+    except UserWarning:  # made an error by a filter: then it comes each time
+        for key in [key for key in _seen if key[1:] == (site.file, site.line)]:
+            del _seen[key]
         raise
 
 
@@ -86,7 +87,7 @@ def warn_alone(site: Site, option: str, where: str) -> None:
     warn(
         option,
         site,
-        f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part of "
-        "the batch, which gives another direction than those of the whole batch. "
+        f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part "
+        "of the batch, which gives another direction than those of the whole batch. "
         f"{option}=True aggregates these; {option}=False says that each process is meant to go by itself",
     )

@@ -32,8 +32,8 @@ def attach(
         with fastmtl.attach(model.encoder, model.heads, method) as handle:
             for batch in loader: ...
 
-    A forward without gradients leaves all as it is. Copies of the modules (`copy.deepcopy`, averaged models) and what is
-    saved of them are ordinary modules.
+    A forward without gradients leaves all as it is. Copies of the modules (`copy.deepcopy`, averaged models) and what
+    is saved of them are ordinary modules.
 
     Args:
         encoder: the module whose output is the shared representation.
@@ -62,7 +62,9 @@ def attach(
             raise TypeError(f"{name}: expected an nn.Module, got {describe(module)}")
         hooks = module._forward_hooks if module is encoder else module._forward_pre_hooks
         if any(isinstance(hook, _Hook) for hook in hooks.values()):
-            raise ValueError(f"{name}: expected a module that nothing is attached to; call remove() on the other handle")
+            raise ValueError(
+                f"{name}: expected a module with nothing attached; call remove() on the other handle first"
+            )
     if not named:
         raise ValueError("heads: expected at least one module, got none")
     modules = [head for _, head in named]
@@ -87,7 +89,7 @@ class _Output:
 
 
 class Attached:
-    """What `attach` returns; holds the last fan-out until the next forward with gradients, and hooks until `remove()`."""
+    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one."""
 
     def __init__(
         self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Method, options: dict[str, Any]
@@ -97,8 +99,8 @@ class Attached:
         self._options = options
         self._site = _once.caller()
         self._last: _Output | None = None  # of the last forward that recorded a graph
-        # Of one that did not: an evaluation, or a reentrant checkpoint, outside of which it has a graph after all. Or of
-        # one within a backward, where a checkpoint runs a forward again.
+        # Of one that did not: an evaluation, or a reentrant checkpoint, outside of which there is a graph after all. Or
+        # of one within a backward, where a checkpoint runs a forward again.
         self._beside: _Output | None = None
         self._hooks = [encoder.register_forward_hook(_Hook(self._keep))]
         for t, (_, head) in enumerate(heads):
@@ -181,8 +183,8 @@ class Attached:
         output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
         if output is None:
             raise RuntimeError(
-                f"attach: {self._names[t]} was called with no tensor of the encoder's last output; what lies between them "
-                "has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
+                f"attach: {self._names[t]} was called with no tensor of the encoder's last output; what lies between "
+                "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
             )
         alias = list(tensors_of(self._fanned(output)[t]))
 

@@ -23,9 +23,8 @@ __all__ = ["backward"]
 
 # The gradients of one task: K tensors, None where it has none.
 Row: TypeAlias = "list[Tensor | None]"
-# Parameters with what is to be added to their `.grad`; one that occurs twice gets both. None for one that the graph leads
-# to, but no gradient: autograd comes by there too, and DistributedDataParallel waits for it.
-Updates: TypeAlias = "list[tuple[Tensor, Tensor | None]]"
+# Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
+Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ENGINES = ("full", "gramian", "auto")
 
@@ -72,12 +71,11 @@ def backward(
         parameters = trunk.leaves if cut else heads.shared()
         if not parameters and not upper_bound:
             raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
-    if not upper_bound:
-        if cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
-            # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
-            if batched:
-                raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
-            cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
+    if not upper_bound and cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
+        # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
+        if batched:
+            raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
+        cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
     reached = [*trunk.leaves, *heads.all(), *heads.idle]
     if unsaid and all(type(p) in _PLAIN for p in parameters):  # shards are averaged in the passes
         _once.warn_alone(_once.caller(), "process_group", "backward")
@@ -156,8 +154,8 @@ def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool)
         raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(losses)}")
     if absent and together and not known:
         raise ValueError(
-            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses find "
-            "others by themselves"
+            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses "
+            "would find others"
         )
 
 
@@ -369,15 +367,17 @@ class _Commit(torch.autograd.Function):
 def _commit(pairs: Updates, reached: Iterable[Tensor] = ()) -> None:
     """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward.
 
-    Also those of what was `reached` without a gradient.
+    As in any backward they also fire for what was `reached` without a gradient: DistributedDataParallel waits for that.
     """
-    having = {id(parameter) for parameter, _ in pairs}
-    for parameter in reached:
-        if id(parameter) not in having:
-            pairs.append((parameter, None))
     parameters = [parameter for parameter, _ in pairs]
-    updates = [update for _, update in pairs]
+    updates: list[Tensor | None] = [update for _, update in pairs]
     pairs.clear()
+    listed = {id(parameter) for parameter in parameters}
+    for parameter in reached:
+        if id(parameter) not in listed:
+            listed.add(id(parameter))
+            parameters.append(parameter)
+            updates.append(None)
     if not parameters:
         return
     with torch.enable_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -228,8 +229,8 @@ class FanOut(Sequence[Any]):
         wait. Methods that need the losses take them from here.
 
         Args:
-            losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks; None for a task that is absent
-                in this step, as is one whose loss needs no gradient.
+            losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks; None for a task that is
+                absent in this step, as is one whose loss needs no gradient.
 
         Returns:
             A scalar tensor [].
@@ -353,8 +354,8 @@ class _Watch:
         _once.warn(
             "alias without gradient",
             self.site,
-            f"fan_out: {what}. Head t has to read hs[t]: what it brings h in another way is not aggregated as the gradient "
-            f"of its task. {absent}",
+            f"fan_out: {what}. Head t has to read hs[t]: what it brings h in another way is not aggregated as the "
+            f"gradient of its task. {absent}",
         )
 
     def warn_beside(self, what: str) -> None:
@@ -362,8 +363,8 @@ class _Watch:
         _once.warn(
             "h beside its aliases",
             self.site,
-            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. What comes by there is added plainly, not "
-            "aggregated: head t has to read hs[t], and h has to have all that heads read",
+            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. What comes by there is added plainly, "
+            "not aggregated: head t has to read hs[t], and h has to have all that heads read",
             most=1,
         )
 
@@ -376,8 +377,8 @@ def watch_for_heads(called: list[bool], site: _once.Site, names: Sequence[str]) 
             _once.warn(
                 "no head called",
                 site,
-                f"attach: the encoder has got a gradient, but none of {', '.join(names)} was called with what it returned, "
-                "so nothing was aggregated",
+                f"attach: the encoder has got a gradient, but none of {', '.join(names)} was called with what it "
+                "returned, so nothing was aggregated",
             )
 
     return look
@@ -496,8 +497,8 @@ class _Capture:
             _once.warn(
                 "mean of the losses",
                 watch.site,
-                f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are the method's: with a mean "
-                "over the losses, all gradients are T times too small. hs.total(losses) sums them",
+                f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are the method's: with a "
+                "mean over the losses, all gradients are T times too small. hs.total(losses) sums them",
             )
         if _once.first("roots", watch.site):  # this takes a walk through the graph
             ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
@@ -589,7 +590,7 @@ def _running_call() -> tuple[str, list[Tensor]] | None:
 
     None where it was called in another thread, as for what lies on a GPU.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = _ROOTS.get(frame.f_code)
         if name is not None:
@@ -728,7 +729,7 @@ def _with_hooks(capture: _Capture, probe: Tensor, *tensors: Tensor) -> tuple[Ten
 
 
 class _Derivative(torch.autograd.Function):
-    """Identity on gradients that are a derivative and part of a graph. A backward through them trains on derivatives."""
+    """Identity on a derivative that is part of a graph: a training backward through it trains on derivatives."""
 
     @staticmethod
     def forward(ctx: Any, capture: _Capture, probe: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -746,9 +747,9 @@ class _Derivative(torch.autograd.Function):
 
 
 _DERIVED = (
-    "fan_out: a loss contains a derivative that was taken through the aliases (torch.autograd.grad with create_graph=True). "
-    "What it brings the encoder does not pass through the aliases and cannot be aggregated. Take losses and derivatives from "
-    "h itself and call method.backward(losses, shared=encoder), which is exact"
+    "fan_out: a loss contains a derivative that was taken through the aliases (torch.autograd.grad with "
+    "create_graph=True). What it brings the encoder does not pass through the aliases and cannot be aggregated. Let "
+    "heads read h itself, and call method.backward(losses, shared=encoder), which is exact"
 )
 
 
