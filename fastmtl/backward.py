@@ -161,8 +161,10 @@ def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool)
 
 def _warn_around(losses: Sequence[Tensor | None], rows: list[Row], heads: Leaves, trunk: Trunk) -> None:
     """Warns of losses that do not depend on the representation, and of ways that lead around it into the encoder."""
+    if all(g is None for row in rows for g in row):  # an error, where no other process has any
+        return
     missing = [t for t, loss in enumerate(losses) if loss is not None and all(g is None for g in rows[t])]
-    if missing and any(g is not None for row in rows for g in row):
+    if missing:
         _once.warn(
             "representation not reached",
             _once.caller(),

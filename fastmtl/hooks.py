@@ -315,9 +315,13 @@ class _Watch:
         """Looks at what tensor k of h gets."""
         if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
             return
-        handle = x.register_hook(self._looking_at(k))
-        hooks: Any = x._backward_hooks
-        hooks.move_to_end(handle.id, last=False)  # before any that changes the gradient
+        others = dict(x._backward_hooks or {})
+        x.register_hook(self._looking_at(k))
+        if others:  # which may change the gradient: ours goes first
+            hooks: Any = x._backward_hooks
+            ours = {key: hook for key, hook in hooks.items() if key not in others}
+            hooks.clear()
+            hooks.update(ours | others)
 
     def _looking_at(self, k: int) -> Callable[[Tensor | None], None]:
         def look(gradient: Tensor | None) -> None:
@@ -328,8 +332,9 @@ class _Watch:
             elif self.updates is not None:
                 # Held until now, ours cannot have been added to in place.
                 ours, self.updates[k] = self.updates[k], None
-                if gradient is not ours and k not in self.nested:
-                    self.warn_beside("h has got a gradient")
+                if gradient is not ours and k not in self.nested and _once.first("compared", self.site):
+                    if ours is None or not torch.equal(gradient, ours):  # else what has come was zero
+                        self.warn_beside("h has got a gradient")
 
         return look
 

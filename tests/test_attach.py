@@ -200,7 +200,7 @@ def test_a_head_that_is_not_called_is_a_zero_row():
     model = MLP(3)
     handle = attach(model.encoder, model.heads, AlignedMTL())
     h = model.encoder(model.x)
-    (model.loss(0, h) + model.loss(2, h)).backward()
+    handle.total([model.loss(0, h), None, model.loss(2, h)]).backward()
     assert handle.info.rank == 2
     assert handle.info.alpha[1] == 0
     assert handle.gradients[1] is None
@@ -320,7 +320,7 @@ def test_remove_keeps_no_tensor_alive(via):
         h = model.encoder(model.x)
         losses = losses_of(model, h)
         sum(losses).backward(retain_graph=True)
-        kept = [weakref.ref(h[0]), weakref.ref(handle._last._capture), weakref.ref(handle.gradients[0][0])]
+        kept = [weakref.ref(h[0]), weakref.ref(handle._last.fan._capture), weakref.ref(handle.gradients[0][0])]
         del h, losses
         assert all(ref() is not None for ref in kept)  # until the next forward, or
         handle.remove()
@@ -334,9 +334,11 @@ def test_the_next_forward_lets_go_of_the_last():
     handle = attach(model.encoder, model.heads, AlignedMTL())
     h = model.encoder(model.x)
     sum(losses_of(model, h)).backward()
-    kept = weakref.ref(handle._last)
+    info, kept = handle.info, weakref.ref(handle._last)
     with torch.no_grad():
         model.encoder(model.x)
+    assert handle.info is info  # an evaluation does not
+    model.encoder(model.x)
     assert kept() is None
 
 

@@ -634,12 +634,14 @@ def test_representation_that_a_task_misses():
     model, fanned = MLP(3), MLP(3)
     own = nn.Parameter(torch.tensor([1.0, 2.0]))
     h = model.encoder(model.x)
-    info = fastmtl.AlignedMTL().backward([model.loss(0, h), own.square().sum(), model.loss(2, h)], representation=h)
+    losses = [model.loss(0, h), own.square().sum(), model.loss(2, h)]
+    with pytest.warns(UserWarning, match=r"representation: losses\[1\] does not depend on it"):
+        info = fastmtl.AlignedMTL().backward(losses, representation=h)
     assert info.rank == 2
     assert info.alpha[1] == 0
     assert torch.equal(own.grad, torch.tensor([2.0, 4.0]))
     hs = fastmtl.fan_out(fanned.encoder(fanned.x), 3, fastmtl.AlignedMTL())
-    (fanned.loss(0, hs[0]) + fanned.loss(2, hs[2])).backward()
+    hs.total([fanned.loss(0, hs[0]), None, fanned.loss(2, hs[2])]).backward()
     same_gradients(model.encoder, fanned.encoder)
 
 

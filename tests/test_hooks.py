@@ -1,6 +1,11 @@
 """`fan_out`: the upper bound inside one ordinary backward, by a node and by hooks."""
 
+import copy
 import dataclasses
+import io
+import pickle
+import re
+import warnings
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -283,12 +288,18 @@ def test_the_aliases_are_a_sequence():
 
 
 @both
+@pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("reaching", [[0, 2], [1], [0, 1]])
-def test_a_task_that_misses_h_is_a_zero_row(reaching, via):
+def test_a_task_that_misses_h_is_a_zero_row(reaching, said, via):
     case, zeros = Linear(), Linear()
     hs = fan_out(case.h(), 3, AlignedMTL(), via=via)
     losses = case.losses(hs)
-    sum(losses[t] for t in reaching).backward()
+    if said:
+        hs.total([losses[t] if t in reaching else None for t in range(3)]).backward()
+    else:
+        missing = ", ".join(f"hs[{t}]" for t in range(3) if t not in reaching)
+        with pytest.warns(UserWarning, match=rf"fan_out: {re.escape(missing)} of 3 aliases ha.* got no gradient"):
+            sum(losses[t] for t in reaching).backward()
     hz = fan_out(zeros.h(), 3, AlignedMTL(), via=via)
     sum(loss if t in reaching else 0 * loss for t, loss in enumerate(zeros.losses(hz))).backward()
     assert torch.equal(case.weight.grad, zeros.weight.grad)
@@ -345,7 +356,8 @@ def test_other_uses_of_h_are_added_plainly(via):
     case = Linear()
     h = case.h()
     hs = fan_out(h, 3, AlignedMTL(), via=via)
-    (sum(case.losses(hs)) + h.square().sum()).backward()
+    with pytest.warns(UserWarning, match=r"fan_out: .* beside the aliases hs\[0\] ... hs\[2\].* added plainly"):
+        (sum(case.losses(hs)) + h.square().sum()).backward()
     assert relative(case.weight.grad, case.aligned() + 2 * case.weight) <= 2e-6
 
 
@@ -557,7 +569,8 @@ def test_loss_by_loss_raises(retain, via):
     model = MLP(3)
     hs = fan_out(model.encoder(model.x), 3, AlignedMTL(), via=via)
     losses = losses_of_aliases(model, hs)
-    losses[0].backward(retain_graph=retain)
+    with pytest.warns(UserWarning, match=r"hs\[1\], hs\[2\] of 3 aliases have got no gradient"):
+        losses[0].backward(retain_graph=retain)
     before = [g.clone() for g in encoder_gradients(model)]
     with pytest.raises(RuntimeError, match=r"fan_out: expected gradients of tasks \[0\].*got those of tasks \[1\]"):
         losses[1].backward(retain_graph=retain)
@@ -589,7 +602,7 @@ def test_a_failed_backward_leaves_nothing_behind(failing, where, via):
     assert case.weight.grad is None
     assert hs.gradients is hs.info is None
     Fail.armed = False
-    losses[failing].backward(retain_graph=True)
+    hs.total([losses[t] if t == failing else None for t in range(3)]).backward(retain_graph=True)
     assert [t for t in range(3) if hs.gradients[t] is not None] == [failing]
     assert relative(case.weight.grad, case.aligned([failing])) <= 2e-6
 

@@ -190,7 +190,7 @@ def test_grad_vac_in_inference_mode():
 def test_backward_in_inference_mode_says_that_there_is_no_graph():
     with torch.inference_mode():
         model = MLP()
-        with pytest.raises(ValueError, match=r"losses\[0\]: expected a loss that requires grad"):
+        with pytest.raises(ValueError, match=r"losses: expected at least one loss that requires grad"):
             fastmtl.AlignedMTL().backward(losses_of(model, model.encoder(model.x)))
         hs = fastmtl.fan_out(model.encoder(model.x), 2, fastmtl.AlignedMTL())
         assert model.loss(1, hs[1]).isfinite()
@@ -280,7 +280,7 @@ def test_training_inside_a_transform_is_refused():
         fastmtl.AlignedMTL().backward([h.sum(), h.square().sum()], shared=model.parameters())
         return h.sum()
 
-    with pytest.raises(ValueError, match=r"losses\[0\]: expected a loss that requires grad"):
+    with pytest.raises(ValueError, match=r"losses: expected at least one loss that requires grad"):
         vmap(step)(x)
     with pytest.raises(ValueError, match=r"shared: expected parameters that a loss depends on"):
         grad(step)(x[0])
