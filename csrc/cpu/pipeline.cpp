@@ -470,16 +470,27 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
       C[i * T + j] = M[i * T + j] * inverse[i] * inverse[j];
     }
   }
-  const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
+  constexpr double eps = std::numeric_limits<double>::epsilon();
+  const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * eps);
   const auto entry = [&](int64_t i) { return inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0; };
+  double squares = 0.0, reached = 0.0; // of w, and of what is kept of it
+  for (int64_t i = 0; i < T; ++i) {
+    squares += entry(i) * entry(i);
+  }
   bool solved = false;
   if (T > kJacobiTasks) { // the diagonal of C is even
     Tridiagonal solver(C, T);
     solved = solver.solve(lam, true);
     const double cut = lam[0] * relative_cut;
+    std::vector<double> kept(static_cast<size_t>(T)), part(static_cast<size_t>(T));
     for (int64_t i = 0; i < T; ++i) {
+      kept[size_t(i)] = lam[i] > cut ? 1.0 : 0.0;
       lam[i] = lam[i] > cut ? 1.0 / lam[i] : 0.0;
       x[i] = entry(i);
+    }
+    solver.apply(kept.data(), x, part.data());
+    for (const double p : part) {
+      reached += p * p;
     }
     solver.apply(lam, x, x);
   }
@@ -494,11 +505,16 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
         along += v[i] * entry(i);
         square += v[i] * v[i];
       }
+      reached += along * along / square;
       const double factor = along / square / lam[j];
       for (int64_t i = 0; i < T; ++i) {
         x[i] += factor * v[i];
       }
     }
+  }
+  const double rounding = 16.0 * double(T) * eps;
+  if (!(reached > rounding * rounding * squares)) {
+    std::fill_n(x, T, 0.0);
   }
   for (int64_t i = 0; i < T; ++i) {
     alpha[i] = x[i] * inverse[i];
