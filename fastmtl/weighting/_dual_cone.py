@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 from fastmtl.weighting._weights import Weighted
@@ -40,6 +41,7 @@ class DualCone(Weighted, GramMethod):
     def _ridged(self, M: Tensor) -> Tensor:
         if not self.ridge:
             return M
+        M = M.to(torch.float64)
         diagonal = M.diagonal(dim1=-2, dim2=-1)
-        added = self.ridge * diagonal.sum(-1, keepdim=True, dtype=torch.float64)
-        return M.to(torch.float64) + torch.diag_embed(added.expand(diagonal.shape))
+        added = self.ridge * diagonal.sum(-1, keepdim=True)
+        return M + torch.diag_embed(torch.where(is_present(M), added, 0.0))  # an absent task stays absent

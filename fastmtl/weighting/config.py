@@ -22,7 +22,8 @@ class ConFIG(Weighted, GramMethod):
 
         u = U⁺ w / ‖U⁺ w‖        g = (Σ_t <g_t, u>) u        U the gradients at unit length
 
-    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part.
+    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part. Where U⁺ w is
+    zero, as for opposed gradients with equal weights, no direction has such cosines, and g is zero (α = 0).
 
     `info` has `alpha` and `gram`.
 
@@ -48,6 +49,8 @@ class ConFIG(Weighted, GramMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         w = self._task_weights(T, M)
+        if w is not None:  # only their ratio counts: by a power of two, so that no square leaves the range of numbers
+            w = torch.ldexp(w, -torch.frexp(w.abs().amax()).exponent)
         # Gᵀv = U⁺ w, whose products with the unit gradients are `cosines`.
         v, cosines = ops.unit_solve(M, w, T * EPS[dtype] if self.rtol is None else self.rtol)
         products = cosines * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()

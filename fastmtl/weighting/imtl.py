@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
 
@@ -25,7 +26,7 @@ class IMTL(GramMethod):
     around or leaves none, and so does this. Zero gradients take no part.
 
     `info` has `alpha`, `gram` and `residual`: how far the projections are from equal, relative to them; infinite where
-    no α with Σ α = 1 exists, and then α = 0.
+    no α with Σ α = 1 exists (for opposed gradients, for example), and then α = 0.
 
     Together with IMTL-L (learned loss scales): `method.backward(imtl_l.scaled(losses))`, with
     `imtl_l = fastmtl.scalarization.IMTLL(T)`.
@@ -49,8 +50,8 @@ class IMTL(GramMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         v, projections = ops.unit_solve(M, None, T * EPS[dtype] if self.rtol is None else self.rtol)
-        there = (M.diagonal(dim1=-2, dim2=-1) > 0).to(torch.float64)
-        residual = (projections - there).abs().amax(-1)
+        there = is_present(M)
+        residual = (projections - there.to(torch.float64)).abs().amax(-1)
         total = v.sum(-1, keepdim=True)
         # Relative to its parts: what cancels to rounding is zero.
         none = total.abs() <= 4 * T * EPS[torch.float64] * v.abs().sum(-1, keepdim=True)

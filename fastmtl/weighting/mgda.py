@@ -29,7 +29,8 @@ class MGDA(GramMethod):
     Args:
         normalization: what each gradient is divided by before α is computed (as in the authors' code the combination is
             of the gradients as they are): "none"; "l2", its norm; "loss", its task's loss; or "loss+", both. With
-            "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`.
+            "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`. A loss of zero makes its
+            gradient infinitely long, so that its task gets no weight.
 
     Raises:
         ValueError: unknown `normalization`.
@@ -54,5 +55,6 @@ class MGDA(GramMethod):
             divisor = context.losses.to(M.device)
         if self.normalization != "loss":
             divisor = divisor * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
-        inverse = torch.where(divisor == 0, 0.0, 1 / divisor)  # a zero gradient stays one
+        # A zero gradient stays one. A loss that is not finite is no task that is absent.
+        inverse = torch.where(divisor == 0, 0.0, torch.where(divisor.isfinite(), 1 / divisor, torch.nan))
         return M * inverse[..., :, None] * inverse[..., None, :]

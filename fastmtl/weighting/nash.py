@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._state import StatefulMethod
 
@@ -29,7 +30,9 @@ class NashMTL(StatefulMethod):
 
     Args:
         max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
-        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it.
+        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it. A task
+            that is absent when it is solved keeps the weight that it had; in a step in which a task is there that has
+            none yet, it is solved as well.
 
     Raises:
         ValueError: `max_norm` < 0, `every` < 1.
@@ -71,8 +74,9 @@ class NashMTL(StatefulMethod):
         """The weights of the last step that was to solve; this one's, if it is."""
         self._prepare(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
-        due = self.steps % self.every == 0
-        used = torch.where(due[..., None], alpha, self.weights)
-        self.weights.copy_(torch.where(finite[..., None], used, self.weights))
+        there = is_present(M)
+        due = (self.steps % self.every == 0) | (there & (self.weights == 0)).any(-1)
+        kept = torch.where(due[..., None] & there, alpha, self.weights)
+        self.weights.copy_(torch.where(finite[..., None], kept, self.weights))
         self.steps.add_(finite)
-        return torch.where(finite[..., None], used, torch.nan)
+        return torch.where(finite[..., None], torch.where(there, kept, 0.0), torch.nan)
