@@ -60,6 +60,12 @@ bool has_float64(const Gradients& G) {
   return std::any_of(G.segments, G.segments + G.count, [](const Segment& s) { return s.dtype == Dtype::f64; });
 }
 
+bool has_missing(const Gradients& G) {
+  return std::any_of(G.segments, G.segments + G.count, [&](const Segment& s) {
+    return std::find(s.rows, s.rows + G.tasks, nullptr) != s.rows + G.tasks;
+  });
+}
+
 // Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the
 // result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
@@ -593,7 +599,10 @@ void gram(const Gradients& G, double* M) {
     std::fill(M, M + T * T, 0.0);
     gram_wide(G, true, 0, P, M);
     mirror(M, T);
-    return;
+    // Panels have zeros in the place of missing rows, whose product with infinity is none.
+    if (!has_missing(G) || all_finite(M, T * T)) {
+      return;
+    }
   }
   if (P <= kMinChunk) {
     gram_serial(G, M);
