@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
@@ -34,14 +34,14 @@ class ConFIG(Weighted, GramMethod):
 
     Raises:
         ValueError: weights that are not one-dimensional or not finite, a negative or non-finite `rtol`.
-        TypeError: `weights` of another kind.
+        TypeError: an option of another kind.
     """
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
+    rtol: float | None = option(number(low=0, optional=True))
+
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
         super().__init__(weights)
-        self.rtol = None if rtol is None else float(rtol)
+        self.rtol = rtol
 
     def __repr__(self) -> str:
         return f"ConFIG(weights={self._weights_repr()}, rtol={self.rtol})"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
 from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
@@ -36,13 +35,14 @@ class IMTL(GramMethod):
             T · eps with eps of the gradients' dtype.
 
     Raises:
+        TypeError: `rtol` is no number.
         ValueError: a negative or non-finite `rtol`.
     """
 
-    def __init__(self, rtol: float | None = None) -> None:
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
-        self.rtol = None if rtol is None else float(rtol)
+    rtol: float | None = option(number(low=0, optional=True))
+
+    def __init__(self, *, rtol: float | None = None) -> None:
+        self.rtol = rtol
 
     def __repr__(self) -> str:
         return f"IMTL(rtol={self.rtol})"

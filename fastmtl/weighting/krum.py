@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import flag, integer, option
 from fastmtl.info import Info
 from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
@@ -31,17 +32,18 @@ class Krum(GramMethod):
         squared: False sums the distances themselves, as TorchJD does.
 
     Raises:
+        TypeError: an option of another kind.
         ValueError: `byzantine` < 0 or `selected` < 1; (in a step) too few tasks.
     """
 
-    def __init__(self, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
-        if not isinstance(byzantine, int) or byzantine < 0:
-            raise ValueError(f"byzantine: expected an integer >= 0, got {byzantine!r}")
-        if not isinstance(selected, int) or selected < 1:
-            raise ValueError(f"selected: expected an integer >= 1, got {selected!r}")
+    byzantine: int = option(integer(0))
+    selected: int = option(integer(1))
+    squared: bool = option(flag)
+
+    def __init__(self, *, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
         self.byzantine = byzantine
         self.selected = selected
-        self.squared = bool(squared)
+        self.squared = squared
 
     def __repr__(self) -> str:
         return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"

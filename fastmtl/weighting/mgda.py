@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import choice, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 
 __all__ = ["MGDA"]
-
-_NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
 class MGDA(GramMethod):
@@ -36,11 +35,14 @@ class MGDA(GramMethod):
         ValueError: unknown `normalization`.
     """
 
-    def __init__(self, normalization: str = "none") -> None:
-        if normalization not in _NORMALIZATIONS:
-            raise ValueError(f"normalization: expected one of {_NORMALIZATIONS}, got {normalization!r}")
+    normalization: str = option(choice("none", "l2", "loss", "loss+"))
+
+    def __init__(self, *, normalization: str = "none") -> None:
         self.normalization = normalization
-        self._needs_losses = normalization in ("loss", "loss+")
+
+    @property
+    def _needs_losses(self) -> bool:  # type: ignore[override]
+        return self.normalization in ("loss", "loss+")
 
     def __repr__(self) -> str:
         return f"MGDA(normalization={self.normalization!r})"

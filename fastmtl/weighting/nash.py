@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import integer, number, option
 from fastmtl.info import Info
 from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
@@ -35,21 +36,24 @@ class NashMTL(StatefulMethod):
             none yet, it is solved as well.
 
     Raises:
-        ValueError: `max_norm` < 0, `every` < 1.
+        TypeError: an option of another kind.
+        ValueError: `max_norm` < 0 or not finite, `every` < 1.
     """
 
     weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
     steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
 
-    def __init__(self, max_norm: float = 1.0, every: int = 1) -> None:
-        if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
-            raise ValueError(f"max_norm: expected a number >= 0, got {max_norm!r}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+    max_norm: float = option(number(low=0))
+    every: int = option(integer(1))
+
+    def __init__(self, *, max_norm: float = 1.0, every: int = 1) -> None:
         super().__init__("weights", "steps")
-        self.max_norm = float(max_norm)
+        self.max_norm = max_norm
         self.every = every
-        self._remembers = every > 1
+
+    @property
+    def _remembers(self) -> bool:  # type: ignore[override]
+        return self.every > 1
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm}, every={self.every})"
