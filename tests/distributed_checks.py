@@ -334,12 +334,12 @@ def check_random_methods_draw_alike_for_shards() -> None:
         shared = list(model.trunk.parameters())
         x, y = batch()
         assert_same_bits(method.backward(losses_of(model(part(x))[0], part(y)), shared).alpha)
-    with_losses, losses = fastmtl.MGDA("loss"), losses_of(model(part(x))[0], part(y))
+    with_losses, losses = fastmtl.MGDA(normalization="loss"), losses_of(model(part(x))[0], part(y))
     assert_raises(ValueError, "shared: expected plain parameters", lambda: with_losses.backward(losses, shared))
 
 
 def check_losses_differ_between_ranks() -> None:
-    method, p = fastmtl.MGDA("loss"), nn.Parameter(torch.ones(2))
+    method, p = fastmtl.MGDA(normalization="loss"), nn.Parameter(torch.ones(2))
     assert_raises(
         ValueError,
         "process_group: expected a method that needs no losses",

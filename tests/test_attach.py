@@ -395,7 +395,7 @@ def test_a_failed_attach_leaves_no_hook():
         ([model.heads[0], "head"], AlignedMTL()),
         ([model.heads[0], model.heads[0]], AlignedMTL()),
         (model.heads, "aligned"),
-        (model.heads, AlignedMTL([1.0, 2.0, 3.0])),
+        (model.heads, AlignedMTL(weights=[1.0, 2.0, 3.0])),
     ):
         with pytest.raises((TypeError, ValueError)):
             attach(model.encoder, heads, method)

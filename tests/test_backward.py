@@ -546,7 +546,9 @@ def test_representation_with_stages_made_from_each_other(retain_graph):
     assert relative(flat(encoder_gradients(model)), flat(expected)) <= 5e-6
 
 
-@pytest.mark.parametrize("method", [fastmtl.AlignedMTL("sum", scale="rmse"), fastmtl.MGDA()], ids=["aligned", "mgda"])
+@pytest.mark.parametrize(
+    "method", [fastmtl.AlignedMTL(weights="sum", scale="rmse"), fastmtl.MGDA()], ids=["aligned", "mgda"]
+)
 def test_representation_with_heads_that_share_parameters(method):
     class Shared(MLP):
         """The first two heads have a layer in common."""
@@ -808,7 +810,7 @@ def test_features_for_a_method_that_is_not_of_the_gram():
 # ------------------------------------------------------------------------------------------------ groups
 
 
-GROUPED = {"aligned": fastmtl.AlignedMTL([1.0, 2.0, 3.0], scale="median"), "mgda": fastmtl.MGDA()}
+GROUPED = {"aligned": fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0], scale="median"), "mgda": fastmtl.MGDA()}
 
 
 @pytest.mark.parametrize("features", [False, True])

@@ -27,11 +27,11 @@ both = pytest.mark.parametrize("via", ["node", "hooks"])
 METHODS = {
     "aligned": (lambda T: AlignedMTL(), svd_align),
     "aligned sum median": (
-        lambda T: AlignedMTL("sum", scale="median"),
+        lambda T: AlignedMTL(weights="sum", scale="median"),
         lambda G: svd_align(G, torch.ones(G.shape[0]), "median"),
     ),
     "aligned numbers rmse": (
-        lambda T: AlignedMTL(list(range(1, T + 1)), scale="rmse"),
+        lambda T: AlignedMTL(weights=list(range(1, T + 1)), scale="rmse"),
         lambda G: svd_align(G, torch.arange(1.0, G.shape[0] + 1), "rmse"),
     ),
     "mgda": (lambda T: fastmtl.MGDA(), shortest),

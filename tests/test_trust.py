@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # Without state and without random numbers: the same gradients give the same result, whoever asks.
 METHODS = {
     "AlignedMTL": fastmtl.AlignedMTL(),
-    "AlignedMTL with weights": fastmtl.AlignedMTL([1.0, 2.0, 3.0]),
+    "AlignedMTL with weights": fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0]),
     "MGDA": fastmtl.MGDA(),
     "CAGrad": fastmtl.CAGrad(),
     "IMTL": fastmtl.IMTL(),
@@ -490,9 +490,9 @@ def test_one_hundred_thousand_tensors(name):
 def test_grad_drop_of_one_hundred_thousand_tensors():
     G = randn(2, 150_000, seed=1)
     torch.manual_seed(4)
-    got = fastmtl.GradDrop(0.5)([list(row.split(3)) for row in G])
+    got = fastmtl.GradDrop(leak=0.5)([list(row.split(3)) for row in G])
     torch.manual_seed(4)
-    assert torch.equal(flat(got), flat([fastmtl.GradDrop(0.5)(G)]))
+    assert torch.equal(flat(got), flat([fastmtl.GradDrop(leak=0.5)(G)]))
 
 
 @pytest.mark.parametrize("name", [*METHODS, "GradDrop"])
