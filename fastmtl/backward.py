@@ -68,7 +68,7 @@ def backward(
     tied = heads.meet(trunk.leaves)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
-        parameters = trunk.leaves if cut else heads.shared()
+        parameters = trunk.leaves if upper_bound else _own_of_model(trunk.leaves if cut else heads.shared())
         if not parameters and not upper_bound:
             raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
     if not upper_bound and cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
@@ -145,6 +145,11 @@ def backward(
     _check_gathered(parameter for parameter, _ in pairs)
     _commit(pairs, reached)
     return info
+
+
+def _own_of_model(leaves: list[Tensor]) -> list[Tensor]:
+    """The parameters among leaves: inputs may require grad too. All, where none is an `nn.Parameter`."""
+    return [p for p in leaves if isinstance(p, torch.nn.Parameter)] or leaves
 
 
 def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool) -> None:

@@ -445,6 +445,8 @@ class _Capture:
         watch, current = self.watch, torch._C._current_graph_task_id()
         watch.passed, watch.updates = current, None
         if self.trains(node, current) or self._asks_for_parameters(node, grads):
+            if self._marked == current:
+                self._check_asked(node)
             if self.derived == current:
                 raise NotImplementedError(_DERIVED)
             updates = self._aggregated(grads)
@@ -472,6 +474,19 @@ class _Capture:
                 "derivative, without aggregation. For an aggregated gradient start at hs.total(losses)",
             )
         return parameters
+
+    def _check_asked(self, node: Any) -> None:
+        """Warns where a total is taken for a function of the inputs."""
+        if _executes(node.next_functions[0][0]) or not _once.first("asked", self.watch.site):
+            return
+        if not any(_asked_behind(node)):
+            _once.warn(
+                "derivative of the total",
+                self.watch.site,
+                "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter gives what a training "
+                "backward would bring there, from the aggregated gradient, and is not the derivative. For that start at "
+                "the losses",
+            )
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
         """The tasks of which there is no gradient."""

@@ -101,7 +101,7 @@ def test_heads_that_read_each_others_aliases(via):
     model = MLP(2)
 
     def step():
-        hs = fan_out(model.encoder(model.x), 2, AlignedMTL([1.0, 2.0]), via=via)
+        hs = fan_out(model.encoder(model.x), 2, AlignedMTL(weights=[1.0, 2.0]), via=via)
         hs.total(losses_from(model, lambda t: hs[1 - t]))
 
     first, second = recorded(step)
@@ -384,13 +384,13 @@ def test_an_absent_task(name, absent, via):
 
 
 def test_an_absent_task_of_a_method_that_needs_the_losses():
-    method = fastmtl.MGDA("loss+")
+    method = fastmtl.MGDA(normalization="loss+")
     for nothing in (None, torch.tensor(torch.nan)):
         _, hs, _ = step_by(lambda hs, losses, x=nothing: hs.total([losses[0], x, losses[2]]), method=method)
         assert hs.info.alpha.isfinite().all()
         assert hs.info.alpha[1] == 0
     model = MLP(3)
-    hs = fan_out(model.encoder(model.x), 3, fastmtl.MGDA("loss"))
+    hs = fan_out(model.encoder(model.x), 3, fastmtl.MGDA(normalization="loss"))
     with pytest.raises(RuntimeError, match=r"needs the losses: sum them by the fan-out's total"):
         sum(losses_from(model, lambda t: hs[t])).backward()
 
