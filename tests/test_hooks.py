@@ -5,7 +5,6 @@ import dataclasses
 import io
 import pickle
 import re
-import warnings
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -664,6 +663,50 @@ def test_double_backward_of_losses_that_are_linear(via):
     g.sum().backward()
     assert relative(g, 2 * case.weight * case.aligned()) <= 2e-6
     assert relative(case.weight.grad, 2 * case.aligned()) <= 2e-6
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+class Keeper(nn.Module):
+    """A module that keeps its last fan-out, as a LightningModule may for its log."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = MLP(3)
+        self.hs = None
+
+    def forward(self, via="node"):
+        self.hs = fan_out(self.model.encoder(self.model.x), 3, AlignedMTL(), via=via)
+        return self.hs.total(losses_of_aliases(self.model, self.hs))
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@both
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
+)
+def test_a_copy_holds_nothing(copied, via):
+    """Whatever keeps a fan-out can be copied and saved, before and after its backward."""
+    keeper = Keeper()
+    loss = keeper(via)
+    for _ in range(2):
+        other = copied(keeper)
+        assert list(other.hs) == [None] * 3
+        assert other.hs.info is other.hs.gradients is None
+        assert "FanOut(3" in repr(other.hs)
+        other().backward()
+        assert other.hs.info.rank == 3
+        loss.backward(retain_graph=True)
+    assert keeper.hs.info.rank == 3
 
 
 # ------------------------------------------------------------------------------------------------ memory
