@@ -615,8 +615,7 @@ def test_lightning_modules_that_keep_a_fan_out_are_copied():
 
     class Copying(pl.Callback):
         def on_train_batch_end(self, trainer, module, *_):
-            with module._prevent_trainer_and_dataloaders_deepcopy():
-                copies.append(AveragedModel(module))
+            copies.append(AveragedModel(module))
 
     lightning(Model(), by_fan_out, 2, callbacks=[Copying()])
     assert len(copies) == 2
