@@ -330,11 +330,11 @@ class _Watch:
             if self.passed != torch._C._current_graph_task_id():
                 self._without_aliases()
             elif self.updates is not None:
-                # Held until now, ours cannot have been added to in place.
+                # Held until now, ours cannot have been added to in place: another tensor has more to it.
                 ours, self.updates[k] = self.updates[k], None
-                if gradient is not ours and k not in self.nested and _once.first("compared", self.site):
-                    if ours is None or not torch.equal(gradient, ours):  # else what has come was zero
-                        self.warn_beside("h has got a gradient")
+                more = gradient is not ours and k not in self.nested
+                if more and _once.first("compared", self.site) and not _same(gradient, ours):
+                    self.warn_beside("h has got a gradient")
 
         return look
 
@@ -484,8 +484,8 @@ class _Capture:
                 "derivative of the total",
                 self.watch.site,
                 "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter gives what a training "
-                "backward would bring there, from the aggregated gradient, and is not the derivative. For that start at "
-                "the losses",
+                "backward would bring there, from the aggregated gradient, and is not the derivative. For that start "
+                "at the losses",
             )
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
@@ -619,6 +619,11 @@ def _running_call() -> tuple[str, list[Tensor]] | None:
             return frame.f_code.co_name, [x for x in roots if isinstance(x, Tensor)]
         frame = frame.f_back
     return None
+
+
+def _same(x: Tensor, y: Tensor | None) -> bool:
+    """Whether all that was added to y was zero. This waits for the device."""
+    return y is not None and torch.equal(x, y)
 
 
 def _takes_derivative() -> bool:

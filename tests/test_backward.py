@@ -961,7 +961,9 @@ def test_a_step_without_any_task_changes_nothing(way):
         p.grad = torch.ones_like(p)
     h = model.encoder(model.x)
     for losses in ([None] * 3, [loss.detach() for loss in losses_of(model, h)]):
-        with pytest.raises(ValueError, match=r"losses: expected at least one loss that requires grad, got none among 3"):
+        with pytest.raises(
+            ValueError, match=r"losses: expected at least one loss that requires grad, got none among 3"
+        ):
             fastmtl.AlignedMTL().backward(losses, **WAYS[way](model, h))
     assert all((p.grad == 1).all() for p in model.parameters())
 

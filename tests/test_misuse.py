@@ -73,7 +73,7 @@ def test_a_plain_sum_warns_once_and_names_the_alias(name, via):
 @both
 @pytest.mark.parametrize("name", MISUSES)
 def test_total_says_it_before_the_backward(name, via):
-    tasks, read, expected = MISUSES[name]
+    tasks, read, _ = MISUSES[name]
     model = MLP(3)
 
     def step():
@@ -91,7 +91,10 @@ def test_total_says_it_before_the_backward(name, via):
         assert re.search(r"losses\[1\] depends on hs\[0\] and not on its alias hs\[1\]", got[0])
         assert re.search(r"losses\[2\] depends on hs\[0\] and not on its alias hs\[2\]", got[1])
     else:
-        who = {"every head reads h": r"losses\[0\], losses\[1\], losses\[2\] depend", "one head reads h": r"losses\[0\]"}
+        who = {
+            "every head reads h": r"losses\[0\], losses\[1\], losses\[2\] depend",
+            "one head reads h": r"losses\[0\]",
+        }
         pattern = who.get(name, r"losses\[1\] depends") + r".* on h, .* beside the aliases"
         assert sum(bool(re.search(pattern, text)) for text in got) == 1
 
@@ -185,8 +188,9 @@ def test_as_errors_warnings_leave_the_encoder_as_it_was(via):
         warnings.simplefilter("error")
         for _ in range(2):  # each time
             hs = fan_out(model.encoder(model.x), 3, AlignedMTL(), via=via)
+            loss = sum(losses_from(model, hs.__getitem__)[:2])
             with pytest.raises(UserWarning, match=r"hs\[2\] of 3"):
-                sum(losses_from(model, lambda t: hs[t])[:2]).backward()
+                loss.backward()
             assert all(p.grad is None for p in model.encoder.parameters())
 
 
@@ -301,10 +305,9 @@ RIGHT = [tied, penalised, feature_maps, hooked, nested, checkpointed, repeated, 
 @pytest.mark.parametrize("said", [True, False], ids=["total", "sum"])
 @pytest.mark.parametrize("use", RIGHT, ids=lambda use: use.__name__)
 def test_right_use_is_silent(use, said, via):
-    if said:
-        total = lambda hs, losses: hs.total(losses)  # noqa: E731
-    else:
-        total = lambda hs, losses: sum(losses)  # noqa: E731
+    def total(hs, losses):
+        return hs.total(losses) if said else sum(losses)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use(total, via)
@@ -403,7 +406,11 @@ def test_an_absent_task_of_a_method_that_needs_the_losses():
         (lambda losses: [], ValueError, r"losses: expected at least one loss \(T >= 1\)"),
         (lambda losses: [None] * 3, ValueError, r"losses: expected at least one loss that requires grad, got none"),
         (lambda losses: [x.detach() for x in losses], ValueError, r"losses: expected at least one loss that requires"),
-        (lambda losses: [losses[0], 0.0, losses[2]], TypeError, r"losses\[1\]: expected a floating scalar tensor, or None"),
+        (
+            lambda losses: [losses[0], 0.0, losses[2]],
+            TypeError,
+            r"losses\[1\]: expected a floating scalar tensor, or None",
+        ),
         (lambda losses: [losses[0], losses[1].expand(2), losses[2]], ValueError, r"losses\[1\]: expected a scalar"),
         (lambda losses: iter(losses), TypeError, r"losses: expected a sequence of T scalar tensors"),
         (lambda losses: losses[0], TypeError, r"losses: expected a sequence of T scalar tensors"),
@@ -530,7 +537,9 @@ def test_an_attached_encoder_whose_heads_are_not_called():
         sum(F.linear(h, head[0].weight).square().mean() for head in model.heads).backward()
 
     (text,) = recorded(step)
-    assert text.startswith("attach: the encoder has got a gradient, but none of heads[0], heads[1], heads[2] was called")
+    assert text.startswith(
+        "attach: the encoder has got a gradient, but none of heads[0], heads[1], heads[2] was called"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = model.x.clone().requires_grad_()
@@ -577,7 +586,7 @@ def test_one_row_is_what_a_lone_task_gets():
     """The gradient that a warning speaks of: it is that of the row that is there."""
     model = MLP(2, F64)
     hs = fan_out(model.encoder(model.x), 2, AlignedMTL())
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=r"hs\[1\] of 2 aliases has got no gradient"):
         model.loss(0, hs[0]).backward()
     Z = torch.zeros(2, 48, dtype=F64)
     Z[0] = hs.gradients[0].reshape(-1)
