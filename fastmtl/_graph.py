@@ -16,6 +16,7 @@ __all__ = [
     "Trunk",
     "computes",
     "edge_of",
+    "is_leaf",
     "leaves_of",
     "nothing_behind",
     "reached_by",
@@ -106,7 +107,7 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
             if kind == _LEAF:
                 if reader not in _PARTS:
                     whole.add(node)
-            elif kind in _PARTS and _is_leaf(source := node.next_functions[0][0]):
+            elif kind in _PARTS and is_leaf(source := node.next_functions[0][0]):
                 entries.setdefault(source, {}).setdefault(_entry(node, output, kind), set()).add(t)
             if known in (t, SEVERAL):
                 continue
@@ -133,7 +134,8 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
     return Leaves(private, common, overlap, owner, parted, _behind(passed, owner), bool(passed))
 
 
-def _is_leaf(node: Any) -> bool:
+def is_leaf(node: Any) -> bool:
+    """Whether a node accumulates the gradient of a leaf, its `variable`."""
     return type(node).__name__ == _LEAF
 
 
@@ -166,7 +168,7 @@ def _behind(passed: Iterable[Edge], owner: Mapping[Any, int]) -> list[Tensor]:
         if node in seen:
             continue
         seen.add(node)
-        if _is_leaf(node):
+        if is_leaf(node):
             found.append(node.variable)
         stack.extend(following for following, _ in node.next_functions if following is not None)
     return found
@@ -215,18 +217,21 @@ def trunk_of(edges: Iterable[Edge]) -> Trunk:
                 nested.add(following)
             if following[0] is not None:
                 stack.append(following)
-        if _is_leaf(node):
+        if is_leaf(node):
             leaves.append(node.variable)
     return Trunk(leaves, nodes, nested)
 
 
-def reached_by(roots: Iterable[Tensor], ends: Mapping[Edge, int], trunk: set[Any]) -> tuple[set[int], bool]:
+def reached_by(
+    roots: Iterable[Tensor], ends: Mapping[Edge, int], trunk: set[Any], stop: frozenset[str] = frozenset()
+) -> tuple[set[int], bool]:
     """Where ways from tensors lead.
 
     Args:
         roots: where they begin.
         ends: edges where they end, each with a number.
         trunk: nodes where they end too.
+        stop: names of types of nodes where they end without counting.
 
     Returns:
         The numbers of the ends that are reached, and whether a way leads into the trunk and not just to a leaf of it.
@@ -243,17 +248,17 @@ def reached_by(roots: Iterable[Tensor], ends: Mapping[Edge, int], trunk: set[Any
             numbers.add(ends[edge])
         elif node in trunk:
             around |= computes(node)
-        elif key not in seen:
+        elif key not in seen and type(node).__name__ not in stop:
             seen.add(key)
             stack.extend(following for following in _following(node, output) if following[0] is not None)
     return numbers, around
 
 
 def computes(node: Any) -> bool:
-    """Whether this is no leaf, nor a mere transpose, cast or function of one leaf, which tied weights have in common."""
+    """Whether this is neither a leaf nor a function of one leaf alone: the cast of a tied weight is no activation."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         node = following[0][0]
-    return not _is_leaf(node)
+    return not is_leaf(node)
 
 
 def edge_of(x: Tensor) -> Edge:

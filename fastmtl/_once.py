@@ -11,7 +11,8 @@ import torch
 __all__ = ["Site", "caller", "first", "forget", "warn", "warn_alone"]
 
 _PACKAGE = __name__.partition(".")[0]
-_seen: set[tuple[str, str, int]] = set()
+_MOST = 4  # different texts of one kind at one site: which aliases are meant may change from step to step
+_seen: dict[tuple[str, str, int], set[str]] = {}
 
 
 class Site(NamedTuple):
@@ -38,28 +39,39 @@ def caller() -> Site:
 
 def first(kind: str, site: Site) -> bool:
     """Whether this is the first time at this site; later ones are not."""
-    key = (kind, site.file, site.line)
-    if key in _seen:
-        return False
-    _seen.add(key)
-    return True
+    return _is_new(kind, site, "", 1)
 
 
-def warn(kind: str, site: Site, message: str) -> None:
-    """A UserWarning, the first time at this site, whatever the filters: a training loop is not flooded.
+def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
+    """A UserWarning, the first time that it is due at this site, whatever the filters: a training loop is not flooded.
 
     From within a backward pass no frame leads to the user's code, which is why the site is given.
+
+    Args:
+        kind: what it is about.
+        site: where it belongs.
+        message: what it says.
+        most: how many different messages of this kind there may be at this site.
     """
-    if not first(kind, site):
+    if not _is_new(kind, site, message, most):
         return
     module = site.scope.get("__name__", "<unknown>")
     try:
         warnings.warn_explicit(
             message, UserWarning, site.file, site.line, module, site.scope.setdefault("__warningregistry__", {})
         )
-    except UserWarning:  # made an error by a filter: then each time
-        _seen.discard((kind, site.file, site.line))
+    except UserWarning:  # made an error by a filter: then it comes each time
+        for key in [key for key in _seen if key[1:] == (site.file, site.line)]:
+            del _seen[key]
         raise
+
+
+def _is_new(kind: str, site: Site, text: str, most: int) -> bool:
+    texts = _seen.setdefault((kind, site.file, site.line), set())
+    if text in texts or len(texts) >= most:
+        return False
+    texts.add(text)
+    return True
 
 
 def forget() -> None:
@@ -75,7 +87,7 @@ def warn_alone(site: Site, option: str, where: str) -> None:
     warn(
         option,
         site,
-        f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part of "
-        f"the batch, which is another direction than that of the whole batch. {option}=True aggregates those of the whole "
-        f"batch; {option}=False says that each process is meant to go by itself",
+        f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part "
+        "of the batch, which gives another direction than those of the whole batch. "
+        f"{option}=True aggregates these; {option}=False says that each process is meant to go by itself",
     )

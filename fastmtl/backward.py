@@ -23,9 +23,8 @@ __all__ = ["backward"]
 
 # The gradients of one task: K tensors, None where it has none.
 Row: TypeAlias = "list[Tensor | None]"
-# Parameters with what is to be added to their `.grad`; one that occurs twice gets both. None for one that the graph leads
-# to, but no gradient: autograd comes by there too, and DistributedDataParallel waits for it.
-Updates: TypeAlias = "list[tuple[Tensor, Tensor | None]]"
+# Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
+Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ENGINES = ("full", "gramian", "auto")
 
@@ -69,15 +68,14 @@ def backward(
     tied = heads.meet(trunk.leaves)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
-        parameters = trunk.leaves if cut else heads.shared()
+        parameters = trunk.leaves if upper_bound else _own_of_model(trunk.leaves if cut else heads.shared())
         if not parameters and not upper_bound:
             raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
-    if not upper_bound:
-        if cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
-            # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
-            if batched:
-                raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
-            cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
+    if not upper_bound and cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
+        # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
+        if batched:
+            raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
+        cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
     reached = [*trunk.leaves, *heads.all(), *heads.idle]
     if unsaid and all(type(p) in _PLAIN for p in parameters):  # shards are averaged in the passes
         _once.warn_alone(_once.caller(), "process_group", "backward")
@@ -149,6 +147,11 @@ def backward(
     return info
 
 
+def _own_of_model(leaves: list[Tensor]) -> list[Tensor]:
+    """The parameters among leaves: inputs may require grad too. All, where none is an `nn.Parameter`."""
+    return [p for p in leaves if isinstance(p, torch.nn.Parameter)] or leaves
+
+
 def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool) -> None:
     """Raises ValueError where there is nothing to do; with other processes there is, if only to take part."""
     absent = sum(loss is None for loss in losses)
@@ -156,15 +159,17 @@ def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool)
         raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(losses)}")
     if absent and together and not known:
         raise ValueError(
-            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses find "
-            "others by themselves"
+            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses "
+            "would find others"
         )
 
 
 def _warn_around(losses: Sequence[Tensor | None], rows: list[Row], heads: Leaves, trunk: Trunk) -> None:
     """Warns of losses that do not depend on the representation, and of ways that lead around it into the encoder."""
+    if all(g is None for row in rows for g in row):  # an error, where no other process has any
+        return
     missing = [t for t, loss in enumerate(losses) if loss is not None and all(g is None for g in rows[t])]
-    if missing and any(g is not None for row in rows for g in row):
+    if missing:
         _once.warn(
             "representation not reached",
             _once.caller(),
@@ -369,15 +374,17 @@ class _Commit(torch.autograd.Function):
 def _commit(pairs: Updates, reached: Iterable[Tensor] = ()) -> None:
     """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward.
 
-    Also those of what was `reached` without a gradient.
+    As in any backward they also fire for what was `reached` without a gradient: DistributedDataParallel waits for that.
     """
-    having = {id(parameter) for parameter, _ in pairs}
-    for parameter in reached:
-        if id(parameter) not in having:
-            pairs.append((parameter, None))
     parameters = [parameter for parameter, _ in pairs]
-    updates = [update for _, update in pairs]
+    updates: list[Tensor | None] = [update for _, update in pairs]
     pairs.clear()
+    listed = {id(parameter) for parameter in parameters}
+    for parameter in reached:
+        if id(parameter) not in listed:
+            listed.add(id(parameter))
+            parameters.append(parameter)
+            updates.append(None)
     if not parameters:
         return
     with torch.enable_grad():

@@ -182,7 +182,7 @@ def test_float32_is_near_the_truth_and_not_only_near_the_other_engine(name):
 
 METHODS = {
     "aligned": fastmtl.AlignedMTL,
-    "aligned, rmse": lambda: fastmtl.AlignedMTL("sum", scale="rmse"),
+    "aligned, rmse": lambda: fastmtl.AlignedMTL(weights="sum", scale="rmse"),
     "mgda": fastmtl.MGDA,
     "mgda by losses": lambda: fastmtl.MGDA(normalization="loss"),
     "cagrad": fastmtl.CAGrad,

@@ -5,6 +5,7 @@
 
 #include "../gradients.h"
 #include "balance.cuh"
+#include "mend.cuh"
 #include "source.cuh"
 
 namespace fastmtl::cuda {
@@ -87,6 +88,9 @@ void launch_reduce(
     double* M, // [B, T, T]
     double* largest,
     cudaStream_t stream);
+
+// Entries of M that a missing row has made NaN, unless the pass is skipped or scales its G.
+void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream); // M [T, T]
 
 // T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
 void launch_balance(

@@ -242,6 +242,11 @@ void launch_reduce(
   }
 }
 
+void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream) {
+  FASTMTL_LAUNCH(
+      mend, dim3(unsigned(T)), dim3(kMendThreads), kMendThreads / 32 * sizeof(double), stream, G, pass, T, M);
+}
+
 void launch_balance(
     const double* M,
     int64_t B,
