@@ -507,7 +507,7 @@ def test_as_plain_autograd(engine, name, closed, at_once, monkeypatch):
     monkeypatch.setattr(cost, "prefers_full", lambda *_: False)
     if closed:
         monkeypatch.setattr(cost, "is_cheaper_explicit", lambda *_: False)
-    info = fastmtl.Uniform(w).backward(make(p), shared, engine=engine)
+    info = fastmtl.Uniform(weights=w).backward(make(p), shared, engine=engine)
     assert isinstance(info.explicit, tuple), "left to the full engine"
     limit = LIMIT[dtype]
     if name == "weights_cast_to_bfloat16":

@@ -255,7 +255,7 @@ def _step(case: Case, engine: str) -> tuple[Tensor, Tensor]:
     """M and what lies in `.grad`."""
     for p in case.parameters:
         p.grad = None
-    info = fastmtl.Uniform(WEIGHTS).backward(case.losses(), case.parameters, engine=engine)
+    info = fastmtl.Uniform(weights=WEIGHTS).backward(case.losses(), case.parameters, engine=engine)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in case.parameters]
     return info.gram, torch.cat([g.reshape(-1).to(F64) for g in grads])
 
