@@ -763,6 +763,21 @@ def test_no_weight_of_a_common_model_is_taken_for_hooked(monkeypatch):
     assert found == [()] * 3
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_all_cotangents_go_at_once_where_nobody_looks(hooked, monkeypatch):
+    monkeypatch.setattr(cost, "goes_at_once", lambda *_: True)
+    ways = []
+    for way in ("_at_once", "_gradients"):
+        run = getattr(engine, way)
+        monkeypatch.setattr(engine, way, lambda *a, run=run, way=way, **k: (ways.append(way), run(*a, **k))[1])
+    p = Parameters(F64, {"w": (6, 4), "v": (5, 6)})
+    h = F.linear(x(7, 4), p.w).tanh()
+    if hooked:
+        h.retain_grad()
+    _of(heads(F.linear(h, p.v).tanh()), "gramian", p)
+    assert ways == (["_gradients"] * 4 if hooked else ["_at_once"])
+
+
 # ------------------------------------------------------------------------------------------------ compiled, absent
 
 

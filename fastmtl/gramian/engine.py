@@ -265,7 +265,7 @@ def _trunk(
             )
     arrived: dict[Edge, Tensor] = {}
     explicit: list[Row] = [[None] * T for _ in todo.explicit]
-    present = [t for t, row in enumerate(rows) if any(g is not None for g in row)]
+    present = _present(rows)
     for t in present:
         # Hooks may write to what they are given.
         row = [None if g is None else g.clone() for g in rows[t]] if again else rows[t]
@@ -329,6 +329,11 @@ def _gradients(
     return grads
 
 
+def _present(rows: Sequence[Row]) -> list[int]:
+    """The tasks that have a cotangent anywhere."""
+    return [t for t, row in enumerate(rows) if any(g is not None for g in row)]
+
+
 def _common(
     frontier: Sequence[Edge],
     rows: Sequence[Row],
@@ -342,8 +347,9 @@ def _common(
     if linear:
         return _pass(frontier, _combine(rows, weights), leaves, retain_graph=retain_graph)
     sums: Row = [None] * len(leaves)
-    for t, row in enumerate(rows):
-        grads = _pass(frontier, row, leaves, retain_graph=retain_graph or t != len(rows) - 1)
+    present = _present(rows)
+    for t in present:
+        grads = _pass(frontier, rows[t], leaves, retain_graph=retain_graph or t != present[-1])
         for k, g in enumerate(grads):
             if g is not None:
                 g, before = g * weights[t].to(g.device, g.dtype), sums[k]
