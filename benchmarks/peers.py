@@ -149,7 +149,7 @@ PEERS: dict[str, Peer] = {
         as_reference(lambda M, seed: reference.gradvac(M, seed, 0.5, torch.zeros_like(M))),
     ),
     "CAGrad": Peer(
-        lambda: fastmtl.CAGrad(0.5, rescale=0),
+        lambda: fastmtl.CAGrad(c=0.5, rescale=0),
         peer("CAGradWeighting", 0.5),
         as_theirs(peer("CAGradWeighting", 0.5, 0.0)),
         1e-3,  # of their solver
@@ -170,7 +170,9 @@ PEERS: dict[str, Peer] = {
     "AlignedMTL": Peer(fastmtl.AlignedMTL, peer("AlignedMTLWeighting"), as_theirs(peer("AlignedMTLWeighting"))),
     "IMTL": Peer(fastmtl.IMTL, peer("IMTLGWeighting"), as_theirs(peer("IMTLGWeighting"))),
     "ConFIG": Peer(fastmtl.ConFIG, peer("ConFIG"), as_theirs(direction), factor=True),
-    "Krum": Peer(lambda: fastmtl.Krum(1, squared=False), peer("KrumWeighting", 1), as_theirs(peer("KrumWeighting", 1))),
+    "Krum": Peer(
+        lambda: fastmtl.Krum(byzantine=1, squared=False), peer("KrumWeighting", 1), as_theirs(peer("KrumWeighting", 1))
+    ),
     "RLW": Peer(fastmtl.RLW, peer("RandomWeighting"), as_theirs(peer("RandomWeighting"))),
     "Uniform": Peer(fastmtl.Uniform, peer("MeanWeighting"), as_theirs(peer("MeanWeighting"))),
 }

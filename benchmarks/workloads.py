@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,8 @@ class MultiTask:
         h = self.forward()
         hs = [h] * self.tasks if aliases is None else aliases(h)
         losses = self.losses(hs)
-        sum(losses[1:], losses[0]).backward()
+        total: Callable[..., Any] = getattr(hs, "total", sum)  # a fan-out has one of its own
+        total(losses).backward()
 
     def zero_grad(self) -> None:
         """Drops every `.grad`, as an optimizer's `zero_grad` does before each step."""

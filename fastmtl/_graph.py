@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["SEVERAL", "Edge", "Leaves", "edge_of", "leaves_of", "nothing_behind", "trunk_of"]
+__all__ = [
+    "SEVERAL",
+    "Edge",
+    "Leaves",
+    "Trunk",
+    "computes",
+    "edge_of",
+    "is_leaf",
+    "leaves_of",
+    "nothing_behind",
+    "reached_by",
+    "trunk_of",
+]
 
 # A graph node and the number of one of its outputs: what a tensor with a history stands for.
 Edge: TypeAlias = "tuple[Any, int]"
 SEVERAL = -1  # the owner of a node that several losses reach
+
+_LEAF = "AccumulateGrad"
+# Operations that take one entry, or all, out of a tensor.
+_PARTS = frozenset({"SelectBackward0", "UnbindBackward0"})
+# Operations that pass each input on as the output of the same number: their outputs have nothing to do with each other.
+# DistributedDataParallel puts one behind all outputs of a model, a module with full backward hooks has one too.
+_JOINTS = frozenset({"_DDPSinkBackward", "BackwardHookFunctionBackward"})
 
 
 class Leaves(NamedTuple):
@@ -23,17 +42,27 @@ class Leaves(NamedTuple):
         private: those that one loss alone reaches, for each loss.
         common: those that several reach.
         overlap: whether some losses share a part of the graph that a backward pass frees.
-        owner: for every node that a loss reaches, which loss, or `SEVERAL`.
+        owner: for every node that a loss reaches, which loss, or `SEVERAL`; joints have none.
+        parted: ids of those common leaves of which each loss reads other entries: learned scales of the losses, say.
+        idle: leaves behind those outputs of joints that no loss reaches.
+        joined: whether a joint was met.
     """
 
     private: list[list[Tensor]]
     common: list[Tensor]
     overlap: bool
     owner: dict[Any, int]
+    parted: frozenset[int]
+    idle: list[Tensor]
+    joined: bool
 
     def all(self) -> list[Tensor]:
-        """Every leaf."""
+        """Every leaf that a loss reaches."""
         return [*self.common, *(leaf for leaves in self.private for leaf in leaves)]
+
+    def shared(self) -> list[Tensor]:
+        """The common leaves that at least two losses reach in the same entries."""
+        return [leaf for leaf in self.common if id(leaf) not in self.parted]
 
     def meet(self, tensors: Iterable[Tensor]) -> bool:
         """Whether one of the tensors is among them."""
@@ -44,62 +73,195 @@ class Leaves(NamedTuple):
         """The leaves that are none of these tensors."""
         ids = {id(x) for x in tensors}
         private = [[leaf for leaf in leaves if id(leaf) not in ids] for leaves in self.private]
-        return Leaves(private, [leaf for leaf in self.common if id(leaf) not in ids], self.overlap, self.owner)
+        return self._replace(private=private, common=[leaf for leaf in self.common if id(leaf) not in ids])
 
 
-def leaves_of(losses: Sequence[Tensor], cut: list[Tensor]) -> Leaves:
+def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool = True) -> Leaves:
     """The leaves that losses reach by ways that do not lead through the tensors of `cut`.
 
     Each graph node is visited at most twice: when the first loss finds it, and when a second loss shows it is common.
+
+    Args:
+        losses: T of them, None for a task that is absent.
+        cut: where ways end.
+        joints: whether ways lead straight through joints; without, they are nodes like all others.
     """
     closed = {edge_of(x) for x in cut}
     owner: dict[Any, int] = {}
+    passed: dict[Edge, int] = {}  # the same for outputs of joints
     leaves: dict[Any, Tensor] = {}
+    entries: dict[Any, dict[tuple[int, int], set[int]]] = {}  # of a leaf: (dimension, index) -> who reads it
+    whole: set[Any] = set()  # leaves that are also read otherwise
 
     overlap = False
     for t, loss in enumerate(losses):
-        stack = [edge for edge in (edge_of(loss),) if edge not in closed]  # also where the loss itself is a parameter
+        if loss is None:
+            continue
+        stack = [(edge, "") for edge in (edge_of(loss),) if edge not in closed]  # also where the loss is a parameter
         while stack:
-            node, _ = stack.pop()
-            known = owner.get(node)
+            edge, reader = stack.pop()
+            node, output = edge
+            kind = type(node).__name__
+            joint = joints and kind in _JOINTS
+            known = passed.get(edge) if joint else owner.get(node)
+            if kind == _LEAF:
+                if reader not in _PARTS:
+                    whole.add(node)
+            elif kind in _PARTS and is_leaf(source := node.next_functions[0][0]):
+                entries.setdefault(source, {}).setdefault(_entry(node, output, kind), set()).add(t)
             if known in (t, SEVERAL):
                 continue
-            owner[node] = t if known is None else SEVERAL
-            successors = node.next_functions
-            if successors:
-                overlap |= known is not None
-                stack.extend(edge for edge in successors if edge[0] is not None and edge not in closed)
-            elif known is None and (variable := getattr(node, "variable", None)) is not None:
-                leaves[node] = variable
+            now = t if known is None else SEVERAL
+            if joint:
+                passed[edge] = now
+            else:
+                owner[node] = now
+            if kind == _LEAF:
+                leaves[node] = node.variable
+                continue
+            overlap |= known is not None or joint
+            following = _following(node, output) if joint else node.next_functions
+            stack.extend((e, kind) for e in following if e[0] is not None and e not in closed)
     private: list[list[Tensor]] = [[] for _ in losses]
     common: list[Tensor] = []
     for node, variable in leaves.items():
         (common if owner[node] == SEVERAL else private[owner[node]]).append(variable)
-    return Leaves(private, common, overlap, owner)
+    parted = frozenset(
+        id(leaves[node])
+        for node, readers in entries.items()
+        if node in leaves and node not in whole and _is_parted(readers)
+    )
+    return Leaves(private, common, overlap, owner, parted, _behind(passed, owner), bool(passed))
 
 
-def trunk_of(cut: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """The leaves behind the tensors (themselves, where they are leaves), and whether one tensor lies behind another."""
-    inside = {edge_of(x) for x in cut}
-    leaves: list[Tensor] = []
-    nested = False
-    seen: set[Any] = set()
-    stack = [node for node, _ in inside]
+def is_leaf(node: Any) -> bool:
+    """Whether a node accumulates the gradient of a leaf, its `variable`."""
+    return type(node).__name__ == _LEAF
+
+
+def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:
+    """Dimension and index of what is taken out, neither of them negative."""
+    if kind == "UnbindBackward0":
+        return _unsigned(node._saved_dim, len(node.next_functions[0][0].variable.shape)), output
+    sizes = node._saved_self_sym_sizes
+    dim = _unsigned(node._saved_dim, len(sizes))
+    return dim, _unsigned(node._saved_index, int(sizes[dim]))
+
+
+def _unsigned(i: int, n: int) -> int:
+    """An index into n as counted from the front; saved ones that are negative come with 2^64 on top."""
+    i = i - 2**64 if i >= 2**63 else i
+    return i + n if i < 0 else i
+
+
+def _is_parted(readers: Mapping[tuple[int, int], set[int]]) -> bool:
+    return len({dim for dim, _ in readers}) == 1 and all(len(who) == 1 for who in readers.values())
+
+
+def _behind(passed: Iterable[Edge], owner: Mapping[Any, int]) -> list[Tensor]:
+    """The leaves behind all outputs of these joints that have no owner."""
+    found: list[Tensor] = []
+    stack = [node for node, _ in passed]
+    seen: set[Any] = set(owner)
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        for edge in node.next_functions:
-            nested |= edge in inside
-            if edge[0] is not None:
-                stack.append(edge[0])
-        if not node.next_functions and (variable := getattr(node, "variable", None)) is not None:
-            leaves.append(variable)
-    return leaves, nested
+        if is_leaf(node):
+            found.append(node.variable)
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return found
 
 
-def edge_of(x: Tensor) -> tuple[Any, int]:
+def _following(node: Any, output: int) -> Sequence[Edge]:
+    """Where the gradient of an output goes on to."""
+    following: Sequence[Edge] = node.next_functions
+    if type(node).__name__ in _JOINTS and output < len(following):
+        return following[output : output + 1]
+    return following
+
+
+class Trunk(NamedTuple):
+    """What lies behind tensors.
+
+    Attributes:
+        leaves: the leaves there (themselves, where they are leaves).
+        nodes: the nodes there, from those of the tensors on.
+        nested: which of the tensors' edges lie behind another of them.
+    """
+
+    leaves: list[Tensor]
+    nodes: set[Any]
+    nested: set[Edge]
+
+
+def trunk_of(edges: Iterable[Edge]) -> Trunk:
+    """What lies behind tensors, given their edges."""
+    inside = set(edges)
+    leaves: list[Tensor] = []
+    nested: set[Edge] = set()
+    seen: set[Edge] = set()
+    nodes: set[Any] = set()
+    stack = list(inside)
+    while stack:
+        edge = stack.pop()
+        node, output = edge
+        joint = type(node).__name__ in _JOINTS
+        if (edge in seen) if joint else (node in nodes):
+            continue
+        seen.add(edge)
+        nodes.add(node)
+        for following in _following(node, output):
+            if following in inside:
+                nested.add(following)
+            if following[0] is not None:
+                stack.append(following)
+        if is_leaf(node):
+            leaves.append(node.variable)
+    return Trunk(leaves, nodes, nested)
+
+
+def reached_by(
+    roots: Iterable[Tensor], ends: Mapping[Edge, int], trunk: set[Any], stop: frozenset[str] = frozenset()
+) -> tuple[set[int], bool]:
+    """Where ways from tensors lead.
+
+    Args:
+        roots: where they begin.
+        ends: edges where they end, each with a number.
+        trunk: nodes where they end too.
+        stop: names of types of nodes where they end without counting.
+
+    Returns:
+        The numbers of the ends that are reached, and whether a way leads into the trunk and not just to a leaf of it.
+    """
+    numbers: set[int] = set()
+    around = False
+    seen: set[Edge] = set()
+    stack = [edge_of(x) for x in roots if x.requires_grad]
+    while stack:
+        edge = stack.pop()
+        node, output = edge
+        key = edge if type(node).__name__ in _JOINTS else (node, 0)
+        if edge in ends:
+            numbers.add(ends[edge])
+        elif node in trunk:
+            around |= computes(node)
+        elif key not in seen and type(node).__name__ not in stop:
+            seen.add(key)
+            stack.extend(following for following in _following(node, output) if following[0] is not None)
+    return numbers, around
+
+
+def computes(node: Any) -> bool:
+    """Whether this is neither a leaf nor a function of one leaf alone: the cast of a tied weight is no activation."""
+    while len(following := node.next_functions) == 1 and following[0][0] is not None:
+        node = following[0][0]
+    return not is_leaf(node)
+
+
+def edge_of(x: Tensor) -> Edge:
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl import gramian, ops
-from fastmtl._graph import Leaves, edge_of, leaves_of, nothing_behind, trunk_of
+from fastmtl import _losses, _once, gramian, ops
+from fastmtl._graph import SEVERAL, Leaves, Trunk, computes, edge_of, leaves_of, nothing_behind, trunk_of
 from fastmtl._inputs import DTYPES, check_rows, describe
 from fastmtl._structure import tensors_of
 from fastmtl.info import Info
@@ -31,7 +31,7 @@ _ENGINES = ("full", "gramian", "auto")
 
 def backward(
     method: Method,
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     shared: torch.nn.Module | Iterable[Tensor] | None,
     *,
     representation: Any,
@@ -45,35 +45,44 @@ def backward(
     engine: str,
 ) -> Info:
     """What is behind `Method.backward`: see there. Nothing is written before `_commit`."""
-    _check_losses(losses)
+    losses = _losses.present(_losses.checked(losses))
     method._check_tasks(len(losses))
+    together = process_group is not None and process_group is not False
+    unsaid, process_group = process_group is None, process_group if together else None
     _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
     engine = _chosen_engine(engine, method, len(losses), representation, features, groups, process_group)
     names: dict[int, str] = {}
     if isinstance(shared, torch.nn.Module):
         names = {id(p): name for name, p in shared.named_parameters()}
         shared = [p for p in shared.parameters() if p.requires_grad]
-    group = None if process_group is None else _distributed().gram_group(process_group)
+    group = _distributed().gram_group(process_group) if together else None
     agree = None if group is None else lambda x: _distributed().agree(x, group)
-    context = method._context(losses, len(losses), grad_scale, agree)
     upper_bound = representation is not None
     cut = _checked_cut(representation, "representation") if upper_bound else _checked_cut(features, "features")
     parts = [] if groups is None else _checked_groups(groups)
     parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
+    _check_present(losses, together, known=bool(parameters or cut))
+    context = method._context(_losses.values(losses), len(losses), grad_scale, agree)
 
-    heads, (trunk, nested) = leaves_of(losses, cut), trunk_of(cut)
-    tied = heads.meet(trunk)
+    heads, trunk = leaves_of(losses, cut), trunk_of(edge_of(x) for x in cut)
+    tied = heads.meet(trunk.leaves)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
-        parameters = trunk if cut else heads.common
+        parameters = trunk.leaves if upper_bound else _own_of_model(trunk.leaves if cut else heads.shared())
         if not parameters and not upper_bound:
             raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
+    if not upper_bound and cut and (tied or {id(p) for p in trunk.leaves} != {id(p) for p in parameters}):
+        # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
+        if batched:
+            raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
+        cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
+    reached = [*trunk.leaves, *heads.all(), *heads.idle]
+    if unsaid and all(type(p) in _PLAIN for p in parameters):  # shards are averaged in the passes
+        _once.warn_alone(_once.caller(), "process_group", "backward")
     if not upper_bound:
-        if cut and (tied or {id(p) for p in trunk} != {id(p) for p in parameters}):
-            # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
-            if batched:
-                raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
-            cut, heads = [], leaves_of(losses, [])
+        if heads.joined and engine != "full":
+            # The gramian engine knows no ways straight through a joint.
+            engine, heads = ("full", heads) if engine == "auto" else (engine, leaves_of(losses, [], joints=False))
         if engine != "full" and _are_plain(parameters, engine):
             _check_owned(parameters, heads)
             with _without_tensor_hooks([*parameters, *heads.all()]):
@@ -92,9 +101,8 @@ def backward(
                 del found
                 pairs += _own_gradients(heads.without(parameters), own, info.alpha if scale_heads else None)
                 _check_gathered(parameter for parameter, _ in pairs)
-                _commit(pairs)
+                _commit(pairs, reached)
                 return info
-        heads = heads.without(parameters)
         if _sharded(parameters, features, groups, scale_heads, process_group):
             if method._needs_losses:
                 raise ValueError(
@@ -108,12 +116,14 @@ def backward(
             del updates
             _commit(pairs)
             return info
+        heads = heads.without(parameters)
 
     with _without_tensor_hooks([*parameters, *heads.all()]):
         rows: Any = []  # or whatever takes a row at a time by `append`
         if upper_bound:
-            own = _passes(losses, cut, heads, retain_graph, rows, closed=tied or nested)
+            own = _passes(losses, cut, heads, retain_graph, rows, closed=bool(tied or trunk.nested))
             _check_gathered([*parameters, *heads.all()])  # there may be no way on from the cut
+            _warn_around(losses, rows, heads, trunk)
             cotangents, info = _aggregate_at(method, rows, cut, group, context)
             rows.clear()
             updates = _pass(cut, cotangents, parameters, retain_graph=retain_graph)
@@ -124,7 +134,7 @@ def backward(
                 own = _passes(losses, parameters, heads, retain_graph, rows)
             else:
                 at_features: list[Row] = []
-                own = _passes(losses, cut, heads, retain_graph, at_features, closed=nested)
+                own = _passes(losses, cut, heads, retain_graph, at_features, closed=bool(trunk.nested))
                 _check_gathered([*parameters, *heads.all()])
                 (_batched_passes if batched else _passes_from)(cut, at_features, parameters, retain_graph, rows)
             updates, info = _aggregate(method, rows, parts, context)
@@ -133,8 +143,53 @@ def backward(
     del updates  # `_commit` has to be the only owner
     pairs += _own_gradients(heads, own, info.alpha if scale_heads else None)
     _check_gathered(parameter for parameter, _ in pairs)
-    _commit(pairs)
+    _commit(pairs, reached)
     return info
+
+
+def _own_of_model(leaves: list[Tensor]) -> list[Tensor]:
+    """The parameters among leaves: inputs may require grad too. All, where none is an `nn.Parameter`."""
+    return [p for p in leaves if isinstance(p, torch.nn.Parameter)] or leaves
+
+
+def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool) -> None:
+    """Raises ValueError where there is nothing to do; with other processes there is, if only to take part."""
+    absent = sum(loss is None for loss in losses)
+    if absent == len(losses) and not together:
+        raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(losses)}")
+    if absent and together and not known:
+        raise ValueError(
+            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses "
+            "would find others"
+        )
+
+
+def _warn_around(losses: Sequence[Tensor | None], rows: list[Row], heads: Leaves, trunk: Trunk) -> None:
+    """Warns of losses that do not depend on the representation, and of ways that lead around it into the encoder."""
+    if all(g is None for row in rows for g in row):  # an error, where no other process has any
+        return
+    missing = [t for t, loss in enumerate(losses) if loss is not None and all(g is None for g in rows[t])]
+    if missing:
+        _once.warn(
+            "representation not reached",
+            _once.caller(),
+            f"representation: {_names(missing)} not depend on it and counted as absent; where its head reads something "
+            "else than this very representation, its gradient is not aggregated",
+        )
+    around = {heads.owner[node] for node in trunk.nodes & heads.owner.keys() if computes(node)}
+    if around:
+        who = "several losses reach" if SEVERAL in around else f"losses[{min(around)}] reaches"
+        _once.warn(
+            "representation passed by",
+            _once.caller(),
+            f"representation: {who} what it is made of by a way around it; what comes that way is added plainly, not "
+            "aggregated. Make that part of the representation, or use shared= in its place, which is exact",
+        )
+
+
+def _names(tasks: Sequence[int]) -> str:
+    """Subject and auxiliary verb for these losses."""
+    return ", ".join(f"losses[{t}]" for t in tasks) + (" does" if len(tasks) == 1 else " do")
 
 
 def _aggregate(
@@ -176,7 +231,7 @@ def _pairs(parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> Up
 
 
 def _passes(
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     first: list[Tensor],
     heads: Leaves,
     retain_graph: bool,
@@ -185,14 +240,21 @@ def _passes(
 ) -> list[Row]:
     """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves.
 
+    An absent task has none.
+
     `closed` keeps gradients from passing behind `first`, where leaves lie on both sides or one of `first` behind
     another.
     """
     own: list[Row] = []
+    last = max((t for t, loss in enumerate(losses) if loss is not None), default=-1)
     with nothing_behind(first if closed else ()):
         for t, loss in enumerate(losses):
+            if loss is None:
+                rows.append([None] * len(first))
+                own.append([None] * len(heads.common))
+                continue
             # Only the last pass may free what losses share; a closed trunk is still to be passed through.
-            keep = retain_graph or closed or (heads.overlap and t < len(losses) - 1)
+            keep = retain_graph or closed or (heads.overlap and t < last)
             inputs = [*first, *heads.private[t], *heads.common]
             grads: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
             rows.append(grads[: len(first)])
@@ -217,8 +279,9 @@ def _passes_from(
     features: list[Tensor], cotangents: list[Row], parameters: list[Tensor], retain_graph: bool, rows: Any
 ) -> None:
     """Appends the parameters' gradients from T rows of cotangents at the features: T passes."""
+    last = max((t for t, row in enumerate(cotangents) if any(g is not None for g in row)), default=-1)
     for t, row in enumerate(cotangents):
-        keep = retain_graph or t < len(cotangents) - 1
+        keep = retain_graph or t < last
         rows.append(list(_pass(features, row, parameters, retain_graph=keep)))
 
 
@@ -295,7 +358,7 @@ class _Commit(torch.autograd.Function):
     """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it."""
 
     @staticmethod
-    def forward(ctx: Any, updates: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.updates = updates
         # On the parameters' device, or autograd would wait for another one's stream.
         return torch.empty(0, device=parameters[0].device)
@@ -308,30 +371,25 @@ class _Commit(torch.autograd.Function):
         return result
 
 
-def _commit(pairs: Updates) -> None:
-    """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward."""
+def _commit(pairs: Updates, reached: Iterable[Tensor] = ()) -> None:
+    """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward.
+
+    As in any backward they also fire for what was `reached` without a gradient: DistributedDataParallel waits for that.
+    """
     parameters = [parameter for parameter, _ in pairs]
-    updates = [update for _, update in pairs]
+    updates: list[Tensor | None] = [update for _, update in pairs]
     pairs.clear()
+    listed = {id(parameter) for parameter in parameters}
+    for parameter in reached:
+        if id(parameter) not in listed:
+            listed.add(id(parameter))
+            parameters.append(parameter)
+            updates.append(None)
     if not parameters:
         return
     with torch.enable_grad():
         node = _Commit.apply(updates, *parameters)
     node.backward(torch.empty_like(node))
-
-
-def _check_losses(losses: Sequence[Tensor]) -> None:
-    if not isinstance(losses, (list, tuple)):
-        raise TypeError(f"losses: expected a sequence of T scalar tensors, got {describe(losses)}")
-    if not losses:
-        raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
-    for t, loss in enumerate(losses):
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            raise TypeError(f"losses[{t}]: expected a floating scalar tensor, got {describe(loss)}")
-        if loss.numel() != 1:
-            raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
-        if not loss.requires_grad:
-            raise ValueError(f"losses[{t}]: expected a loss that requires grad, got a constant {describe(loss)}")
 
 
 def _check_options(

@@ -269,7 +269,7 @@ def check_gathered(parameters: Iterable[Tensor]) -> None:
 
 
 def sharded_update(
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     parameters: Sequence[DTensor],
     weigh: Weigh,
     context: Context,
@@ -284,7 +284,7 @@ def sharded_update(
     (Should a backward fail, they keep what the losses before it have left.)
 
     Args:
-        losses: T scalar losses.
+        losses: T scalar losses, None for a task that is absent: on all ranks, since each backward is collective.
         parameters: the K shared parameters: DTensors on one mesh, taken from the module before its forward.
         weigh: as in `AveragedRows.combine`.
         context: what the step brings besides gradients.
@@ -298,9 +298,13 @@ def sharded_update(
         RuntimeError: the collective failed.
     """
     rows: list[list[Tensor | None]] = []
+    last = max(t for t, loss in enumerate(losses) if loss is not None)
     with _set_aside(parameters):
         for t, loss in enumerate(losses):
-            loss.backward(retain_graph=retain_graph or t < len(losses) - 1)
+            if loss is None:
+                rows.append([None] * len(parameters))
+                continue
+            loss.backward(retain_graph=retain_graph or t < last)
             row: list[Tensor | None] = []
             for p in parameters:
                 row.append(None if p.grad is None else _shard(cast("DTensor", p.grad), p))

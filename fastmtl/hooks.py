@@ -7,21 +7,28 @@ other: one autograd node with T outputs, which is told all gradients at once, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastmtl import _losses, _once
+from fastmtl._graph import Edge, edge_of, is_leaf, reached_by, trunk_of
 from fastmtl._inputs import DTYPES, describe, requires_grad_outside, transforming
 from fastmtl._structure import map_tensors, tensors_of
 from fastmtl.info import Info
 from fastmtl.weighting._context import Context, check_scale
 from fastmtl.weighting._method import Method
 
-__all__ = ["FanOut", "check_method", "fan_out"]
+__all__ = ["FanOut", "check_method", "fan_out", "place", "watch_for_heads"]
 
 _VIAS = ("node", "hooks")
+# What calls that run a backward name the tensors that it starts from.
+_ROOTS = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
+_FAN_OUTS = frozenset({"fan_outBackward", "_JoinBackward"})  # types of the graph nodes
 _MANY = 16  # tasks from which on one `unbind` is faster than so many views
 
 
@@ -32,21 +39,29 @@ def fan_out(
     *,
     via: str = "node",
     info: Info | None = None,
-    global_gram: Any = False,
+    global_gram: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
     """T aliases of a shared representation, one for each task's head, for aggregation in one ordinary backward.
 
         hs = fan_out(h, tasks=T, method=method)
-        sum(loss(head(h_t)) for head, h_t in zip(heads, hs)).backward()
+        hs.total([loss(head(h_t)) for head, h_t in zip(heads, hs)]).backward()
 
     The gradients that the aliases receive are captured where they lie and aggregated by `method`, and the encoder gets
     the single result instead of their sum: the upper bound of paper, section 5.2. Task weights come from `method`, so
-    the losses are summed plainly; a mean over them would apply 1/T twice.
+    the losses are summed plainly, by `total`: a mean over them would apply 1/T twice.
 
-    A task whose loss does not reach its alias counts as a zero row, and an alias that is used several times gets the
-    sum. A second backward over a retained graph must bring gradients of the same tasks as the first. Where no gradient
-    is recorded (`torch.no_grad()`, or an `h` that does not require grad) the aliases are `h` itself.
+    A task whose loss does not reach its alias is absent: a zero row. An alias that is used several times gets the sum.
+    A second backward over a retained graph must bring gradients of the same tasks as the first. Where no gradient is
+    recorded (`torch.no_grad()`, or an `h` that does not require grad) the aliases are `h` itself.
+
+    Gradients are aggregated in what trains: a `backward()`, whatever starts at `total`, and a `torch.autograd.grad` of
+    all tasks' losses with respect to parameters. Any other `torch.autograd.grad`, of one task's output with respect to
+    the inputs for example, is the derivative, as if there were no fan-out; with `create_graph=True` too, but losses
+    made from such derivatives are refused, since what they bring the encoder does not pass through the aliases.
+
+    Use that goes by the aliases is warned of, once for each call in the source: an alias without a gradient, `h` itself
+    or something before it used beside them, losses that are averaged, as far as that can be seen.
 
     Args:
         h: the representation: a tensor (float32, float64, bfloat16 or float16), or a nested list, tuple, dict or
@@ -54,13 +69,14 @@ def fan_out(
             whatever is no tensor, are passed on as they are.
         tasks: number of tasks T.
         method: any method of this package.
-        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias and on what they come from;
-            the results are the same.
+        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias, and a node where they come
+            from; the results are the same.
         info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where nothing but tensors can leave
             a backward.
         global_gram: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
             the whole batch, so that averaging the encoder's gradients over processes gives what one process would get.
-            Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`.
+            Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`. None
+            is False, with a warning where there are several processes.
         grad_scale: the factor S by which a loss scaler multiplies the losses (`scaler.get_scale()`), for methods that
             are not homogeneous: see `Method.__call__`.
 
@@ -74,10 +90,27 @@ def fan_out(
         ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
             with a method that does not work on the Gram or needs the losses, `info` for another number of tasks;
             inside `torch.compile`: `global_gram`, `grad_scale`, a method that needs the losses or has state.
-        NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it.
+        NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it; (in the
+            backward) a loss contains a derivative that was taken through the aliases.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
-            method needs losses and `total` was not called.
+            method needs losses and `total` was not called. (In the head) torch's own, about "fan_out", where an alias
+            is written in place: the others share its memory.
     """
+    return place(h, tasks, method, None, via=via, info=info, global_gram=global_gram, grad_scale=grad_scale)
+
+
+def place(
+    h: Any,
+    tasks: int,
+    method: Method,
+    site: _once.Site | None,
+    *,
+    via: str = "node",
+    info: Info | None = None,
+    global_gram: Any = None,
+    grad_scale: Tensor | float | None = None,
+) -> FanOut:
+    """`fan_out`, with warnings that name `site`."""
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
     check_method(method, tasks)
@@ -100,8 +133,14 @@ def fan_out(
             )
         outputs = _TracedNode.apply(method, tasks, info, *sources)
         return FanOut(_aliases(h, sources, outputs, tasks), None, info, None)
-    capture = _Capture(method, tasks, sources, info, reduce, Context(None, grad_scale, agree))
-    outputs = (_Node.apply if via == "node" else _with_hooks)(capture, *sources)
+    site = site or _once.caller()
+    if global_gram is None:
+        _once.warn_alone(site, "global_gram", "fan_out")
+    watch = _Watch(site, tasks)
+    capture = _Capture(method, tasks, sources, info, reduce, Context(None, grad_scale, agree), watch)
+    outputs = (_Node.apply if via == "node" else _with_hooks)(capture, _probe(sources[0]), *sources)
+    for k, x in enumerate(sources):
+        watch.over(x, k)
     return FanOut(_aliases(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
 
 
@@ -181,29 +220,173 @@ class FanOut(Sequence[Any]):
         }
         return [map_tensors(lambda x: of.get(id(x)), h) for h in self._aliases]
 
-    def total(self, losses: Iterable[Tensor]) -> Tensor:
-        """The plain sum of the losses, tied to the aliases even where no loss uses one.
+    def total(self, losses: Sequence[Tensor | None] | Tensor) -> Tensor:
+        """The sum of the T losses, for the one backward of a step.
 
-        With `global_gram` every process has to take part in the backward of the representation, also one that has no
-        example for any task: the others would wait for it. Methods that need the losses take them from here.
+        It says which tasks there are: that all losses are there, that they are summed and not averaged, and which are
+        absent. With `global_gram` it is tied to the aliases even where no loss uses one: every process has to take part
+        in the backward of the representation, also one that has no example for any task, for which the others would
+        wait. Methods that need the losses take them from here.
 
         Args:
-            losses: scalars: one for each task where the method needs them, else any number of them.
+            losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks; None for a task that is
+                absent in this step, as is one whose loss needs no gradient.
+
+        Returns:
+            A scalar tensor [].
 
         Raises:
-            ValueError: no loss, or not T of them where the method needs them.
+            TypeError: `losses` is of another kind, or one of them no floating tensor.
+            ValueError: not T losses, one that is no scalar, or none that requires grad.
         """
-        parts = list(losses)
-        if self._capture is not None and self._capture.method._needs_losses:
-            self._capture.take(parts)
+        if isinstance(losses, Tensor) and losses.ndim == 1:
+            losses = losses.unbind()
+        parts = _losses.checked(losses, len(self))
+        capture = self._capture
+        here = _losses.present(parts)
+        summands = [x if x.ndim == 0 else x.reshape(()) for x in parts if x is not None]
         if self._anchor is not None:
-            parts.append(self._anchor)
-        if not parts:
-            raise ValueError("losses: expected at least one loss, got none")
-        return sum(parts[1:], parts[0])
+            summands.append(self._anchor)
+        elif not summands or (capture is not None and all(loss is None for loss in here)):
+            raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
+        total: Tensor = sum(summands)  # type: ignore[assignment]
+        if capture is not None and not torch.compiler.is_compiling():
+            if capture.method._needs_losses:
+                capture.take(here)
+            if _once.first("losses", capture.watch.site):
+                self._examine(here)
+            if total.requires_grad:
+                total.register_hook(capture.expect([loss is not None for loss in here]))
+        return total
+
+    def _examine(self, losses: Sequence[Tensor | None]) -> None:
+        """Warns of losses that do not depend on their alias, and of ways around the aliases."""
+        assert self._capture is not None
+        ends: dict[Edge, int] = {}
+        for t, alias in enumerate(self._aliases):
+            ends.update((edge_of(x), t) for x in tensors_of(alias) if x.requires_grad)
+        node = next(iter(ends))[0]
+        while not hasattr(node, "capture"):  # from an alias to where all come from
+            node = node.next_functions[0][0]
+        trunk = trunk_of(node.next_functions[1:]).nodes
+        beside = []
+        for t, loss in enumerate(losses):
+            if loss is not None:
+                reached, around = reached_by([loss], ends, trunk)
+                if around:
+                    beside.append(f"losses[{t}]")
+                if t not in reached:
+                    self._capture.watch.warn_missing([t], True, sorted(reached))
+        if beside:
+            verb = "depends" if len(beside) == 1 else "depend"
+            self._capture.watch.warn_beside(f"{', '.join(beside)} {verb} on h, or on what h is made of,")
+
+    @property
+    def aggregates(self) -> bool:
+        """Whether gradients are recorded: else the aliases are h itself."""
+        return self._capture is not None
+
+    def over(self, running: int) -> bool:
+        """Whether a backward has come by here, other than the one that is running."""
+        return self._capture is not None and self._capture.watch.passed not in (-1, running)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies: of a graph there is none, so a copy holds nothing.
+        return {"_aliases": [None] * len(self), "_capture": None, "_info": None, "_anchor": None}
 
     def __repr__(self) -> str:
         return f"FanOut({len(self)} x {describe(self._aliases[0])})"
+
+
+class _Watch:
+    """Sees in a backward what else than its aliases brings h a gradient, and says so.
+
+    Part of the graph of h, and so it holds nothing of what is made from h.
+    """
+
+    def __init__(self, site: _once.Site, tasks: int) -> None:
+        self.site = site
+        self.tasks = tasks
+        self.passed = -1  # the backward in which the aliases' gradients last came by
+        self.updates: list[Tensor | None] | None = None  # what they became, until h gets it
+        self.nested: frozenset[int] = frozenset()  # tensors of h from which others of h are made
+
+    def over(self, x: Tensor, k: int) -> None:
+        """Looks at what tensor k of h gets."""
+        if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
+            return
+        others = dict(x._backward_hooks or {})
+        x.register_hook(self._looking_at(k))
+        if others:  # which may change the gradient: ours goes first
+            hooks: Any = x._backward_hooks
+            ours = {key: hook for key, hook in hooks.items() if key not in others}
+            hooks.clear()
+            hooks.update(ours | others)
+
+    def _looking_at(self, k: int) -> Callable[[Tensor | None], None]:
+        def look(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
+            if self.passed != torch._C._current_graph_task_id():
+                self._without_aliases()
+            elif self.updates is not None:
+                # Held until now, ours cannot have been added to in place: another tensor has more to it.
+                ours, self.updates[k] = self.updates[k], None
+                more = gradient is not ours and k not in self.nested
+                if more and _once.first("compared", self.site) and not _same(gradient, ours):
+                    self.warn_beside("h has got a gradient")
+
+        return look
+
+    def _without_aliases(self) -> None:
+        if not _takes_derivative():
+            self.warn_missing(range(self.tasks), False)
+
+    def warn_missing(self, tasks: Sequence[int], given: bool, others: Sequence[int] = ()) -> None:
+        """Warns of aliases that bring nothing; `given`: although `total` was given their losses."""
+        names = ", ".join(f"hs[{t}]" for t in tasks)
+        if len(tasks) == self.tasks:
+            what = f"none of the {self.tasks} aliases has got a gradient"
+        elif others:
+            what = f"losses[{tasks[0]}] depends on {', '.join(f'hs[{u}]' for u in others)} and not on its alias {names}"
+        else:
+            what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
+        absent = (
+            "For a task whose loss does not depend on h in this step, give total None"
+            if given
+            else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
+        )
+        _once.warn(
+            "alias without gradient",
+            self.site,
+            f"fan_out: {what}. Head t has to read hs[t]: what it brings h in another way is not aggregated as the "
+            f"gradient of its task. {absent}",
+        )
+
+    def warn_beside(self, what: str) -> None:
+        """Warns of a use of h beside its aliases."""
+        _once.warn(
+            "h beside its aliases",
+            self.site,
+            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. What comes by there is added plainly, "
+            "not aggregated: head t has to read hs[t], and h has to have all that heads read",
+            most=1,
+        )
+
+
+def watch_for_heads(called: list[bool], site: _once.Site, names: Sequence[str]) -> Callable[[Tensor], None]:
+    """A hook for what an encoder returned: warns where it gets a gradient although no head was called with it."""
+
+    def look(_: Tensor) -> None:
+        if not called[0] and not _takes_derivative():
+            _once.warn(
+                "no head called",
+                site,
+                f"attach: the encoder has got a gradient, but none of {', '.join(names)} was called with what it "
+                "returned, so nothing was aggregated",
+            )
+
+    return look
 
 
 class _Capture:
@@ -220,6 +403,7 @@ class _Capture:
         info: Info | None,
         reduce: Callable[[Tensor], Tensor] | None,
         context: Context,
+        watch: _Watch,
     ) -> None:
         self.method = method
         self.context = context
@@ -227,16 +411,133 @@ class _Capture:
         self.tensors = len(sources)
         self.buffers = info
         self.reduce = reduce
+        self.watch = watch
         self.info = info
         self.gradients: Sequence[Tensor | None] | None = None
+        self.derived = -1  # the backward that has come by a derivative through the aliases
+        self._marked = -1  # the backward that started at a total, and the tasks it said were there
+        self._expected: Sequence[bool] = ()
         self._sources = [x.detach() for x in sources] if reduce is not None else []
 
-    def take(self, losses: Sequence[Tensor]) -> None:
+    def take(self, losses: Sequence[Tensor | None]) -> None:
         """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
-        self.context = self.context._replace(losses=self.method._context(losses, self.tasks).losses)
+        context = self.method._context(_losses.values(losses), self.tasks)
+        self.context = self.context._replace(losses=context.losses)
 
-    def aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """K gradients for the encoder from the T·K that were captured (entry t·K + k)."""
+    def expect(self, tasks: Sequence[bool]) -> Callable[[Tensor], None]:
+        """A hook for a total of the losses: the backward that it is called in is to aggregate, of these tasks."""
+
+        def mark(_: Tensor) -> None:
+            self._marked, self._expected = torch._C._current_graph_task_id(), tasks
+
+        return mark
+
+    def pass_on(
+        self, node: Any, grads: Sequence[Tensor | None], sums: Sequence[Tensor | None] | None = None
+    ) -> Sequence[Tensor | None]:
+        """K gradients for the encoder from the T·K that were captured (entry t·K + k).
+
+        Args:
+            node: the graph node of which this is the backward; its first input is the probe.
+            grads: what was captured.
+            sums: the K sums over tasks, where they are there.
+        """
+        watch, current = self.watch, torch._C._current_graph_task_id()
+        watch.passed, watch.updates = current, None
+        if self.trains(node, current) or self._asks_for_parameters(node, grads):
+            if self._marked == current:
+                self._check_asked(node)
+            if self.derived == current:
+                raise NotImplementedError(_DERIVED)
+            updates = self._aggregated(grads)
+            self._look_around(node, grads, current)
+            watch.updates = list(updates)
+            return updates
+        return self._derivative(grads if sums is None else sums)
+
+    def trains(self, node: Any, current: int) -> bool:
+        """Whether the running backward comes from `total`, or accumulates gradients of all that it reaches."""
+        return self._marked == current or _executes(node.next_functions[0][0])
+
+    def _asks_for_parameters(self, node: Any, grads: Sequence[Tensor | None]) -> bool:
+        """Whether a call of `autograd.grad` or `backward(inputs=)` is for training: see `fan_out`."""
+        accumulates, parameters = _asked_behind(node)
+        if accumulates:
+            return True
+        if self._missing(grads):
+            return False
+        if not parameters and self.tasks > 1:
+            _once.warn(
+                "derivative of all tasks",
+                self.watch.site,
+                "fan_out: a torch.autograd.grad of what all aliases lead to, with respect to no nn.Parameter, is the "
+                "derivative, without aggregation. For an aggregated gradient start at hs.total(losses)",
+            )
+        return parameters
+
+    def _check_asked(self, node: Any) -> None:
+        """Warns where a total is taken for a function of the inputs."""
+        if _executes(node.next_functions[0][0]) or not _once.first("asked", self.watch.site):
+            return
+        if not any(_asked_behind(node)):
+            _once.warn(
+                "derivative of the total",
+                self.watch.site,
+                "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter gives what a training "
+                "backward would bring there, from the aggregated gradient, and is not the derivative. For that start "
+                "at the losses",
+            )
+
+    def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
+        """The tasks of which there is no gradient."""
+        K = self.tensors
+        if K == 1:
+            return [t for t, g in enumerate(grads) if g is None]
+        return [t for t in range(self.tasks) if all(g is None for g in grads[t * K : (t + 1) * K])]
+
+    def _look_around(self, node: Any, grads: Sequence[Tensor | None], current: int) -> None:
+        """Warns of what a training backward shows to be wrong."""
+        given = self._marked == current
+        missing = self._missing(grads)
+        if given:
+            missing = [t for t in missing if self._expected[t]]
+        if missing:
+            self.watch.warn_missing(missing, given)
+        behind = node.next_functions[1:]
+        if self.tensors > 1:
+            self.watch.nested = _nested(self.watch.site, behind)
+        call = None if given else _running_call()
+        if call is not None:
+            self._look_at_roots(call[1], node, behind)
+
+    def _look_at_roots(self, roots: Sequence[Tensor], node: Any, behind: Sequence[Edge]) -> None:
+        """The same for what is seen where a backward starts. At a total there is nothing to see."""
+        watch = self.watch
+        if any(_is_mean(root, self.tasks) for root in roots):
+            _once.warn(
+                "mean of the losses",
+                watch.site,
+                f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are the method's: with a "
+                "mean over the losses, all gradients are T times too small. hs.total(losses) sums them",
+            )
+        if _once.first("roots", watch.site):  # this takes a walk through the graph
+            ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
+            if reached_by(roots, ends, trunk_of(behind).nodes, _FAN_OUTS)[1]:
+                watch.warn_beside("a loss depends on h, or on what h is made of,")
+
+    def _derivative(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The plain sums over tasks."""
+        sums: list[Tensor | None] = []
+        for k in range(self.tensors):
+            parts = [g for g in grads[k :: self.tensors] if g is not None]
+            sums.append(sum(parts[1:], parts[0]) if parts else None)
+        if not torch.is_grad_enabled():
+            return sums
+        here = [g for g in sums if g is not None]
+        marked = iter(_Derivative.apply(self, _probe(here[0]), *here) if here else ())
+        return [None if g is None else next(marked) for g in sums]
+
+    def _aggregated(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         self._check_repeated(grads)
         if torch.is_grad_enabled():  # create_graph=True
             detached = [g if g is None else g.detach() for g in grads]
@@ -278,11 +579,101 @@ class _Capture:
         )
 
 
+# ------------------------------------------------------------------------------------------------ the running backward
+
+
+def _probe(like: Tensor) -> Tensor:
+    """A leaf beside h. A backward reaches it just where it accumulates the gradients of all leaves."""
+    return torch.empty((), device=like.device, requires_grad=True)
+
+
+def _executes(node: Any) -> bool:
+    return torch._C._will_engine_execute_node(node)
+
+
+def _asked_behind(node: Any) -> tuple[bool, bool]:
+    """Whether the running backward accumulates gradients behind a node, and whether it returns those of parameters."""
+    parameters = False
+    for leaf in trunk_of(node.next_functions[1:]).nodes:
+        if not is_leaf(leaf):
+            continue
+        try:
+            if _executes(leaf):
+                return True, parameters
+        except RuntimeError:  # which is how torch answers for a leaf whose gradient `autograd.grad` returns
+            parameters |= isinstance(leaf.variable, torch.nn.Parameter)
+    return False, parameters
+
+
+def _running_call() -> tuple[str, list[Tensor]] | None:
+    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors.
+
+    None where it was called in another thread, as for what lies on a GPU.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = _ROOTS.get(frame.f_code)
+        if name is not None:
+            roots = frame.f_locals[name]
+            roots = roots if isinstance(roots, (list, tuple)) else [roots]
+            return frame.f_code.co_name, [x for x in roots if isinstance(x, Tensor)]
+        frame = frame.f_back
+    return None
+
+
+def _same(x: Tensor, y: Tensor | None) -> bool:
+    """Whether all that was added to y was zero. This waits for the device."""
+    return y is not None and torch.equal(x, y)
+
+
+def _takes_derivative() -> bool:
+    call = _running_call()
+    return call is not None and call[0] == "grad"
+
+
+def _is_mean(root: Tensor, tasks: int) -> bool:
+    """Whether a tensor is a mean over a stack of as many others, times constants."""
+    node: Any = root.grad_fn
+    while node is not None:
+        following = [edge[0] for edge in node.next_functions if edge[0] is not None]
+        if len(following) != 1:
+            return False
+        if type(node).__name__ in ("MeanBackward0", "MeanBackward1"):
+            inner = following[0]
+            return type(inner).__name__ in ("StackBackward0", "CatBackward0") and len(inner.next_functions) == tasks
+        if type(node).__name__ not in ("MulBackward0", "DivBackward0", "ToCopyBackward0", "ViewBackward0"):
+            return False
+        node = following[0]
+    return False
+
+
+_nested_at: dict[tuple[str, int], frozenset[int]] = {}
+
+
+def _nested(site: _once.Site, edges: Sequence[Edge]) -> frozenset[int]:
+    """Which tensors of h lie behind others of h: looked up once for each site."""
+    key = site.file, site.line
+    if key not in _nested_at:
+        inside = trunk_of(edges).nested
+        _nested_at[key] = frozenset(k for k, edge in enumerate(edges) if edge in inside)
+    return _nested_at[key]
+
+
+# ------------------------------------------------------------------------------------------------ nodes
+
+
+def _speaking(function: Any) -> Any:
+    """Names a function's nodes "fan_out": what torch says of an alias that is written in place names the node."""
+    function._backward_cls.__name__ = "fan_outBackward"
+    return function
+
+
+@_speaking
 class _Node(torch.autograd.Function):
     """K tensors -> T·K views of them (entry t·K + k); backward aggregates."""
 
     @staticmethod
-    def forward(ctx: Any, capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, capture: _Capture, probe: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.capture = capture
         return _views(tensors, capture.tasks, anchored=capture.reduce is not None)
@@ -290,68 +681,101 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         capture = ctx.capture
-        return None, *capture.aggregate(grads[: capture.tasks * capture.tensors])
+        return None, None, *capture.pass_on(ctx, grads[: capture.tasks * capture.tensors])
 
 
 class _Join(torch.autograd.Function):
-    """K tensors -> K views of them, of one node: hooks of these run when the gradients of all K have arrived."""
+    """K tensors -> K views of them; backward aggregates what hooks have captured."""
 
     @staticmethod
-    def forward(ctx: Any, anchored: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Zeros where no task here brings a gradient: other processes wait for what this one's encoder gets.
-        ctx.set_materialize_grads(anchored)
-        ctx.tensors = len(tensors)
-        return _views(tensors, 1, anchored)
+    def forward(
+        ctx: Any, capture: _Capture, captured: _Captured, probe: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.capture, ctx.captured = capture, captured
+        return _views(tensors, 1, anchored=capture.reduce is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        capture = ctx.capture
+        grads = ctx.captured.take(capture.tasks * capture.tensors)
+        return None, None, None, *capture.pass_on(ctx, grads, sums[: capture.tensors])
+
+
+@_speaking
+class _Alias(torch.autograd.Function):
+    """A view, whose gradient arrives after the hooks of the user."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Captured:
+    """What hooks on aliases have seen in the running backward."""
+
+    def __init__(self) -> None:
+        self._grads: dict[int, Tensor] = {}
+        self._running = -1  # the backward that these are of: one that failed half-way has left something behind
+
+    def hook(self, i: int) -> Callable[[Tensor | None], None]:
+        def capture(gradient: Tensor | None) -> None:
+            self._begin()
+            if gradient is not None:
+                self._grads[i] = gradient
+
+        return capture
+
+    def take(self, count: int) -> list[Tensor | None]:
+        self._begin()
+        return [self._grads.pop(i, None) for i in range(count)]
+
+    def _begin(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._running:
+            self._grads.clear()
+            self._running = current
+
+
+def _with_hooks(capture: _Capture, probe: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `_Node.apply` does, with a hook on each alias."""
+    captured, K = _Captured(), capture.tensors
+    joined = _Join.apply(capture, captured, probe, *tensors)
+    aliases: list[Tensor] = []
+    for i in range(capture.tasks * K):
+        inner = joined[i % K].view_as(joined[i % K])
+        inner.register_hook(captured.hook(i))
+        aliases.append(_Alias.apply(inner))
+    return (*aliases, *joined[K:])
+
+
+class _Derivative(torch.autograd.Function):
+    """Identity on a derivative that is part of a graph: a training backward through it trains on derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: _Capture, probe: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.capture = capture
+        return tuple(g.view_as(g) for g in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *grads[: ctx.tensors]
+        current = torch._C._current_graph_task_id()
+        if ctx.capture.trains(ctx, current):
+            raise NotImplementedError(_DERIVED)
+        ctx.capture.derived = current
+        return None, None, *grads
 
 
-def _with_hooks(capture: _Capture, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `_Node.apply` does, by `register_hook` alone: a hook on each alias captures, one on h replaces their sum."""
-    joined = _Join.apply(capture.reduce is not None, *tensors)
-    K, count = capture.tensors, capture.tasks * capture.tensors
-    captured: dict[int, Tensor | None] = {}
-    updates: list[Tensor | None] = []
-    running = replaced = -1  # the backwards that these are of: one that failed half-way has left something behind
-
-    def capture_as(i: int) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            nonlocal running
-            current = torch._C._current_graph_task_id()
-            if current != running:
-                captured.clear()
-                running = current
-            captured[i] = gradient
-
-        return hook
-
-    def replace_by(k: int) -> Callable[[Tensor | None], Tensor | None]:
-        def hook(total: Tensor | None) -> Tensor | None:
-            nonlocal replaced
-            current = torch._C._current_graph_task_id()
-            if current != replaced:  # the first of these hooks, and all gradients are there
-                if current != running:
-                    captured.clear()
-                updates[:] = capture.aggregate([captured.pop(i, None) for i in range(count)])
-                replaced = current
-            # What did not come cannot be replaced; nor is the anchor.
-            if total is None or k == K:
-                return None
-            update, updates[k] = updates[k], None
-            return update
-
-        return hook
-
-    aliases: list[Tensor] = []
-    for i in range(count):
-        inner = joined[i % K].view_as(joined[i % K])
-        inner.register_hook(capture_as(i))
-        aliases.append(inner.view_as(inner))  # hooks of the user, on this one, come before ours, as with the node
-    for k, x in enumerate(joined):
-        x.register_hook(replace_by(k))
-    return (*aliases, *joined[K:])
+_DERIVED = (
+    "fan_out: a loss contains a derivative that was taken through the aliases (torch.autograd.grad with "
+    "create_graph=True). What it brings the encoder does not pass through the aliases and cannot be aggregated. Let "
+    "heads read h itself, and call method.backward(losses, shared=encoder), which is exact"
+)
 
 
 class _TracedNode(torch.autograd.Function):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastmtl import _once
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers that run at the same time share the cores: with all of them each, they mostly wait for each other."""
@@ -20,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
+    _once.forget()  # warnings come once in a process, and here once in a test
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:

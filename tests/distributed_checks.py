@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import inspect
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
-from fastmtl import distributed
+from fastmtl import _once, distributed
 from fastmtl.weighting._context import NOTHING, Context
 
 TASKS = 3
@@ -334,12 +335,12 @@ def check_random_methods_draw_alike_for_shards() -> None:
         shared = list(model.trunk.parameters())
         x, y = batch()
         assert_same_bits(method.backward(losses_of(model(part(x))[0], part(y)), shared).alpha)
-    with_losses, losses = fastmtl.MGDA("loss"), losses_of(model(part(x))[0], part(y))
+    with_losses, losses = fastmtl.MGDA(normalization="loss"), losses_of(model(part(x))[0], part(y))
     assert_raises(ValueError, "shared: expected plain parameters", lambda: with_losses.backward(losses, shared))
 
 
 def check_losses_differ_between_ranks() -> None:
-    method, p = fastmtl.MGDA("loss"), nn.Parameter(torch.ones(2))
+    method, p = fastmtl.MGDA(normalization="loss"), nn.Parameter(torch.ones(2))
     assert_raises(
         ValueError,
         "process_group: expected a method that needs no losses",
@@ -378,6 +379,165 @@ def check_full_method_with_a_task_missing_on_a_rank() -> None:
     fastmtl.AlignedMTL().backward(losses, model.module.trunk.parameters(), process_group=True)
     assert relative(grads(model.module.trunk), svd_align(G)) <= 1e-9
     assert_same_bits(grads(model))
+
+
+def check_an_absent_loss_on_a_rank() -> None:
+    """None counts as that zero does, and DistributedDataParallel's unused head is seen to."""
+    x, y = batch()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    alone = Model()
+    rows = torch.stack(task_rows(alone, part(x), part(y)))
+    if last:
+        rows[1] = 0.0
+    G = torch.stack(everywhere(rows)).mean(0)
+    heads = flat(
+        [
+            g
+            for t, loss in enumerate(losses_of(alone(part(x))[0], part(y)))
+            for g in torch.autograd.grad(loss * (0.0 if last and t == 1 else 1.0), list(alone.heads[t].parameters()))
+        ]
+    )
+    for way in ("shared", "module", "features"):
+        model = DistributedDataParallel(Model(), find_unused_parameters=True)
+        for _ in range(3):
+            model.zero_grad()
+            outputs, _ = model(part(x))
+            losses: list[Tensor | None] = losses_of(outputs, part(y))
+            if last:
+                losses[1] = None
+            trunk, h = model.module.trunk, model.module.h
+            where = {"shared": trunk.parameters()} if way == "shared" else {"shared": trunk}
+            info = fastmtl.AlignedMTL().backward(
+                losses, **({"features": h} if way == "features" else where), process_group=True
+            )
+            assert relative(grads(trunk), svd_align(G)) <= 1e-9
+            assert gram_error(info.gram, G) <= 1e-12
+            assert relative(grads(model.module.heads), torch.stack(everywhere(heads)).mean(0)) <= 1e-12
+            assert_same_bits(grads(model))
+
+
+def check_a_rank_without_any_loss() -> None:
+    """It takes part with zeros: the others neither wait for it nor lose their part."""
+    x, y = batch()
+    W = dist.get_world_size()
+    last = dist.get_rank() == W - 1
+    alone = Model()
+    rows = torch.stack(task_rows(alone, part(x), part(y))) * (0.0 if last else 1.0)
+    G = torch.stack(everywhere(rows)).mean(0)
+    for way in ("shared", "features"):
+        model = Model()
+        h = model.trunk(part(x))
+        losses = [None] * TASKS if last else losses_of([head(h) for head in model.heads], part(y))
+        where = {"features": h} if way == "features" else {"shared": model.trunk}
+        fastmtl.AlignedMTL().backward(losses, **where, process_group=True)
+        assert relative(grads(model.trunk), svd_align(G)) <= 1e-9
+        assert all((p.grad is None) == last for p in model.heads.parameters())
+        assert_same_bits(grads(model.trunk))
+    model = Model()
+    encoder = DistributedDataParallel(model.trunk)
+    h = encoder(part(x))
+    losses = [None] * TASKS if last else losses_of([head(h) for head in model.heads], part(y))
+    info = fastmtl.AlignedMTL().backward(losses, representation=h, process_group=True)
+    z = alone.trunk(part(x))
+    Z = torch.zeros(TASKS, z.numel(), dtype=F64)
+    if not last:
+        own = losses_of([head(z) for head in alone.heads], part(y))
+        Z = torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0].reshape(-1) for loss in own])
+    whole = torch.cat(everywhere(Z), 1) / W
+    assert relative(info.gram, whole @ whole.T) <= 1e-12
+    assert_same_bits(grads(model.trunk))
+    aligned = svd_align(whole).chunk(W)[dist.get_rank()] * W
+    mine = flat(torch.autograd.grad(z, list(alone.trunk.parameters()), aligned.view_as(z)))
+    assert relative(grads(model.trunk), torch.stack(everywhere(mine)).mean(0)) <= 1e-9
+
+
+def check_absent_losses_that_cannot_be_told_apart() -> None:
+    """Without names, what a process finds to be shared depends on its losses."""
+    model, method = Model(), fastmtl.AlignedMTL()
+    x, y = batch()
+    losses = [*losses_of(model(part(x))[0], part(y))[:2], None]
+    assert_raises(ValueError, "shared: expected .* named", lambda: method.backward(losses, process_group=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert_raises(ValueError, "losses: expected at least one", lambda: method.backward([None] * TASKS, model.trunk))
+
+
+def check_heads_under_ddp_are_not_shared() -> None:
+    """DistributedDataParallel joins all outputs where it looks for unused parameters."""
+    for options in ({}, {"find_unused_parameters": True}):
+        model, alone = DistributedDataParallel(Model(), **options), Model()
+        x, y = batch()
+        info = fastmtl.AlignedMTL().backward(losses_of(model(part(x))[0], part(y)), process_group=True)
+        rows = torch.stack(task_rows(alone, x, y))
+        assert gram_error(info.gram, rows) <= 1e-12
+        assert relative(grads(model.module.trunk), svd_align(rows)) <= 1e-9
+        assert relative(grads(model.module.heads), head_gradients(alone, x, y)) <= 1e-12
+
+
+def check_an_unused_head_under_ddp() -> None:
+    """Three steps of every way, where DistributedDataParallel fails if a parameter has not been seen."""
+    method = fastmtl.AlignedMTL()
+
+    def fanned(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        outputs, hs = model(x, method, global_gram=True)
+        hs.total([*losses_of(outputs, y)[:2], None]).backward()
+
+    def summed(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        sum(losses_of(model(x)[0], y)[:2]).backward()
+
+    def by(**options) -> object:
+        def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+            losses = losses_of(model(x)[0], y)[:2]
+            where = {"representation": model.module.h} if "h" in options else {"shared": model.module.trunk}
+            given = {name: value for name, value in options.items() if name != "h"}
+            method.backward(losses, **where, **given)
+
+        return step
+
+    for step in (summed, fanned, by(process_group=False), by(process_group=True), by(h=True, process_group=True)):
+        model = DistributedDataParallel(Model(), find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        before = flat(list(model.module.heads[2].parameters()))
+        for i in range(3):
+            x, y = map(part, batch(i))
+            optimizer.zero_grad()
+            step(model, x, y)
+            optimizer.step()
+        assert all(p.grad is None for p in model.module.heads[2].parameters())
+        assert torch.equal(flat(list(model.module.heads[2].parameters())), before)
+        assert_same_bits(flat(list(model.parameters())))
+
+
+def check_processes_that_go_by_themselves_are_told() -> None:
+    """Once for each place; what is said is not."""
+    x, y = map(part, batch())
+    method = fastmtl.AlignedMTL()
+
+    def steps(**options) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model = Model()
+                hs = fastmtl.fan_out(model.trunk(x), TASKS, method, **options.get("fan_out", {}))
+                hs.total(losses_of([head(h) for head, h in zip(model.heads, hs, strict=True)], y)).backward()
+                h = model.trunk(x)
+                losses = losses_of([head(h) for head in model.heads], y)
+                where = {"representation": h} if options.get("h") else {"shared": model.trunk}
+                method.backward(losses, **where, **options.get("backward", {}))
+        return [str(w.message) for w in caught]
+
+    _once.forget()
+    first, second = steps()
+    W = dist.get_world_size()
+    assert first.startswith(f"fan_out: {W} processes train"), first
+    assert "global_gram=True" in first
+    assert "global_gram=False" in first
+    assert second.startswith(f"backward: {W} processes train"), second
+    assert "process_group=True" in second
+    assert not steps()
+    for h in (True, False):
+        for value in (True, False):
+            _once.forget()
+            assert not steps(fan_out={"global_gram": value}, backward={"process_group": value}, h=h)
 
 
 def check_global_fan_out_under_ddp() -> None:
@@ -441,7 +601,8 @@ def _check_missing(via: str, kept: int, wrap=DistributedDataParallel) -> None:
     W, rank = dist.get_world_size(), dist.get_rank()
     here = TASKS if rank < W - 1 else kept
     hs = fastmtl.fan_out(encoder(x), TASKS, fastmtl.AlignedMTL(), via=via, global_gram=True)
-    hs.total(losses_of([head(h) for head, h in zip(model.heads, hs, strict=True)], y)[:here]).backward()
+    losses = losses_of([head(h) for head, h in zip(model.heads, hs, strict=True)], y)
+    hs.total([loss if t < here else None for t, loss in enumerate(losses)]).backward()
 
     h = alone.trunk(x)
     losses = losses_of([head(h) for head in alone.heads], y)
@@ -555,6 +716,25 @@ def check_dtensors_without_fully_shard() -> None:
     G = torch.stack([torch.autograd.grad(loss, alone)[0].reshape(-1) for loss in losses(x, alone)])
     assert w.grad.placements == w.placements
     assert relative(w.grad.full_tensor().reshape(-1), svd_align(G)) <= 1e-12
+
+
+def check_sharded_with_an_absent_task() -> None:
+    """One that no process has in this step; and nothing is said of process groups."""
+    model, alone = Model(), Model()
+    shard_each(model)
+    shared = list(model.trunk.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(2):
+            x, y = batch(step)
+            rows = torch.stack(task_rows(alone, x, y))
+            rows[2] = 0.0
+            model.zero_grad()
+            losses = [*losses_of(model(part(x))[0], part(y))[:2], None]
+            info = fastmtl.AlignedMTL().backward(losses, shared)
+            assert relative(grads(model.trunk), svd_align(rows)) <= 1e-9
+            assert gram_error(info.gram, rows) <= 1e-12
+            assert all(p.grad is None for p in model.heads[2].parameters())
 
 
 def check_sharded_gradients_accumulate() -> None:

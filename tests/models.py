@@ -103,8 +103,9 @@ def upper_bound(model: nn.Module, aggregate: Callable[[Tensor], Tensor]) -> list
 
 
 def shortest(G: Tensor) -> Tensor:
-    """The shortest vector in the convex hull of few rows, by trying every face; float64 [P]."""
+    """The shortest vector in the convex hull of few rows that are not zero, by trying every face; float64 [P]."""
     G = G.to(F64)
+    G = G[G.any(1)]
     best = G[int(G.norm(dim=1).argmin())]
     for size in range(2, G.shape[0] + 1):
         for face in itertools.combinations(range(G.shape[0]), size):

@@ -269,7 +269,7 @@ def test_the_gradients_are_left_alone():
 
 def test_weights():
     G = randn(3, 500)
-    mean, ones = fastmtl.AlignedMTL()(G), fastmtl.AlignedMTL("sum")(G)
+    mean, ones = fastmtl.AlignedMTL()(G), fastmtl.AlignedMTL(weights="sum")(G)
     assert torch.equal(mean, fastmtl.AlignedMTL(weights="mean")(G))
     assert relative(ones, 3 * mean.to(F64)) <= 2 * EPS32
     for given in (
@@ -327,7 +327,7 @@ def test_weighting_takes_the_dtype_of_the_gradients():
 
 def test_repr_shows_the_options():
     assert repr(fastmtl.AlignedMTL()) == "AlignedMTL(weights='mean', scale='min', rtol=None, rank_rule='normalized')"
-    method = fastmtl.AlignedMTL([1, 2.5], "rmse", 1e-3, "gram")
+    method = fastmtl.AlignedMTL(weights=[1, 2.5], scale="rmse", rtol=1e-3, rank_rule="gram")
     again = eval(repr(method), {"AlignedMTL": fastmtl.AlignedMTL})
     assert repr(again) == repr(method)
     assert "weights=[1.0, 2.5]" in repr(method)

@@ -1,6 +1,9 @@
 """`attach`: a fan-out between an encoder and heads that stay as they are."""
 
+import copy
 import gc
+import io
+import pickle
 import weakref
 
 import pytest
@@ -8,6 +11,9 @@ import torch
 from helpers import flat, randn, relative, svd_align
 from models import MLP, MTAN, encoder_gradients, losses_of, shortest, upper_bound
 from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl import AlignedMTL, attach, fan_out
@@ -200,7 +206,7 @@ def test_a_head_that_is_not_called_is_a_zero_row():
     model = MLP(3)
     handle = attach(model.encoder, model.heads, AlignedMTL())
     h = model.encoder(model.x)
-    (model.loss(0, h) + model.loss(2, h)).backward()
+    handle.total([model.loss(0, h), None, model.loss(2, h)]).backward()
     assert handle.info.rank == 2
     assert handle.info.alpha[1] == 0
     assert handle.gradients[1] is None
@@ -320,7 +326,7 @@ def test_remove_keeps_no_tensor_alive(via):
         h = model.encoder(model.x)
         losses = losses_of(model, h)
         sum(losses).backward(retain_graph=True)
-        kept = [weakref.ref(h[0]), weakref.ref(handle._last._capture), weakref.ref(handle.gradients[0][0])]
+        kept = [weakref.ref(h[0]), weakref.ref(handle._last.fan._capture), weakref.ref(handle.gradients[0][0])]
         del h, losses
         assert all(ref() is not None for ref in kept)  # until the next forward, or
         handle.remove()
@@ -334,9 +340,11 @@ def test_the_next_forward_lets_go_of_the_last():
     handle = attach(model.encoder, model.heads, AlignedMTL())
     h = model.encoder(model.x)
     sum(losses_of(model, h)).backward()
-    kept = weakref.ref(handle._last)
+    info, kept = handle.info, weakref.ref(handle._last)
     with torch.no_grad():
         model.encoder(model.x)
+    assert handle.info is info  # an evaluation does not
+    model.encoder(model.x)
     assert kept() is None
 
 
@@ -393,8 +401,327 @@ def test_a_failed_attach_leaves_no_hook():
         ([model.heads[0], "head"], AlignedMTL()),
         ([model.heads[0], model.heads[0]], AlignedMTL()),
         (model.heads, "aligned"),
-        (model.heads, AlignedMTL([1.0, 2.0, 3.0])),
+        (model.heads, AlignedMTL(weights=[1.0, 2.0, 3.0])),
     ):
         with pytest.raises((TypeError, ValueError)):
             attach(model.encoder, heads, method)
     assert [hooks_of(module) for module in modules] == before
+
+
+@pytest.mark.parametrize("other", ["encoder", "heads", "both"])
+def test_attaching_twice_raises(other):
+    model, spare = MLP(2), MLP(2)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    encoder = spare.encoder if other == "heads" else model.encoder
+    heads = spare.heads if other == "encoder" else model.heads
+    name = r"heads\[0\]" if other == "heads" else "encoder"
+    with pytest.raises(ValueError, match=rf"{name}: expected a module with nothing attached; call remove\(\)"):
+        attach(encoder, heads, AlignedMTL())
+    loop(model)
+    assert handle.info.rank == 2
+    handle.remove()
+    attach(encoder, heads, AlignedMTL())
+
+
+def test_encoders_within_heads():
+    """Two groups of tasks: a head of the outer attachment is the encoder of an inner one."""
+    model, trunks = MLP(4), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+    fanned = copy.deepcopy(model), copy.deepcopy(trunks)
+    attach(model.encoder, trunks, AlignedMTL())
+    for g, trunk in enumerate(trunks):
+        attach(trunk, model.heads[2 * g : 2 * g + 2], AlignedMTL())
+    h = model.encoder(model.x)
+    inner = [trunk(h) for trunk in trunks]
+    sum(model.loss(t, inner[t // 2]) for t in range(4)).backward()
+    other, trunks = fanned
+    outer = fan_out(other.encoder(other.x), 2, AlignedMTL())
+    inner = [fan_out(trunk(h), 2, AlignedMTL()) for trunk, h in zip(trunks, outer, strict=True)]
+    sum(other.loss(t, inner[t // 2][t % 2]) for t in range(4)).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("form", [dict, nn.ModuleDict, list, tuple, iter], ids=lambda form: form.__name__)
+def test_forms_of_the_heads(form):
+    model, plain = MLP(3), MLP(3)
+    named = {"seg": model.heads[0], "depth": model.heads[1], "normal": model.heads[2]}
+    heads = form(named) if form in (dict, nn.ModuleDict) else form(named.values())
+    handle = attach(model.encoder, heads, AlignedMTL(weights=[1.0, 2.0, 3.0]))
+    loop(model)
+    expected = attach(plain.encoder, plain.heads, AlignedMTL(weights=[1.0, 2.0, 3.0]))
+    loop(plain)
+    assert torch.equal(handle.info.alpha, expected.info.alpha)
+    if form in (dict, nn.ModuleDict):
+        model.encoder(model.x)
+        with pytest.raises(RuntimeError, match=r"attach: heads\['depth'\] was called with no tensor"):
+            model.heads[1](randn(8, 6).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("heads", "kind", "match"),
+    [
+        (nn.Linear(6, 1), TypeError, "heads: expected T modules, one a task, got Linear"),
+        ([nn.Linear(6, 1), "head"], TypeError, r"heads\[1\]: expected an nn.Module, got str"),
+        ({"seg": None}, TypeError, r"heads\['seg'\]: expected an nn.Module, got NoneType"),
+        ({}, ValueError, "heads: expected at least one module"),
+    ],
+)
+def test_heads_that_are_none(heads, kind, match):
+    encoder = nn.Linear(5, 6)
+    with pytest.raises(kind, match=match):
+        attach(encoder, heads, AlignedMTL())
+    assert not any(hooks_of(encoder))
+
+
+def test_as_a_context_manager():
+    model, plain = MLP(3), MLP(3)
+    before = [hooks_of(module) for module in (model.encoder, *model.heads)]
+    with attach(model.encoder, model.heads, AlignedMTL()) as handle:
+        loop(model)
+        assert handle.info.rank == 3
+    assert [hooks_of(module) for module in (model.encoder, *model.heads)] == before
+    with pytest.raises(KeyError), attach(model.encoder, model.heads, AlignedMTL()):
+        raise KeyError
+    assert [hooks_of(module) for module in (model.encoder, *model.heads)] == before
+    model.zero_grad()
+    loop(model)
+    loop(plain)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "averaged": lambda model: AveragedModel(model).module,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "saved": saved,
+}
+
+
+@pytest.mark.parametrize("after", ["attach", "forward", "backward"])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_an_ordinary_model(name, after):
+    model, plain = MLP(3), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    h = model.encoder(model.x) if after != "attach" else None
+    if after == "backward":
+        sum(losses_of(model, h)).backward(retain_graph=True)
+    other = COPIES[name](model)
+    other.zero_grad()
+    loop(other)
+    loop(plain)
+    for p, q in zip(other.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    again = attach(other.encoder, other.heads, AlignedMTL())  # or it is aligned on its own
+    other.zero_grad()
+    loop(other)
+    assert again.info.rank == 3
+    again.remove()
+    model.zero_grad()
+    loop(model)
+    assert handle.info.rank == 3
+    handle.remove()
+    loop(other)
+
+
+@pytest.mark.parametrize("order", ["before the heads", "before the backward"])
+def test_a_teacher_in_between(order):
+    """An averaged copy that is called within the student's step, as for self-distillation."""
+    model, alone = MLP(3), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    teacher = AveragedModel(model)
+    h = model.encoder(model.x)
+
+    def teach():
+        with torch.no_grad():
+            losses_of(teacher.module, teacher.module.encoder(model.x))
+
+    if order == "before the heads":
+        teach()
+    losses = losses_of(model, h)
+    teach()
+    handle.total(losses).backward()
+    teacher.update_parameters(model)
+    attach(alone.encoder, alone.heads, AlignedMTL())
+    loop(alone)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+class Holder(nn.Module):
+    """A module that keeps the handle."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = MLP(2)
+        self.handle = attach(self.model.encoder, self.model.heads, AlignedMTL())
+
+
+def test_a_copy_of_the_handle_holds_nothing():
+    module = Holder()
+    loop(module.model)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.handle.info is other.handle.gradients is None
+        with pytest.raises(RuntimeError, match="encoder has not been called"):
+            other.handle.total([])
+        other.handle.remove()
+        loop(other.model)
+    assert module.handle.info.rank == 2
+
+
+def test_state_dicts_are_those_of_the_model():
+    model, other = MLP(3), MLP(3)
+    attach(model.encoder, model.heads, AlignedMTL())
+    loop(model)
+    other.load_state_dict(model.state_dict())
+    model.load_state_dict(other.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------ several forwards
+
+
+def test_an_evaluation_in_between():
+    """Without gradients, by the very modules: what is under way is not disturbed."""
+    model, alone = MLP(3), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    h = model.encoder(model.x)
+    first = model.loss(0, h)
+    with torch.no_grad():
+        losses_of(model, model.encoder(model.x * 2))
+        other = model.encoder(model.x * 3)
+    assert model.loss(1, other).requires_grad  # a head trained on what has no graph
+    handle.total([first, model.loss(1, h), model.loss(2, h)]).backward()
+    attach(alone.encoder, alone.heads, AlignedMTL())
+    loop(alone)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    info = handle.info
+    with torch.no_grad():
+        losses_of(model, model.encoder(model.x))
+    assert handle.info is info
+
+
+def test_two_forwards_and_one_backward():
+    """Micro-batches whose losses are summed: each is aligned on its own, as in accumulation."""
+    model, alone = MLP(3), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    totals = []
+    for factor in (1.0, 2.0):
+        h = model.encoder(model.x * factor)
+        totals.append(handle.total(losses_of(model, h)))
+    sum(totals).backward()
+    for factor in (1.0, 2.0):
+        hs = fan_out(alone.encoder(alone.x * factor), 3, AlignedMTL())
+        hs.total([alone.loss(t, hs[t]) for t in range(3)]).backward()
+    assert torch.equal(handle.info.gram, hs.info.gram)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert relative(p.grad, q.grad.double()) <= 1e-6
+
+
+def test_what_is_done_to_the_output_in_place():
+    """The fan-out is made of what the first head is called with."""
+    model, alone = MLP(3), MLP(3)
+    model.encoder, alone.encoder = model.encoder[:3], alone.encoder[:3]
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    h = model.encoder(model.x)
+    F.relu_(h)
+    handle.total(losses_of(model, h)).backward()
+    hs = fan_out(alone.encoder(alone.x).relu(), 3, AlignedMTL())
+    hs.total([alone.loss(t, hs[t]) for t in range(3)]).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def aligned():
+    model = MLP(3)
+    attach(model.encoder, model.heads, AlignedMTL())
+    loop(model)
+    return model
+
+
+def same(model, other):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert relative(p.grad, q.grad.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_encoder(reentrant, early_stop):
+    """It runs the encoder again in the backward, hooks and all."""
+    model, expected = MLP(3), aligned()
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    for _ in range(2):
+        model.zero_grad()
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+            h = checkpoint(model.encoder, model.x.clone().requires_grad_(), use_reentrant=reentrant)
+        handle.total(losses_of(model, h)).backward()
+        same(model, expected)
+        assert handle.info.rank == 3
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_model(reentrant, early_stop):
+    model, expected = MLP(3), aligned()
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+
+    def everything(x):
+        h = model.encoder(x)
+        return torch.stack([model.loss(t, h) for t in range(3)])
+
+    for step in range(2):
+        model.zero_grad()
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+            losses = checkpoint(everything, model.x.clone().requires_grad_(), use_reentrant=reentrant)
+        (losses * torch.tensor([1.0, 1.0, 1.0])).sum().backward()
+        same(model, expected)
+        assert handle.info.rank == 3, step
+
+
+def test_a_checkpoint_around_a_head():
+    model, expected = MLP(3), aligned()
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    h = model.encoder(model.x)
+    handle.total([checkpoint(model.loss, t, h, use_reentrant=False) for t in range(3)]).backward()
+    same(model, expected)
+    h = model.encoder(model.x)
+    losses = [checkpoint(model.loss, t, h, use_reentrant=True) for t in range(3)]
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"attach: heads\[2\] .* needs use_reentrant=False"):
+        sum(losses).backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_compiled_parts():
+    """The hooks run between compiled graphs."""
+    expected = aligned()
+    for whole in (True, False):
+        torch._dynamo.reset()
+        model = MLP(3)
+        handle = attach(model.encoder, model.heads, AlignedMTL())
+        if not whole:
+            for part in (model.encoder, *model.heads):
+                part.compile(backend="aot_eager")
+
+        def forward(model=model):
+            return losses_of(model, model.encoder(model.x))
+
+        run = torch.compile(forward, backend="aot_eager") if whole else forward
+        for _ in range(2):
+            model.zero_grad()
+            handle.total(run()).backward()
+            same(model, expected)
+            assert handle.info.rank == 3

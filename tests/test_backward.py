@@ -546,7 +546,9 @@ def test_representation_with_stages_made_from_each_other(retain_graph):
     assert relative(flat(encoder_gradients(model)), flat(expected)) <= 5e-6
 
 
-@pytest.mark.parametrize("method", [fastmtl.AlignedMTL("sum", scale="rmse"), fastmtl.MGDA()], ids=["aligned", "mgda"])
+@pytest.mark.parametrize(
+    "method", [fastmtl.AlignedMTL(weights="sum", scale="rmse"), fastmtl.MGDA()], ids=["aligned", "mgda"]
+)
 def test_representation_with_heads_that_share_parameters(method):
     class Shared(MLP):
         """The first two heads have a layer in common."""
@@ -634,12 +636,14 @@ def test_representation_that_a_task_misses():
     model, fanned = MLP(3), MLP(3)
     own = nn.Parameter(torch.tensor([1.0, 2.0]))
     h = model.encoder(model.x)
-    info = fastmtl.AlignedMTL().backward([model.loss(0, h), own.square().sum(), model.loss(2, h)], representation=h)
+    losses = [model.loss(0, h), own.square().sum(), model.loss(2, h)]
+    with pytest.warns(UserWarning, match=r"representation: losses\[1\] does not depend on it"):
+        info = fastmtl.AlignedMTL().backward(losses, representation=h)
     assert info.rank == 2
     assert info.alpha[1] == 0
     assert torch.equal(own.grad, torch.tensor([2.0, 4.0]))
     hs = fastmtl.fan_out(fanned.encoder(fanned.x), 3, fastmtl.AlignedMTL())
-    (fanned.loss(0, hs[0]) + fanned.loss(2, hs[2])).backward()
+    hs.total([fanned.loss(0, hs[0]), None, fanned.loss(2, hs[2])]).backward()
     same_gradients(model.encoder, fanned.encoder)
 
 
@@ -806,7 +810,7 @@ def test_features_for_a_method_that_is_not_of_the_gram():
 # ------------------------------------------------------------------------------------------------ groups
 
 
-GROUPED = {"aligned": fastmtl.AlignedMTL([1.0, 2.0, 3.0], scale="median"), "mgda": fastmtl.MGDA()}
+GROUPED = {"aligned": fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0], scale="median"), "mgda": fastmtl.MGDA()}
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -893,3 +897,257 @@ def test_a_non_finite_group_leaves_the_others_finite():
     assert relative(b.grad, svd_align(G[:, 6:])) <= 2e-6
     assert info.alpha[0].isnan().all()
     assert info.alpha[1].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ tasks that are absent
+
+
+NOTHING = {
+    "None": lambda loss: None,
+    "constant": lambda loss: loss.detach(),
+    "constant NaN": lambda loss: torch.tensor(torch.nan),
+}
+WAYS = {
+    "shared": lambda model, h: {"shared": model.encoder},
+    "default": lambda model, h: {},
+    "features": lambda model, h: {"features": h},
+    "batched": lambda model, h: {"features": h, "batched": True},
+    "groups": lambda model, h: {"groups": [list(part.parameters()) for part in (model.encoder[0], model.encoder[2])]},
+    "representation": lambda model, h: {"representation": h},
+}
+
+
+@pytest.mark.parametrize("absent", [[0], [3], [1, 2]])
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_absent_task_is_a_missing_row(way, name, absent):
+    """The others are aggregated beside a row of zeros, whatever stands for the loss, and its head is left alone."""
+    method, model, plain = fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0, 4.0]), MLP(4), MLP(4)
+    for p in model.heads[absent[0]].parameters():
+        p.grad = torch.ones_like(p)
+    h = model.encoder(model.x)
+    losses = [NOTHING[name](loss) if t in absent else loss for t, loss in enumerate(losses_of(model, h))]
+    info = method.backward(losses, **WAYS[way](model, h))
+
+    h = plain.encoder(plain.x)
+    target = [h] if way == "representation" else list(plain.encoder.parameters())
+    rows: list = gradient_rows(losses_of(plain, h), target)
+    for t in absent:
+        rows[t] = [None] * len(target)
+    if way == "groups":
+        expected = [*method([row[:2] for row in rows]), *method([row[2:] for row in rows])]
+    else:
+        expected = method(rows)
+    if way == "representation":
+        expected = torch.autograd.grad(h, list(plain.encoder.parameters()), expected)
+    for p, g in zip(model.encoder.parameters(), expected, strict=True):
+        assert relative(p.grad, g.to(F64)) <= 5e-6
+    present = [t for t in range(4) if t not in absent]
+    assert (info.alpha[..., absent] == 0).all()
+    assert (info.alpha[..., present] != 0).all()
+    assert (info.gram[..., absent, :] == 0).all()
+    for t, head in enumerate(model.heads):
+        for p in head.parameters():
+            if t in present:
+                assert p.grad is not None
+            else:
+                assert p.grad is None if t != absent[0] else (p.grad == 1).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_without_any_task_changes_nothing(way):
+    model = MLP(3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    h = model.encoder(model.x)
+    for losses in ([None] * 3, [loss.detach() for loss in losses_of(model, h)]):
+        with pytest.raises(
+            ValueError, match=r"losses: expected at least one loss that requires grad, got none among 3"
+        ):
+            fastmtl.AlignedMTL().backward(losses, **WAYS[way](model, h))
+    assert all((p.grad == 1).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_graph_is_freed_after_the_last_task_that_is_there(way):
+    for retain in (True, False):
+        model = MLP(3)
+        h = model.encoder(model.x)
+        first, second, _ = losses_of(model, h)
+        fastmtl.AlignedMTL().backward([first, second, None], **WAYS[way](model, h), retain_graph=retain)
+        if retain:
+            torch.autograd.grad(second, h)
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                torch.autograd.grad(h.sum(), model.encoder[0].weight)
+
+
+def test_absent_tasks_of_every_method():
+    """A step with a task that is not there is finite, and its weight is zero: also where losses or state are needed."""
+    methods = [
+        *(fastmtl.AlignedMTL(), fastmtl.MGDA(), fastmtl.MGDA(normalization="loss+"), fastmtl.CAGrad(), fastmtl.IMTL()),
+        *(fastmtl.NashMTL(), fastmtl.NashMTL(every=2), fastmtl.FairGrad(), fastmtl.UPGrad(), fastmtl.ConFIG()),
+        *(fastmtl.PCGrad(), fastmtl.GradVac(), fastmtl.RLW(), fastmtl.Uniform(), fastmtl.DualProj()),
+    ]
+    for method in methods:
+        for step in range(3):
+            model = MLP(3)
+            h = model.encoder(model.x)
+            losses: list = losses_of(model, h)
+            losses[step] = None
+            info = method.backward(losses, model.encoder)
+            assert info.alpha.isfinite().all(), method
+            assert (info.gram[step] == 0).all()
+            assert any(p.grad.any() for p in model.encoder.parameters()), method
+    model = MLP(3)
+    h = model.encoder(model.x)
+    fastmtl.GradDrop().backward([model.loss(0, h), None, model.loss(2, h)], model.encoder)
+    assert all(p.grad.isfinite().all() for p in model.encoder.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ what is shared
+
+
+def taken(scales, way):
+    """T entries of a tensor of scales, as users write it."""
+    return {
+        "index": lambda: [scales[t] for t in range(3)],
+        "negative index": lambda: [scales[t - 3] for t in range(3)],
+        "iteration": lambda: list(scales),
+        "unbind": lambda: scales.unbind(),
+        "select": lambda: [scales.select(-1, t) for t in range(3)],
+    }[way]()
+
+
+@pytest.mark.parametrize("way", ["index", "negative index", "iteration", "unbind", "select"])
+def test_learned_scales_of_losses_are_not_shared(way):
+    """Kendall's log-variances, by a parameter of the user's: each loss reads an entry of its own."""
+    model, named = MLP(3), MLP(3)
+    scales, others = nn.Parameter(randn(3, seed=5)), nn.Parameter(randn(3, seed=5))
+
+    def losses(model, scales):
+        plain = losses_of(model, model.encoder(model.x))
+        return [torch.exp(-s) * loss + s for s, loss in zip(taken(scales, way), plain, strict=True)]
+
+    expected = torch.autograd.grad(sum(losses(named, others)), others)[0]
+    found = fastmtl.AlignedMTL().backward(losses(model, scales))
+    given = fastmtl.AlignedMTL().backward(losses(named, others), shared=named.encoder)
+    assert relative(found.gram, given.gram) <= 1e-12
+    assert relative(scales.grad, expected.to(F64)) <= 1e-6
+    assert relative(others.grad, expected.to(F64)) <= 1e-6
+    same_gradients(model, named)
+
+
+@pytest.mark.parametrize("make", [fastmtl.scalarization.IMTLL, fastmtl.scalarization.Uncertainty])
+def test_what_scalarizations_learn_is_not_shared(make):
+    model, named = MLP(3), MLP(3)
+    scales, others = make(3), make(3)
+
+    def losses(model, scales):
+        plain = losses_of(model, model.encoder(model.x))
+        if isinstance(scales, fastmtl.scalarization.IMTLL):
+            return scales.scaled(plain)
+        return [0.5 * torch.exp(-scales.s[t]) * loss + 0.5 * scales.s[t] for t, loss in enumerate(plain)]
+
+    found = fastmtl.AlignedMTL().backward(losses(model, scales))
+    given = fastmtl.AlignedMTL().backward(losses(named, others), shared=named.encoder)
+    assert relative(found.gram, given.gram) <= 1e-12
+    assert torch.equal(scales.s.grad, others.s.grad)
+    same_gradients(model, named)
+
+
+@pytest.mark.parametrize(
+    ("rows", "whole", "shared"), [((0, 1, 2), False, False), ((0, 1, 0), False, True), ((0, 1, 2), True, True)]
+)
+def test_entries_that_two_losses_read_are_shared(rows, whole, shared):
+    """A task embedding is parted; a table of which two tasks read the same row is not, nor one that is read whole."""
+    x, G, base = randn(4, seed=1), randn(3, 4, seed=2), nn.Parameter(randn(4, seed=3))
+
+    def losses(table):
+        found = [((table[row] * x).sin() * g).sum() + (base * g).sum() for row, g in zip(rows, G, strict=True)]
+        return [loss + table.square().sum() for loss in found] if whole else found
+
+    table, other = nn.Parameter(randn(3, 4, seed=4)), nn.Parameter(randn(3, 4, seed=4))
+    info = fastmtl.AlignedMTL().backward(losses(table))
+    expected = fastmtl.AlignedMTL().backward(losses(other), [base, other] if shared else [base])
+    assert relative(info.gram, expected.gram) <= 1e-12
+    assert relative(table.grad, other.grad.to(F64)) <= 1e-6
+
+
+def test_inputs_that_require_grad_are_not_shared():
+    model, named = MLP(3), MLP(3)
+    model.x.requires_grad_()
+    expected = torch.autograd.grad(sum(losses_of(model, model.encoder(model.x))), model.x)[0]
+    for way in ("default", "features"):
+        model.zero_grad()
+        named.zero_grad()
+        model.x.grad = None
+        h = model.encoder(model.x)
+        found = fastmtl.AlignedMTL().backward(losses_of(model, h), **WAYS[way](model, h))
+        given = fastmtl.AlignedMTL().backward(losses_of(named, named.encoder(named.x)), named.encoder)
+        assert relative(found.gram, given.gram) <= 1e-12
+        assert relative(model.x.grad, expected.to(F64)) <= 1e-6
+        same_gradients(model, named)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    h = model.encoder(model.x)
+    info = fastmtl.AlignedMTL().backward([loss + (h * t).sum() for t, loss in enumerate(losses_of(model, h))])
+    assert info.rank == 3  # where no parameter is left, the inputs are what is trained
+
+
+class Outputs(nn.Module):
+    """A model that returns the outputs of all heads, and what is behind them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        h = self.model.encoder(self.model.x)
+        return (*(head(h) for head in self.model.heads), h)
+
+
+@pytest.mark.parametrize("used", [3, 2])
+def test_heads_joined_by_hooks_of_the_module_are_not_shared(used):
+    """A full backward hook puts one node behind all outputs: what one loss needs of it leads to one head."""
+    model, plain = MLP(3), MLP(3)
+    joined = Outputs(model)
+    joined.register_full_backward_hook(lambda *_: None)
+    joined.model.x.requires_grad_()
+    info = fastmtl.AlignedMTL().backward([out.square().mean() for out in joined()[:used]])
+    expected = fastmtl.AlignedMTL().backward([out.square().mean() for out in Outputs(plain)()[:used]])
+    assert relative(info.gram, expected.gram) <= 1e-12
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            assert relative(p.grad, q.grad.to(F64)) <= 2e-6
+
+
+def test_hooks_of_leaves_that_get_no_gradient_fire_as_in_any_backward():
+    """DistributedDataParallel waits for them."""
+
+    class Unused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g, None
+
+    def fired(step):
+        a, b = nn.Parameter(randn(3)), nn.Parameter(randn(3, seed=1))
+        calls = []
+        for name, p in (("a", a), ("b", b)):
+            p.register_post_accumulate_grad_hook(lambda p, name=name: calls.append((name, p.grad is None)))
+        h = Unused.apply(a, b)
+        step([h.sum(), h.square().sum()], a, h)
+        return sorted(calls)
+
+    method = fastmtl.AlignedMTL()
+    expected = fired(lambda losses, a, h: sum(losses).backward())
+    assert expected == [("a", False), ("b", True)]
+    assert fired(lambda losses, a, h: method.backward(losses, [a])) == expected
+    assert fired(lambda losses, a, h: method.backward(losses)) == expected
+    assert fired(lambda losses, a, h: method.backward(losses, features=h)) == expected
+    assert fired(lambda losses, a, h: method.backward(losses, representation=h)) == expected

@@ -165,7 +165,7 @@ def test_config_by_definition(T, family, weighted):
     u = torch.linalg.pinv(units(G)) @ w
     u = u / u.norm()
     expected = (G @ u).sum() * u
-    got = fastmtl.ConFIG(w if weighted else None)(G)
+    got = fastmtl.ConFIG(weights=w if weighted else None)(G)
     assert relative(got, expected) <= 1e-12 * T * torch.linalg.cond(units(G)).item() ** 2
     cosines = units(G) @ got / got.norm()
     assert (cosines * w.sum() / w).std().item() <= 1e-10 * torch.linalg.cond(units(G)).item() ** 2
@@ -185,14 +185,14 @@ def test_krum_by_brute_force(T, f, m, squared):
     chosen = sorted(range(T), key=scores.__getitem__)[:m]
     expected = torch.zeros(T, dtype=F64)
     expected[chosen] = 1 / m
-    assert torch.equal(fastmtl.Krum(f, m, squared).weighting(G @ G.T), expected)
+    assert torch.equal(fastmtl.Krum(byzantine=f, selected=m, squared=squared).weighting(G @ G.T), expected)
 
 
 def test_krum_ignores_an_outlier():
     G = torch.ones(6, 20) + 0.1 * randn(6, 20)
     G[3] = -1e6
-    assert fastmtl.Krum(1, selected=5).weighting(G.double() @ G.double().T)[3] == 0
-    assert (fastmtl.Krum(1)(G) - 1).abs().max() < 1
+    assert fastmtl.Krum(byzantine=1, selected=5).weighting(G.double() @ G.double().T)[3] == 0
+    assert (fastmtl.Krum(byzantine=1)(G) - 1).abs().max() < 1
 
 
 # ------------------------------------------------------------------------------------------------ constant, random
@@ -201,9 +201,9 @@ def test_krum_ignores_an_outlier():
 def test_uniform_is_the_mean():
     G = randn(5, 100, dtype=F64)
     assert relative(fastmtl.Uniform()(G), G.mean(0)) <= 1e-15
-    assert relative(fastmtl.Uniform("sum")(G), G.sum(0)) <= 1e-15
+    assert relative(fastmtl.Uniform(weights="sum")(G), G.sum(0)) <= 1e-15
     w = torch.arange(5.0, dtype=F64)
-    assert relative(fastmtl.Uniform(w)(G), w @ G) <= 1e-15
+    assert relative(fastmtl.Uniform(weights=w)(G), w @ G) <= 1e-15
 
 
 def test_random_weights():
@@ -233,9 +233,9 @@ def test_torchjd_agrees():
         for ours, their in (
             (fastmtl.IMTL(), theirs.IMTLG()),
             (fastmtl.ConFIG(), theirs.ConFIG()),
-            (fastmtl.Krum(1, 2, squared=False), theirs.Krum(1, 2)),
+            (fastmtl.Krum(byzantine=1, selected=2, squared=False), theirs.Krum(1, 2)),
             (fastmtl.Uniform(), theirs.Mean()),
-            (fastmtl.Uniform("sum"), theirs.Sum()),
-            (fastmtl.Uniform([1.0, 2, 3, 4, 5, 6]), theirs.Constant(torch.arange(1.0, 7, dtype=F64))),
+            (fastmtl.Uniform(weights="sum"), theirs.Sum()),
+            (fastmtl.Uniform(weights=[1.0, 2, 3, 4, 5, 6]), theirs.Constant(torch.arange(1.0, 7, dtype=F64))),
         ):
             assert relative(ours(G), their(G)) <= 1e-10, ours

@@ -282,7 +282,7 @@ STATELESS = {
     "RLW": fastmtl.RLW,
     "UPGrad": fastmtl.UPGrad,
     "DualProj": fastmtl.DualProj,
-    "FairGrad": lambda: fastmtl.FairGrad(2.0),
+    "FairGrad": lambda: fastmtl.FairGrad(fairness=2.0),
     "GradDrop": fastmtl.GradDrop,
 }
 
@@ -317,7 +317,7 @@ def test_fan_out_of_every_method(name):
     [
         (fastmtl.GradVac(), {}),
         (fastmtl.NashMTL(every=2), {}),
-        (fastmtl.MGDA("loss"), {}),
+        (fastmtl.MGDA(normalization="loss"), {}),
         (fastmtl.NashMTL(), {"grad_scale": 2.0}),
     ],
     ids=["GradVac", "NashMTL every 2", "MGDA loss", "grad_scale"],

@@ -516,7 +516,7 @@ def test_two_devices():
     assert got.device == torch.device("cuda:1")
     assert torch.equal(got.cpu(), expected.cpu())
     assert torch.cuda.current_device() == 0
-    assert len(method._placed) == 2
+    assert len(method._copies) == 2
     with pytest.raises(ValueError, match=r"cuda:1"):
         method([G[0].to("cuda:0"), G[1].to("cuda:1"), None, None])
 
@@ -638,11 +638,11 @@ def test_weights_before_and_after_a_capture(weights):
         out = torch.empty(900, device="cuda")
         with torch.cuda.graph(graph):
             method(G, out=out)
-        assert not method._placed
+        assert not len(method._copies)
         graph.replay()
         assert torch.equal(out, expected)
     assert torch.equal(method(G), expected)
-    assert len(method._placed) == 1
+    assert len(method._copies) == 1
 
 
 @pytest.mark.parametrize("scale_heads", [False, True])
@@ -886,7 +886,7 @@ def test_sign_drop_of_ragged_rows():
 def test_graddrop_does_not_wait_and_is_reproducible():
     G, rows = on_gpu(randn(4, 70_001)), on_gpu(ragged(4))
     for leak in (None, 0.5, [0.0, 0.25, 0.5, 1.0]):
-        method = fastmtl.GradDrop(leak)
+        method = fastmtl.GradDrop(leak=leak)
         method(G)  # places the leaks
         torch.manual_seed(1)
         with no_waiting():

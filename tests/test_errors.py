@@ -251,10 +251,10 @@ BACKWARD = {
         TypeError,
         ("losses[1]", "tensor", "float"),
     ),
-    "a loss that is None": (
-        lambda trunk, heads, losses, h, table: ([None, losses[0]], trunk.parameters()),
-        TypeError,
-        ("losses[0]", "tensor", "NoneType"),
+    "losses that are all None": (
+        lambda trunk, heads, losses, h, table: ([None, None], trunk.parameters()),
+        ValueError,
+        ("losses", "at least one", "none among 2"),
     ),
     "an integer loss": (
         lambda trunk, heads, losses, h, table: ([losses[0], torch.tensor(1)], trunk.parameters()),
@@ -271,10 +271,10 @@ BACKWARD = {
         ValueError,
         ("losses[0]", "scalar", "[0, 4]"),
     ),
-    "a loss without a graph": (
-        lambda trunk, heads, losses, h, table: ([losses[0], losses[1].detach()], trunk.parameters()),
+    "losses without a graph": (
+        lambda trunk, heads, losses, h, table: ([None, losses[1].detach()], trunk.parameters()),
         ValueError,
-        ("losses[1]", "requires grad", "constant"),
+        ("losses", "requires grad", "none among 2"),
     ),
     "no shared parameter": (
         lambda trunk, heads, losses, h, table: (losses, []),

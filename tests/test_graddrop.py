@@ -211,7 +211,7 @@ def test_what_needs_a_gram_is_refused():
 def test_leak(T, dtype):
     """Of the sign that was not drawn every task keeps its part."""
     G, leak = randn(T, 700, dtype=dtype), torch.linspace(0, 1, T, dtype=F64)
-    got = GradDrop(leak, generator(1))(G)
+    got = GradDrop(leak=leak, generator=generator(1))(G)
     plain = GradDrop(generator=generator(1))(G)
     X = G.to(F64)
     positive, negative = parts(G)
@@ -222,48 +222,50 @@ def test_leak(T, dtype):
 
 def test_one_number_leaks_for_all_tasks():
     G = randn(4, 300)
-    expected = GradDrop([0.25] * 4, generator(1))(G)
-    assert torch.equal(GradDrop(0.25, generator(1))(G), expected)
-    assert torch.equal(GradDrop(torch.tensor(0.25), generator(1))(G), expected)
-    assert torch.equal(GradDrop(torch.full((4,), 0.25), generator(1))(G), expected)
+    expected = GradDrop(leak=[0.25] * 4, generator=generator(1))(G)
+    assert torch.equal(GradDrop(leak=0.25, generator=generator(1))(G), expected)
+    assert torch.equal(GradDrop(leak=torch.tensor(0.25), generator=generator(1))(G), expected)
+    assert torch.equal(GradDrop(leak=torch.full((4,), 0.25), generator=generator(1))(G), expected)
     assert not torch.equal(GradDrop(generator=generator(1))(G), expected)
     for none in (0, 0.0, [0.0] * 4, (0,) * 4):
-        assert torch.equal(GradDrop(none, generator(1))(G), GradDrop(generator=generator(1))(G))
-    assert (GradDrop(1)(G) - G.sum(0)).abs().max() <= 1e-6
-    assert (GradDrop([1, 1, 1, 1])(G) - G.sum(0)).abs().max() <= 1e-6
+        assert torch.equal(GradDrop(leak=none, generator=generator(1))(G), GradDrop(generator=generator(1))(G))
+    assert (GradDrop(leak=1)(G) - G.sum(0)).abs().max() <= 1e-6
+    assert (GradDrop(leak=[1, 1, 1, 1])(G) - G.sum(0)).abs().max() <= 1e-6
 
 
 def test_leak_on_rows_and_batches():
     G, leak = randn(3, 40), (0.0, 0.5, 1.0)
-    whole = GradDrop(leak, generator(1))(G)
-    parts_ = GradDrop(leak, generator(1))([list(row.split([13, 27])) for row in G])
+    whole = GradDrop(leak=leak, generator=generator(1))(G)
+    parts_ = GradDrop(leak=leak, generator=generator(1))([list(row.split([13, 27])) for row in G])
     assert torch.equal(torch.cat(parts_), whole)
-    batch = GradDrop(leak, generator(1))(torch.stack([G, G]))
+    batch = GradDrop(leak=leak, generator=generator(1))(torch.stack([G, G]))
     assert torch.equal(batch[0], whole)
     assert not torch.equal(batch[1], whole)  # other random numbers
 
 
 def test_leak_in_a_copy_and_a_pickle():
-    G, method = randn(3, 40), GradDrop([0.0, 0.5, 1.0])
-    expected = GradDrop([0.0, 0.5, 1.0], generator(1))(G)
+    G, method = randn(3, 40), GradDrop(leak=[0.0, 0.5, 1.0])
+    expected = GradDrop(leak=[0.0, 0.5, 1.0], generator=generator(1))(G)
     for other in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
         other.generator = generator(1)
         assert torch.equal(other(G), expected)
 
 
 def test_errors():
-    for wrong in (-0.1, 1.1, math.nan, [0.5, 2.0], torch.tensor([-1.0])):
+    for wrong in (-0.1, 1.1, [0.5, 2.0], torch.tensor([-1.0])):
         with pytest.raises(ValueError, match=r"leak: expected numbers within \[0, 1\], got"):
-            GradDrop(wrong)
+            GradDrop(leak=wrong)
+    with pytest.raises(ValueError, match="leak: expected finite numbers, got nan"):
+        GradDrop(leak=math.nan)
     for wrong in ([], torch.zeros(2, 2), [[0.5]]):
         with pytest.raises(ValueError, match=r"leak: expected one number or shape \[T\], got shape"):
-            GradDrop(wrong)
+            GradDrop(leak=wrong)
     for wrong in ("half", True, generator(1), [None], ["x"]):
         with pytest.raises(TypeError, match="leak: expected a number, T numbers or None, got"):
-            GradDrop(wrong)
+            GradDrop(leak=wrong)
     with pytest.raises(TypeError, match=r"generator: expected a torch.Generator or None, got int"):
         GradDrop(generator=5)
-    method, G = GradDrop([0.5, 0.5]), randn(3, 4)
+    method, G = GradDrop(leak=[0.5, 0.5]), randn(3, 4)
     for gradients in (G, torch.stack([G, G]), list(G)):
         with pytest.raises(ValueError, match=r"leak: expected length 3 \(the number of tasks\), got 2"):
             method(gradients)
@@ -271,8 +273,8 @@ def test_errors():
 
 def test_repr():
     assert repr(GradDrop()) == "GradDrop()"
-    assert repr(GradDrop(0.5)) == "GradDrop(leak=0.5)"
-    assert repr(GradDrop([0, 0.5])) == "GradDrop(leak=[0.0, 0.5])"
+    assert repr(GradDrop(leak=0.5)) == "GradDrop(leak=0.5)"
+    assert repr(GradDrop(leak=[0, 0.5])) == "GradDrop(leak=[0.0, 0.5])"
 
 
 # ------------------------------------------------------------------------------------------------ ops
@@ -442,7 +444,7 @@ def test_out_bumps_the_version_counter(form):
 
 def test_compile():
     """The seed is drawn inside of the graph."""
-    G, method = randn(3, 90), GradDrop(0.25)
+    G, method = randn(3, 90), GradDrop(leak=0.25)
     rows = [list(row.split([40, 50])) for row in G]
     compiled = torch.compile(lambda G, rows: (method(G), method(rows)), fullgraph=True, backend="aot_eager")
     torch.manual_seed(3)

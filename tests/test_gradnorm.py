@@ -67,7 +67,7 @@ def norms(model, losses, w):
 @pytest.mark.parametrize("bias", [False, True])
 def test_is_algorithm_1(alpha, lr, initial, bias):
     ours, theirs = Model(), Model()
-    method = GradNorm(3, alpha, lr, initial)
+    method = GradNorm(3, alpha=alpha, lr=lr, initial_losses=initial)
     naive = Naive(3, alpha, lr, None if initial is None else torch.tensor(initial, dtype=F64))
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in (ours, theirs)]
     for k in range(25):
@@ -154,7 +154,7 @@ def test_a_task_that_does_not_reach_the_layer():
 def test_gradients_that_overflow_leave_the_state(alpha):
     """Finite losses with infinite gradients, as under a loss scaler that is too large."""
     x = torch.zeros(2, dtype=F64, requires_grad=True)
-    method = GradNorm(2, alpha, initial_losses=[1.0, 1.0])
+    method = GradNorm(2, alpha=alpha, initial_losses=[1.0, 1.0])
     state = {key: value.clone() for key, value in method.state_dict().items()}
     method([1 + x[0].sqrt(), 1 + x[1]], x)
     for key, value in method.state_dict().items():

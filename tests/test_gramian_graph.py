@@ -756,7 +756,7 @@ def test_arguments_are_checked_as_for_the_full_engine(engine):
     losses = model.losses()
     for arguments, error, match in (
         (([], model.shared()), ValueError, "losses"),
-        (([losses[0], losses[1].detach()], model.shared()), ValueError, r"losses\[1\]"),
+        (([losses[0].detach(), losses[1].detach()], model.shared()), ValueError, "losses"),
         (([losses[0], model.x], model.shared()), ValueError, r"losses\[1\]"),
         ((losses, [model.trunk[0].weight * 2]), ValueError, r"shared\[0\]"),
         ((losses, [*model.shared(), 3]), TypeError, r"shared\[6\]"),

@@ -1,6 +1,10 @@
 """`fan_out`: the upper bound inside one ordinary backward, by a node and by hooks."""
 
+import copy
 import dataclasses
+import io
+import pickle
+import re
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -22,11 +26,11 @@ both = pytest.mark.parametrize("via", ["node", "hooks"])
 METHODS = {
     "aligned": (lambda T: AlignedMTL(), svd_align),
     "aligned sum median": (
-        lambda T: AlignedMTL("sum", scale="median"),
+        lambda T: AlignedMTL(weights="sum", scale="median"),
         lambda G: svd_align(G, torch.ones(G.shape[0]), "median"),
     ),
     "aligned numbers rmse": (
-        lambda T: AlignedMTL(list(range(1, T + 1)), scale="rmse"),
+        lambda T: AlignedMTL(weights=list(range(1, T + 1)), scale="rmse"),
         lambda G: svd_align(G, torch.arange(1.0, G.shape[0] + 1), "rmse"),
     ),
     "mgda": (lambda T: fastmtl.MGDA(), shortest),
@@ -283,12 +287,18 @@ def test_the_aliases_are_a_sequence():
 
 
 @both
+@pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("reaching", [[0, 2], [1], [0, 1]])
-def test_a_task_that_misses_h_is_a_zero_row(reaching, via):
+def test_a_task_that_misses_h_is_a_zero_row(reaching, said, via):
     case, zeros = Linear(), Linear()
     hs = fan_out(case.h(), 3, AlignedMTL(), via=via)
     losses = case.losses(hs)
-    sum(losses[t] for t in reaching).backward()
+    if said:
+        hs.total([losses[t] if t in reaching else None for t in range(3)]).backward()
+    else:
+        missing = ", ".join(f"hs[{t}]" for t in range(3) if t not in reaching)
+        with pytest.warns(UserWarning, match=rf"fan_out: {re.escape(missing)} of 3 aliases ha.* got no gradient"):
+            sum(losses[t] for t in reaching).backward()
     hz = fan_out(zeros.h(), 3, AlignedMTL(), via=via)
     sum(loss if t in reaching else 0 * loss for t, loss in enumerate(zeros.losses(hz))).backward()
     assert torch.equal(case.weight.grad, zeros.weight.grad)
@@ -345,7 +355,8 @@ def test_other_uses_of_h_are_added_plainly(via):
     case = Linear()
     h = case.h()
     hs = fan_out(h, 3, AlignedMTL(), via=via)
-    (sum(case.losses(hs)) + h.square().sum()).backward()
+    with pytest.warns(UserWarning, match=r"fan_out: .* beside the aliases hs\[0\] ... hs\[2\].* added plainly"):
+        (sum(case.losses(hs)) + h.square().sum()).backward()
     assert relative(case.weight.grad, case.aligned() + 2 * case.weight) <= 2e-6
 
 
@@ -557,7 +568,8 @@ def test_loss_by_loss_raises(retain, via):
     model = MLP(3)
     hs = fan_out(model.encoder(model.x), 3, AlignedMTL(), via=via)
     losses = losses_of_aliases(model, hs)
-    losses[0].backward(retain_graph=retain)
+    with pytest.warns(UserWarning, match=r"hs\[1\], hs\[2\] of 3 aliases have got no gradient"):
+        losses[0].backward(retain_graph=retain)
     before = [g.clone() for g in encoder_gradients(model)]
     with pytest.raises(RuntimeError, match=r"fan_out: expected gradients of tasks \[0\].*got those of tasks \[1\]"):
         losses[1].backward(retain_graph=retain)
@@ -589,7 +601,7 @@ def test_a_failed_backward_leaves_nothing_behind(failing, where, via):
     assert case.weight.grad is None
     assert hs.gradients is hs.info is None
     Fail.armed = False
-    losses[failing].backward(retain_graph=True)
+    hs.total([losses[t] if t == failing else None for t in range(3)]).backward(retain_graph=True)
     assert [t for t in range(3) if hs.gradients[t] is not None] == [failing]
     assert relative(case.weight.grad, case.aligned([failing])) <= 2e-6
 
@@ -651,6 +663,50 @@ def test_double_backward_of_losses_that_are_linear(via):
     g.sum().backward()
     assert relative(g, 2 * case.weight * case.aligned()) <= 2e-6
     assert relative(case.weight.grad, 2 * case.aligned()) <= 2e-6
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+class Keeper(nn.Module):
+    """A module that keeps its last fan-out, as a LightningModule may for its log."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = MLP(3)
+        self.hs = None
+
+    def forward(self, via="node"):
+        self.hs = fan_out(self.model.encoder(self.model.x), 3, AlignedMTL(), via=via)
+        return self.hs.total(losses_of_aliases(self.model, self.hs))
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@both
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
+)
+def test_a_copy_holds_nothing(copied, via):
+    """Whatever keeps a fan-out can be copied and saved, before and after its backward."""
+    keeper = Keeper()
+    loss = keeper(via)
+    for _ in range(2):
+        other = copied(keeper)
+        assert list(other.hs) == [None] * 3
+        assert other.hs.info is other.hs.gradients is None
+        assert "FanOut(3" in repr(other.hs)
+        other().backward()
+        assert other.hs.info.rank == 3
+        loss.backward(retain_graph=True)
+    assert keeper.hs.info.rank == 3
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -24,7 +24,7 @@ DEVICES = [
 METHODS = {
     "AlignedMTL": fastmtl.AlignedMTL(),
     "UPGrad": fastmtl.UPGrad(),
-    "GradDrop": fastmtl.GradDrop(torch.ones(2)),  # keeps everything: the sum, by the elementwise kernel
+    "GradDrop": fastmtl.GradDrop(leak=torch.ones(2)),  # keeps everything: the sum, by the elementwise kernel
 }
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def test_rows_far_apart(name, device):
     """Rows that start more than 2^31 and 2^32 elements after the first."""
     G, method = randn(3, 1000, dtype=BF16), METHODS[name]
     if name == "GradDrop":
-        method = fastmtl.GradDrop(torch.ones(3))
+        method = fastmtl.GradDrop(leak=torch.ones(3))
     wide = torch.zeros(2 * (HALF + 1000) + 1000, dtype=BF16, device=device)
     far = wide.as_strided((3, 1000), (HALF + 1000, 1))
     far.copy_(G)

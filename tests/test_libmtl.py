@@ -17,28 +17,28 @@ TASKS = ("a", "b")
 
 # LibMTL's name: (weight_args, the same method of this package; for IMTL the part on gradients)
 GRADIENTS = {
-    "Aligned_MTL": ({}, lambda: fastmtl.AlignedMTL("sum")),
-    "MGDA": ({"mgda_gn": "loss+"}, lambda: fastmtl.MGDA("loss+")),
+    "Aligned_MTL": ({}, lambda: fastmtl.AlignedMTL(weights="sum")),
+    "MGDA": ({"mgda_gn": "loss+"}, lambda: fastmtl.MGDA(normalization="loss+")),
     "PCGrad": ({}, fastmtl.PCGrad),
-    "GradVac": ({"GradVac_beta": 0.2, "GradVac_group_type": 0}, lambda: fastmtl.GradVac(0.2)),
-    "CAGrad": ({"calpha": 0.3, "rescale": 0}, lambda: fastmtl.CAGrad(0.3, rescale=0)),
+    "GradVac": ({"GradVac_beta": 0.2, "GradVac_group_type": 0}, lambda: fastmtl.GradVac(beta=0.2)),
+    "CAGrad": ({"calpha": 0.3, "rescale": 0}, lambda: fastmtl.CAGrad(c=0.3, rescale=0)),
     "IMTL": ({}, fastmtl.IMTL),
     "Nash_MTL": (
         {"update_weights_every": 2, "optim_niter": 5, "max_norm": 0.3},
         lambda: fastmtl.NashMTL(max_norm=0.3, every=2),
     ),
-    "GradDrop": ({"leak": 0.25}, lambda: fastmtl.GradDrop(0.25)),
+    "GradDrop": ({"leak": 0.25}, lambda: fastmtl.GradDrop(leak=0.25)),
     "RGW": ({}, fastmtl.RLW),
     "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}, fastmtl.UPGrad),
-    "FairGrad": ({"FairGrad_alpha": 2.0}, lambda: fastmtl.FairGrad(2.0)),
+    "FairGrad": ({"FairGrad_alpha": 2.0}, lambda: fastmtl.FairGrad(fairness=2.0)),
 }
 LOSSES = {
-    "EW": ({}, lambda: scalarization.LS("sum")),
-    "RLW": ({"dist": "constrained_Bernoulli"}, lambda: scalarization.RLW("constrained_bernoulli")),
+    "EW": ({}, lambda: scalarization.LS(weights="sum")),
+    "RLW": ({"dist": "constrained_Bernoulli"}, lambda: scalarization.RLW(distribution="constrained_bernoulli")),
     "DWA": ({"T": 1.5}, lambda: scalarization.DWA(2, temperature=1.5)),
     "UW": ({}, lambda: scalarization.Uncertainty(2, initial=-0.5)),
     "GLS": ({}, lambda: scalarization.GLS(2)),
-    "STCH": ({"STCH_mu": 0.5, "STCH_warmup_epoch": 1}, lambda: scalarization.STCH(0.5, warmup=1, tasks=2)),
+    "STCH": ({"STCH_mu": 0.5, "STCH_warmup_epoch": 1}, lambda: scalarization.STCH(mu=0.5, warmup=1, tasks=2)),
     "FAMO": ({"FAMO_w_lr": 0.1, "FAMO_w_gamma": 0.01}, lambda: scalarization.FAMO(2, lr=0.1, weight_decay=0.01)),
 }
 CASES = GRADIENTS | LOSSES
@@ -316,7 +316,7 @@ def test_a_method_with_parameters_refuses_late_options():
 def test_cagrad_rescale(rescale, divisor):
     trainer = Trainer(libmtl.CAGrad, {"calpha": 0.4, "rescale": rescale})
     weights = trainer.backward()
-    info = fastmtl.CAGrad(0.4, rescale=0).backward(
+    info = fastmtl.CAGrad(c=0.4, rescale=0).backward(
         list(trainer.losses(trainer.batches[0]).unbind()), shared=trainer.model.encoder.parameters()
     )
     np.testing.assert_allclose(weights * divisor, info.alpha.numpy())
@@ -355,12 +355,12 @@ def test_grad_vac_of_another_group_type(kind, rep_grad):
 def test_weighting_of():
     def krum(tasks, byzantine=0, selected=1):
         """Krum."""
-        return fastmtl.Krum(byzantine, selected)
+        return fastmtl.Krum(byzantine=byzantine, selected=selected)
 
     Krum = libmtl.weighting_of(krum)
     assert (Krum.__name__, Krum.__doc__) == ("krum", "Krum.")
     assert libmtl.weighting_of(krum, "Krum").__name__ == "Krum"
-    ones = libmtl.weighting_of(lambda tasks, weights=None: fastmtl.Uniform(weights))
+    ones = libmtl.weighting_of(lambda tasks, weights=None: fastmtl.Uniform(weights=weights))
     trainer = Trainer(ones, {"weights": [2.0, 3.0]})
     assert trainer.backward().tolist() == [2.0, 3.0]
 

@@ -76,7 +76,7 @@ def test_options(scale, rank_rule):
     """Signed weights, every scale and both rules, for norms within and beyond the ratio that is certified."""
     T = 100
     w = uneven(T) * torch.where(torch.arange(T) % 3 == 0, -1.0, 1.0)
-    method = fastmtl.AlignedMTL(w, scale, 1e-4, rank_rule)
+    method = fastmtl.AlignedMTL(weights=w, scale=scale, rtol=1e-4, rank_rule=rank_rule)
     for spread in (1.0, 5.0, 30.0):
         G = randn(T, 450, dtype=F64) * torch.logspace(0, math.log10(spread), T, dtype=F64)[:, None]
         expected = svd_align(G, w, scale, 1e-4, rank_rule)
@@ -143,7 +143,7 @@ def test_orthonormal_rows(T):
     w = uneven(T)
     for G in (torch.eye(T, 5 * T, dtype=F64), orthonormal(T, 5 * T)):
         for scale in SCALES:
-            method = fastmtl.AlignedMTL(w, scale)
+            method = fastmtl.AlignedMTL(weights=w, scale=scale)
             assert relative(method(G), w @ G) <= 1e-9
             assert relative(method(G.float()), w @ G.float().to(F64)) <= 2e-6
 
@@ -176,7 +176,7 @@ def test_the_weights_hide_the_smallest_eigenvalue(T, smallest):
     for scale in SCALES:
         for rtol, rank in ((1e-4, T if smallest else T - 1), (1e-2, T if smallest > 1e-2 else T - 1)):
             assert svd_rank(G, rtol) == rank
-            got = fastmtl.AlignedMTL(w, scale, rtol)(G)
+            got = fastmtl.AlignedMTL(weights=w, scale=scale, rtol=rtol)(G)
             assert relative(got, svd_align(G, w, scale, rtol)) <= 1e-9, (scale, rtol)
 
 
@@ -190,7 +190,7 @@ def test_nearly_equal_smallest_eigenvalues(T, gap):
     G = (U * s) @ orthonormal(T, 4 * T, seed=2)
     for w in (uneven(T), U[:, 0], U[:, -1], U[:, -2]):
         for scale, limit in (("min", 5e-7), ("rmse", 1e-12)):
-            got = fastmtl.AlignedMTL(w, scale, 1e-4)(G)
+            got = fastmtl.AlignedMTL(weights=w, scale=scale, rtol=1e-4)(G)
             assert relative(got, svd_align(G, w, scale, 1e-4)) <= limit, scale
 
 
@@ -234,11 +234,11 @@ def test_ill_conditioned(T):
     for kappa in (30.0, 1e3, 1e4):
         G = conditioned(T, 5 * T, kappa)
         for scale in SCALES:
-            got = fastmtl.AlignedMTL(w, scale, T * EPS32)(G)
+            got = fastmtl.AlignedMTL(weights=w, scale=scale, rtol=T * EPS32)(G)
             assert relative(got, svd_align(G, w, scale, T * EPS32)) <= 2e-6, (kappa, scale)
     G = conditioned(T, 5 * T, 1e4)
     assert 1 < svd_rank(G) < T  # the default tolerance cuts through the spectrum
-    assert relative(fastmtl.AlignedMTL(w)(G), svd_align(G, w)) <= 2e-6
+    assert relative(fastmtl.AlignedMTL(weights=w)(G), svd_align(G, w)) <= 2e-6
 
 
 @pytest.mark.parametrize("T", [65, 129, 300])
@@ -250,8 +250,8 @@ def test_weights_with_zeros(T):
     one[-1] = 3.0
     for given in (w, one):
         for scale in ("min", "rmse"):
-            assert relative(fastmtl.AlignedMTL(given, scale)(G), svd_align(G, given, scale)) <= 2e-6
-    nothing = fastmtl.AlignedMTL(torch.zeros(T))
+            assert relative(fastmtl.AlignedMTL(weights=given, scale=scale)(G), svd_align(G, given, scale)) <= 2e-6
+    nothing = fastmtl.AlignedMTL(weights=torch.zeros(T))
     for dtype in DTYPES:
         assert torch.equal(nothing(G.to(dtype)), torch.zeros(5 * T, dtype=dtype))
     assert not by_rows(nothing, G).any()
@@ -292,12 +292,15 @@ def test_graded_rows(T):
         G = (randn(T, 5 * T, dtype=F64, seed=T) * factors[:, None]).to(dtype)
         for scale in SCALES:
             expected = svd_align(G, w, scale, 1e-4)
-            got = fastmtl.AlignedMTL(w[order], scale, 1e-4)(G[order])
+            got = fastmtl.AlignedMTL(weights=w[order], scale=scale, rtol=1e-4)(G[order])
             assert relative(got, expected) <= 1e-6, (dtype, scale)
-            assert relative(by_rows(fastmtl.AlignedMTL(w[order], scale, 1e-4), G[order]), expected) <= 1e-6
+            assert (
+                relative(by_rows(fastmtl.AlignedMTL(weights=w[order], scale=scale, rtol=1e-4), G[order]), expected)
+                <= 1e-6
+            )
     empty = G.clone()
     empty[T // 3] = 0
-    got = fastmtl.AlignedMTL(w[order], rtol=1e-4)(empty[order])
+    got = fastmtl.AlignedMTL(weights=w[order], rtol=1e-4)(empty[order])
     assert relative(got, svd_align(empty, w, rtol=1e-4)) <= 1e-6
 
 

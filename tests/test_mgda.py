@@ -13,9 +13,14 @@ F32 = torch.float32
 
 def check_optimal(M, alpha, tol=1e-12):
     """KKT: α on the simplex and (Mα)_t >= αᵀMα, with equality where α_t > 0; all relative to the norms involved."""
-    T = M.shape[0]
-    assert alpha.shape == (T,)
+    assert alpha.shape == (M.shape[0],)
     assert alpha.dtype is F64
+    there = M.diagonal() > 0
+    assert (alpha[~there] == 0).all()
+    M, alpha = M[there][:, there], alpha[there]
+    T = M.shape[0]
+    if T == 0:
+        return
     assert (alpha >= 0).all()
     assert alpha.sum().item() == pytest.approx(1.0, abs=1e-12)
     norms = M.diagonal().clamp_min(0).sqrt()
@@ -127,7 +132,7 @@ def test_a_huge_task_does_not_hide_the_others():
 
 
 def test_degenerate_problems():
-    assert torch.equal(MGDA().weighting(torch.zeros(4, 4)), torch.full((4,), 0.25, dtype=F64))
+    assert torch.equal(MGDA().weighting(torch.zeros(4, 4)), torch.zeros(4, dtype=F64))
     assert torch.equal(MGDA()(torch.zeros(3, 5)), torch.zeros(5))
     assert torch.equal(MGDA().weighting(torch.tensor([[3.0]])), torch.ones(1, dtype=F64))
     G = randn(1, 8)
@@ -135,7 +140,7 @@ def test_degenerate_problems():
     opposite = torch.stack([G[0], -G[0]])
     assert MGDA()(opposite).norm() <= 1e-6 * G.norm()
     zero_row = torch.cat([randn(3, 8), torch.zeros(1, 8)])
-    assert torch.equal(MGDA()(zero_row), torch.zeros(8))  # a task that is done: nothing moves
+    assert torch.equal(MGDA()(zero_row), MGDA()(zero_row[:3]))
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

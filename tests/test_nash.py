@@ -89,12 +89,11 @@ def test_nearly_opposed_gradients(T, angle, power):
 @pytest.mark.parametrize("power", POWERS)
 def test_no_solution(power):
     G = randn(6, 20, dtype=F64)
-    opposed, hull, zero = G.clone(), G.clone(), G.clone()
+    opposed, hull = G.clone(), G.clone()
     opposed[4] = -3 * G[1]
     hull[5] = -(torch.rand(5, 1, dtype=F64) * G[:5]).sum(0)
-    zero[3] = 0
     flat = torch.tensor([[1.0], [2.0], [-3.0]], dtype=F64)
-    for X in (opposed, hull, zero, flat, torch.zeros(4, 3, dtype=F64), torch.zeros(1, 1, dtype=F64)):
+    for X in (opposed, hull, flat):
         alpha, residual = solve(gram(X), power)
         assert residual == math.inf
         assert torch.equal(alpha, torch.zeros(len(X), dtype=F64))
@@ -203,8 +202,8 @@ def test_batched_is_single():
         assert torch.equal(residual[b].nan_to_num(7.0), r.nan_to_num(7.0))
     assert alpha[11].isnan().all()
     assert residual[11].isnan()
-    assert residual[7] == math.inf
-    assert residual.isfinite().sum() == 38
+    assert residual[7] == 0
+    assert residual.isfinite().sum() == 39
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -17,13 +17,13 @@ from fastmtl.scalarization import DWA, FAMO, GLS, IMTLL, LS, RLW, STCH, GradNorm
 
 METHODS = {
     "LS": lambda T: LS(),
-    "LS sum": lambda T: LS("sum"),
-    "LS numbers": lambda T: LS([1.0 + t for t in range(T)]),
+    "LS sum": lambda T: LS(weights="sum"),
+    "LS numbers": lambda T: LS(weights=[1.0 + t for t in range(T)]),
     "RLW": lambda T: RLW(),
-    "RLW uniform": lambda T: RLW("uniform"),
-    "RLW dirichlet": lambda T: RLW("dirichlet"),
-    "RLW bernoulli": lambda T: RLW("bernoulli"),
-    "RLW one": lambda T: RLW("constrained_bernoulli"),
+    "RLW uniform": lambda T: RLW(distribution="uniform"),
+    "RLW dirichlet": lambda T: RLW(distribution="dirichlet"),
+    "RLW bernoulli": lambda T: RLW(distribution="bernoulli"),
+    "RLW one": lambda T: RLW(distribution="constrained_bernoulli"),
     "RLW generator": lambda T: RLW(generator=generator(7)),
     "DWA": lambda T: DWA(T),
     "DWA window": lambda T: DWA(T, temperature=1.0, window=3),
@@ -31,8 +31,8 @@ METHODS = {
     "Uncertainty -0.5": lambda T: Uncertainty(T, initial=-0.5),
     "GLS": lambda T: GLS(),
     "STCH": lambda T: STCH(),
-    "STCH numbers": lambda T: STCH(0.5, [0.5 + t for t in range(T)], [-0.1 * t for t in range(T)]),
-    "STCH warm-up": lambda T: STCH(1.0, warmup=1, tasks=T),
+    "STCH numbers": lambda T: STCH(mu=0.5, weights=[0.5 + t for t in range(T)], reference=[-0.1 * t for t in range(T)]),
+    "STCH warm-up": lambda T: STCH(mu=1.0, warmup=1, tasks=T),
     "IMTLL": lambda T: IMTLL(T),
     "FAMO": lambda T: FAMO(T),
     "FAMO bounds": lambda T: FAMO(T, lr=0.1, weight_decay=0.01, min_losses=[-0.5 - t for t in range(T)]),
@@ -388,24 +388,24 @@ def test_bad_grad_scale(S, error):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: LS("median"), ValueError, 'weights: expected None, "mean", "sum" or T numbers'),
-        (lambda: LS(3), TypeError, "weights: expected T numbers, got int"),
-        (lambda: LS(["a"]), TypeError, "weights: expected T numbers"),
-        (lambda: LS([[1.0]]), ValueError, r"weights: expected shape \[T\], got \[1, 1\]"),
-        (lambda: LS([math.nan]), ValueError, "weights: expected finite numbers"),
-        (lambda: RLW("gauss"), ValueError, "distribution: expected one of"),
+        (lambda: LS(weights="median"), ValueError, 'weights: expected None, "mean", "sum" or T numbers'),
+        (lambda: LS(weights=3), TypeError, "weights: expected T numbers, got int"),
+        (lambda: LS(weights=["a"]), TypeError, "weights: expected T numbers"),
+        (lambda: LS(weights=[[1.0]]), ValueError, r"weights: expected shape \[T\], got \[1, 1\]"),
+        (lambda: LS(weights=[math.nan]), ValueError, "weights: expected finite numbers"),
+        (lambda: RLW(distribution="gauss"), ValueError, "distribution: expected one of"),
         (lambda: RLW(generator=3), TypeError, "generator: expected a torch.Generator"),
         (lambda: DWA(0), ValueError, "tasks: expected at least one"),
         (lambda: DWA(2.0), TypeError, "tasks: expected an int"),
-        (lambda: DWA(2, 0.0), ValueError, "temperature: expected a finite number > 0"),
+        (lambda: DWA(2, temperature=0.0), ValueError, "temperature: expected a finite number > 0"),
         (lambda: DWA(2, window=0), ValueError, "window: expected at least one"),
         (lambda: DWA(2, window=1.5), TypeError, "window: expected an int"),
         (lambda: Uncertainty(0), ValueError, "tasks"),
-        (lambda: Uncertainty(2, math.inf), ValueError, "initial: expected a finite number"),
-        (lambda: Uncertainty(2, "0"), TypeError, "initial: expected a number"),
+        (lambda: Uncertainty(2, initial=math.inf), ValueError, "initial: expected a finite number"),
+        (lambda: Uncertainty(2, initial="0"), TypeError, "initial: expected a number"),
         (lambda: IMTLL(True), TypeError, "tasks: expected an int"),
-        (lambda: STCH(0), ValueError, "mu: expected a finite number > 0"),
-        (lambda: STCH("1"), TypeError, "mu: expected a number"),
+        (lambda: STCH(mu=0), ValueError, "mu: expected a finite number > 0"),
+        (lambda: STCH(mu="1"), TypeError, "mu: expected a number"),
         (lambda: STCH(weights="max"), ValueError, "weights: expected"),
         (lambda: STCH(weights=[1.0], reference=[1.0, 2.0]), ValueError, r"reference: expected shape \[1\], got \[2\]"),
         (lambda: STCH(weights=[1.0], tasks=2), ValueError, r"weights: expected shape \[2\], got \[1\]"),
@@ -436,9 +436,9 @@ def test_bad_options(make, error, message):
 def test_ls():
     L = tensor(2.0, 3.0, 7.0)
     assert LS()(L).item() == pytest.approx(4.0, rel=1e-15)
-    assert LS("mean")(L).item() == LS()(L).item()
-    assert LS("sum")(L).item() == 12.0
-    assert LS([1.0, -1.0, 0.5])(L).item() == 2.5
+    assert LS(weights="mean")(L).item() == LS()(L).item()
+    assert LS(weights="sum")(L).item() == 12.0
+    assert LS(weights=[1.0, -1.0, 0.5])(L).item() == 2.5
     assert LS()([torch.tensor(1.0), torch.tensor(2.0, dtype=F64)]).item() == 1.5
 
 
@@ -449,12 +449,14 @@ def test_rlw_is_the_softmax_of_normal_numbers():
     z = torch.randn(4, generator=generator(5))
     expected = z.exp() / z.exp().sum()
     torch.testing.assert_close(value, (expected * L).sum())
-    torch.testing.assert_close(RLW("uniform", generator(5))(L), (torch.rand(4, generator=generator(5)).softmax(0) @ L))
+    torch.testing.assert_close(
+        RLW(distribution="uniform", generator=generator(5))(L), (torch.rand(4, generator=generator(5)).softmax(0) @ L)
+    )
 
 
 @pytest.mark.parametrize("distribution", ["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"])
 def test_rlw_draws(distribution):
-    method, L, n = RLW(distribution, generator(0)), torch.ones(3, dtype=F64), 4000
+    method, L, n = RLW(distribution=distribution, generator=generator(0)), torch.ones(3, dtype=F64), 4000
     w = torch.stack([method(L) * 0 + method.weights for _ in range(n)])
     assert len({tuple(row.tolist()) for row in w}) == {"bernoulli": 7, "constrained_bernoulli": 3}.get(distribution, n)
     assert (w >= 0).all()
@@ -472,7 +474,7 @@ def test_rlw_draws(distribution):
 
 @pytest.mark.parametrize("T", [1, 2, 70])
 def test_rlw_bernoulli_is_never_all_zero(T):
-    method = RLW("bernoulli", generator(1))
+    method = RLW(distribution="bernoulli", generator=generator(1))
     w = torch.stack([method(torch.ones(T, dtype=F64)) * 0 + method.weights for _ in range(500)])
     assert (w.sum(1) >= 1).all()
     assert w.mean().item() == pytest.approx(0.5 / (1 - 0.5**T), abs=0.08)
@@ -502,7 +504,7 @@ def dwa_by_hand(losses, tau, k):
 @pytest.mark.parametrize("tau", [2.0, 0.5])
 def test_dwa(window, tau):
     epochs = (randn(5, 3, 4, dtype=F64).abs() + 0.1).tolist()
-    method = DWA(4, tau, window)
+    method = DWA(4, temperature=tau, window=window)
     for k, epoch in enumerate(epochs):
         for step in epoch:
             L = tensor(*step)
@@ -554,7 +556,7 @@ def test_uncertainty():
 def test_uncertainty_and_imtl_l_find_their_optima():
     """Fixed losses: exp(s) = L for Uncertainty, exp(-s) = L for IMTL-L."""
     L = torch.tensor([0.5, 2.0, 7.0])
-    for method, sign in ((Uncertainty(3, -0.5), 1), (IMTLL(3), -1)):
+    for method, sign in ((Uncertainty(3, initial=-0.5), 1), (IMTLL(3), -1)):
         optimizer = torch.optim.Adam(method.parameters(), lr=0.05)
         for _ in range(600):
             optimizer.zero_grad()
@@ -597,7 +599,7 @@ def test_losses_outside_the_domain_show(make, bad):
 def test_stch():
     L, lam, z, mu = [0.5, 2.0, 1.5], [0.2, 0.5, 0.3], [0.1, 0.0, -1.0], 0.3
     expected = mu * math.log(sum(math.exp(a * (x - b) / mu) for a, x, b in zip(lam, L, z, strict=True)))
-    assert STCH(mu, lam, z)(tensor(*L)).item() == pytest.approx(expected, rel=1e-12)
+    assert STCH(mu=mu, weights=lam, reference=z)(tensor(*L)).item() == pytest.approx(expected, rel=1e-12)
     plain = 0.1 * math.log(sum(math.exp(x / 3 / 0.1) for x in L))
     assert STCH()(tensor(*L)).item() == pytest.approx(plain, rel=1e-12)
     total = 0.1 * math.log(sum(math.exp(x / 0.1) for x in L))
@@ -607,7 +609,7 @@ def test_stch():
 @pytest.mark.parametrize("mu", [1.0, 1e-2, 1e-30])
 def test_stch_is_a_smooth_maximum(mu):
     L = tensor(1e3, 2e3, 2e3 - 1e-3, dtype=F32)
-    value = STCH(mu, "sum")(L).item()
+    value = STCH(mu=mu, weights="sum")(L).item()
     assert 2e3 <= value <= 2e3 + mu * math.log(3) * (1 + 1e-3) + 1e-3
 
 
@@ -625,7 +627,7 @@ def stch_by_hand(epochs, warmup, mu, k, losses):
 def test_stch_with_warmup(warmup):
     """The authors' code leaves out the constant T · max(log), which has no derivative there either way."""
     epochs = (randn(5, 3, 4, dtype=F64).abs() + 0.1).tolist()
-    method = STCH(0.5, warmup=warmup, tasks=4)
+    method = STCH(mu=0.5, warmup=warmup, tasks=4)
     for k, epoch in enumerate(epochs):
         for step in epoch:
             expected = stch_by_hand(epochs, warmup, 0.5, k, step)
@@ -661,7 +663,7 @@ class NaiveFAMO:
 @pytest.mark.parametrize(("lr", "gamma"), [(0.025, 1e-3), (0.3, 0.1)])
 def test_famo(lr, gamma, bounds):
     b = torch.zeros(3, dtype=F64) if bounds is None else torch.tensor(bounds, dtype=F64)
-    method, naive = FAMO(3, lr, gamma, bounds), NaiveFAMO(3, lr, gamma, b)
+    method, naive = FAMO(3, lr=lr, weight_decay=gamma, min_losses=bounds), NaiveFAMO(3, lr, gamma, b)
     for k in range(30):
         L = (randn(3, dtype=F64, seed=k).abs() + 0.1).requires_grad_()
         after = L.detach() * (0.5 + torch.rand(3, dtype=F64, generator=generator(k)))
@@ -704,17 +706,17 @@ def torchjd_pairs(T=4):
     lam, z = torch.linspace(0.1, 1.0, T, dtype=F64), torch.linspace(-1.0, 0.0, T, dtype=F64)
     return {
         "Mean": (LS(), theirs.Mean()),
-        "Sum": (LS("sum"), theirs.Sum()),
-        "Constant": (LS(lam), theirs.Constant(lam)),
+        "Sum": (LS(weights="sum"), theirs.Sum()),
+        "Constant": (LS(weights=lam), theirs.Constant(lam)),
         "Random": (RLW(), theirs.Random()),
         "GeometricMean": (GLS(), theirs.GeometricMean()),
-        "STCH": (STCH(0.2), theirs.STCH(0.2)),
-        "STCH numbers": (STCH(0.05, lam, z), theirs.STCH(0.05, lam, z)),
+        "STCH": (STCH(mu=0.2), theirs.STCH(0.2)),
+        "STCH numbers": (STCH(mu=0.05, weights=lam, reference=z), theirs.STCH(0.05, lam, z)),
         "UW": (Uncertainty(T), theirs.UW(T)),
         "IMTLL": (IMTLL(T), theirs.IMTLL(T)),
         "DWA": (DWA(T), theirs.DWA()),
         "FAMO": (FAMO(T), theirs.FAMO(T)),
-        "FAMO bounds": (FAMO(T, 0.1, 0.01, z), theirs.FAMO(T, z, 0.1, 0.01)),
+        "FAMO bounds": (FAMO(T, lr=0.1, weight_decay=0.01, min_losses=z), theirs.FAMO(T, z, 0.1, 0.01)),
     }
 
 

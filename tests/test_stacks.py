@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import BF16, EPS, F16, dtype_id, flat, randn, relative, svd_align
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
@@ -59,13 +60,14 @@ def same(loss):
 # Each fills the `.grad`s for one batch; `scale` is what a loss scaler does to a loss.
 
 
-def by_fan_out(model, x, y, scale=same, via="node"):
-    hs = fastmtl.fan_out(model.encode(x), TASKS, METHOD, via=via)
-    scale(sum(model.losses(hs, y))).backward()
+def by_fan_out(model, x, y, scale=same):
+    hs = fastmtl.fan_out(model.encode(x), TASKS, METHOD)
+    scale(hs.total(model.losses(hs, y))).backward()
 
 
 def by_hooks(model, x, y, scale=same):
-    by_fan_out(model, x, y, scale, via="hooks")
+    hs = fastmtl.fan_out(model.encode(x), TASKS, METHOD, via="hooks")
+    scale(sum(model.losses(hs, y))).backward()
 
 
 def by_representation(model, x, y, scale=same):
@@ -550,7 +552,7 @@ def lightning(model, way, steps, **options):
             if self.automatic_optimization:
                 via = "hooks" if way is by_hooks else "node"
                 self.hs = fastmtl.fan_out(self.model.encode(x), TASKS, METHOD, via=via)
-                return sum(self.model.losses(self.hs, y))
+                return self.hs.total(self.model.losses(self.hs, y))
             optimizer = self.optimizers()
             optimizer.zero_grad()
             way(self.model, x, y)
@@ -603,6 +605,23 @@ def test_lightning_accumulates_and_clips(way):
                 optimizer.zero_grad()
 
     check(Model(), loop, way)
+
+
+def test_lightning_modules_that_keep_a_fan_out_are_copied():
+    """As averaging callbacks do, in the middle of a run."""
+    import pytorch_lightning as pl
+
+    copies = []
+
+    class Copying(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            copies.append(AveragedModel(module))
+
+    lightning(Model(), by_fan_out, 2, callbacks=[Copying()])
+    assert len(copies) == 2
+    for averaged in copies:
+        assert averaged.module.hs.info is None
+        averaged.module.model.losses([averaged.module.model.encode(batch(0)[0])] * TASKS, batch(0)[1])[0].backward()
 
 
 def test_lightning_in_mixed_precision():

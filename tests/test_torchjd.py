@@ -31,23 +31,26 @@ SHARP = QuadprogProjector(norm_eps=0.0, reg_eps=1e-13)
 # Aggregator, arguments, and the fastmtl method that it is.
 METHODS = {
     "AlignedMTL": ((), fastmtl.AlignedMTL()),
-    "AlignedMTL gram": ({"scale_mode": "rmse", "rank_rule": "gram"}, fastmtl.AlignedMTL(None, "rmse", None, "gram")),
-    "AlignedMTL preference": ((PREFERENCE, "median"), fastmtl.AlignedMTL(PREFERENCE, "median")),
-    "CAGrad": ((0.4,), fastmtl.CAGrad(0.4, rescale=0)),
-    "ConFIG": ((PREFERENCE,), fastmtl.ConFIG(PREFERENCE)),
-    "Constant": ((PREFERENCE,), fastmtl.Uniform(PREFERENCE)),
-    "DualProj": ((PREFERENCE,), fastmtl.DualProj(PREFERENCE, ridge=1e-4)),
-    "FairGrad": ((2.0,), fastmtl.FairGrad(2.0)),
-    "GradDrop": ({"leak": PREFERENCE}, fastmtl.GradDrop(PREFERENCE)),
-    "GradVac": ((0.3,), fastmtl.GradVac(0.3)),
+    "AlignedMTL gram": (
+        {"scale_mode": "rmse", "rank_rule": "gram"},
+        fastmtl.AlignedMTL(weights=None, scale="rmse", rtol=None, rank_rule="gram"),
+    ),
+    "AlignedMTL preference": ((PREFERENCE, "median"), fastmtl.AlignedMTL(weights=PREFERENCE, scale="median")),
+    "CAGrad": ((0.4,), fastmtl.CAGrad(c=0.4, rescale=0)),
+    "ConFIG": ((PREFERENCE,), fastmtl.ConFIG(weights=PREFERENCE)),
+    "Constant": ((PREFERENCE,), fastmtl.Uniform(weights=PREFERENCE)),
+    "DualProj": ((PREFERENCE,), fastmtl.DualProj(weights=PREFERENCE, ridge=1e-4)),
+    "FairGrad": ((2.0,), fastmtl.FairGrad(fairness=2.0)),
+    "GradDrop": ({"leak": PREFERENCE}, fastmtl.GradDrop(leak=PREFERENCE)),
+    "GradVac": ((0.3,), fastmtl.GradVac(beta=0.3)),
     "IMTLG": ((), fastmtl.IMTL()),
-    "Krum": ((1, 2), fastmtl.Krum(1, 2, squared=False)),
+    "Krum": ((1, 2), fastmtl.Krum(byzantine=1, selected=2, squared=False)),
     "MGDA": ((), fastmtl.MGDA()),
     "Mean": ((), fastmtl.Uniform()),
-    "NashMTL": ((T, 0.7), fastmtl.NashMTL(0.7)),
+    "NashMTL": ((T, 0.7), fastmtl.NashMTL(max_norm=0.7)),
     "PCGrad": ((), fastmtl.PCGrad()),
     "Random": ((), fastmtl.RLW()),
-    "Sum": ((), fastmtl.Uniform("sum")),
+    "Sum": ((), fastmtl.Uniform(weights="sum")),
     "UPGrad": ((), fastmtl.UPGrad(ridge=1e-4)),
 }
 RANDOM = ("GradDrop", "GradVac", "PCGrad", "Random")
@@ -116,7 +119,7 @@ def test_options_are_attributes():
     mine.pref_vector = PREFERENCE
     assert mine.gramian_weighting.pref_vector is PREFERENCE
     G = randn(T, 20, dtype=F64)
-    assert relative(mine(G), fastmtl.AlignedMTL(PREFERENCE, "median")(G)) <= 1e-14
+    assert relative(mine(G), fastmtl.AlignedMTL(weights=PREFERENCE, scale="median")(G)) <= 1e-14
     with pytest.raises(ValueError, match="scale_mode"):
         mine.scale_mode = "max"
     assert mine.scale_mode == "median"

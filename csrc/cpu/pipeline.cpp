@@ -61,6 +61,12 @@ bool has_float64(const Gradients& G) {
   return std::any_of(G.segments, G.segments + G.count, [](const Segment& s) { return s.dtype == Dtype::f64; });
 }
 
+bool has_missing(const Gradients& G) {
+  return std::any_of(G.segments, G.segments + G.count, [&](const Segment& s) {
+    return std::find(s.rows, s.rows + G.tasks, nullptr) != s.rows + G.tasks;
+  });
+}
+
 // Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the
 // result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
@@ -579,16 +585,27 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
       C[i * T + j] = M[i * T + j] * inverse[i] * inverse[j];
     }
   }
-  const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * std::numeric_limits<double>::epsilon());
+  constexpr double eps = std::numeric_limits<double>::epsilon();
+  const double relative_cut = std::max(rtol * rtol, 4.0 * double(T) * eps);
   const auto entry = [&](int64_t i) { return inverse[i] > 0.0 ? weights ? weights[i] : 1.0 : 0.0; };
+  double squares = 0.0, reached = 0.0; // of w, and of what is kept of it
+  for (int64_t i = 0; i < T; ++i) {
+    squares += entry(i) * entry(i);
+  }
   bool solved = false;
   if (T > kJacobiTasks) { // the diagonal of C is even
     Tridiagonal solver(C, T);
     solved = solver.solve(lam, true);
     const double cut = lam[0] * relative_cut;
+    std::vector<double> kept(static_cast<size_t>(T)), part(static_cast<size_t>(T));
     for (int64_t i = 0; i < T; ++i) {
+      kept[size_t(i)] = lam[i] > cut ? 1.0 : 0.0;
       lam[i] = lam[i] > cut ? 1.0 / lam[i] : 0.0;
       x[i] = entry(i);
+    }
+    solver.apply(kept.data(), x, part.data());
+    for (const double p : part) {
+      reached += p * p;
     }
     solver.apply(lam, x, x);
   }
@@ -603,11 +620,16 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
         along += v[i] * entry(i);
         square += v[i] * v[i];
       }
+      reached += along * along / square;
       const double factor = along / square / lam[j];
       for (int64_t i = 0; i < T; ++i) {
         x[i] += factor * v[i];
       }
     }
+  }
+  const double rounding = 16.0 * double(T) * eps;
+  if (!(reached > rounding * rounding * squares)) {
+    std::fill_n(x, T, 0.0);
   }
   for (int64_t i = 0; i < T; ++i) {
     alpha[i] = x[i] * inverse[i];
@@ -686,7 +708,10 @@ void gram(const Gradients& G, double* M) {
     std::fill(M, M + T * T, 0.0);
     gram_wide(G, nullptr, 0, P, M, nullptr);
     mirror(M, T);
-    return;
+    // Panels have zeros in the place of missing rows, whose product with infinity is none.
+    if (!has_missing(G) || all_finite(M, T * T)) {
+      return;
+    }
   }
   if (P <= kMinChunk) {
     gram_serial(G, M);

@@ -97,7 +97,7 @@ void sum_tasks(
       alpha[b * T + t] += v[t];
     }
     if (residual) {
-      residual[b] = std::max(residual[b], error);
+      residual[b] = larger(residual[b], error);
     }
   };
   if (B >= kEnoughMatrices || double(B * T) * nanoseconds <= kGrain) {
@@ -187,7 +187,8 @@ void constant(const double* M, int64_t B, int64_t T, const double* weights, int6
     }
     const bool good = sum == 0.0;
     for (int64_t t = 0; t < T; ++t) {
-      alpha[b * T + t] = !good ? kNan : weights ? weights[b * next + t] : 1.0 / double(T);
+      const double w = weights ? weights[b * next + t] : 1.0 / double(T);
+      alpha[b * T + t] = !good ? kNan : is_present(M + b * T * T, T, t) ? w : 0.0;
     }
   }
 }

@@ -39,7 +39,7 @@ void nash(
     double* alpha,     // [B, T]
     double* residual); // [B]
 
-// The weights as they are (1 / T each for null), or NaN where the diagonal of M is not finite.
+// The weights as they are (1 / T each for null), 0 for absent tasks; NaN where the diagonal of M is not finite.
 void constant(
     const double* M, // [B, T, T]
     int64_t B,

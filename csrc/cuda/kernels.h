@@ -5,6 +5,7 @@
 
 #include "../gradients.h"
 #include "balance.cuh"
+#include "mend.cuh"
 #include "source.cuh"
 
 namespace fastmtl::cuda {
@@ -112,6 +113,9 @@ void launch_probe_bound(
     double* partial, // [B, blocks, T, kProbes]; its first block is overwritten
     double* least,   // [B]
     cudaStream_t stream);
+
+// Entries of M that a missing row has made NaN, unless the pass is skipped or scales its G.
+void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream); // M [T, T]
 
 // T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
 void launch_balance(

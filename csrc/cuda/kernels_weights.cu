@@ -316,6 +316,11 @@ void launch_probe_bound(
   FASTMTL_LAUNCH(probe_bound, dim3(unsigned(B)), dim3(kReduceThreads), 0, stream, M, T, z, blocks, partial, least);
 }
 
+void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream) {
+  FASTMTL_LAUNCH(
+      mend, dim3(unsigned(T)), dim3(kMendThreads), kMendThreads / 32 * sizeof(double), stream, G, pass, T, M);
+}
+
 void launch_balance(
     const double* M,
     int64_t B,

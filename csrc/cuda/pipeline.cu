@@ -77,6 +77,12 @@ void balance(
   launch_balance(M, B, T, policy, judge, pass, bound, scratch, weights, verdict, gram, context.stream);
 }
 
+void mend(const Batch& G, Pass pass, double* M, const Context& context) {
+  if (G.with_missing().count > 0) {
+    launch_mend(G.with_missing(), pass, G.tasks(), M, context.stream);
+  }
+}
+
 bool is_small(const Batch& G) {
   const int64_t entries = std::max<int64_t>(G.tasks(), 8) * G.columns(); // 8 rows take as long as fewer
   return G.parts().size() == 1 && G.tasks() <= kMaxSmallTasks &&
@@ -113,6 +119,7 @@ Batch::Batch(
 
 Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P_(0) {
   const int64_t record = kRows0 + T_;
+  bool missing = false;
   std::vector<uint64_t> words;
   words.reserve(size_t(G.count * record));
   for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
@@ -139,6 +146,7 @@ Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P
       words.push_back(wide);
       for (int64_t t = 0; t < T_; ++t) {
         words.push_back(reinterpret_cast<uintptr_t>(segment.rows[t]));
+        missing = missing || !segment.rows[t];
       }
       source.tiles += tiles_of(segment.length);
       source.segments += 1;
@@ -156,6 +164,10 @@ Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P
   for (Part& part : parts_) {
     part.source.table = table + part.source.length;
     part.source.length = 0;
+    if (missing) {
+      with_missing_.part[with_missing_.count] = part.source;
+      with_missing_.dtype[with_missing_.count++] = part.dtype;
+    }
   }
 }
 
@@ -205,6 +217,9 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
     });
     launch_probe_bound(M, B, T, z, all, partial, result.bound, context.stream);
   }
+  if (!plan.blocks) { // of blocks that are not finite an exact pass is to come
+    mend(G, pass, M, context);
+  }
   return result;
 }
 
@@ -249,6 +264,9 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
     with_type(G.parts()[0].dtype, [&](auto scalar) {
       launch_align_small<decltype(scalar)>(G.parts()[0].source, B, policy, M, weights, context.stream);
     });
+    if (M) {
+      mend(G, {}, M, context);
+    }
     return;
   }
   Weights kept = weights;

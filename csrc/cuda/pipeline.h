@@ -54,10 +54,15 @@ class Batch {
     return parts_;
   }
   bool has(Dtype dtype) const;
+  // The list, where a row of a tensor is missing in it; else no part.
+  const Sources& with_missing() const {
+    return with_missing_;
+  }
 
  private:
   int64_t B_, T_, P_;
   std::vector<Part> parts_;
+  Sources with_missing_{};
 };
 
 // M = G Gᵀ, exact (products and sums in float64) or in float32 blocks where those pay; and how to judge it.

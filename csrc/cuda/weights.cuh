@@ -51,12 +51,10 @@ struct Warp {
     double best = -kInfinity;
 #pragma unroll 1
     for (int i = lane(); i < n; i += kWarp) {
-      const double x = f(i);
-      best = x > best ? x : best;
+      best = larger(best, f(i));
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const double x = partner(best, offset);
-      best = x > best ? x : best;
+      best = larger(best, partner(best, offset));
     }
     return best;
   }
@@ -265,8 +263,7 @@ __global__ __launch_bounds__(kSumThreads) void sum_tasks(
   if (residuals && k % T == 0) {
 #pragma unroll 4
     for (int64_t i = 0; i < T; ++i) {
-      const double x = residuals[b * T + i];
-      worst = x <= worst ? worst : x; // NaN stays
+      worst = larger(worst, residuals[b * T + i]);
     }
     residual[b] = worst;
   }

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "mgda.h"
+#include "present.h"
 
 namespace fastmtl {
 namespace {
@@ -23,32 +24,32 @@ namespace {
 constexpr int64_t kMaxNewtonSteps = 100;
 
 FASTMTL_HOST_DEVICE constexpr int64_t cagrad_scratch(int64_t T) {
-  return 2 * T * T + 6 * T + 2 * Nonnegative::scratch(T);
+  return present_scratch(T) + 2 * T * T + 6 * T + 2 * Nonnegative::scratch(T);
 }
 
 // Returns the duality gap, row by row: the largest f(w) b_i - u_iᵀd, relative to the lengths of what d is made of. In
 // f(w), h² counts as ρ² if it is to the rounding of a sum of products of these lengths and to what x has as a residual.
 template <class Team>
-FASTMTL_HOST_DEVICE double cagrad(
+FASTMTL_HOST_DEVICE double cagrad_of_present(
     Team team,
     const double* M, // [T, T]
     int64_t T,
+    double share, // of each gradient in g0
     double c,
-    double* alpha,     // [T]
-    double* scratch) { // [cagrad_scratch(T)]
+    double* alpha, // [T]
+    double* scratch) {
   double *const C = scratch, *const Q = C + T * T, *const norms = Q + T * T, *const inverse = norms + T;
   double *const b = inverse + T, *const mean = b + T, *const q = mean + T, *const p = q + T;
   unit_rows(team, M, T, C, norms, inverse);
-  team.each(T, [=](int64_t t) { alpha[t] = 1.0 / double(T); });
+  team.each(T, [=](int64_t t) { alpha[t] = share; });
   const double longest = team.largest(T, [=](int64_t t) { return norms[t]; });
-  const double smallest = -team.largest(T, [=](int64_t t) { return -norms[t]; });
-  const double shortest = -team.largest(T, [=](int64_t t) { return norms[t] > 0.0 ? -norms[t] : -kInfinity; });
-  if (!(c > 0.0) || !(longest > 0.0)) {
+  const double shortest = -team.largest(T, [=](int64_t t) { return -norms[t]; });
+  if (!(c > 0.0)) {
     return 0.0;
   }
   team.each(T, [=](int64_t t) {
     b[t] = shortest * inverse[t];
-    mean[t] = norms[t] / longest / double(T);
+    mean[t] = norms[t] / longest * share;
   });
   multiply(team, C, T, mean, q);
   const double size = team.sum(T, [=](int64_t t) { return mean[t]; });
@@ -76,20 +77,17 @@ FASTMTL_HOST_DEVICE double cagrad(
   solve();
   bool stationary = false;
   if (distance < square) { // γ > 0
-    stationary = smallest == 0.0;
+    team.each(T * T, [=](int64_t i) { Q[i] = C[i]; });
+    double shortest_square;
+    shortest_point(team, hull, Q, b, shortest_square);
+    stationary = !(shortest_square > rounding);
     if (!stationary) {
-      team.each(T * T, [=](int64_t i) { Q[i] = C[i]; });
-      double shortest_square;
-      shortest_point(team, hull, Q, b, shortest_square);
-      stationary = !(shortest_square > rounding);
-      if (!stationary) {
-        const double* const y = hull.x;
-        const double across = team.sum(T, [=](int64_t t) { return b[t] * y[t]; });
-        const double over = team.sum(T, [=](int64_t t) { return q[t] * y[t]; });
-        gamma = (over + radius * std::sqrt(shortest_square)) / across;
-        problem.start(team, [=](int64_t t) { return y[t] > 0.0; });
-        solve();
-      }
+      const double* const y = hull.x;
+      const double across = team.sum(T, [=](int64_t t) { return b[t] * y[t]; });
+      const double over = team.sum(T, [=](int64_t t) { return q[t] * y[t]; });
+      gamma = (over + radius * std::sqrt(shortest_square)) / across;
+      problem.start(team, [=](int64_t t) { return y[t] > 0.0; });
+      solve();
     }
   }
   double excess = 0.0; // f(w) - γ
@@ -110,7 +108,29 @@ FASTMTL_HOST_DEVICE double cagrad(
   }
   const double worst = team.largest(T, [=](int64_t t) { return excess * b[t] - slope[t]; });
   team.each(T, [=](int64_t t) { alpha[t] += x[t] * longest * inverse[t]; });
-  return worst > 0.0 ? worst / lengths : 0.0;
+  return worst <= 0.0 ? 0.0 : worst / lengths; // NaN stays
+}
+
+// g0 is the sum of the gradients that are there, over T.
+template <class Team>
+FASTMTL_HOST_DEVICE double cagrad(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double c,
+    double* alpha,     // [T]
+    double* scratch) { // [cagrad_scratch(T)]
+  const double share = 1.0 / double(T);
+  return for_present(
+      team,
+      M,
+      T,
+      nullptr,
+      alpha,
+      scratch,
+      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+        return cagrad_of_present(team, M, T, share, c, alpha, scratch);
+      });
 }
 
 } // namespace

@@ -5,14 +5,14 @@
 // gradient is touched. One task costs T permuted visits and one row of M (two passes for GradVac) for each correction,
 // so a matrix costs at most O(T³), and tasks are independent of one another.
 //
-// M holds finite numbers (the caller looks, once for all rows). Zero gradients (M_jj <= 0) take no part.
+// M holds finite numbers (the caller looks, once for all rows). Absent tasks take no part: their v is 0.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "philox.h"
-#include "team.h"
+#include "present.h"
 
 namespace fastmtl {
 namespace {
@@ -38,14 +38,14 @@ FASTMTL_HOST_DEVICE void pcgrad_row(
   double* c = order + T;
   permutation(team, seed, b, per_task ? i : 0, T, order, c + T);
   team.each(T, [=](int64_t k) {
-    v[k] = k == i ? 1.0 : 0.0;
+    v[k] = k == i && is_present(M, T, i) ? 1.0 : 0.0;
     c[k] = M[i * T + k];
   });
   for (int64_t n = 0; n < T; ++n) {
     const int64_t j = int64_t(order[n]);
     const double* row = M + j * T;
     const double product = c[j], square = row[j];
-    if (j == i || product >= 0.0 || square <= 0.0) {
+    if (j == i || product >= 0.0 || !is_present(M, T, j)) {
       continue;
     }
     const double w = -product / square;
@@ -80,7 +80,7 @@ FASTMTL_HOST_DEVICE void gradvac_row(
   double* before = c + T; // the targets as all members read them, while one writes the new ones
   permutation(team, seed, b, i, T, order, before);
   team.each(T, [=](int64_t k) {
-    v[k] = k == i ? 1.0 : 0.0;
+    v[k] = k == i && is_present(M, T, i) ? 1.0 : 0.0;
     c[k] = M[i * T + k];
     before[k] = targets[k];
   });
@@ -89,7 +89,7 @@ FASTMTL_HOST_DEVICE void gradvac_row(
   for (int64_t n = 0; n < T && square > rounding * terms * terms; ++n) {
     const int64_t j = int64_t(order[n]);
     const double* row = M + j * T;
-    if (j == i || row[j] <= 0.0) {
+    if (j == i || !is_present(M, T, j)) {
       continue;
     }
     const double ratio = std::sqrt(square) / std::sqrt(row[j]);

@@ -5,16 +5,17 @@
 #pragma once
 
 #include "nonnegative.h"
+#include "present.h"
 
 namespace fastmtl {
 namespace {
 
 FASTMTL_HOST_DEVICE constexpr int64_t dual_cone_scratch(int64_t T) {
-  return T * T + 4 * T + Nonnegative::scratch(T);
+  return present_scratch(T) + T * T + 4 * T + Nonnegative::scratch(T);
 }
 
 // Returns by how much Mv >= 0, with equality where v > u, is violated, relative to the lengths of the gradients and of
-// what is summed.
+// what is summed; infinity where v, or the sum of as many, leaves the range of numbers.
 template <class Team>
 FASTMTL_HOST_DEVICE double dual_cone(
     Team team,
@@ -23,23 +24,32 @@ FASTMTL_HOST_DEVICE double dual_cone(
     const double* u,   // [T]
     double* v,         // [T]
     double* scratch) { // [dual_cone_scratch(T)]
-  double *const C = scratch, *const norms = C + T * T, *const inverse = norms + T;
-  double *const scaled = inverse + T, *const p = scaled + T;
-  unit_rows(team, M, T, C, norms, inverse);
-  team.each(T, [=](int64_t t) { v[t] = u[t]; });
-  const double longest = team.largest(T, [=](int64_t t) { return norms[t] * std::fabs(u[t]); });
-  if (!(longest > 0.0)) {
-    return 0.0;
-  }
-  team.each(T, [=](int64_t t) { scaled[t] = -norms[t] * u[t] / longest; });
-  multiply(team, C, T, scaled, p);
-  const double size = team.sum(T, [=](int64_t t) { return std::fabs(scaled[t]); });
-  Nonnegative problem(C, T, p + T);
-  problem.start(team, [=](int64_t t) { return p[t] > 0.0; });
-  const double residual = problem.solve_for(team, p, size);
-  const double* const x = problem.x;
-  team.each(T, [=](int64_t t) { v[t] = u[t] + x[t] * longest * inverse[t]; });
-  return residual;
+  return for_present(
+      team, M, T, u, v, scratch, [=](const double* M, int64_t T, const double* u, double* v, double* scratch) {
+        double *const C = scratch, *const norms = C + T * T, *const inverse = norms + T;
+        double *const scaled = inverse + T, *const p = scaled + T;
+        unit_rows(team, M, T, C, norms, inverse);
+        // Weights in units of a power of two, so that no length leaves the range of numbers.
+        int unit = 0;
+        std::frexp(team.largest(T, [=](int64_t t) { return std::fabs(u[t]); }), &unit);
+        team.each(T, [=](int64_t t) {
+          v[t] = u[t];
+          scaled[t] = -norms[t] * std::ldexp(u[t], -unit);
+        });
+        const double longest = team.largest(T, [=](int64_t t) { return std::fabs(scaled[t]); });
+        if (!(longest > 0.0)) {
+          return 0.0;
+        }
+        team.each(T, [=](int64_t t) { scaled[t] /= longest; });
+        multiply(team, C, T, scaled, p);
+        const double size = team.sum(T, [=](int64_t t) { return std::fabs(scaled[t]); });
+        Nonnegative problem(C, T, p + T);
+        problem.start(team, [=](int64_t t) { return p[t] > 0.0; });
+        const double residual = problem.solve_for(team, p, size);
+        const double* const x = problem.x;
+        team.each(T, [=](int64_t t) { v[t] = u[t] + std::ldexp(x[t] * longest * inverse[t], unit); });
+        return team.sum(T, [=](int64_t t) { return 0.0 * (double(T) * v[t]); }) == 0.0 ? residual : kInfinity;
+      });
 }
 
 } // namespace

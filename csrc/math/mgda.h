@@ -6,6 +6,7 @@
 #pragma once
 
 #include "nonnegative.h"
+#include "present.h"
 
 namespace fastmtl {
 namespace {
@@ -38,7 +39,7 @@ FASTMTL_HOST_DEVICE double shortest_point(
 }
 
 FASTMTL_HOST_DEVICE constexpr int64_t mgda_scratch(int64_t T) {
-  return T * T + 3 * T + Nonnegative::scratch(T);
+  return present_scratch(T) + T * T + 3 * T + Nonnegative::scratch(T);
 }
 
 template <class Team>
@@ -48,23 +49,26 @@ FASTMTL_HOST_DEVICE double mgda(
     int64_t T,
     double* alpha,     // [T]
     double* scratch) { // [mgda_scratch(T)]
-  double *const Q = scratch, *const norms = Q + T * T, *const inverse = norms + T, *const b = inverse + T;
-  unit_rows(team, M, T, Q, norms, inverse);
-  const int64_t shortest = team.argmax(T, [=](int64_t t) { return -norms[t]; });
-  const double length = norms[shortest];
-  if (length == 0.0) { // a task that is done, or all of them
-    const bool all = team.largest(T, [=](int64_t t) { return norms[t]; }) == 0.0;
-    team.each(T, [=](int64_t t) { alpha[t] = all ? 1.0 / double(T) : t == shortest ? 1.0 : 0.0; });
-    return 0.0;
-  }
-  team.each(T, [=](int64_t t) { b[t] = length * inverse[t]; });
-  Nonnegative problem(Q, T, b + T);
-  double square;
-  const double residual = shortest_point(team, problem, Q, b, square);
-  const double* const x = problem.x;
-  const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
-  team.each(T, [=](int64_t t) { alpha[t] = b[t] * x[t] / along; });
-  return residual;
+  return for_present(
+      team,
+      M,
+      T,
+      nullptr,
+      alpha,
+      scratch,
+      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+        double *const Q = scratch, *const norms = Q + T * T, *const inverse = norms + T, *const b = inverse + T;
+        unit_rows(team, M, T, Q, norms, inverse);
+        const double shortest = -team.largest(T, [=](int64_t t) { return -norms[t]; });
+        team.each(T, [=](int64_t t) { b[t] = shortest * inverse[t]; });
+        Nonnegative problem(Q, T, b + T);
+        double square;
+        const double residual = shortest_point(team, problem, Q, b, square);
+        const double* const x = problem.x;
+        const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
+        team.each(T, [=](int64_t t) { alpha[t] = b[t] * x[t] / along; });
+        return residual;
+      });
 }
 
 } // namespace

@@ -21,13 +21,13 @@
 #pragma once
 
 #include "cholesky.h"
-#include "team.h"
+#include "present.h"
 
 namespace fastmtl {
 namespace {
 
 FASTMTL_HOST_DEVICE constexpr int64_t nash_scratch(int64_t T) {
-  return T * T + 11 * T;
+  return present_scratch(T) + 2 * T * T + 11 * T;
 }
 
 // x^-p
@@ -168,10 +168,11 @@ FASTMTL_HOST_DEVICE double nash_newton(
       wanted[t] = square[t] * inverse_power(gamma[t], power);
       root[t] = std::sqrt(wanted[t] * gamma[t]);
     });
-    const double residual = team.largest(T, [=](int64_t t) {
+    double residual = team.largest(T, [=](int64_t t) {
       const double cancelled = 0x1p-22 * terms[t];
       return std::fabs(product[t] - wanted[t]) / (wanted[t] > cancelled ? wanted[t] : cancelled);
     });
+    residual = residual < kInfinity ? residual : kInfinity; // NaN, of powers out of the range of numbers
     // What is left beyond rounding errors, of the power too.
     const double excess = team.largest(T, [=](int64_t t) {
       return std::fabs(product[t] - wanted[t]) - kRounding * (4.0 * terms[t] + 4.0 * (1.0 + power) * wanted[t]);
@@ -219,7 +220,7 @@ FASTMTL_HOST_DEVICE double nash_newton(
 // The solution for any p > 0. Returns the residual ‖β^p ∘ Cβ / k - 1‖_inf with β = D^1/2 α and k = D^((p-1)/2), the
 // equation of unit gradients; where k β^-p is less than 2^-22 |C|β, it is relative to that: of a sum that cancels so
 // far no α in float64 gives all digits, and 1e-8 is then ten rounding errors of it. Infinity and α = 0 where there is
-// no solution, NaN where M is not finite.
+// no solution.
 template <class Team>
 FASTMTL_HOST_DEVICE double nash(
     Team team,
@@ -228,27 +229,31 @@ FASTMTL_HOST_DEVICE double nash(
     double power,
     double* alpha,     // [T]
     double* scratch) { // [nash_scratch(T)]
-  double* const kept = scratch + T * T + 10 * T;
-  double residual = kInfinity;
-  if (team.sum(T * T, [=](int64_t n) { return 0.0 * M[n]; }) != 0.0) { // NaN
-    residual = NAN;
-  } else if (team.largest(T, [=](int64_t t) { return -M[t * T + t]; }) < 0.0) {
-    bool positive = true;
-    residual = nash_newton(team, M, T, power, alpha, scratch, positive);
-    if (!positive && power != 1.0 && residual < kInfinity) {
-      // Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
-      team.each(T, [=](int64_t t) { kept[t] = alpha[t]; });
-      if (nash_newton(team, M, T, 1.0, alpha, scratch, positive) == kInfinity) {
-        residual = kInfinity;
-      }
-      team.each(T, [=](int64_t t) { alpha[t] = kept[t]; });
-    }
-  }
-  if (!(residual < kInfinity)) {
-    const double none = residual == kInfinity ? 0.0 : NAN;
-    team.each(T, [=](int64_t t) { alpha[t] = none; });
-  }
-  return residual;
+  return for_present(
+      team,
+      M,
+      T,
+      nullptr,
+      alpha,
+      scratch,
+      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+        double *const work = scratch + T * T, *const kept = work + T * T + 10 * T; // behind M, where that lies there
+        bool positive = true;
+        double residual = nash_newton(team, M, T, power, alpha, work, positive);
+        if (!positive && power != 1.0 && residual < kInfinity) {
+          // Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
+          team.each(T, [=](int64_t t) { kept[t] = alpha[t]; });
+          if (nash_newton(team, M, T, 1.0, alpha, work, positive) == kInfinity) {
+            residual = kInfinity;
+          }
+          team.each(T, [=](int64_t t) { alpha[t] = kept[t]; });
+        }
+        if (!(residual < kInfinity)) {
+          team.each(T, [=](int64_t t) { alpha[t] = 0.0; });
+          residual = kInfinity;
+        }
+        return residual;
+      });
 }
 
 } // namespace

@@ -29,8 +29,9 @@ constexpr int64_t kMaxPoints = 8;              // proximal points
 constexpr double kProximal = 64.0 * kRounding; // δ / T
 constexpr double kSolved = 4.0 * kRounding;    // slopes this small, times sqrt(T) and the size of the terms, are zero
 
-// C = D^-1/2 M D^-1/2 with D the diagonal: cosines. Zero gradients become orthogonal to all others. M's upper triangle
-// is read: one from products in float32 may be asymmetric by rounding, which is more than the solvers leave.
+// C = D^-1/2 M D^-1/2 with D the diagonal, which is positive: cosines. M's upper triangle
+// is read: one from products in float32 may be asymmetric by rounding, which is more than the solvers leave. M may lie
+// where C is made.
 template <class Team>
 FASTMTL_HOST_DEVICE void unit_rows(
     Team team,
@@ -38,11 +39,10 @@ FASTMTL_HOST_DEVICE void unit_rows(
     int64_t T,
     double* C,         // [T, T]
     double* norms,     // [T]
-    double* inverse) { // [T], 0 for zero gradients
+    double* inverse) { // [T]
   team.each(T, [=](int64_t i) {
-    const double square = M[i * T + i];
-    norms[i] = square > 0.0 ? std::sqrt(square) : 0.0;
-    inverse[i] = square > 0.0 ? 1.0 / norms[i] : 0.0;
+    norms[i] = std::sqrt(M[i * T + i]);
+    inverse[i] = 1.0 / norms[i];
   });
   for (int64_t i = 0; i < T; ++i) {
     const double a = inverse[i];
@@ -157,7 +157,7 @@ struct Nonnegative : Cholesky {
     const double* const x = this->x;
     const double* const slope = this->slope;
     const double worst = team.largest(T, [=](int64_t t) { return x[t] > 0.0 ? std::fabs(slope[t]) : -slope[t]; });
-    return worst > 0.0 ? worst / (size + total(team)) : 0.0;
+    return worst <= 0.0 ? 0.0 : worst / (size + total(team)); // NaN stays
   }
 
  private:

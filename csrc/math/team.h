@@ -38,6 +38,11 @@ namespace {
 constexpr double kInfinity = __builtin_huge_val();
 constexpr double kRounding = 0x1p-52;
 
+// The larger of two numbers; NaN, which every comparison would drop, is larger than any.
+FASTMTL_HOST_DEVICE inline double larger(double a, double b) {
+  return a >= b || a != a ? a : b;
+}
+
 struct Serial {
   // f(i) for i < n, independent of one another; begins with a barrier (what it overwrites may just have been read) and
   // ends with one.
@@ -69,13 +74,12 @@ struct Serial {
     return total;
   }
 
-  // The largest f(i), -infinity for n = 0.
+  // The largest f(i), -infinity for n = 0; NaN where one is.
   template <class F>
   FASTMTL_HOST_DEVICE double largest(int64_t n, F f) const {
     double best = -kInfinity;
     for (int64_t i = 0; i < n; ++i) {
-      const double x = f(i);
-      best = x > best ? x : best;
+      best = larger(best, f(i));
     }
     return best;
   }

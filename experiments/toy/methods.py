@@ -36,9 +36,9 @@ __all__ = ["NAMES", "OnGradients", "OnLosses", "batched"]
 TASKS = 2
 
 _ALIGNED: dict[str, Callable[[int], Any]] = {
-    "aligned": lambda tasks: fastmtl.AlignedMTL("sum"),
-    "aligned-gram": lambda tasks: fastmtl.AlignedMTL("sum", rank_rule="gram"),
-    "aligned-tight": lambda tasks: fastmtl.AlignedMTL("sum", rtol=tasks * torch.finfo(torch.float32).eps),
+    "aligned": lambda tasks: fastmtl.AlignedMTL(weights="sum"),
+    "aligned-gram": lambda tasks: fastmtl.AlignedMTL(weights="sum", rank_rule="gram"),
+    "aligned-tight": lambda tasks: fastmtl.AlignedMTL(weights="sum", rtol=tasks * torch.finfo(torch.float32).eps),
 }
 _METHODS = {name: make for name, make in METHODS.items() if not name.endswith("-ub")} | _ALIGNED
 NAMES = tuple(_METHODS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from fastmtl.gramian.forms import Use
 __all__ = ["BLOCK", "Contraction"]
 
 _F64 = torch.float64
+_NEAR = 20  # powers of two that factors may be from 1: products of smaller or larger ones could leave float32
 _COLUMNS = 2048  # of X and Y that are summed in their own dtype
 BLOCK = 512  # rows of K = A Aᵀ at a time: what is made of them stays in the cache, and memory linear in N
 
@@ -26,27 +28,43 @@ class Contraction:
         parameter: the weight.
         uses: its uses. Those of one side have the same groups, width and depth, and are all dense or all indexed.
         block: dimension, start and length of the block.
+        way: the outputs of the operations that hand the weight on to its uses.
     """
 
-    def __init__(self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None) -> None:
+    def __init__(
+        self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None, way: Iterable[Edge] = ()
+    ) -> None:
         self.parameter, self.uses = parameter, uses
+        self.way = list(way)  # and the bias's
         self.bias: Tensor | None = None  # of the same operations, and of no other
         self._block = block
         self._sides = [[use for use in uses if use.side == side] for side in (0, 1)]
 
-    def gram(self, arrived: Mapping[Edge, Tensor | None], working: Callable[[torch.dtype], torch.dtype]) -> Tensor:
-        """M [T, T], float64, or 0 where no cotangent arrived.
+    def gram(self, arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """M [T, T] and the sizes [T] of what its diagonal is added up from, both float64.
+
+        M is off by some eps of `dtype` times these sizes; by no more than float64 rounds where they are zero.
 
         Args:
-            arrived: all T cotangents [T, ...] where they arrived.
-            working: from the cotangents' dtype to that of products; sums over rows are in float64.
+            arrived: all T cotangents [T, ...] where they arrived, which is at one use at least.
+            dtype: of products, float32 or float64; sums over rows are in float64.
         """
-        found = [side for uses in self._sides if (side := _side(uses, arrived, working)) is not None]
-        M = sum((_own(A, B, self.bias is not None) for A, B in found), torch.zeros((), dtype=_F64))
+        found = [side for uses in self._sides if (side := _side(uses, arrived, dtype)) is not None]
+        scale = _scale([B for _, B in found], 1)
+        sizes = [_scale([A], 0) for A, _ in found]
+        found = [(_times(A, size), _times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
+        M = torch.zeros(scale.numel(), scale.numel(), dtype=_F64, device=scale.device)
+        lengths = torch.zeros_like(scale)
+        for (A, B), size in zip(found, sizes, strict=True):
+            own, length = _own(A, B)
+            M += own / size.square()
+            lengths += length / size.square()
+            if self.bias is not None:
+                M += _of_bias(B)
         if len(found) == 2:
-            X = _cross(*found[0], *found[1])
-            M = M + X + X.T
-        return M
+            X = _cross(*found[0], *found[1]) / (sizes[0] * sizes[1])
+            M += X + X.T
+        return M / scale[:, None] / scale, lengths / scale / scale
 
     def gradients(self, cotangents: Mapping[Edge, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and its gradient from one cotangent of every use, and the same of the bias."""
@@ -69,29 +87,59 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
 
-def _side(
-    uses: Sequence[Use], arrived: Mapping[Edge, Tensor | None], working: Callable[[torch.dtype], torch.dtype]
-) -> tuple[Tensor, Tensor] | None:
+def _side(uses: Sequence[Use], arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """A [g, N, I] (or ids [N]) and B [T, g, N, O] of uses whose rows follow each other."""
-    factors, cotangents = [], []
-    for use in uses:
-        if (b := arrived[use.edge]) is not None:
-            dtype = working(b.dtype)
-            factors.append(use.factor(dtype))
-            cotangents.append(use.cotangents(b.to(dtype)))
+    used = [use for use in uses if use.edge in arrived]
+    factors = [use.factor(dtype) for use in used]
+    cotangents = [use.cotangents(arrived[use.edge].to(dtype)) for use in used]
     if len(factors) > 1:
         return torch.cat(factors, 0 if uses[0].is_indexed else 1), torch.cat(cotangents, 2)
     return (factors[0], cotangents[0]) if factors else None
 
 
-def _own(A: Tensor, B: Tensor, biased: bool) -> Tensor:
-    """⟨B_tᵀ A, B_sᵀ A⟩ [T, T] = Σ_nm K_nm ⟨B_t[n], B_s[m]⟩, K = A Aᵀ; K + 1 adds the gradients Σ_n B_t[n] of a bias."""
+def _scale(tensors: Sequence[Tensor], dims: int) -> Tensor:
+    """Powers of two, float64, that bring the largest entries near 1 where they are far from that, `dims` dimensions."""
+    device = tensors[0].device
+    sizes = [
+        torch.linalg.vector_norm(x.flatten(dims), math.inf, dim=-1).double()
+        for x in tensors
+        if x.numel() and x.is_floating_point()
+    ]
+    scale = torch.ones(tensors[0].shape[:dims], dtype=_F64, device=device)
+    if not sizes:
+        return scale
+    largest = torch.stack(sizes).amax(0)
+    exponent = torch.frexp(largest).exponent
+    far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
+    return torch.where(far, torch.ldexp(scale, -exponent), scale)
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """`x`, itself where that is known to be the product."""
+    if not x.is_floating_point() or not (scale.is_cuda or (scale != 1).any()):  # nothing waits for a GPU
+        return x
+    return x * scale.to(x.dtype).reshape(scale.shape + (1,) * (x.dim() - scale.dim()))
+
+
+def _own(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """⟨B_tᵀ A, B_sᵀ A⟩ [T, T] = Σ_nm K_nm ⟨B_t[n], B_s[m]⟩, K = A Aᵀ, and Σ_n K_nn ⟨B_t[n], B_t[n]⟩ [T].
+
+    A is taken apart into its mean over rows and the rest, and B_tᵀ A into (B_tᵀ 1) meanᵀ and that of the rest: where
+    cotangents add up to nothing, as before a batch norm, K would lose what it is about beside the square of the mean.
+    """
     T, groups, N, _ = B.shape
+    M = torch.zeros(T, T, dtype=_F64, device=B.device)
     if A.dim() == 1:  # rows of the same id are summed; all others are orthogonal
         ids, place = A.unique(return_inverse=True)
-        sums = B.new_zeros(T, len(ids), B.shape[3]).index_add_(1, place, B[:, 0])
-        return ops.gram(sums.reshape(T, -1))
-    M = torch.zeros(T, T, dtype=_F64, device=B.device)
+        sums = torch.zeros(T, len(ids), B.shape[3], dtype=_F64, device=B.device)
+        for own, b in zip(sums, B[:, 0], strict=True):
+            own.index_add_(0, place, b.double())
+        return ops.gram(sums.flatten(1)), M.diagonal()
+    if not A.numel() or not B.numel():
+        return M, M.diagonal()
+    mean = A.mean(1, keepdim=True)
+    A = A - mean
+    lengths = torch.zeros(T, dtype=_F64, device=B.device)
     for g in range(groups):
         for start in range(0, N, BLOCK):
             rows = A[g, start : start + BLOCK]
@@ -101,12 +149,23 @@ def _own(A: Tensor, B: Tensor, biased: bool) -> Tensor:
                 if first == last:
                     continue
                 K = rows @ A[g, first:last].mT
-                if biased:
-                    K += 1.0
                 # Not `matmul`, which would transpose all of B to make one product of it.
                 X = _products(torch.bmm(K.expand(T, *K.shape), B[:, g, first:last]), own)
                 M += X if last == end else X + X.T
-    return (M + M.T) / 2
+        along = (A[g] @ mean[g].mT).mT  # [1, N]
+        sums = B[:, g].sum(1, dtype=_F64)
+        X = torch.bmm(along.expand(T, 1, N), B[:, g])[:, 0].double() @ sums.mT
+        M += X + X.T + mean[g].double().square().sum() * (sums @ sums.mT)
+        if B.dtype is not _F64:
+            squares = torch.linalg.vector_norm(A[g], dim=1).square()
+            lengths += (torch.linalg.vector_norm(B[:, g], dim=2).square() @ squares).double()
+    return (M + M.T) / 2, lengths
+
+
+def _of_bias(B: Tensor) -> Tensor:
+    """⟨B_tᵀ 1, B_sᵀ 1⟩ [T, T]: of one more column of A, of ones."""
+    sums = B.sum(2, dtype=_F64).flatten(1)
+    return sums @ sums.mT
 
 
 def _cross(A: Tensor, B: Tensor, other: Tensor, D: Tensor) -> Tensor:
@@ -126,7 +185,7 @@ def _products(X: Tensor, Y: Tensor) -> Tensor:
     rows = max(1, min(N, _COLUMNS // max(1, width)))
     M = torch.zeros(T, T, dtype=_F64, device=X.device)
     for start, end, step in ((0, N - N % rows, rows), (N - N % rows, N, N % rows)):
-        if start < end:
+        if start < end and width:
             left, right = (x[:, start:end].reshape(T, -1, step * width) for x in (X, Y))
             M += torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).sum(0, dtype=_F64)
     return M

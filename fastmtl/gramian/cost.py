@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastmtl._inputs import DTYPES
 from fastmtl.gramian.contraction import BLOCK
 from fastmtl.gramian.forms import Use
 
@@ -34,7 +35,7 @@ _TOGETHER = (
 )  # entries of one task's cotangents, everywhere, up to which operations cost more to start than to do
 _ALL = 1 << 24  # entries of all of them
 # Operations that cannot be vectorised over cotangents, or are done one by one then.
-_ALONE = ("ScaledDotProduct", "Rnn", "Compiled")
+_ALONE = ("ScaledDotProduct", "Rnn")
 
 
 @dataclass
@@ -64,8 +65,13 @@ class Work:
     @classmethod
     def of(cls, graph: Survey, tasks: int) -> Work:
         """Work on the way through the shared part of a graph."""
-        entries = sum(math.prod(x.shape) for node in graph.nodes for x in node._input_metadata)
+        entries = sum(_entries(x) for node in graph.nodes for x in node._input_metadata)
         return cls(len(graph.nodes), entries, goes_at_once(graph, entries, tasks))
+
+
+def _entries(x: Any, dimensions: slice = slice(None)) -> int:
+    """Number of entries of a tensor, or of some of its dimensions; 0 for a nested one, which has no shape."""
+    return 0 if x.is_nested_tensor else math.prod(x.shape[dimensions])
 
 
 def forward(use: Use) -> float:
@@ -75,7 +81,7 @@ def forward(use: Use) -> float:
 
 def rows_read(users: Iterable[tuple[Any, int, int]]) -> float:
     """About how often operations of an unknown kind read a parameter: once for each row of what they return."""
-    return sum(math.prod(node._input_metadata[0].shape[:-1]) for node, _, _ in users)
+    return sum(_entries(node._input_metadata[0], slice(-1)) for node, _, _ in users)
 
 
 def closed(uses: Sequence[Use], T: int) -> float:
@@ -108,7 +114,10 @@ def is_cheaper_explicit(blocks: Sequence[Sequence[Use]], T: int, parameters: int
 
 def goes_at_once(graph: Survey, entries: int, T: int) -> bool:
     """Whether the cotangents of all tasks go through the graph at once, where those of one have so many entries."""
-    if entries > _TOGETHER or entries * T > _ALL:
+    if entries > _TOGETHER or entries * T > _ALL or graph.opaque:
+        return False
+    starts = [node._input_metadata[output] for node, output in graph.frontier]
+    if len({x.device for x in starts}) > 1 or any(x.is_nested_tensor or x.dtype not in DTYPES for x in starts):
         return False
     return not any(part in node.name() for node in graph.nodes for part in _ALONE)
 

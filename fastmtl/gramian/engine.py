@@ -12,9 +12,11 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl import ops
 from fastmtl._graph import SEVERAL, Edge, Leaves, edge_of
-from fastmtl._inputs import check_rows
+from fastmtl._inputs import DTYPES, check_rows
 from fastmtl.gramian import cost
-from fastmtl.gramian.plan import Plan, plan
+from fastmtl.gramian.hooks import is_hooked
+from fastmtl.gramian.plan import Plan, plan, settled
+from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
 from fastmtl.info import Info
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "update"]
 
-# Powers of two that a cotangent may be from 1: products of what smaller or larger ones become could leave float32.
-_NEAR = 20
+# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
+_CANCELLED = 4.0
 
 Row: TypeAlias = "list[Tensor | None]"
 
@@ -47,7 +49,7 @@ class Result(NamedTuple):
 
 def update(
     method: Method,
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     named: Sequence[tuple[Tensor, str]],
     leaves: Leaves,
     context: Context,
@@ -60,25 +62,44 @@ def update(
 
     Args:
         method: the method.
-        losses: T scalar losses.
+        losses: T scalar losses; None for one that is not there, whose gradient is zero.
         named: the shared parameters, and what to call them.
         leaves: what the losses reach.
         context: what the step brings besides gradients.
-        automatic: whether to do nothing and return None where T backward passes take less.
+        automatic: whether to do nothing and return None where T backward passes take less, and where this engine does
+            not understand the graph. No pass has run then: the graph, hooks and random numbers are as they were.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
 
     Returns:
         Gradients of everything that the losses reach. The same as from T explicit task gradients, as accurate as
         products in float32 (float64 for float64 cotangents) allow.
+
+    Raises:
+        NotImplementedError: this engine does not understand the graph.
     """
-    graph = survey(losses, leaves.owner)
-    todo = plan(named, graph, leaves.owner, len(losses))
+    try:
+        graph = survey(losses, leaves.owner)
+        todo = plan(named, graph, leaves.owner, len(losses))
+    except Exception as error:
+        if automatic:
+            return None
+        raise NotImplementedError(
+            f"engine: expected 'full' or 'auto' for this graph, got 'gramian', which cannot read it: {error}"
+        ) from error
     if automatic and cost.prefers_full(todo.work, len(losses)):
         return None
     parameters = [p for p, _ in named]
     shared = {id(p) for p in parameters}
     rest = leaves.without(parameters)
+    try:
+        todo = settled(todo, named)
+        # Whether code in Python sees the T cotangents on their way, which need not be linear, or may keep them.
+        watched = graph.opaque or ((todo.work.at_once or bool(rest.common)) and is_hooked(graph))
+    except Exception:  # autograd's, where something was freed or overwritten, or that of a hook on what it saved
+        if automatic:
+            return None
+        raise
     own = [[p for p in private if id(p) in shared] for private in leaves.private]
 
     private = [[*a, *b] for a, b in zip(own, rest.private, strict=True)]
@@ -86,29 +107,36 @@ def update(
     of_own = [row[: len(p)] for row, p in zip(grads, own, strict=True)]
     of_rest = [row[len(p) :] for row, p in zip(grads, own, strict=True)]
     del grads
+    for row in of_own:
+        check_rows([row])
     device = parameters[0].device
-    keep = retain_graph or bool(rest.common)
-    with torch.no_grad(), _without_autocast(device):
-        trunk = _trunk(graph.frontier, at_frontier, todo, device, keep)
-        M = trunk.gram()
-        for t, row in enumerate(of_own):
-            M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
-        info = method._weigh(M, max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps), context)
-        info.explicit = todo.unrecognised
-        updates = trunk.combined(info.alpha)
-        del trunk
-    for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
-        updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
-    if rest.common:
-        weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
-        sums = _combine(at_frontier, weights)
-        common = _pass(graph.frontier, sums, rest.common, retain_graph=retain_graph)
-        updates += [(p, g) for p, g in zip(rest.common, common, strict=True) if g is not None]
+    with torch.no_grad():
+        at_once = todo.work.at_once and not watched
+        trunk = _trunk(
+            graph.frontier, at_frontier, todo, at_once=at_once, retain_graph=retain_graph, again=bool(rest.common)
+        )
+        with _without_autocast(device):
+            M = trunk.gram(len(losses), device)
+            for t, row in enumerate(of_own):
+                M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
+            dtype = max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps)
+            info = method._weigh(M, dtype, context)
+            info.explicit = todo.unrecognised
+            updates = trunk.combined(info.alpha)
+            del trunk
+            for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
+                updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
+        if rest.common:
+            weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
+            common = _common(
+                graph.frontier, at_frontier, weights, rest.common, linear=not watched, retain_graph=retain_graph
+            )
+            updates += [(p, g) for p, g in zip(rest.common, common, strict=True) if g is not None]
     return Result(updates, of_rest, info)
 
 
 def _heads(
-    losses: Sequence[Tensor],
+    losses: Sequence[Tensor | None],
     graph: Survey,
     owner: dict[Any, int],
     private: Sequence[Sequence[Tensor]],
@@ -119,9 +147,10 @@ def _heads(
     No two losses share anything before the frontier, so what a node there hands on belongs to one of them.
     """
     rows: list[Row] = [[None] * len(graph.frontier) for _ in losses]
+    there = {t: loss for t, loss in enumerate(losses) if loss is not None}
     for t, k in graph.whole:
-        rows[t][k] = torch.ones_like(losses[t])
-    outputs = [loss for loss in losses if owner[edge_of(loss)[0]] != SEVERAL]
+        rows[t][k] = torch.ones_like(there[t])
+    outputs = [loss for loss in there.values() if owner[edge_of(loss)[0]] != SEVERAL]
     inputs: list[Any] = [leaf for leaves in private for leaf in leaves]
     inputs += [GradientEdge(*edge) for edge in graph.frontier]
     if not outputs:
@@ -136,14 +165,24 @@ def _heads(
 def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[None]:
     """Within, what a pass brings to the frontier is added to the rows.
 
-    It goes on to the frontier, where hooks of the tensors are run.
+    Zeros go on in its place, to the frontier, where hooks of the tensors are run: what `retain_grad` keeps is that of
+    the passes from there.
     """
+    reached: set[int] = set()
 
     def catch(row: Row, ways: Sequence[tuple[int, int]]) -> Any:
-        def hook(grads: Sequence[Tensor | None], _: Any) -> None:
+        def hook(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
+            passed = list(grads)
             for i, k in ways:
                 g, before = grads[i], row[k]
-                row[k] = before if g is None else g if before is None else before + g
+                if g is None:
+                    continue
+                row[k] = g if before is None else before + g
+                # What is no plain tensor may not have zeros.
+                passed[i] = None if k in reached else torch.zeros_like(g) if is_plain(g, g.device) else g
+                reached.add(k)
+            is_nested = any(g is not None and g.is_nested for g in grads)  # of which autograd takes none from a hook
+            return None if is_nested else tuple(passed)
 
         return hook
 
@@ -156,61 +195,65 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
 
 
 class _Trunk(NamedTuple):
-    """What T scaled cotangents at the frontier brought.
+    """What T cotangents at the frontier brought.
 
     Attributes:
         todo: what it is for.
         arrived: where operations with a closed form are, all T cotangents of their output [T, ...].
         explicit: parameters with their T gradients.
-        scale: powers of two [T], float64, by which the cotangents of every task were multiplied.
     """
 
     todo: Plan
     arrived: dict[Edge, Tensor]
     explicit: list[tuple[Tensor, Row]]
-    scale: Tensor
 
-    def gram(self) -> Tensor:
+    def gram(self, T: int, device: torch.device) -> Tensor:
         """M [T, T], float64."""
-        T = len(self.scale)
-        M = torch.zeros(T, T, dtype=torch.float64, device=self.scale.device)
+        M = torch.zeros(T, T, dtype=torch.float64, device=device)
         if self.explicit:
             M += ops.gram_rows(check_rows([[rows[t] for _, rows in self.explicit] for t in range(T)])[0], T)
+        parts = []
         for contraction in self.todo.contractions:
-            M += contraction.gram(self.arrived, _working_dtype)
-        return M / self.scale[:, None] / self.scale
+            dtypes = {self.arrived[use.edge].dtype for use in contraction.uses if use.edge in self.arrived}
+            if dtypes:
+                parts.append((contraction, *contraction.gram(self.arrived, _working_dtype(dtypes))))
+        M += sum(own for _, own, _ in parts)
+        if device.type == "cpu":  # nothing waits for a GPU
+            allowed = _CANCELLED * M.diagonal()
+            if (sum(size for _, _, size in parts) > allowed).any():
+                for contraction, own, size in parts:
+                    if (len(parts) * size > allowed).any():
+                        M += contraction.gram(self.arrived, torch.float64)[0] - own
+        return M
 
     def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The parameters that were reached, with Σ_t α_t of their gradients: what one more pass would bring."""
-        weights = alpha / self.scale
         updates = [(p, torch.empty_like(p)) for p, _ in self.explicit]
         if updates:
             rows = [rows[t] for t in range(len(alpha)) for _, rows in self.explicit]
-            ops.combine_rows(rows, weights, [g for _, g in updates])
+            ops.combine_rows(rows, alpha, [g for _, g in updates])
         cotangents = {}
         for edge, g in self.arrived.items():
             cotangents[edge] = out = torch.empty_like(g[0], memory_format=torch.contiguous_format)
-            ops.combine(g.reshape(len(g), -1), weights, out.view(-1))
+            ops.combine(g.flatten(1), alpha, out.view(-1))
         for contraction in self.todo.contractions:
             updates += contraction.gradients(cotangents)
         return updates
 
 
-def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.device, retain_graph: bool) -> _Trunk:
+def _trunk(
+    frontier: Sequence[Edge], rows: list[Row], todo: Plan, *, at_once: bool, retain_graph: bool, again: bool
+) -> _Trunk:
     """T cotangents from the frontier to where the plan needs them: at once, or one task after the other.
 
-    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then.
+    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then. `again` tells
+    that graph and rows are still needed.
     """
-    for contraction in todo.contractions:
-        for use in contraction.uses:
-            use.hold()
     edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
-    inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *todo.explicit]
     T = len(rows)
-    if todo.work.at_once:
-        stacks, scale = _stacked(rows, device)
+    if at_once:
         try:
-            grads = _pass(frontier, stacks, inputs, retain_graph=True, batched=True)
+            grads = _at_once(frontier, rows, edges, todo.explicit)
         except RuntimeError:  # an operation that cannot be vectorised
             pass
         else:
@@ -219,28 +262,99 @@ def _trunk(frontier: Sequence[Edge], rows: list[Row], todo: Plan, device: torch.
                 todo,
                 {edge: g for edge, g in zip(edges, grads, strict=False) if g is not None},
                 [(p, rows) for p, rows in zip(todo.explicit, columns, strict=True) if rows is not None],
-                scale,
             )
     arrived: dict[Edge, Tensor] = {}
     explicit: list[Row] = [[None] * T for _ in todo.explicit]
-    scales = []
-    for t, row in enumerate(rows):
-        stacks, scale = _stacked([row], device)
-        scales.append(scale)
-        last = t == T - 1
-        alone = [None if g is None else g[0] for g in stacks]
-        grads = _pass(frontier, alone, inputs, retain_graph=retain_graph or not last)
-        del stacks, alone
+    present = _present(rows)
+    for t in present:
+        # Hooks may write to what they are given.
+        row = [None if g is None else g.clone() for g in rows[t]] if again else rows[t]
+        grads = _gradients(frontier, row, edges, todo.explicit, retain_graph=retain_graph or again or t != present[-1])
         for edge, g in zip(edges, grads, strict=False):
             if g is not None:
                 if edge not in arrived:
-                    arrived[edge] = g.new_zeros(T, *g.shape)
+                    arrived[edge] = torch.zeros((T, *g.shape), dtype=g.dtype, device=g.device)
                 arrived[edge][t] = g
         for column, g in zip(explicit, grads[len(edges) :], strict=True):
             column[t] = g
-        del grads  # before the next ones are made
+        del grads, row  # before the next ones are made
+        if not again:
+            rows[t] = []
     found = [(p, c) for p, c in zip(todo.explicit, explicit, strict=True) if any(g is not None for g in c)]
-    return _Trunk(todo, arrived, found, torch.cat(scales))
+    return _Trunk(todo, arrived, found)
+
+
+def _at_once(frontier: Sequence[Edge], rows: Sequence[Row], edges: Sequence[Edge], leaves: Sequence[Tensor]) -> Row:
+    """The gradients of all tasks, each with a leading dimension, from one vectorised pass."""
+    stacks: list[Tensor] = []
+    starts: list[Edge] = []
+    for edge, column in zip(frontier, zip(*rows, strict=True), strict=True):
+        like = next((g for g in column if g is not None), None)
+        if like is not None:
+            starts.append(edge)
+            stacks.append(torch.stack([torch.zeros_like(_dense(like)) if g is None else _dense(g) for g in column]))
+    return _pass(starts, stacks, [*(GradientEdge(*edge) for edge in edges), *leaves], retain_graph=True, batched=True)
+
+
+def _gradients(
+    frontier: Sequence[Edge],
+    cotangents: Sequence[Tensor | None],
+    edges: Sequence[Edge],
+    leaves: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+) -> Row:
+    """What one pass from the frontier brings to edges, as hooks of their tensors leave it, and to leaves.
+
+    Autograd hands out what arrives at an edge before those hooks where it goes on from there, and after them elsewhere.
+    """
+    behind: dict[Edge, Tensor | None] = {}
+
+    def catch(edge: Edge) -> Any:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            behind[edge] = grads[edge[1]]
+
+        return hook
+
+    handles = [edge[0].register_prehook(catch(edge)) for edge in edges]
+    try:
+        inputs = [*(GradientEdge(*edge) for edge in edges), *leaves]
+        grads = _pass(frontier, cotangents, inputs, retain_graph=retain_graph)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for k, edge in enumerate(edges):
+        g = behind.get(edge, grads[k])
+        grads[k] = None if g is None else _dense(g)
+    return grads
+
+
+def _present(rows: Sequence[Row]) -> list[int]:
+    """The tasks that have a cotangent anywhere."""
+    return [t for t, row in enumerate(rows) if any(g is not None for g in row)]
+
+
+def _common(
+    frontier: Sequence[Edge],
+    rows: Sequence[Row],
+    weights: Tensor,
+    leaves: Sequence[Tensor],
+    *,
+    linear: bool,
+    retain_graph: bool,
+) -> Row:
+    """The leaves' gradients from the weighted sum of T rows of cotangents: in one pass, where passes are linear."""
+    if linear:
+        return _pass(frontier, _combine(rows, weights), leaves, retain_graph=retain_graph)
+    sums: Row = [None] * len(leaves)
+    present = _present(rows)
+    for t in present:
+        grads = _pass(frontier, rows[t], leaves, retain_graph=retain_graph or t != present[-1])
+        for k, g in enumerate(grads):
+            if g is not None:
+                g, before = g * weights[t].to(g.device, g.dtype), sums[k]
+                sums[k] = g if before is None else before + g
+    return sums
 
 
 def _pass(
@@ -262,51 +376,38 @@ def _pass(
             [cotangents[k] for k in used],
             retain_graph=retain_graph,
             allow_unused=True,
-            is_grads_batched=batched,
+            is_grads_batched=batched,  # `torch.func.vmap` around this call gets `cdist` and others wrong
         )
     )
 
 
-def _stacked(rows: Sequence[Row], device: torch.device) -> tuple[Row, Tensor]:
-    """For every edge of the frontier the cotangents of c tasks [c, ...], None where there is none, and their scale.
-
-    The scale, float64 [c], are powers of two that bring a task's largest cotangent near 1 where it is far from that, so
-    that products of two gradients stay in range. Half precision has its own loss scale and is left alone.
-    """
-    stacks: Row = []
-    for column in zip(*rows, strict=True):
-        like = next((g for g in column if g is not None), None)
-        zero = None if like is None else torch.zeros_like(like) if any(g is None for g in column) else like
-        stacks.append(None if zero is None else torch.stack([zero if g is None else g for g in column]))
-    scale = torch.ones(len(rows), dtype=torch.float64, device=device)
-    found = [g.view(len(g), -1) for g in stacks if g is not None and g.numel()]
-    if found and not any(g.dtype is torch.float16 for g in found):
-        largest = torch.stack([torch.maximum(g.amax(1), -g.amin(1)).to(scale) for g in found]).amax(0)
-        exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-        far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
-        if far.is_cuda or far.any():  # nothing waits for a GPU
-            scale = torch.where(far, torch.ldexp(scale, -exponent), scale)
-            for g in found:
-                g.mul_(scale.to(g)[:, None])
-    return stacks, scale
-
-
 def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
     """Σ_t α_t of the rows, for every edge of the frontier."""
-    present = [k for k in range(len(rows[0])) if any(row[k] is not None for row in rows)]
     results: list[Tensor | None] = [None] * len(rows[0])
-    if present:
-        targets = [torch.empty_like(next(g for row in rows if (g := row[k]) is not None)) for k in present]
-        ops.combine_rows([row[k] for row in rows for k in present], alpha, targets)
-        for k, target in zip(present, targets, strict=True):
-            results[k] = target
+    kernels = []
+    for k, column in enumerate(zip(*rows, strict=True)):
+        present = [(t, g) for t, g in enumerate(column) if g is not None]
+        if all(is_plain(g, alpha.device) and g.dtype in DTYPES for _, g in present):
+            if present:
+                results[k] = torch.empty_like(present[0][1])
+                kernels.append(k)
+        else:  # complex, nested, elsewhere
+            results[k] = sum(g * alpha[t].to(g.device) for t, g in present)
+    if kernels:
+        targets = [g for k in kernels if (g := results[k]) is not None]
+        ops.combine_rows([row[k] for row in rows for k in kernels], alpha, targets)
     return results
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of tensors of this dtype are made in: float32 only where it is not rounded further."""
+def _dense(g: Tensor) -> Tensor:
+    """That of an activation may be sparse: behind `gather(sparse_grad=True)`, or where it is itself an embedding."""
+    return g if g.layout is torch.strided else g.to_dense()
+
+
+def _working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """What products of tensors of these dtypes are made in: float32 only where it is not rounded further."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if dtype is not torch.float64 and exact else torch.float64
+    return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
 
 
 @contextmanager

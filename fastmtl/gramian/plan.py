@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastmtl._graph import SEVERAL, edge_of
+from fastmtl._graph import SEVERAL, Edge, edge_of
 from fastmtl.gramian import cost
 from fastmtl.gramian.contraction import Contraction
 from fastmtl.gramian.forms import Use, is_bias, is_small, use_of
+from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.survey import Consumer, Survey, parts_of
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "plan", "settled"]
 
 
 class Plan(NamedTuple):
@@ -52,13 +54,15 @@ def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, in
             else:
                 explicit.append(parameter)
             continue
-        blocks = [] if parts is None else [(_uses(part.consumers), part) for part in parts if part.consumers]
+        blocks = [] if parts is None else [(_uses(part.consumers, parameter.device), part) for part in parts]
         if parts is None or any(own is None for own, _ in blocks):
             explicit.append(parameter)
             unrecognised.append(name)
             work.formed += parameter.numel() * cost.rows_read(graph.users.get(node, ()))
             continue
-        found = [Contraction(parameter, own, part.block) for own, part in blocks if own is not None]
+        found = [
+            Contraction(parameter, own, part.block, _way(part.consumers)) for own, part in blocks if own is not None
+        ]
         uses = [contraction.uses for contraction in found]
         if cost.is_cheaper_explicit(uses, tasks, parameter.numel()):
             work.formed += sum(cost.forward(use) for part in uses for use in part)
@@ -75,15 +79,47 @@ def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, in
             explicit.append(bias)
         else:
             contraction.bias = bias
+            contraction.way += _way(consumers)
     work.explicit = sum(p.numel() for p in explicit)
     return Plan(contractions, explicit, tuple(unrecognised), work)
 
 
-def _uses(consumers: Sequence[Consumer]) -> list[Use] | None:
+def settled(todo: Plan, named: Sequence[tuple[Tensor, str]]) -> Plan:
+    """The plan for what the operations saved, which is held from now on, and for hooks: some weights become explicit.
+
+    Raises:
+        RuntimeError: autograd's own, where what an operation saved was freed or overwritten.
+    """
+    ways = dict.fromkeys(edge for contraction in todo.contractions for edge in contraction.way)
+    seen = set(seen_by_hooks(ways))
+    loose = {id(c.parameter) for c in todo.contractions if not _can_stay(c, seen)}
+    if not loose:
+        return todo
+    gone = [c for c in todo.contractions if id(c.parameter) in loose]
+    explicit = {id(p): p for c in gone for p in (c.parameter, c.bias) if p is not None}
+    return todo._replace(
+        contractions=[c for c in todo.contractions if id(c.parameter) not in loose],
+        explicit=[*todo.explicit, *explicit.values()],
+        unrecognised=(*todo.unrecognised, *(name for p, name in named if id(p) in loose)),
+    )
+
+
+def _can_stay(contraction: Contraction, seen: set[Edge]) -> bool:
+    if not seen.isdisjoint(contraction.way):
+        return False
+    nodes = {*(use.node for use in contraction.uses), *(node for node, _ in contraction.way)}
+    return all(use.hold() for use in contraction.uses) and not any(map(has_hooks, nodes))
+
+
+def _way(consumers: Sequence[Consumer]) -> Iterator[Edge]:
+    return (edge for consumer in consumers for edge in consumer.way)
+
+
+def _uses(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | None:
     """The closed forms of all of them, None where one has none or they do not go together."""
     uses: list[Use] = []
     for consumer in consumers:
-        use = use_of(consumer)
+        use = use_of(consumer, device)
         if use is None:
             return None
         uses.append(use)

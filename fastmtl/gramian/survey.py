@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastmtl._graph import SEVERAL, Edge, edge_of
+from fastmtl.gramian.saved import Saved, is_builtin
 
-__all__ = ["Consumer", "Part", "Survey", "parts_of", "survey"]
+__all__ = ["PASSED_ON", "SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
 
-# What an operation that only passes a parameter on does to it: whether it transposes it.
-_PASSED_ON = {"TBackward0": True, "TransposeBackward0": True, "ToCopyBackward0": False}
-_SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
+# Operations that only pass a parameter on, as it is, transposed or cast, or in disjoint blocks.
+PASSED_ON = {"TBackward0": Saved(), "TransposeBackward0": Saved("dim0", "dim1"), "ToCopyBackward0": Saved()}
+SPLITS = {
+    "SplitBackward0": Saved("dim", "split_size", "self_sym_sizes"),
+    "SplitWithSizesBackward0": Saved("dim", "split_sizes", "self_sym_sizes"),
+}
 
 
 class Consumer(NamedTuple):
@@ -23,13 +27,13 @@ class Consumer(NamedTuple):
         node: its graph node.
         operand: which of its inputs the parameter is.
         flipped: whether it reads the transpose.
-        passed: whether another operation has handed the parameter on.
+        way: the outputs of the operations that have handed the parameter on.
     """
 
     node: Any
     operand: int
     flipped: bool
-    passed: bool
+    way: tuple[Edge, ...]
 
 
 class Part(NamedTuple):
@@ -49,30 +53,38 @@ class Survey(NamedTuple):
 
     Attributes:
         frontier: the edges that lead out of some loss's own part.
+        open_ends: the same, to look one up.
         boundary: the nodes of those parts that have such edges: which of its inputs, and which edge of `frontier`.
         whole: losses that another loss depends on, or that were passed twice: which loss, which edge of `frontier`.
         nested: whether an edge of the frontier lies behind another.
         nodes: the shared nodes that compute.
+        opaque: whether some of them are not autograd's own: functions in Python, and what runs hooks of modules.
         users: for every shared node, the shared nodes that read its outputs: node, which input of it, which output.
     """
 
     frontier: list[Edge]
+    open_ends: frozenset[Edge]
     boundary: dict[Any, list[tuple[int, int]]]
     whole: list[tuple[int, int]]
     nested: bool
     nodes: list[Any]
+    opaque: bool
     users: dict[Any, list[tuple[Any, int, int]]]
 
 
-def survey(losses: Sequence[Tensor], owner: dict[Any, int]) -> Survey:
-    """The survey of a graph whose nodes belong to one loss or to several."""
+def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
+    """The survey of a graph whose nodes belong to one loss or to several; None is a loss that is not there.
+
+    Raises:
+        NotImplementedError: autograd takes no cotangents where a loss's own part of the graph ends.
+    """
     frontier: dict[Edge, int] = {}
     boundary: dict[Any, list[tuple[int, int]]] = {}
     users: dict[Any, list[tuple[Any, int, int]]] = {}
     whole = [
         (t, frontier.setdefault(edge, len(frontier)))
-        for t, edge in enumerate(map(edge_of, losses))
-        if owner[edge[0]] == SEVERAL
+        for t, loss in enumerate(losses)
+        if loss is not None and owner[(edge := edge_of(loss))[0]] == SEVERAL
     ]
     for node, t in owner.items():
         for i, edge in enumerate(node.next_functions):
@@ -82,31 +94,36 @@ def survey(losses: Sequence[Tensor], owner: dict[Any, int]) -> Survey:
                 users.setdefault(edge[0], []).append((node, i, edge[1]))
             else:
                 boundary.setdefault(node, []).append((i, frontier.setdefault(edge, len(frontier))))
-    nodes = [
-        node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in _PASSED_ON
-    ]
+    nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in PASSED_ON]
+    for node, output in frontier:
+        if node._input_metadata[output].is_cpp_nested_tensor:
+            raise NotImplementedError(
+                f"several losses read a nested tensor of layout torch.strided, the result of {node.name()}, where "
+                "torch.jagged is needed"
+            )
     nested = any(node in users for node, _ in frontier)
-    return Survey(list(frontier), boundary, whole, nested, nodes, users)
+    opaque = not all(map(is_builtin, nodes))
+    return Survey(list(frontier), frozenset(frontier), boundary, whole, nested, nodes, opaque, users)
 
 
 def parts_of(node: Any, graph: Survey) -> list[Part] | None:
     """Who reads a parameter, given its node: one part, or one for each of the disjoint blocks that it is split into.
 
-    None where a loss's own part of the graph reads it too.
+    None where a loss's own part of the graph reads it too, or one of the blocks.
     """
     users = graph.users.get(node, ())
-    split = users[0][0] if len(users) == 1 and users[0][0].name() in _SPLITS else None
-    open_ends = set(graph.frontier)
+    split = users[0][0] if len(users) == 1 and (node, 0) not in graph.open_ends else None
+    if split is None or (saved := SPLITS.get(split.name())) is None or not saved.covers(split):
+        edges: list[tuple[Edge, tuple[int, int, int] | None]] = [((node, 0), None)]
+    else:
+        edges = [((split, output), _block(split, output)) for output in range(len(split._input_metadata))]
     try:
-        if split is None:
-            return [Part(list(_consumers((node, 0), graph, open_ends, False, False)), None)]
-        outputs = sorted({output for _, _, output in graph.users.get(split, ())})
-        return [
-            Part(list(_consumers((split, output), graph, open_ends, False, True)), _block(split, output))
-            for output in outputs
+        parts = [
+            Part(list(_consumers(edge, graph, False, () if block is None else (edge,))), block) for edge, block in edges
         ]
     except _ReadElsewhere:
         return None
+    return [part for part in parts if part.consumers]
 
 
 def _block(split: Any, output: int) -> tuple[int, int, int]:
@@ -120,14 +137,26 @@ class _ReadElsewhere(Exception):
     pass
 
 
-def _consumers(edge: Edge, graph: Survey, open_ends: set[Edge], flipped: bool, passed: bool) -> Iterator[Consumer]:
-    if edge in open_ends:
+def _consumers(edge: Edge, graph: Survey, flipped: bool, way: tuple[Edge, ...]) -> Iterator[Consumer]:
+    if edge in graph.open_ends:
         raise _ReadElsewhere
     for user, operand, output in graph.users.get(edge[0], ()):
         if output != edge[1]:
             continue
-        turns = _PASSED_ON.get(user.name())
+        turns = _turns(user)
         if turns is None:
-            yield Consumer(user, operand, flipped, passed)
+            yield Consumer(user, operand, flipped, way)
         else:
-            yield from _consumers((user, 0), graph, open_ends, flipped ^ turns, True)
+            yield from _consumers((user, 0), graph, flipped ^ turns, (*way, (user, 0)))
+
+
+def _turns(node: Any) -> bool | None:
+    """Whether an operation that only passes its input on transposes it; None for any other operation."""
+    saved = PASSED_ON.get(node.name())
+    if saved is None or not saved.covers(node):
+        return None
+    is_matrix = len(node._input_metadata[0].shape) == 2
+    if node.name() == "TransposeBackward0":
+        # Dimensions count from the end where they are negative, read as unsigned.
+        return bool((node._saved_dim0 - node._saved_dim1) % 2) if is_matrix else None
+    return node.name() == "TBackward0" and is_matrix

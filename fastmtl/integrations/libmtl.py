@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import ops, scalarization
-from fastmtl._graph import leaves_of, trunk_of
+from fastmtl._graph import edge_of, leaves_of, trunk_of
 from fastmtl.backward import _commit, _pairs, _pass, _without_tensor_hooks
 from fastmtl.info import Info
 from fastmtl.scalarization import Scalarization
@@ -153,7 +153,7 @@ class Weighting(nn.Module):
         rep = [self.rep[task] for task in self.task_name] if several else [self.rep]
         ids = {id(x) for x in copies}
         heads = [leaf for leaf in leaves_of([total], []).all() if id(leaf) not in ids]
-        trunk, _ = trunk_of(rep)
+        trunk = trunk_of(edge_of(x) for x in rep).leaves
         with _without_tensor_hooks([*heads, *trunk]):
             grads = torch.autograd.grad(total, [*copies, *heads], allow_unused=True)
             rows, own = grads[: len(copies)], grads[len(copies) :]
@@ -216,7 +216,7 @@ class Aligned_MTL(Weighting):
     @staticmethod
     def make(tasks: int, scale: str = "min", rank_rule: str = "normalized") -> Method:
         """See the class."""
-        return fastmtl.AlignedMTL("sum", scale=scale, rank_rule=rank_rule)
+        return fastmtl.AlignedMTL(weights="sum", scale=scale, rank_rule=rank_rule)
 
 
 class MGDA(Weighting):
@@ -225,7 +225,7 @@ class MGDA(Weighting):
     @staticmethod
     def make(tasks: int, mgda_gn: str = "none") -> Method:
         """See the class."""
-        return fastmtl.MGDA(mgda_gn)
+        return fastmtl.MGDA(normalization=mgda_gn)
 
 
 class PCGrad(Weighting):
@@ -247,7 +247,7 @@ class GradVac(Weighting):
     @staticmethod
     def make(tasks: int, GradVac_beta: float = 0.5, beta: float | None = None) -> Method:
         """See the class."""
-        return fastmtl.GradVac(GradVac_beta if beta is None else beta)
+        return fastmtl.GradVac(beta=GradVac_beta if beta is None else beta)
 
     def backward(self, losses: Tensor | Sequence[Tensor], GradVac_group_type: int = 0, **kwargs: Any) -> Any:
         """See `Weighting.backward`."""
@@ -274,7 +274,7 @@ class CAGrad(Weighting):
     @staticmethod
     def make(tasks: int, calpha: float = 0.5, rescale: int = 1) -> Method:
         """See the class."""
-        return _LinearlyRescaled(calpha, 0) if rescale == 2 else fastmtl.CAGrad(calpha, rescale)
+        return _LinearlyRescaled(c=calpha, rescale=0) if rescale == 2 else fastmtl.CAGrad(c=calpha, rescale=rescale)
 
 
 class _LinearlyRescaled(fastmtl.CAGrad):
@@ -318,7 +318,7 @@ class GradDrop(Weighting):
     @staticmethod
     def make(tasks: int, leak: float = 0.0) -> Method:
         """See the class."""
-        return fastmtl.GradDrop(leak)
+        return fastmtl.GradDrop(leak=leak)
 
 
 class RGW(Weighting):
@@ -345,7 +345,7 @@ class FairGrad(Weighting):
     @staticmethod
     def make(tasks: int, FairGrad_alpha: float = 1.0) -> Method:
         """See the class."""
-        return fastmtl.FairGrad(FairGrad_alpha)
+        return fastmtl.FairGrad(fairness=FairGrad_alpha)
 
 
 # ------------------------------------------------------------------------------------------------ methods on losses
@@ -357,7 +357,7 @@ class EW(Weighting):
     @staticmethod
     def make(tasks: int) -> Scalarization:
         """See the class."""
-        return scalarization.LS("sum")
+        return scalarization.LS(weights="sum")
 
 
 class RLW(Weighting):
@@ -366,7 +366,7 @@ class RLW(Weighting):
     @staticmethod
     def make(tasks: int, dist: str = "Normal") -> Scalarization:
         """See the class."""
-        return scalarization.RLW(dist.lower())
+        return scalarization.RLW(distribution=dist.lower())
 
 
 class DWA(Weighting):
@@ -406,7 +406,7 @@ class STCH(Weighting):
     @staticmethod
     def make(tasks: int, STCH_mu: float = 1.0, STCH_warmup_epoch: int = 4) -> Scalarization:
         """See the class."""
-        return scalarization.STCH(STCH_mu, warmup=STCH_warmup_epoch, tasks=tasks)
+        return scalarization.STCH(mu=STCH_mu, warmup=STCH_warmup_epoch, tasks=tasks)
 
 
 class FAMO(Weighting):

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from fastmtl import ops, weighting
 from fastmtl._inputs import check_matrix, describe
+from fastmtl.info import Info
+from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod, Method
 
 try:
@@ -280,6 +282,76 @@ def _ridge(projector: DualConeProjector | None) -> float:
     return getattr(projector, "reg_eps", 0.0)
 
 
+# ------------------------------------------------------------------------------------------------ zero rows
+#
+# To `fastmtl` a task whose gradient is zero is absent. To TorchJD it is a task like others: these methods give it the
+# weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] does not show all of its gradients.
+
+
+def _zero_rows(M: Tensor) -> Tensor:
+    return M.diagonal(dim1=-2, dim2=-1) == 0
+
+
+class _Peer:
+    """Made part of a method: what becomes of its weights α [..., m] where rows are zero."""
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        info: Info = super()._weigh(M, dtype, context)  # type: ignore[misc]
+        info.alpha = self._with_zero_rows(info.alpha, _zero_rows(M))
+        return info
+
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _CAGrad(_Peer, weighting.CAGrad):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha * ~zero.any(-1, keepdim=True)  # its g_w is zero, and then it moves nothing
+
+
+class _MGDA(_Peer, weighting.MGDA):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        first = zero & (zero.cumsum(-1) == 1)  # which is the shortest vector
+        return alpha * ~zero.any(-1, keepdim=True) + first
+
+
+class _Conflicts(_Peer):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha + zero
+
+
+class _PCGrad(_Conflicts, weighting.PCGrad):
+    pass
+
+
+class _GradVac(_Conflicts, weighting.GradVac):
+    pass
+
+
+class _Projected(_Peer):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        m = zero.shape[-1]
+        preferred = self._task_weights(m, alpha)  # type: ignore[attr-defined]
+        return alpha + zero * (1 / m if preferred is None else preferred)
+
+
+class _UPGrad(_Projected, weighting.UPGrad):
+    pass
+
+
+class _DualProj(_Projected, weighting.DualProj):
+    pass
+
+
+class _Krum(weighting.Krum):
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
+        squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
+        shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
+        added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
+        return super()._weigh(M + added[..., None], dtype, context)
+
+
 # ------------------------------------------------------------------------------------------------ on the Gramian
 
 
@@ -302,7 +374,7 @@ class AlignedMTLWeighting(_GramWeighting):
     def _make(
         pref_vector: Tensor | None = None, scale_mode: str = "min", *, rank_rule: str = "normalized"
     ) -> GramMethod:
-        return weighting.AlignedMTL(pref_vector, scale_mode, rank_rule=rank_rule)
+        return weighting.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
 
 
 class AlignedMTL(_GramAggregator, by=AlignedMTLWeighting):
@@ -323,7 +395,7 @@ class CAGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make(c: float, norm_eps: float = 0.0001) -> GramMethod:
-        return weighting.CAGrad(c, rescale=0)
+        return _CAGrad(c=c, rescale=0)
 
 
 class CAGrad(_GramAggregator, by=CAGradWeighting):
@@ -342,7 +414,7 @@ class ConFIGWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None) -> GramMethod:
-        return weighting.ConFIG(pref_vector)
+        return weighting.ConFIG(weights=pref_vector)
 
 
 class ConFIG(_GramAggregator, by=ConFIGWeighting):
@@ -365,7 +437,7 @@ class DualProjWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        return weighting.DualProj(pref_vector, _ridge(projector))
+        return _DualProj(weights=pref_vector, ridge=_ridge(projector))
 
 
 class DualProj(_GramAggregator, by=DualProjWeighting):
@@ -385,7 +457,7 @@ class FairGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make(alpha: float, max_iters: int | None = None) -> GramMethod:
-        return weighting.FairGrad(alpha)
+        return weighting.FairGrad(fairness=alpha)
 
 
 class FairGrad(_GramAggregator, by=FairGradWeighting):
@@ -407,7 +479,7 @@ class GradVacWeighting(_StatefulWeighting):
 
     @staticmethod
     def _make(beta: float = 0.5, eps: float = 1e-8) -> GramMethod:
-        return weighting.GradVac(beta)
+        return _GradVac(beta=beta)
 
     def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The weights [m]."""
@@ -447,7 +519,7 @@ class KrumWeighting(_GramWeighting):
 
     @staticmethod
     def _make(n_byzantine: int, n_selected: int = 1) -> GramMethod:
-        return weighting.Krum(n_byzantine, n_selected, squared=False)
+        return _Krum(byzantine=n_byzantine, selected=n_selected, squared=False)
 
 
 class Krum(_GramAggregator, by=KrumWeighting):
@@ -466,7 +538,7 @@ class MGDAWeighting(_GramWeighting):
 
     @staticmethod
     def _make(epsilon: float = 0.001, max_iters: int = 100) -> GramMethod:
-        return weighting.MGDA()
+        return _MGDA()
 
 
 class MGDA(_GramAggregator, by=MGDAWeighting):
@@ -492,7 +564,7 @@ class NashMTLWeighting(_StatefulWeighting):
     def _make(n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20) -> GramMethod:
         if not isinstance(n_tasks, int) or n_tasks < 1:
             raise ValueError(f"n_tasks: expected an integer >= 1, got {n_tasks!r}")
-        return weighting.NashMTL(max_norm, update_weights_every)
+        return weighting.NashMTL(max_norm=max_norm, every=update_weights_every)
 
     def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The weights [m]."""
@@ -510,7 +582,7 @@ class PCGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.PCGrad()
+        return _PCGrad()
 
 
 class PCGrad(_GramAggregator, by=PCGradWeighting):
@@ -533,7 +605,7 @@ class UPGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        return weighting.UPGrad(pref_vector, _ridge(projector))
+        return _UPGrad(weights=pref_vector, ridge=_ridge(projector))
 
 
 class UPGrad(_GramAggregator, by=UPGradWeighting):
@@ -555,7 +627,7 @@ class ConstantWeighting(_TaskWeighting):
 
     @staticmethod
     def _make(weights: Tensor) -> GramMethod:
-        return weighting.Uniform(weights)
+        return weighting.Uniform(weights=weights)
 
 
 class Constant(_TaskAggregator, by=ConstantWeighting):
@@ -567,7 +639,7 @@ class MeanWeighting(_TaskWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.Uniform("mean")
+        return weighting.Uniform(weights="mean")
 
 
 class Mean(_TaskAggregator, by=MeanWeighting):
@@ -591,7 +663,7 @@ class SumWeighting(_TaskWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.Uniform("sum")
+        return weighting.Uniform(weights="sum")
 
 
 class Sum(_TaskAggregator, by=SumWeighting):
@@ -620,10 +692,10 @@ class GradDrop(_Configured, Aggregator):
 
     @staticmethod
     def _make(f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None) -> Method:
-        purity = torch.linspace(0, 1, 101)
+        purity = torch.linspace(0, 1, 101, device="cpu")
         if not torch.equal(f(purity.clone()), purity):
             raise ValueError(f"f: expected the identity, got {f!r}, which changes the sign purity")
-        return weighting.GradDrop(leak)
+        return weighting.GradDrop(leak=leak)
 
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """The aggregation [n] of a Jacobian [m, n], through all registered hooks."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.reference.present import is_present
+
 __all__ = ["align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
 
 EPS = torch.finfo(torch.float64).eps
@@ -101,6 +103,7 @@ def balance(
         s = (lam * kept).sum(-1, keepdim=True) / rank[:, None].clamp_min(1)
     inverse = torch.where(kept, (s / lam).sqrt(), 0.0)
     alpha = (V @ (inverse * (w @ V))[..., None])[..., 0]
+    alpha = torch.where(is_present(M), alpha, 0.0)  # to the bit: eigenvectors of LAPACK's are zero to rounding only
     alpha = torch.where(finite[:, None], alpha, torch.nan)
     lam = torch.where(finite[:, None], lam, torch.nan)
     rank = torch.where(finite, rank, 0)

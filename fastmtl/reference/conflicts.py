@@ -1,7 +1,7 @@
 """Pairwise gradient surgery in weight space: PCGrad (Yu et al., 2020) and GradVac (Wang et al., 2021).
 
 The modified gradient of task i is Σ_k v_k g_k, row i of V, begun at V = 1; its products with all gradients, C = V M,
-are kept up to date. All tasks take their n-th visit at once. Zero gradients (M_jj <= 0) take no part.
+are kept up to date. All tasks take their n-th visit at once. Absent tasks take no part: their rows of V are zero.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.reference.philox import permutations
+from fastmtl.reference.present import is_present
 
 __all__ = ["gradvac", "pcgrad"]
 
@@ -31,7 +32,7 @@ def pcgrad(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
     B, T, _ = X.shape
     order = permutations(seed, B, T if per_task else 1, T).expand(B, T, T)
     square = X.diagonal(dim1=-2, dim2=-1)
-    V, C = torch.eye(T, dtype=X.dtype, device=X.device).expand(B, T, T).clone(), X.clone()
+    V, C = torch.diag_embed(is_present(X).to(X.dtype)), X.clone()
     for n in range(T):
         j = order[:, :, n : n + 1]  # [B, T, 1]: whom task i meets
         product, size = C.gather(-1, j), square[:, :, None].gather(-2, j)
@@ -62,7 +63,7 @@ def gradvac(M: Tensor, seed: Tensor, beta: float, targets: Tensor) -> Tensor:
     rounding = 16 * T * EPS
     order = permutations(seed, B, T, T)
     norms = X.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    V, C = torch.eye(T, dtype=X.dtype, device=X.device).expand(B, T, T).clone(), X.clone()
+    V, C = torch.diag_embed(is_present(X).to(X.dtype)), X.clone()
     hat = targets.reshape(B, T, T).clone()
     square = norms.square()[..., None]  # [B, T, 1]: of the current gradients
     terms = norms[..., None].clone()  # Σ |v_k| ‖g_k‖, which bounds the rounding error of `square`

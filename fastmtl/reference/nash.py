@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmtl.reference.present import solve_present
+
 __all__ = ["nash"]
 
 EPS = torch.finfo(torch.float64).eps
@@ -29,23 +31,19 @@ def nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
         there is no solution, because a convex combination of the gradients vanishes; NaN where M is not finite.
     """
     X = M.to(torch.float64).reshape(-1, *M.shape[-2:])
-    solved = [_nash(x, power) for x in X]
-    alpha = torch.stack([alpha for alpha, _ in solved]) if solved else X.new_empty(X.shape[:-1])
-    residual = X.new_tensor([residual for _, residual in solved])
+    alpha, residual = X.new_full(X.shape[:-1], torch.nan), X.new_full(X.shape[:1], torch.nan)
+    for b, x in enumerate(X):
+        if bool(x.isfinite().all()):
+            alpha[b], residual[b] = solve_present(x, lambda one, there: _nash(one, power))
     return alpha.reshape(M.shape[:-1]), residual.reshape(M.shape[:-2])
 
 
-def _nash(M: Tensor, power: float) -> tuple[Tensor, float]:
-    if not bool(M.isfinite().all()):
-        return torch.full_like(M[0], torch.nan), math.nan
-    nothing = torch.zeros_like(M[0]), math.inf
-    if not bool((M.diagonal() > 0.0).all()):
-        return nothing
+def _nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
     alpha, residual, positive = _newton(M, power)
     # Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
     if residual == math.inf or (not positive and power != 1.0 and _newton(M, 1.0)[1] == math.inf):
-        return nothing
-    return alpha, residual
+        return torch.zeros_like(M[0]), M.new_full((), math.inf)
+    return alpha, M.new_full((), residual)
 
 
 def _newton(M: Tensor, power: float) -> tuple[Tensor, float, bool]:
@@ -68,7 +66,8 @@ def _newton(M: Tensor, power: float) -> tuple[Tensor, float, bool]:
         wanted = h.square() * gamma**-power
         root = (wanted * gamma).sqrt()
         error = (product - wanted).abs()
-        residual = float((error / torch.maximum(wanted, 2.0**-22 * terms)).max())
+        residual = float((error / torch.maximum(wanted, 2.0**-22 * terms)).amax())
+        residual = residual if residual < math.inf else math.inf  # NaN, of powers out of the range of numbers
         solved = near and bool((error <= EPS * (4 * terms + 4 * (1 + power) * wanted)).all())
         stalled = stalled + 1 if near and not residual <= 0.5 * least else 0
         if residual < least or solved or step == 0:

@@ -5,6 +5,7 @@ All are solved on gradients of unit length, C = D^-1/2 M D^-1/2 with D the diago
     min ½ xᵀCx - pᵀx    over    x >= 0,
 
 by proximal points and the active-set method of Lawson and Hanson, in float64 on the host, one matrix after the other.
+Absent tasks are taken out of M first.
 csrc/math has the derivations, and a faster way to the same solution.
 """
 
@@ -14,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from fastmtl.reference.present import solve_present
 
 __all__ = ["cagrad", "dual_cone", "mgda"]
 
@@ -28,10 +31,9 @@ def mgda(M: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         α [..., T] and the residual [...], both float64: by how much Wolfe's criterion (Mα)_t >= αᵀMα, with equality
-        where α_t > 0, is violated, relative to the lengths of the gradients; NaN where M is not finite. A zero gradient
-        gets all the weight.
+        where α_t > 0, is violated, relative to the lengths of the gradients; NaN where M is not finite.
     """
-    return _solve_each(M, _mgda)
+    return _solve_each(M, lambda one, there: _mgda(one))
 
 
 def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
@@ -44,16 +46,18 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
 
     Returns:
         α [..., T] and the residual [...], both float64: the largest violation of Mv >= 0, with equality where v > u,
-        relative to the lengths of the gradients; NaN where M is not finite.
+        relative to the lengths of the gradients; infinite where α leaves the range of numbers, NaN where M is not
+        finite.
     """
+    T = M.shape[-1]
 
-    def solve(one: Tensor) -> tuple[Tensor, Tensor]:
-        T = one.shape[0]
+    def solve(one: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         u = one.new_full((T,), 1 / T) if weights is None else weights.to(one)
+        u = u[there]
         if not each:
             return _dual_cone(one, u)
         projected = [_dual_cone(one, row) for row in torch.diag(u)]
-        return sum((v for v, _ in projected), torch.zeros_like(u)), torch.stack([r for _, r in projected]).max()
+        return sum((v for v, _ in projected), torch.zeros_like(u)), torch.stack([r for _, r in projected]).amax()
 
     return _solve_each(M, solve)
 
@@ -61,8 +65,8 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
 def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
     """Conflict-averse gradient descent (Liu et al. 2021), without its final rescaling.
 
-    α = 1/T + (ρ / ‖g_w‖) w with ρ = c ‖g0‖, g0 the mean gradient, and w the minimiser of g_wᵀg0 + ρ ‖g_w‖ over the
-    simplex; where zero is in the convex hull, the nearest point to g0 of the dual cone.
+    α = 1/T + (ρ / ‖g_w‖) w with ρ = c ‖g0‖, g0 the sum of the gradients over T, and w the minimiser of g_wᵀg0 + ρ ‖g_w‖
+    over the simplex; where zero is in the convex hull, the nearest point to g0 of the dual cone.
 
     Args:
         M: [..., T, T].
@@ -72,27 +76,21 @@ def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
         α [..., T] and the residual [...], both float64: the duality gap as every gradient sees it, relative to its
         length and to the lengths of what is summed; NaN where M is not finite.
     """
-    return _solve_each(M, lambda one: _cagrad(one, c))
+    return _solve_each(M, lambda one, there: _cagrad(one, 1 / M.shape[-1], c))
 
 
-def _solve_each(M: Tensor, solve: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _solve_each(M: Tensor, solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     flat = M.detach().to(device="cpu", dtype=torch.float64).reshape(-1, *M.shape[-2:])
     alpha, residual = flat.new_full(flat.shape[:-1], torch.nan), flat.new_full(flat.shape[:1], torch.nan)
     for b, one in enumerate(flat):
         if bool(one.isfinite().all()):
-            alpha[b], residual[b] = solve(one)
+            alpha[b], residual[b] = solve_present(one, solve)
     return alpha.reshape(M.shape[:-1]).to(M.device), residual.reshape(M.shape[:-2]).to(M.device)
 
 
 def _mgda(M: Tensor) -> tuple[Tensor, Tensor]:
-    T = M.shape[0]
     C, norms = _unit_rows(M)
-    shortest = norms.min()
-    if shortest == 0:
-        alpha = torch.zeros_like(norms)
-        alpha[norms.argmin()] = 1
-        return alpha if bool(norms.any()) else alpha.fill_(1 / T), M.new_zeros(())
-    b = shortest / norms
+    b = norms.min() / norms
     y, residual, _ = _shortest_point(C, b)
     return y * b / (y @ b), residual
 
@@ -108,8 +106,9 @@ def _shortest_point(C: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     C, norms = _unit_rows(M)
-    lengths = u * norms
-    longest = lengths.abs().max()
+    unit = torch.frexp(u.abs().amax()).exponent  # weights in units of 2^unit: no length leaves the range of numbers
+    lengths = torch.ldexp(u, -unit) * norms
+    longest = lengths.abs().amax()
     if longest == 0:
         return u.clone(), M.new_zeros(())
     lengths = lengths / longest
@@ -117,19 +116,19 @@ def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     p = -(C @ lengths)
     x, slope = _nonnegative(C, p, size)
     residual = _violation(x, slope) / (size + x.sum())
-    return u + torch.where(norms > 0, x * longest / norms, 0.0), residual
+    return u + torch.ldexp(x * longest / norms, unit), residual
 
 
-def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """The γ for which the nearest d = g0 + Gᵀx to g0 with u_iᵀd >= γ b_i is at distance ρ."""
+def _cagrad(M: Tensor, share: float, c: float) -> tuple[Tensor, Tensor]:
+    """The γ for which the nearest d = g0 + Gᵀx to g0 with u_iᵀd >= γ b_i is at distance ρ; g0 has `share` of each."""
     T = M.shape[0]
     C, norms = _unit_rows(M)
-    w0 = M.new_full((T,), 1 / T)
-    longest, alive = norms.max(), norms > 0
-    if not c > 0 or longest == 0:
+    w0 = M.new_full((T,), share)
+    longest = norms.amax()
+    if not c > 0:
         return w0, M.new_zeros(())
-    b = torch.where(alive, norms[alive].min() / norms, 0.0)
-    mean = norms / longest / T
+    b = norms.amin() / norms
+    mean = norms / longest * share
     q = C @ mean
     size, rounding = float(mean.sum()), 4 * T * EPS  # of a square, relative to that of the lengths
     if mean @ q <= rounding * size**2:
@@ -146,7 +145,7 @@ def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
     stationary = False
     if distance < square:
         y, _, shortest = _shortest_point(C, b)
-        stationary = not bool(alive.all()) or bool(shortest <= rounding)
+        stationary = bool(shortest <= rounding)
         if not stationary:
             gamma = (q @ y + (square * shortest).sqrt()) / (b @ y)  # by duality
             x, slope, distance = solve(gamma)
@@ -163,17 +162,17 @@ def _cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
         excess = ((square - distance).abs() - uncertain).clamp_min(0)
         excess = excess / (b @ x) if excess > 0 else excess
     gap = (excess * b - slope).max().clamp_min(0) / (size + x.sum())
-    return w0 + torch.where(alive, x * longest / norms, 0.0), gap
+    return w0 + x * longest / norms, gap
 
 
 def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
-    """C [T, T] and the lengths [T]; zero gradients become orthogonal to all others.
+    """C [T, T] and the lengths [T], all positive.
 
     M's upper triangle is read. One that is indefinite beyond rounding (of products in float32) gets the diagonal it
     lacks.
     """
-    norms = M.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    norms = M.diagonal().sqrt()
+    inverse = 1 / norms
     C = (M * inverse[:, None] * inverse).clamp(-1, 1).triu(1)
     C = C + C.T + torch.eye(M.shape[0], dtype=M.dtype)
     lacking = -torch.linalg.eigvalsh(C)[0]

@@ -41,9 +41,9 @@ class IMTLL(Scalarization):
     def scaled(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """The losses exp(s_t) L_t - s_t one by one, for a method that balances their gradients: IMTL with both halves.
 
-            fastmtl.IMTL().backward(scales.scaled(losses), shared=encoder.parameters())
+            fastmtl.IMTL().backward(scales.scaled(losses))
 
-        Name the shared parameters, or the representation: all losses reach s too, which is no part of the model.
+        Each of them reads its own entry of s, which `backward` therefore does not take for a shared parameter.
 
         Args:
             losses: T scalar tensors.

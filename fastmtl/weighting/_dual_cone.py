@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 from fastmtl.weighting._weights import Weighted
@@ -23,11 +24,11 @@ class DualCone(Weighted, GramMethod):
 
     _each: ClassVar[bool]  # whether each weighted gradient is projected, or their sum
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None, ridge: float = 0.0) -> None:
+    ridge: float = option(number(low=0))
+
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, ridge: float = 0.0) -> None:
         super().__init__(weights)
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-        self.ridge = float(ridge)
+        self.ridge = ridge
 
     def __repr__(self) -> str:
         ridge = f", ridge={self.ridge}" if self.ridge else ""
@@ -40,6 +41,7 @@ class DualCone(Weighted, GramMethod):
     def _ridged(self, M: Tensor) -> Tensor:
         if not self.ridge:
             return M
+        M = M.to(torch.float64)
         diagonal = M.diagonal(dim1=-2, dim2=-1)
-        added = self.ridge * diagonal.sum(-1, keepdim=True, dtype=torch.float64)
-        return M.to(torch.float64) + torch.diag_embed(added.expand(diagonal.shape))
+        added = self.ridge * diagonal.sum(-1, keepdim=True)
+        return M + torch.diag_embed(torch.where(is_present(M), added, 0.0))  # an absent task stays absent

@@ -81,7 +81,7 @@ class Method:
 
     def backward(
         self,
-        losses: Sequence[Tensor],
+        losses: Sequence[Tensor | None],
         shared: torch.nn.Module | Iterable[Tensor] | None = None,
         *,
         representation: Any = None,
@@ -108,11 +108,15 @@ class Method:
         `.grad` as it was.
 
         Args:
-            losses: T scalar losses.
+            losses: T scalar losses, in the order of the tasks. A task is absent in this step if its loss is None or
+                requires no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left
+                alone.
             shared: the shared parameters, or a module for those of its parameters that require grad; one that no loss
-                reaches is left untouched. Default: the parameters that at least two losses reach.
+                reaches is left untouched. Default: the parameters that at least two losses reach, but not those of
+                which each loss reads other entries, such as learned scales s[t] of the losses.
             representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
-                are then those behind it, and `shared` has to be None.
+                are then those behind it, and `shared` has to be None. Warns of a loss that does not depend on it, and
+                of what reaches the encoder by a way around it, which is added plainly.
             features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
@@ -122,8 +126,9 @@ class Method:
             scale_heads: multiply the gradients of head t by α_t.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
-                all processes). Every process has to call. The other parameters' gradients stay those of the process:
-                DistributedDataParallel averages them.
+                all processes). Every process has to call; one that lacks losses gives None for them and names the
+                shared parameters. The other parameters' gradients stay those of the process: DistributedDataParallel
+                averages them. None is False, each process by itself, with a warning where there are several.
             grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
                 methods that are not homogeneous: see `__call__`.
             engine: how the exact gradients come about. "full": T backward passes down to the parameters. "gramian":
@@ -138,9 +143,8 @@ class Method:
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
-            ValueError: a loss that is not a scalar or does not require grad, no loss, no shared parameter, one that is
-                no leaf requiring grad, an unknown engine, options that exclude each other, weights of another length
-                than T.
+            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter, one that is no leaf
+                requiring grad, an unknown engine, options that exclude each other, weights of another length than T.
         """
         return backward(
             self,

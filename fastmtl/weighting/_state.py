@@ -41,7 +41,8 @@ class StatefulMethod(GramMethod, nn.Module):
             elif value.shape != torch.Size(wanted):
                 raise ValueError(
                     f"{type(self).__name__}: expected Gram matrices as in the first step, for a state of shape "
-                    f"{list(value.shape)}, got them of shape {list(shape)}; reset() begins anew"
+                    f"{list(value.shape)}, got them of shape {list(shape)}. Pass None for a task that is absent, so "
+                    "that the others keep their places; reset() begins anew"
                 )
             elif value.device != device or value.dtype is not dtype:  # a `model.half()` reaches these buffers too
                 setattr(self, name, value.to(device, dtype))

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl._inputs import Rows
+from fastmtl._options import choice, number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod, checked_out, mark_written
@@ -19,8 +20,6 @@ from fastmtl.weighting._weights import Weighted
 
 __all__ = ["AlignedMTL"]
 
-_SCALES = ("min", "median", "rmse")
-_RANK_RULES = ("normalized", "gram")
 _EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
 _HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
 
@@ -49,26 +48,25 @@ class AlignedMTL(Weighted, GramMethod):
 
     Raises:
         ValueError: unknown `scale` or `rank_rule`, a negative or non-finite `rtol`, weights that are not
-            one-dimensional or not finite.
-        TypeError: `weights` of another kind.
+            one-dimensional or not finite. (As everywhere, also where the attribute is set later.)
+        TypeError: an option of another kind.
     """
+
+    scale: str = option(choice("min", "median", "rmse"))
+    rtol: float | None = option(number(low=0, optional=True))
+    rank_rule: str = option(choice("normalized", "gram"))
 
     def __init__(
         self,
+        *,
         weights: Tensor | Sequence[float] | str | None = None,
         scale: str = "min",
         rtol: float | None = None,
         rank_rule: str = "normalized",
     ) -> None:
-        if scale not in _SCALES:
-            raise ValueError(f"scale: expected one of {_SCALES}, got {scale!r}")
-        if rank_rule not in _RANK_RULES:
-            raise ValueError(f"rank_rule: expected one of {_RANK_RULES}, got {rank_rule!r}")
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0.0 <= rtol < math.inf):
-            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
         super().__init__(weights)
         self.scale = scale
-        self.rtol = None if rtol is None else float(rtol)
+        self.rtol = rtol
         self.rank_rule = rank_rule
 
     def __repr__(self) -> str:

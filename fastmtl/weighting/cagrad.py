@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import choice, number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
@@ -31,16 +30,16 @@ class CAGrad(GramMethod):
         rescale: 1 divides the result by 1 + c², as the authors' training code does; 0 does not.
 
     Raises:
+        TypeError: `c` is no number.
         ValueError: `c` is negative or not finite, unknown `rescale`.
     """
 
-    def __init__(self, c: float = 0.5, rescale: int = 1) -> None:
-        if not (isinstance(c, (int, float)) and 0 <= c < math.inf):
-            raise ValueError(f"c: expected a finite number >= 0, got {c!r}")
-        if rescale not in (0, 1):
-            raise ValueError(f"rescale: expected 0 or 1, got {rescale!r}")
-        self.c = float(c)
-        self.rescale = int(rescale)
+    c: float = option(number(low=0))
+    rescale: int = option(choice(0, 1))
+
+    def __init__(self, *, c: float = 0.5, rescale: int = 1) -> None:
+        self.c = c
+        self.rescale = rescale
 
     def __repr__(self) -> str:
         return f"CAGrad(c={self.c}, rescale={self.rescale})"

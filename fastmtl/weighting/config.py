@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
@@ -22,7 +22,8 @@ class ConFIG(Weighted, GramMethod):
 
         u = U⁺ w / ‖U⁺ w‖        g = (Σ_t <g_t, u>) u        U the gradients at unit length
 
-    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part.
+    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part. Where U⁺ w is
+    zero, as for opposed gradients with equal weights, no direction has such cosines, and g is zero (α = 0).
 
     `info` has `alpha` and `gram`.
 
@@ -33,14 +34,14 @@ class ConFIG(Weighted, GramMethod):
 
     Raises:
         ValueError: weights that are not one-dimensional or not finite, a negative or non-finite `rtol`.
-        TypeError: `weights` of another kind.
+        TypeError: an option of another kind.
     """
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
+    rtol: float | None = option(number(low=0, optional=True))
+
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
         super().__init__(weights)
-        self.rtol = None if rtol is None else float(rtol)
+        self.rtol = rtol
 
     def __repr__(self) -> str:
         return f"ConFIG(weights={self._weights_repr()}, rtol={self.rtol})"
@@ -48,6 +49,8 @@ class ConFIG(Weighted, GramMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         w = self._task_weights(T, M)
+        if w is not None:  # only their ratio counts: by a power of two, so that no square leaves the range of numbers
+            w = torch.ldexp(w, -torch.frexp(w.abs().amax()).exponent)
         # Gᵀv = U⁺ w, whose products with the unit gradients are `cosines`.
         v, cosines = ops.unit_solve(M, w, T * EPS[dtype] if self.rtol is None else self.rtol)
         products = cosines * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()

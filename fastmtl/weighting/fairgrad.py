@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
@@ -32,13 +31,14 @@ class FairGrad(GramMethod):
         fairness: the exponent, called α in the paper. The authors' default is 1; their experiments use 2 and more.
 
     Raises:
+        TypeError: `fairness` is no number.
         ValueError: `fairness` is negative or not finite.
     """
 
-    def __init__(self, fairness: float = 1.0) -> None:
-        if not (isinstance(fairness, (int, float)) and 0 <= fairness < math.inf):
-            raise ValueError(f"fairness: expected a finite number >= 0, got {fairness!r}")
-        self.fairness = float(fairness)
+    fairness: float = option(number(low=0))
+
+    def __init__(self, *, fairness: float = 1.0) -> None:
+        self.fairness = fairness
 
     def __repr__(self) -> str:
         return f"FairGrad(fairness={self.fairness})"

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl import ops
-from fastmtl._inputs import describe
+from fastmtl import _options, ops
+from fastmtl._options import option
 from fastmtl.info import Info
 from fastmtl.weighting._context import Context, draw_seed
 from fastmtl.weighting._method import Method
-from fastmtl.weighting._weights import Weighted
 
 __all__ = ["GradDrop"]
 
@@ -39,14 +38,15 @@ class GradDrop(Method):
         ValueError: `leak` is not within [0, 1] or not one-dimensional.
     """
 
+    leak: float | Tensor = option(lambda value, name: _checked_leak(value, name))
+    generator: torch.Generator | None = option(_options.generator)
+
     def __init__(
-        self, leak: float | Tensor | Sequence[float] | None = None, generator: torch.Generator | None = None
+        self, *, leak: float | Tensor | Sequence[float] | None = None, generator: torch.Generator | None = None
     ) -> None:
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
-        self.leak: float | Tensor = _checked_leak(leak)
+        self.leak = leak  # type: ignore[assignment]
         self.generator = generator
-        self._leaks = Weighted(self.leak if isinstance(self.leak, Tensor) else None)  # copies of T numbers on devices
+        self._copies = _options.Copies()
 
     def __repr__(self) -> str:
         leak = self.leak.tolist() if isinstance(self.leak, Tensor) else self.leak
@@ -54,7 +54,10 @@ class GradDrop(Method):
 
     def _check_tasks(self, T: int) -> None:
         if isinstance(self.leak, Tensor) and self.leak.shape[0] != T:
-            raise ValueError(f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}")
+            raise ValueError(
+                f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}; "
+                "pass None for a task that is absent, so that the others keep their places"
+            )
 
     def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         ops.sign_drop(G, draw_seed(G, self.generator, context), self._task_leak(G.shape[-2], G), out)
@@ -70,23 +73,16 @@ class GradDrop(Method):
         if isinstance(self.leak, float):
             return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
         self._check_tasks(T)
-        return self._leaks._task_weights(T, like)
+        return self._copies.get(self.leak, like)
 
 
-def _checked_leak(leak: object) -> float | Tensor:
+def _checked_leak(leak: object, name: str) -> float | Tensor:
     if leak is None:
         return 0.0
+    values = leak
     if isinstance(leak, (int, float)) and not isinstance(leak, bool):
-        values = torch.tensor(leak, dtype=torch.float64)
-    elif isinstance(leak, (Tensor, list, tuple)):
-        try:
-            values = torch.as_tensor(leak, dtype=torch.float64).detach().clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"leak: expected a number, T numbers or None, got {leak!r}") from error
-    else:
-        raise TypeError(f"leak: expected a number, T numbers or None, got {describe(leak)}")
-    if values.ndim > 1 or not values.numel():
-        raise ValueError(f"leak: expected one number or shape [T], got shape {list(values.shape)}")
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(f"leak: expected numbers within [0, 1], got {values.tolist()}")
-    return values if values.ndim else values.item()
+        values = torch.tensor(leak, dtype=torch.float64, device="cpu")
+    x = _options.numbers(values, name, "a number, T numbers or None", shape="one number or shape [T]")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
+    return x if x.ndim else x.item()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl import ops
+from fastmtl import _options, ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context, draw_seed
 from fastmtl.weighting._state import StatefulMethod
@@ -32,17 +33,19 @@ class GradVac(StatefulMethod):
         generator: source of randomness, on the gradients' device; default: torch's global one.
 
     Raises:
+        TypeError: an option of another kind.
         ValueError: `beta` is not in [0, 1].
     """
 
     _remembers = True
     targets: Tensor  # φ, float64 [T, T] or [B, T, T]
 
-    def __init__(self, beta: float = 0.5, generator: torch.Generator | None = None) -> None:
-        if not (isinstance(beta, (int, float)) and 0 <= beta <= 1):
-            raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    beta: float = option(number(low=0, high=1))
+    generator: torch.Generator | None = option(_options.generator)
+
+    def __init__(self, *, beta: float = 0.5, generator: torch.Generator | None = None) -> None:
         super().__init__("targets")
-        self.beta = float(beta)
+        self.beta = beta
         self.generator = generator
 
     def __repr__(self) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import number, option
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import EPS, GramMethod
 
@@ -25,7 +25,7 @@ class IMTL(GramMethod):
     around or leaves none, and so does this. Zero gradients take no part.
 
     `info` has `alpha`, `gram` and `residual`: how far the projections are from equal, relative to them; infinite where
-    no α with Σ α = 1 exists, and then α = 0.
+    no α with Σ α = 1 exists (for opposed gradients, for example), and then α = 0.
 
     Together with IMTL-L (learned loss scales): `method.backward(imtl_l.scaled(losses))`, with
     `imtl_l = fastmtl.scalarization.IMTLL(T)`.
@@ -35,13 +35,14 @@ class IMTL(GramMethod):
             T · eps with eps of the gradients' dtype.
 
     Raises:
+        TypeError: `rtol` is no number.
         ValueError: a negative or non-finite `rtol`.
     """
 
-    def __init__(self, rtol: float | None = None) -> None:
-        if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-            raise ValueError(f"rtol: expected a finite number >= 0 or None, got {rtol!r}")
-        self.rtol = None if rtol is None else float(rtol)
+    rtol: float | None = option(number(low=0, optional=True))
+
+    def __init__(self, *, rtol: float | None = None) -> None:
+        self.rtol = rtol
 
     def __repr__(self) -> str:
         return f"IMTL(rtol={self.rtol})"
@@ -49,8 +50,8 @@ class IMTL(GramMethod):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         v, projections = ops.unit_solve(M, None, T * EPS[dtype] if self.rtol is None else self.rtol)
-        there = (M.diagonal(dim1=-2, dim2=-1) > 0).to(torch.float64)
-        residual = (projections - there).abs().amax(-1)
+        there = is_present(M)
+        residual = (projections - there.to(torch.float64)).abs().amax(-1)
         total = v.sum(-1, keepdim=True)
         # Relative to its parts: what cancels to rounding is zero.
         none = total.abs() <= 4 * T * EPS[torch.float64] * v.abs().sum(-1, keepdim=True)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import flag, integer, option
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 
@@ -19,6 +21,9 @@ class Krum(GramMethod):
     A gradient's score is the sum of its squared distances to the T - f - 2 gradients nearest to it; the `selected` ones
     with the lowest scores are averaged. Distances come from the Gram matrix: ‖g_i - g_j‖² = M_ii + M_jj - 2 M_ij.
 
+    Absent tasks (zero gradients) are neither selected nor neighbours: T is then the number of the others. Where that
+    is too small for the options, one neighbour counts, and the others' share of the average stays 1 / `selected`.
+
     `info` has `alpha` and `gram`.
 
     Args:
@@ -27,17 +32,18 @@ class Krum(GramMethod):
         squared: False sums the distances themselves, as TorchJD does.
 
     Raises:
+        TypeError: an option of another kind.
         ValueError: `byzantine` < 0 or `selected` < 1; (in a step) too few tasks.
     """
 
-    def __init__(self, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
-        if not isinstance(byzantine, int) or byzantine < 0:
-            raise ValueError(f"byzantine: expected an integer >= 0, got {byzantine!r}")
-        if not isinstance(selected, int) or selected < 1:
-            raise ValueError(f"selected: expected an integer >= 1, got {selected!r}")
+    byzantine: int = option(integer(0))
+    selected: int = option(integer(1))
+    squared: bool = option(flag)
+
+    def __init__(self, *, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
         self.byzantine = byzantine
         self.selected = selected
-        self.squared = bool(squared)
+        self.squared = squared
 
     def __repr__(self) -> str:
         return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"
@@ -54,8 +60,12 @@ class Krum(GramMethod):
         distances = torch.add(squares[..., None], wide, alpha=-2).add_(squares[..., None, :]).clamp_min_(0)
         if not self.squared:
             distances.sqrt_()
-        distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # not to itself
-        scores = distances.topk(T - self.byzantine - 2, largest=False, sorted=False).values.sum(-1)
+        there = is_present(M)
+        apart = there[..., None] & there[..., None, :] & ~torch.eye(T, dtype=torch.bool, device=M.device)
+        nearest = torch.where(apart, distances, torch.inf).sort(-1).values
+        neighbours = (there.sum(-1) - self.byzantine - 2).clamp_min(1)[..., None, None]
+        counted = (torch.arange(T, device=M.device) < neighbours) & nearest.isfinite()
+        scores = torch.where(there, torch.where(counted, nearest, 0.0).sum(-1), torch.inf)
         chosen = scores.topk(self.selected, largest=False).indices
         alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
-        return Info.of(ops.constant(M, alpha), M)
+        return Info.of(ops.constant(M, alpha), M)  # 0 for absent tasks, where fewer are there than are selected

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import choice, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 
 __all__ = ["MGDA"]
-
-_NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
 class MGDA(GramMethod):
@@ -29,17 +28,21 @@ class MGDA(GramMethod):
     Args:
         normalization: what each gradient is divided by before α is computed (as in the authors' code the combination is
             of the gradients as they are): "none"; "l2", its norm; "loss", its task's loss; or "loss+", both. With
-            "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`.
+            "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`. A loss of zero makes its
+            gradient infinitely long, so that its task gets no weight.
 
     Raises:
         ValueError: unknown `normalization`.
     """
 
-    def __init__(self, normalization: str = "none") -> None:
-        if normalization not in _NORMALIZATIONS:
-            raise ValueError(f"normalization: expected one of {_NORMALIZATIONS}, got {normalization!r}")
+    normalization: str = option(choice("none", "l2", "loss", "loss+"))
+
+    def __init__(self, *, normalization: str = "none") -> None:
         self.normalization = normalization
-        self._needs_losses = normalization in ("loss", "loss+")
+
+    @property
+    def _needs_losses(self) -> bool:  # type: ignore[override]
+        return self.normalization in ("loss", "loss+")
 
     def __repr__(self) -> str:
         return f"MGDA(normalization={self.normalization!r})"
@@ -54,5 +57,6 @@ class MGDA(GramMethod):
             divisor = context.losses.to(M.device)
         if self.normalization != "loss":
             divisor = divisor * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
-        inverse = torch.where(divisor == 0, 0.0, 1 / divisor)  # a zero gradient stays one
+        # A zero gradient stays one. A loss that is not finite is no task that is absent.
+        inverse = torch.where(divisor == 0, 0.0, torch.where(divisor.isfinite(), 1 / divisor, torch.nan))
         return M * inverse[..., :, None] * inverse[..., None, :]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._options import integer, number, option
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._state import StatefulMethod
 
@@ -29,24 +31,29 @@ class NashMTL(StatefulMethod):
 
     Args:
         max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
-        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it.
+        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it. A task
+            that is absent when it is solved keeps the weight that it had; in a step in which a task is there that has
+            none yet, it is solved as well.
 
     Raises:
-        ValueError: `max_norm` < 0, `every` < 1.
+        TypeError: an option of another kind.
+        ValueError: `max_norm` < 0 or not finite, `every` < 1.
     """
 
     weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
     steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
 
-    def __init__(self, max_norm: float = 1.0, every: int = 1) -> None:
-        if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
-            raise ValueError(f"max_norm: expected a number >= 0, got {max_norm!r}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
+    max_norm: float = option(number(low=0))
+    every: int = option(integer(1))
+
+    def __init__(self, *, max_norm: float = 1.0, every: int = 1) -> None:
         super().__init__("weights", "steps")
-        self.max_norm = float(max_norm)
+        self.max_norm = max_norm
         self.every = every
-        self._remembers = every > 1
+
+    @property
+    def _remembers(self) -> bool:  # type: ignore[override]
+        return self.every > 1
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm}, every={self.every})"
@@ -71,8 +78,9 @@ class NashMTL(StatefulMethod):
         """The weights of the last step that was to solve; this one's, if it is."""
         self._prepare(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
-        due = self.steps % self.every == 0
-        used = torch.where(due[..., None], alpha, self.weights)
-        self.weights.copy_(torch.where(finite[..., None], used, self.weights))
+        there = is_present(M)
+        due = (self.steps % self.every == 0) | (there & (self.weights == 0)).any(-1)
+        kept = torch.where(due[..., None] & there, alpha, self.weights)
+        self.weights.copy_(torch.where(finite[..., None], kept, self.weights))
         self.steps.add_(finite)
-        return torch.where(finite[..., None], used, torch.nan)
+        return torch.where(finite[..., None], torch.where(there, kept, 0.0), torch.nan)

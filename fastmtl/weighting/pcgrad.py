@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import ops
+from fastmtl import _options, ops
+from fastmtl._options import choice, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context, draw_seed
 from fastmtl.weighting._method import GramMethod
 
 __all__ = ["PCGrad"]
-
-_ORDERS = ("task", "step")
-_REDUCTIONS = ("sum", "mean")
 
 
 class PCGrad(GramMethod):
@@ -33,14 +31,17 @@ class PCGrad(GramMethod):
         generator: source of randomness, on the gradients' device; default: torch's global one.
 
     Raises:
+        TypeError: `generator` of another kind.
         ValueError: unknown `order` or `reduction`.
     """
 
-    def __init__(self, order: str = "task", reduction: str = "sum", generator: torch.Generator | None = None) -> None:
-        if order not in _ORDERS:
-            raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
+    order: str = option(choice("task", "step"))
+    reduction: str = option(choice("sum", "mean"))
+    generator: torch.Generator | None = option(_options.generator)
+
+    def __init__(
+        self, *, order: str = "task", reduction: str = "sum", generator: torch.Generator | None = None
+    ) -> None:
         self.order = order
         self.reduction = reduction
         self.generator = generator

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import ops
+from fastmtl import _options, ops
+from fastmtl._options import option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
@@ -24,9 +25,14 @@ class RLW(GramMethod):
 
     Args:
         generator: source of randomness, on the gradients' device; default: torch's global one.
+
+    Raises:
+        TypeError: `generator` of another kind.
     """
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
+    generator: torch.Generator | None = option(_options.generator)
+
+    def __init__(self, *, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
     def __repr__(self) -> str:

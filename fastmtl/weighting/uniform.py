@@ -32,7 +32,7 @@ class Uniform(Weighted, GramMethod):
         TypeError: `weights` of another kind.
     """
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None) -> None:
         super().__init__(weights)
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ class UPGrad(DualCone):
 
     Raises:
         ValueError: weights that are not one-dimensional or not finite, a ridge that is negative or not finite.
-        TypeError: `weights` of another kind.
+        TypeError: an option of another kind.
     """
 
     _each = True

@@ -590,6 +590,29 @@ def test_non_finite_rows(bad):
                 check_non_finite(device.align_rows(grads, T, F32))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("T", [2, 3, 5, 9, 17, 33, 64, 65, 130])
+def test_a_missing_row_beside_one_that_is_not_finite(T, bad):
+    """What is missing is not multiplied: its products are none, whatever the other row holds."""
+    K = len(COLUMNS)
+    for dtypes in ((F32,), (F64,), (BF16, F32, F16, F64)):
+        grads = ragged(T, dtypes, missing=0.2, seed=T)
+        grads[(T - 1) * K + 2 : T * K] = [None] * (K - 2)
+        for k in (1, 3):
+            i = next(t for t in range(T) if grads[t * K + k] is not None) * K + k
+            grads[i] = grads[i].clone()
+            grads[i][-1] = bad
+        expected = reference.gram_rows(grads, T)
+        for device in (FAST, SLOW):
+            results = [device.gram_rows(grads, T)[0]]
+            if T <= 64:
+                results += [device.align_rows(grads, T, F32).M]
+            for M in results:
+                assert torch.equal(M.isnan(), expected.isnan())
+                assert torch.equal(M.isposinf(), expected.isposinf())
+                assert torch.equal(M.isneginf(), expected.isneginf())
+
+
 def check_non_finite(got):
     assert got.rank == 0
     assert got.alpha.isnan().all()

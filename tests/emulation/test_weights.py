@@ -247,7 +247,7 @@ def test_launches(method):
         assert [kernel.partition("<")[0] for kernel, _ in launches] == ["solve", "sum_tasks"][: 1 + (sums and T > 1)]
         assert (launches[0][1] > 0) == shared
     run(method, M, SMALL_SHARED)
-    assert (module().launches()[0][1] > 0) == (name in ("nash", "pcgrad", "gradvac"))
+    assert (module().launches()[0][1] > 0) == (name in ("pcgrad", "gradvac"))
 
 
 @pytest.mark.parametrize(("mode", "order"), [("address", "sequential"), ("thread", "reversed")])

@@ -21,30 +21,32 @@ pytestmark = needs_extension
 # name -> a new instance for T tasks
 METHODS = {
     "AlignedMTL": lambda T: fastmtl.AlignedMTL(),
-    "AlignedMTL weights": lambda T: fastmtl.AlignedMTL(torch.arange(1.0, T + 1), "median", rank_rule="gram"),
-    "AlignedMTL rmse": lambda T: fastmtl.AlignedMTL("sum", "rmse", rtol=1e-3),
+    "AlignedMTL weights": lambda T: fastmtl.AlignedMTL(
+        weights=torch.arange(1.0, T + 1), scale="median", rank_rule="gram"
+    ),
+    "AlignedMTL rmse": lambda T: fastmtl.AlignedMTL(weights="sum", scale="rmse", rtol=1e-3),
     "MGDA": lambda T: fastmtl.MGDA(),
-    "MGDA loss+": lambda T: fastmtl.MGDA("loss+"),
+    "MGDA loss+": lambda T: fastmtl.MGDA(normalization="loss+"),
     "PCGrad": lambda T: fastmtl.PCGrad(),
-    "PCGrad step": lambda T: fastmtl.PCGrad("step", "mean"),
+    "PCGrad step": lambda T: fastmtl.PCGrad(order="step", reduction="mean"),
     "GradVac": lambda T: fastmtl.GradVac(),
     "CAGrad": lambda T: fastmtl.CAGrad(),
-    "CAGrad 2": lambda T: fastmtl.CAGrad(2.0, rescale=0),
+    "CAGrad 2": lambda T: fastmtl.CAGrad(c=2.0, rescale=0),
     "IMTL": lambda T: fastmtl.IMTL(),
     "NashMTL": lambda T: fastmtl.NashMTL(),
     "NashMTL every 2": lambda T: fastmtl.NashMTL(max_norm=0, every=2),
     "Uniform": lambda T: fastmtl.Uniform(),
-    "Uniform weights": lambda T: fastmtl.Uniform(torch.arange(1.0, T + 1)),
+    "Uniform weights": lambda T: fastmtl.Uniform(weights=torch.arange(1.0, T + 1)),
     "RLW": lambda T: fastmtl.RLW(),
     "UPGrad": lambda T: fastmtl.UPGrad(),
-    "UPGrad weights": lambda T: fastmtl.UPGrad(torch.arange(1.0, T + 1)),
+    "UPGrad weights": lambda T: fastmtl.UPGrad(weights=torch.arange(1.0, T + 1)),
     "DualProj": lambda T: fastmtl.DualProj(),
     "FairGrad": lambda T: fastmtl.FairGrad(),
-    "FairGrad 2": lambda T: fastmtl.FairGrad(2.0),
+    "FairGrad 2": lambda T: fastmtl.FairGrad(fairness=2.0),
     "ConFIG": lambda T: fastmtl.ConFIG(),
-    "Krum": lambda T: fastmtl.Krum(1 if T >= 4 else 0, selected=1 + T // 3),
+    "Krum": lambda T: fastmtl.Krum(byzantine=1 if T >= 4 else 0, selected=1 + T // 3),
     "GradDrop": lambda T: fastmtl.GradDrop(),
-    "GradDrop leak": lambda T: fastmtl.GradDrop(torch.linspace(0, 1, T)),
+    "GradDrop leak": lambda T: fastmtl.GradDrop(leak=torch.linspace(0, 1, T)),
 }
 DRAWS = {"PCGrad", "PCGrad step", "GradVac", "RLW", "GradDrop", "GradDrop leak"}
 methods = st.sampled_from(sorted(METHODS))

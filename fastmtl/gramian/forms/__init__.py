@@ -1,25 +1,64 @@
-"""Closed forms: how an operation's use of a parameter makes the parameter's gradient an outer product."""
+"""Closed forms: how an operation's use of a parameter makes the parameter's gradient an outer product.
+
+A form says what it knows of the operation (`Saved`). Whatever else an operation can do, or another version of torch may
+save, makes the use an explicit one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fastmtl._inputs import DTYPES
+from fastmtl.gramian.forms import convolution, embedding, product
 from fastmtl.gramian.forms._use import Use
-from fastmtl.gramian.forms.convolution import convolution
-from fastmtl.gramian.forms.embedding import embedding
-from fastmtl.gramian.forms.product import product
+from fastmtl.gramian.saved import Saved
 from fastmtl.gramian.survey import Consumer
 
-__all__ = ["Use", "is_bias", "is_small", "use_of"]
+__all__ = ["BIASES", "FORMS", "SMALL", "Bias", "Form", "Use", "is_bias", "is_small", "use_of"]
 
-_FORMS = {
-    "AddmmBackward0": product,
-    "MmBackward0": product,
-    "ConvolutionBackward0": convolution,
-    "EmbeddingBackward0": embedding,
+
+class Form(NamedTuple):
+    """The closed form of one operand.
+
+    Attributes:
+        make: from the node, and whether the operand is the parameter's transpose; None where it has no such use.
+        saved: what of the node it knows.
+    """
+
+    make: Callable[[Any, bool], Use | None]
+    saved: Saved
+
+
+class Bias(NamedTuple):
+    """An operand that is added to each row.
+
+    Attributes:
+        weight: the operand that is the weight of the same operation.
+        saved: what of the node is known to leave the sum of the cotangents the gradient.
+    """
+
+    weight: int
+    saved: Saved
+
+
+# By operation and operand.
+FORMS = {
+    ("MmBackward0", 0): Form(product.left, product.LEFT),
+    ("MmBackward0", 1): Form(product.right, product.RIGHT),
+    ("AddmmBackward0", 1): Form(product.left_of_sum, product.LEFT_OF_SUM),
+    ("AddmmBackward0", 2): Form(product.right_of_sum, product.RIGHT_OF_SUM),
+    ("ConvolutionBackward0", 1): Form(convolution.weight, convolution.WEIGHT),
+    ("EmbeddingBackward0", 0): Form(embedding.table, embedding.TABLE),
 }
-# Where the bias is an operand of the same operation: which, and which one the weight is.
-_BIASES = {"AddmmBackward0": (0, 2), "ConvolutionBackward0": (2, 1)}
+BIASES = {
+    ("AddmmBackward0", 0): Bias(2, product.BIAS),
+    ("ConvolutionBackward0", 2): Bias(1, convolution.BIAS),
+}
 # Operations whose own T gradients of a parameter, one number a channel, are the cheapest form there is.
-_SMALL = frozenset(
+SMALL = frozenset(
     {
         "AddBackward0",
         "SubBackward0",
@@ -35,20 +74,26 @@ _SMALL = frozenset(
 )
 
 
-def use_of(consumer: Consumer) -> Use | None:
-    """The closed form of this use of a parameter, None where there is none."""
-    form = _FORMS.get(consumer.node.name())
-    return None if form is None else form(consumer.node, consumer.operand, consumer.flipped)
+def use_of(consumer: Consumer, device: torch.device) -> Use | None:
+    """The closed form of this use of a parameter on this device, None where there is none."""
+    node = consumer.node
+    form = FORMS.get((node.name(), consumer.operand))
+    if form is None or not form.saved.covers(node):
+        return None
+    result = node._input_metadata[0]
+    if result.is_nested_tensor or result.dtype not in DTYPES or result.device != device:
+        return None
+    return form.make(node, consumer.flipped)
 
 
 def is_bias(consumer: Consumer, weight: Consumer | None = None) -> bool:
     """Whether the parameter is the bias of this operation; of the one that reads the weight so, where it is given."""
-    operands = _BIASES.get(consumer.node.name())
-    if operands is None or consumer.operand != operands[0]:
+    bias = BIASES.get((consumer.node.name(), consumer.operand))
+    if bias is None or not bias.saved.covers(consumer.node):
         return False
-    return weight is None or (weight.node is consumer.node and weight.operand == operands[1])
+    return weight is None or (weight.node is consumer.node and weight.operand == bias.weight)
 
 
 def is_small(consumer: Consumer) -> bool:
     """Whether explicit gradients are this use's closed form."""
-    return consumer.node.name() in _SMALL or is_bias(consumer)
+    return consumer.node.name() in SMALL or (consumer.node.name(), consumer.operand) in BIASES

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmtl._graph import Edge
+from fastmtl._inputs import DTYPES
+from fastmtl.gramian.saved import is_plain
 
 __all__ = ["Use"]
 
@@ -48,9 +50,13 @@ class Use(ABC):
         """Number of entries of one cotangent."""
         return math.prod(self.shape)
 
+    def _reads(self, x: Tensor) -> bool:
+        """Whether what the operation saved is what the formulas are for."""
+        return is_plain(x, self.node._input_metadata[0].device) and x.dtype in DTYPES
+
     @abstractmethod
-    def hold(self) -> None:
-        """Keeps what the operation saved, before a pass frees it."""
+    def hold(self) -> bool:
+        """Keeps what the operation saved, before a pass frees it; False where the form is not for it."""
 
     @abstractmethod
     def factor(self, dtype: torch.dtype) -> Tensor:

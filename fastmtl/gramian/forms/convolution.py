@@ -10,13 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.saved import Saved
 
-__all__ = ["convolution"]
+__all__ = ["BIAS", "WEIGHT", "weight"]
+
+_READ = ("input", "weight", "bias_sym_sizes_opt", "stride", "padding", "dilation", "groups", "output_padding")
+# The padding of the output is for transposed ones, and nothing but their weight's gradient depends on what they are.
+WEIGHT = Saved(*_READ, transposed=False)
+BIAS = Saved(*_READ, "transposed")
 
 
-def convolution(node: Any, operand: int, flipped: bool) -> Use | None:
+def weight(node: Any, flipped: bool) -> Use | None:
     """The weight of a convolution that is not transposed."""
-    if operand != 1 or flipped or node._saved_transposed:
+    dims = len(node._input_metadata[0].shape) - 2
+    stated = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    if flipped or any(len(each) != dims for each in stated):  # one number may stand for all dimensions
         return None
     return _Convolution(node)
 
@@ -28,21 +36,22 @@ class _Convolution(Use):
     _weight: Tensor
 
     def __init__(self, node: Any) -> None:
-        batch, channels, *self._out = node._input_metadata[0].shape
+        self._batch, channels, *self._out = node._input_metadata[0].shape
         self._groups = node._saved_groups
         weight, output = node.next_functions[1]
         _, depth, *self._kernel = weight._input_metadata[output].shape
         super().__init__(
             node,
             groups=self._groups,
-            rows=batch * math.prod(self._out),
+            rows=self._batch * math.prod(self._out),
             width=channels // self._groups,
             depth=depth * math.prod(self._kernel),
             side=0,
         )
 
-    def hold(self) -> None:
+    def hold(self) -> bool:
         self._x, self._weight = self.node._saved_input, self.node._saved_weight
+        return self._reads(self._x) and self._reads(self._weight)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         x = self._x
@@ -60,7 +69,7 @@ class _Convolution(Use):
         return windows.to(dtype).reshape(self._groups, self.rows, self.depth)
 
     def cotangents(self, arrived: Tensor) -> Tensor:
-        by_group = arrived.reshape(len(arrived), -1, self._groups, self.width, math.prod(self._out))
+        by_group = arrived.reshape(len(arrived), self._batch, self._groups, self.width, math.prod(self._out))
         return by_group.permute(0, 2, 1, 4, 3).reshape(len(arrived), self._groups, self.rows, self.width)
 
     def gradient(self, cotangent: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.saved import Saved, is_plain
 
-__all__ = ["embedding"]
+__all__ = ["TABLE", "table"]
+
+TABLE = Saved("indices", "padding_idx", "scale_grad_by_freq", "weight_sym_argsize_0", sparse=False)
 
 
-def embedding(node: Any, operand: int, flipped: bool) -> Use | None:
+def table(node: Any, flipped: bool) -> Use | None:
     """The table of an embedding that makes dense gradients."""
-    if operand != 0 or flipped or node._saved_sparse:
-        return None
-    return _Embedding(node)
+    return None if flipped else _Embedding(node)
 
 
 class _Embedding(Use):
@@ -33,8 +34,9 @@ class _Embedding(Use):
         *ids, width = node._input_metadata[0].shape
         super().__init__(node, rows=math.prod(ids), width=width, depth=node._saved_weight_sym_argsize_0, side=1)
 
-    def hold(self) -> None:
+    def hold(self) -> bool:
         self._ids = self.node._saved_indices
+        return is_plain(self._ids, self.node._input_metadata[0].device)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         return self._ids.reshape(-1)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.saved import Saved
 
-__all__ = ["product"]
-
-
-def product(node: Any, operand: int, flipped: bool) -> Use | None:
-    """The left or right matrix of `L @ R` or of `addmm(bias, L, R)`; one of them is the parameter, or its transpose."""
-    fused = node.name() == "AddmmBackward0"
-    if fused and (operand == 0 or node._saved_alpha != 1):
-        return None
-    left = operand == (1 if fused else 0)
-    return (_Left if left else _Right)(node, fused, flipped)
+__all__ = ["BIAS", "LEFT", "LEFT_OF_SUM", "RIGHT", "RIGHT_OF_SUM", "left", "left_of_sum", "right", "right_of_sum"]
 
 
 class _Right(Use):
@@ -26,14 +19,15 @@ class _Right(Use):
 
     _x: Tensor
 
-    def __init__(self, node: Any, fused: bool, flipped: bool) -> None:
+    def __init__(self, node: Any, flipped: bool, x: str) -> None:
         rows, width = node._input_metadata[0].shape
-        self._saved = "_saved_mat1" if fused else "_saved_self"
         depth = node._saved_mat2_sym_sizes[0]
         super().__init__(node, rows=rows, width=width, depth=depth, side=0 if flipped else 1)
+        self._saved = x
 
-    def hold(self) -> None:
+    def hold(self) -> bool:
         self._x = getattr(self.node, self._saved)
+        return self._reads(self._x)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         return self._x.to(dtype)[None]
@@ -51,13 +45,14 @@ class _Left(Use):
 
     _x: Tensor
 
-    def __init__(self, node: Any, fused: bool, flipped: bool) -> None:
+    def __init__(self, node: Any, flipped: bool, sizes: str) -> None:
         width, rows = node._input_metadata[0].shape
-        sizes = node._saved_mat1_sym_sizes if fused else node._saved_self_sym_sizes
-        super().__init__(node, rows=rows, width=width, depth=sizes[1], side=1 if flipped else 0)
+        depth = getattr(node, sizes)[1]
+        super().__init__(node, rows=rows, width=width, depth=depth, side=1 if flipped else 0)
 
-    def hold(self) -> None:
+    def hold(self) -> bool:
         self._x = self.node._saved_mat2
+        return self._reads(self._x)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         return self._x.to(dtype).mT[None]
@@ -68,3 +63,17 @@ class _Left(Use):
     def gradient(self, cotangent: Tensor) -> Tensor:
         x = self._x.to(cotangent.dtype)
         return cotangent @ x.mT if self.side == 0 else x @ cotangent.mT
+
+
+# mm(L, R), and addmm(bias, L, R) = beta * bias + alpha * L @ R. The operands' strides are where they lie, no more.
+_MM = ("self", "self_sym_sizes", "self_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
+_ADDMM = ("mat1", "mat1_sym_sizes", "mat1_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
+
+LEFT = RIGHT = Saved(*_MM)
+LEFT_OF_SUM = RIGHT_OF_SUM = Saved("beta", *_ADDMM, alpha=1)
+BIAS = Saved("alpha", *_ADDMM, beta=1)
+
+left = functools.partial(_Left, sizes="_saved_self_sym_sizes")
+left_of_sum = functools.partial(_Left, sizes="_saved_mat1_sym_sizes")
+right = functools.partial(_Right, x="_saved_self")
+right_of_sum = functools.partial(_Right, x="_saved_mat1")

@@ -1,0 +1,88 @@
+"""Hooks of a graph, where this engine would pass them by or hand them something else than T backward passes do.
+
+A closed form replaces an operation's backward, and those of the views and casts by which a parameter came to it: hooks
+there may change the gradient. A pass of all cotangents at once shows hooks a batch that they cannot keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from sys import getrefcount
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmtl._graph import Edge
+from fastmtl.gramian.survey import Survey
+
+__all__ = ["has_hooks", "is_hooked", "seen_by_hooks"]
+
+
+class _Watch(TorchDispatchMode):
+    """Notices any operation on tensors."""
+
+    active = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.active = True
+        return function(*args, **(kwargs or {}))
+
+
+def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
+    """Those of the edges, or the first, whose gradient hooks of tensors would see, `retain_grad` included.
+
+    Nobody lists such hooks. So a pass for each edge, which ends where it begins, brings zeros to it: all that runs is
+    hooks, once.
+    """
+    found: list[Edge] = []
+    probes = [(edge, _zeros(edge)) for edge in edges]
+    with _Watch() as watch:
+        for edge, zeros in probes:
+            if zeros is None or _is_seen(edge, zeros, watch):
+                found.append(edge)
+                if first:
+                    break
+    return found
+
+
+def _zeros(edge: Edge) -> Tensor | None:
+    """Such a gradient, without memory; None for a nested tensor."""
+    like = edge[0]._input_metadata[edge[1]]
+    return None if like.is_nested_tensor else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _is_seen(edge: Edge, zeros: Tensor, watch: _Watch) -> bool:
+    way = (GradientEdge(*edge),)
+    watch.active = False
+    owners = getrefcount(zeros)
+    try:
+        # What `torch.autograd.grad` calls, which takes longer than this does to check what it is given.
+        arrived = _engine_run_backward(way, (zeros,), True, False, way, allow_unreachable=True, accumulate_grad=False)
+    except Exception:  # a hook's, that takes no zeros
+        return True
+    replaced = arrived[0] is not zeros
+    del arrived
+    return replaced or watch.active or getrefcount(zeros) > owners
+
+
+def is_hooked(graph: Survey) -> bool:
+    """Whether anything in the shared part of a graph has hooks; those of one tensor may be called, with zeros."""
+    read = [(node, output) for node in graph.nodes for _, _, output in graph.users.get(node, ())]
+    edges = dict.fromkeys([*graph.frontier, *read])
+    return any(map(has_hooks, graph.nodes)) or bool(seen_by_hooks(edges, first=True))
+
+
+def has_hooks(node: Any) -> bool:
+    """Whether the node has hooks of its own, which are not those of its output as a tensor."""
+    handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
+    found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _nothing(*_: Any) -> None:
+    pass

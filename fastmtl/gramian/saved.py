@@ -1,0 +1,51 @@
+"""What an operation saved for its backward, and which of it a formula takes account of."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Saved", "attributes", "is_builtin", "is_plain"]
+
+_PREFIX = "_saved_"
+
+
+@functools.cache
+def attributes(kind: Any) -> tuple[str, ...]:
+    """What nodes of this type save, by name."""
+    return tuple(name.removeprefix(_PREFIX) for name in dir(kind) if name.startswith(_PREFIX))
+
+
+def is_builtin(node: Any) -> bool:
+    """Whether the operation is one of autograd's own: linear in the cotangents, and without code in Python."""
+    return getattr(torch._C._functions, type(node).__name__, None) is type(node)
+
+
+class Saved:
+    """A formula's declaration: without it the formula is not used, so that nothing is overlooked in silence.
+
+    Args:
+        read: attributes that the formula reads, or that do not matter to the gradient that it is for.
+        neutral: attributes that it takes no account of, with the value that has no effect.
+    """
+
+    def __init__(self, *read: str, **neutral: object) -> None:
+        self.read, self.neutral = frozenset(read), neutral
+
+    def covers(self, node: Any) -> bool:
+        """Whether the formula is that of this node: every attribute is read, or neutral."""
+        kind: Any = type(node)
+        return all(
+            name in self.read or (name in self.neutral and getattr(node, _PREFIX + name) == self.neutral[name])
+            for name in attributes(kind)
+        )
+
+
+def is_plain(x: Tensor, device: torch.device) -> bool:
+    """Whether `x` is an ordinary dense tensor on this device."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested and x.device == device
+    )
