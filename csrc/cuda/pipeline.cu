@@ -216,8 +216,7 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
       launch_probe<decltype(scalar)>(source, B, z, first, own, all, partial, context.stream);
     });
     launch_probe_bound(M, B, T, z, all, partial, result.bound, context.stream);
-  }
-  if (!plan.blocks) { // of blocks that are not finite an exact pass is to come
+  } else { // of blocks that are not finite an exact pass is to come
     mend(G, pass, M, context);
   }
   return result;
