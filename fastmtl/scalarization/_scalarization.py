@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl._inputs import DTYPES, describe, transforming
+from fastmtl._inputs import DTYPES, describe, has_numbers
 from fastmtl._options import check_number, integer, option
 from fastmtl.info import Info
 
@@ -137,7 +137,7 @@ class Scalarization(nn.Module):
         if outside is None:
             return True
         outside = outside & L.isfinite()
-        if _has_numbers(L) and bool(outside.any()):
+        if has_numbers(L) and bool(outside.any()):
             t = outside.tolist().index(True)
             raise ValueError(f"losses[{t}]: expected {self._needs(t)}, got {L[t].item():.6g}")
         return ~outside.any()
@@ -211,12 +211,6 @@ def _stack(losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     L = torch.stack([loss.reshape(()) if here else one for loss, here in zip(losses, there, strict=True)])
     # Made on the device, not copied there, for which the host would wait.
     return L, None if all(there) else torch.stack([~none if here else none for here in there])
-
-
-def _has_numbers(L: Tensor) -> bool:
-    """Whether the host may look at these numbers: they lie there, and no trace or transform is being made of them."""
-    plain = type(L) is Tensor and L.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and not transforming() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def divided(x: Tensor, grad_scale: Tensor | float) -> Tensor:
