@@ -437,6 +437,187 @@ def test_bad_options(make, error, message):
         make()
 
 
+# ------------------------------------------------------------------------------------------------ absent tasks
+
+AWAY, OTHERS = 1, [0, 2, 3]
+# The method of the other three of four tasks; default weights stay 1/4.
+WITHOUT = {
+    "LS": lambda: LS(weights=[0.25] * 3),
+    "LS sum": lambda: LS(weights="sum"),
+    "LS numbers": lambda: LS(weights=[1.0, 3.0, 4.0]),
+    "DWA": lambda: DWA(3),
+    "DWA window": lambda: DWA(3, temperature=1.0, window=3),
+    "Uncertainty": lambda: Uncertainty(3),
+    "Uncertainty -0.5": lambda: Uncertainty(3, initial=-0.5),
+    "GLS": GLS,
+    "STCH": lambda: STCH(weights=[0.25] * 3),
+    "STCH numbers": lambda: STCH(mu=0.5, weights=[0.5, 2.5, 3.5], reference=[0.0, -0.2, -0.3]),
+    "STCH warm-up": lambda: STCH(3, mu=1.0, warmup=1),
+    "IMTLL": lambda: IMTLL(3),
+    "FAMO": lambda: FAMO(3),
+    "FAMO bounds": lambda: FAMO(3, lr=0.1, weight_decay=0.01, min_losses=[-0.5, -2.5, -3.5]),
+    "GradNorm": lambda: GradNorm(3),
+    "GradNorm initial": lambda: GradNorm(3, alpha=0.5, lr=0.1, initial_losses=[1.0, 3.0, 4.0]),
+}
+
+
+def drive(method, losses_of, steps):
+    """(values, gradients of the losses' parameter, weights) of so many steps; an epoch is two of them."""
+    record = []
+    own = list(method.parameters())
+    optimizer = torch.optim.SGD(own, lr=0.1) if own else None
+    for k in range(steps):
+        p = torch.ones(5, dtype=F64, requires_grad=True)
+        losses = losses_of(p, k)
+        value = method(losses, *([p] if isinstance(method, GradNorm) else []))
+        value.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        if isinstance(method, FAMO):
+            method.update([None if loss is None else loss.detach() * (0.9 + 0.01 * k) for loss in losses])
+        if k % 2 and ((type(method) is DWA and method.window is None) or getattr(method, "warmup", None) is not None):
+            method.epoch()
+        record.append((value.detach(), p.grad, method.weights))
+    return record
+
+
+@pytest.mark.parametrize("how", ["None", "constant", "detached"])
+@pytest.mark.parametrize("name", WITHOUT)
+def test_an_absent_task(name, how):
+    method, others = METHODS[name](4), WITHOUT[name]()
+    before = state_of(method)
+
+    def loss(p, t, k):
+        return (p * randn(5, dtype=F64, seed=10 * k + t)).square().mean() * (t + 1) + 0.1
+
+    def all_of(p, k):
+        away = {"None": None, "constant": torch.tensor(math.inf), "detached": loss(p, AWAY, k).detach()}[how]
+        return [away if t == AWAY else loss(p, t, k) for t in range(4)]
+
+    got = drive(method, all_of, 7)
+    wanted = drive(others, lambda p, k: [loss(p, t, k) for t in OTHERS], 7)
+    for (value, gradient, weights), (its_value, its_gradient, its_weights) in zip(got, wanted, strict=True):
+        torch.testing.assert_close(value, its_value, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(gradient, its_gradient, rtol=1e-6, atol=1e-9)
+        assert weights[AWAY] == 0
+        torch.testing.assert_close(weights[OTHERS], its_weights, rtol=1e-6, atol=1e-9)
+    for key, value in state_of(method).items():
+        if value.shape == (4,):
+            assert torch.equal(value[AWAY], before[key][AWAY]) or value[AWAY].isnan()
+            assert value[AWAY].isnan() == before[key][AWAY].isnan()
+            its = state_of(others)[key]
+            torch.testing.assert_close(value[OTHERS], its, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@methods
+def test_what_is_remembered_of_a_task_stays(name):
+    """Through steps in which it is absent, after some in which it was there."""
+    method = METHODS[name](3)
+
+    def losses(p, k, away=None):
+        each = [(p * randn(5, dtype=F64, seed=10 * k + t)).square().mean() + 0.1 for t in range(3)]
+        return [None if t == away else loss for t, loss in enumerate(each)]
+
+    drive(method, losses, 5)
+    if name in ("DWA", "DWA window"):
+        while method.count.any():  # to the end of an epoch
+            method.window or method.epoch()
+            drive(method, losses, 1 if method.count.any() else 0)
+    before = {key: value.clone() for key, value in state_of(method).items()}
+    record = drive(method, lambda p, k: losses(p, 20 + k, away=2), 2)
+    assert all(weights[2] == 0 for _, _, weights in record)
+    for key, value in state_of(method).items():
+        if value.shape == (3,) and key != "previous":  # FAMO's losses of the last call
+            assert torch.equal(value[2], before[key][2]), key
+    after = drive(method, lambda p, k: losses(p, 30 + k), 2)
+    assert all(value.isfinite() for value, _, _ in after)
+
+
+def test_dwa_of_a_task_that_comes_later():
+    """Its ratio is 1 until there are two averages of it; then it is weighed as all are."""
+    method = DWA(3, temperature=1.0)
+
+    def epoch(*losses):
+        method([None if x is None else tensor(x) for x in losses])
+        method.epoch()
+
+    epoch(1.0, 2.0, None)
+    epoch(0.5, 2.0, None)
+    epoch(0.25, 2.0, 7.0)
+    assert method([tensor(1.0)] * 3).isfinite()
+    ratios = torch.tensor([0.5, 1.0, 1.0], dtype=F64)
+    torch.testing.assert_close(method.weights, 3 * ratios.softmax(0))
+    method.reset()
+    epoch(1.0, 2.0, None)
+    epoch(0.5, 2.0, None)
+    epoch(0.25, 2.0, 7.0)
+    epoch(0.25, 2.0, 14.0)
+    method([tensor(1.0)] * 3)
+    torch.testing.assert_close(method.weights, 3 * torch.tensor([1.0, 1.0, 2.0], dtype=F64).softmax(0))
+    method([tensor(1.0), None, tensor(1.0)])
+    shares = torch.tensor([1.0, 2.0], dtype=F64).softmax(0)
+    torch.testing.assert_close(method.weights[[0, 2]], 2 * shares)
+
+
+def test_dwa_of_losses_that_rise_from_zero():
+    method = DWA(4, window=1)
+    for values in ([0.0, 0.0, 1.0, 2.0], [1.0, 0.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]):
+        method(tensor(*values))
+    # Of 0 -> 1, 0 -> 0, 1 -> 1, 2 -> 2, at the third call, the first has all the weight.
+    torch.testing.assert_close(method.weights, torch.tensor([4.0, 0.0, 0.0, 0.0], dtype=F64))
+    method(tensor(1.0, 1.0, 1.0, 1.0))  # 1 -> 1, 0 -> 1, 1 -> 1, 2 -> 1
+    torch.testing.assert_close(method.weights, torch.tensor([0.0, 4.0, 0.0, 0.0], dtype=F64))
+
+
+def test_stch_of_a_task_without_an_average():
+    """Its first loss stands for it; and a warm-up that ends without a step is no division by zero."""
+    method = STCH(2, mu=1.0, warmup=0)
+    method([tensor(4.0), None])
+    method.epoch()
+    value = method([tensor(4.0), tensor(9.0)])
+    assert value.item() == pytest.approx(2 * math.log(2))  # both are as they were
+    assert method.total.tolist() == [4.0, 9.0]
+    value = method([tensor(4.0), tensor(18.0)])
+    assert value.item() == pytest.approx(2 * math.log(1 + 2))
+    hasty = STCH(2, mu=1.0, warmup=0)
+    hasty.epoch()
+    assert hasty(tensor(3.0, 5.0)).item() == pytest.approx(2 * math.log(2))
+
+
+def test_famo_learns_from_tasks_that_are_in_both_calls():
+    method, pair = FAMO(3), FAMO(2)
+    method(tensor(1.0, 2.0, 3.0))
+    method.update([tensor(0.5), None, tensor(2.0)])
+    pair(tensor(1.0, 3.0))
+    pair.update(tensor(0.5, 2.0))
+    torch.testing.assert_close(method.logits[[0, 2]], pair.logits)
+    assert method.logits[1] == 0
+    assert method.adam.steps.tolist() == [1, 0, 1]
+    method([tensor(1.0), tensor(2.0), None])
+    state = state_of(method)
+    method.update([None, None, tensor(2.0)])  # of nobody is there a change
+    same(state_of(method), state)
+
+
+def test_scaled_losses_of_absent_tasks():
+    method = IMTLL(3)
+    p = tensor(2.0)
+    scaled = method.scaled([p[0] * 3, None, torch.tensor(1.0)])
+    assert scaled[1] is scaled[2] is None
+    assert scaled[0].item() == 6.0
+    with pytest.raises(ValueError, match=r"losses\[1\]: expected a loss >= 0"):
+        method.scaled([p[0], -p[0], p[0]])
+
+
+def test_nobody_is_there():
+    with pytest.raises(ValueError, match="losses: expected at least one task that is there, got None for all 3"):
+        LS()([None, None, None])
+    with torch.no_grad():  # no loss needs a gradient, and all count
+        assert LS()([torch.tensor(2.0), torch.tensor(4.0)]) == 3.0
+        assert LS()([torch.tensor(2.0), None]) == 1.0
+
+
 # ------------------------------------------------------------------------------------------------ LS, RLW
 
 
