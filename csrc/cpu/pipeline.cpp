@@ -518,7 +518,7 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
       }
     }
   }
-  const double least = std::max(4.0 * rtol, 16.0 * double(T) * eps);
+  const double least = std::max(rtol, 16.0 * double(T) * eps);
   if (!(reached > least * least * squares)) {
     std::fill_n(x, T, 0.0);
   }

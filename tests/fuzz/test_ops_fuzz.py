@@ -505,6 +505,13 @@ def test_unit_solve(G: Gradients, k: int, weighted: bool, rtol: float) -> None:
         kept = lam > cut
         kappa = float((lam[-1] / lam[kept].min()).sqrt()) if kept.any() and lam[-1] > 0 else 1.0
         wanted = (lengths > 0).to(F64) * (1 if w is None else w)
+        reached, least = (wanted @ V[:, kept]).norm(), max(rtol, 16 * G.T * EPS64) * wanted.norm()
+        if (reached - least).abs() <= 1e-12 * G.T * kappa * wanted.norm():
+            continue
+        if reached < least:
+            assert not alpha.any()
+            assert not cosines.any()
+            continue
         x = V[:, kept] @ ((wanted @ V[:, kept]) / lam[kept])
         limit = 1e-13 * G.T * kappa**2
         assert (alpha * lengths - x).norm() <= limit * (x.norm() + wanted.norm() / lam[-1].clamp_min(1e-300))
