@@ -333,6 +333,44 @@ def test_nash_between_solutions():
     assert method.steps == 6
 
 
+# ------------------------------------------------------------------------------------------------ another T
+
+
+def test_another_number_of_tasks():
+    """Without state and weights of their own methods take any; the others say how tasks keep their places."""
+    sizes = (3, 2, 5, 3)
+    for make in (
+        fastmtl.AlignedMTL,
+        fastmtl.MGDA,
+        fastmtl.PCGrad,
+        fastmtl.NashMTL,
+        fastmtl.UPGrad,
+        fastmtl.IMTL,
+        fastmtl.RLW,
+    ):
+        method = make()
+        assert all(method(randn(T, 20)).isfinite().all() for T in sizes)
+    for make in (lambda: fastmtl.NashMTL(every=2), fastmtl.GradVac):
+        method = make()
+        first = method(randn(3, 20))
+        state = {key: value.clone() for key, value in method.state_dict().items()}
+        with pytest.raises(ValueError, match=r"expected Gram matrices as in the first step.* Pass None .*reset\(\)"):
+            method(randn(2, 20))
+        assert all(torch.equal(method.state_dict()[key], value) for key, value in state.items())
+        rows = list(randn(3, 20))
+        rows[1] = None
+        assert method(rows)[0].isfinite().all()
+        method.reset()
+        method(randn(2, 20))
+        method.reset()
+        assert torch.equal(method(randn(3, 20)), first) or isinstance(method, fastmtl.GradVac)  # which draws
+    for make in (fastmtl.AlignedMTL, fastmtl.UPGrad, fastmtl.DualProj, fastmtl.ConFIG, fastmtl.Uniform):
+        with pytest.raises(ValueError, match=r"weights: expected length 2 .*, got 3; pass None for a task"):
+            make(weights=[0.5, 0.3, 0.2])(randn(2, 20))
+    with pytest.raises(ValueError, match=r"leak: expected length 2 .*, got 3; pass None for a task that is absent"):
+        fastmtl.GradDrop(leak=[0.5, 0.3, 0.2])(randn(2, 20))
+
+
 # ------------------------------------------------------------------------------------------------ Krum
 
 
