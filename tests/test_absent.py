@@ -203,6 +203,24 @@ def test_rlw(T):
     assert torch.equal(alpha, torch.where(there, drawn, 0.0))
 
 
+@pytest.mark.parametrize("leak", [None, "each"])
+@pytest.mark.parametrize("T", SIZES)
+def test_graddrop(leak, T):
+    """A row of zeros adds nothing, and what is drawn belongs to the coordinates."""
+    G, there = problem(T, 5)
+
+    def drop(X, leaks):
+        return fastmtl.GradDrop(leak=leaks, generator=generator(3))(X)
+
+    leaks = None if leak is None else torch.linspace(0, 1, T, dtype=F64)
+    wanted = drop(G[there], None if leak is None else leaks[there])
+    assert torch.equal(drop(G, leaks), wanted)
+    missing = [g if here else None for g, here in zip(G, there, strict=True)]
+    assert torch.equal(drop(missing, leaks)[0], wanted)
+    if not leak:
+        assert not drop(0 * G, None).any()
+
+
 @pytest.mark.parametrize("name", [*METHODS, *DRAWING])
 def test_nobody_is_there(name):
     """α = 0, solved; `backward` with zero gradients moves nothing."""
