@@ -272,6 +272,18 @@ def test_infos_of_a_training_step(name):
     assert heads[0].weight.grad.norm() > 0
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_compiled(name):
+    torch.compiler.reset()
+    G, there = problem(5, 1)
+    wanted = METHODS[name][0](task_weights(5)).weighting(G @ G.T)
+    method = METHODS[name][0](task_weights(5))
+    if "every" in name:
+        method._prepare((5, 5), torch.device("cpu"))  # a compiled step finds its state
+    got = torch.compile(method.weighting, backend="aot_eager", fullgraph=True)(G @ G.T)
+    check(got, wanted, there, 1e-12)
+
+
 # ------------------------------------------------------------------------------------------------ the ops
 
 OPS = {
