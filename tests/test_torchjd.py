@@ -278,6 +278,67 @@ def test_nash(max_norm, seed):
     assert relative(mine(G), ours.NashMTL(T, max_norm)(G)) <= 1e-14
 
 
+# What TorchJD makes of rows that are zero: arguments, and whether its weights of these rows are defined.
+ZERO_ROWS = {
+    "AlignedMTL": ((), True),
+    "CAGrad": ((0.5,), True),
+    "CAGrad 0": ((0.0,), True),
+    "ConFIG": ((), False),  # it has no weights
+    "Constant": ((torch.linspace(0.1, 0.5, 5, dtype=F64),), True),
+    "DualProj": ((), True),
+    "DualProj preference": ((torch.linspace(0.1, 0.5, 5, dtype=F64),), True),
+    "FairGrad": ((1.0,), False),  # wherever its solver ends
+    "FairGrad 2": ((2.0,), False),
+    "FairGrad 0": ((0.0,), True),
+    "GradVac": ((), True),
+    "IMTLG": ((), True),
+    "Krum": ((1,), True),
+    "Krum 2": ((0, 2), True),
+    "MGDA": ((), True),
+    "Mean": ((), True),
+    "PCGrad": ((), True),
+    "Sum": ((), True),
+    "UPGrad": ((), True),
+    "UPGrad preference": ((torch.linspace(0.1, 0.5, 5, dtype=F64),), True),
+}
+
+
+@pytest.mark.parametrize("zero", [(1,), (0, 3), (0, 1, 2, 4), (0, 1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ZERO_ROWS)
+def test_zero_rows(name, zero):
+    """To fastmtl such a task is absent; here it is what it is to TorchJD, down to its weight."""
+    arguments, has_weights = ZERO_ROWS[name]
+    kind = name.partition(" ")[0]
+    if kind in ("PCGrad", "GradVac"):
+        zero = tuple({*zero, *((2, 4) if len(zero) < 3 else ())})  # of two other rows there is one order
+    mine, its = getattr(ours, kind)(*arguments), getattr(theirs, kind)(*arguments)
+    weights = {}
+    for who, aggregator in (("mine", mine), ("its", its)):
+        aggregator.weighting.register_forward_hook(lambda m, i, o, who=who: weights.setdefault(who, o))
+    for seed in range(2):
+        G = randn(5, 20, dtype=F64, seed=seed)
+        G[list(zero)] = 0
+        weights.clear()
+        expected = its(G)
+        assert relative(mine(G), expected) <= 1e-5
+        if has_weights and not (kind == "AlignedMTL" and len(zero) == 5):  # the mean of nothing, or nothing
+            torch.testing.assert_close(weights["mine"], weights["its"], rtol=1e-5, atol=1e-6)
+    broken = torch.where(torch.arange(5)[:, None] == 3, torch.nan, G)
+    assert mine(broken).isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_rows_of_nash():
+    """TorchJD's solver fails and leaves its weights as they were, at first all alike; ours solves for the others."""
+    G = randn(5, 20, dtype=F64)
+    G[1] = 0
+    others = G[[0, 2, 3, 4]]
+    assert relative(ours.NashMTL(5)(G), ours.NashMTL(4)(others)) <= 1e-12
+    plain = theirs.NashMTL(5)(G)
+    assert relative(plain, G.sum(0) / G.sum(0).norm()) <= 1e-6
+    assert not ours.NashMTL(5)(torch.zeros(5, 9)).any()
+
+
 def test_two_tasks_in_conflict():
     """PCGrad and GradVac draw their own orders: of two tasks there is one."""
     mine, its = ours.GradVac(0.3), theirs.GradVac(0.3, eps=0.0)

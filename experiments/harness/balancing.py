@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     # Not in the paper.
     "imtl-l": scalarization.IMTLL,
     "gls": lambda tasks: scalarization.GLS(),
-    "stch": lambda tasks: scalarization.STCH(tasks),
+    "stch": scalarization.STCH,
     "famo": scalarization.FAMO,
     "rgw": lambda tasks: fastmtl.RLW(),
     "upgrad": lambda tasks: fastmtl.UPGrad(),

@@ -309,6 +309,11 @@ class _CAGrad(_Peer, weighting.CAGrad):
         return alpha * ~zero.any(-1, keepdim=True)  # its g_w is zero, and then it moves nothing
 
 
+class _FairGrad(_Peer, weighting.FairGrad):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha if self.fairness else alpha + zero / zero.shape[-1]
+
+
 class _MGDA(_Peer, weighting.MGDA):
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         first = zero & (zero.cumsum(-1) == 1)  # which is the shortest vector
@@ -457,7 +462,7 @@ class FairGradWeighting(_GramWeighting):
 
     @staticmethod
     def _make(alpha: float, max_iters: int | None = None) -> GramMethod:
-        return weighting.FairGrad(fairness=alpha)
+        return _FairGrad(fairness=alpha)
 
 
 class FairGrad(_GramAggregator, by=FairGradWeighting):

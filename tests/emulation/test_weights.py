@@ -179,6 +179,54 @@ def test_degenerate(T, method):
 
 
 @methods
+@pytest.mark.parametrize("T", [2, 5, 33, 64])
+def test_absent_tasks(T, method):
+    """Weights of zero, and for the others what the CPU has; in every order of threads."""
+    G = well_posed(T)
+    there = torch.rand(3, T, generator=generator(T)) > 0.5
+    there[0] = torch.arange(T) == T - 1
+    there[2] = False
+    G = torch.where(there[..., None], G, 0.0)
+    M = gram(G)
+    targets = torch.full_like(M, 0.25)
+    results = []
+    for name, limit in zip(ORDERS, (LARGE_SHARED, NOT_SHARED, SMALL_SHARED), strict=True):
+        module().set_order(name, T)
+        results.append(run(method, M, limit, targets))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+    alpha, residual, after = results[0]
+    want, expected, wanted_targets = on_cpu(method, M, targets)
+    assert (alpha[~there] == 0).all()
+    if residual is None:
+        assert torch.allclose(alpha, want, rtol=1e-11, atol=1e-12)
+    else:
+        assert distance(G, alpha, want) <= 1e-9
+        assert max(residual.max(), expected.max()) <= 1e-10
+        assert residual[2] == 0
+    if METHODS[method][0] == "gradvac":
+        assert torch.allclose(after, wanted_targets, rtol=0, atol=1e-12)
+        assert (after[~there] == 0.25).all()
+        assert (after.mT[~there] == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("pcgrad", "pcgrad in one order", "gradvac")]
+)
+def test_no_nan_is_lost(method):
+    """Where weights leave the range of numbers the residual says so, as on the CPU."""
+    C = torch.tensor([[1.0, -0.9, 0.1], [-0.9, 1.0, -0.5], [0.1, -0.5, 1.0]], dtype=F64)
+    sizes = torch.tensor([1e-320, 1e-300, 1e-10, 1.0, 1e150, 1e307], dtype=F64)
+    spread = torch.tensor([1.0, 1.0, 1e-150], dtype=F64)
+    M = torch.cat([sizes[:, None, None] * C, sizes[:, None, None] * (C * spread * spread[:, None])])
+    alpha, residual, _ = run(method, M)
+    assert not (residual <= 1e-8)[~alpha.isfinite().all(-1)].any()
+    _, expected, _ = on_cpu(method, M)
+    assert torch.equal(residual <= 1e-8, expected <= 1e-8)
+    assert (residual <= 1e-8).sum() > 5
+
+
+@methods
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("T", [1, 3, 11])
 def test_a_matrix_that_is_not_finite_spares_the_others(T, bad, method):

@@ -650,7 +650,8 @@ std::vector<double> plain_pcgrad(const double* M, int64_t T, uint64_t seed, int6
   return v;
 }
 
-// Wanted for one matrix: f(alpha, M), where the matrix is finite and as good as random; NaN where it is not finite.
+// Wanted for one matrix: f(alpha, M), where the matrix is finite and as good as random; NaN where it is not finite, and
+// zero for absent tasks.
 template <class F>
 void check_each(const double* alpha, const double* M, int64_t B, int64_t T, Spectrum spectrum, F f) {
   for (int64_t b = 0; b < B; ++b) {
@@ -658,6 +659,9 @@ void check_each(const double* alpha, const double* M, int64_t B, int64_t T, Spec
       check(std::all_of(alpha + b * T, alpha + (b + 1) * T, [](double x) { return std::isnan(x); }), "NaN for NaN");
     } else if (spectrum == Spectrum::regular) {
       f(b, M + b * T * T, std::vector<double>(alpha + b * T, alpha + (b + 1) * T));
+    }
+    for (int64_t t = 0; t < T && spectrum == Spectrum::zero_rows; ++t) {
+      check(M[(b * T + t) * T + t] > 0.0 || alpha[b * T + t] == 0.0, "a weight of an absent task");
     }
   }
 }
@@ -788,8 +792,10 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
         std::fill_n(residual, B, 0.0);
       },
       [&](const double* alpha) {
-        if (spectrum != Spectrum::poisoned) {
-          check(std::equal(u + 0, u + T, alpha), "constant");
+        if (spectrum != Spectrum::poisoned) { // its diagonal may be finite
+          each(alpha, [&](int64_t, const double*, const std::vector<double>& x) {
+            check(std::equal(u + 0, u + T, x.begin()), "constant");
+          });
         }
       });
   weigh(
