@@ -21,6 +21,7 @@ __all__ = [
     "check_rows",
     "check_tangent",
     "describe",
+    "has_numbers",
     "requires_grad_outside",
     "transforming",
 ]
@@ -55,6 +56,13 @@ def transforming() -> bool:
     if torch.compiler.is_compiling():  # which refuses by itself what it cannot trace
         return False
     return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether the host may look at these numbers: they lie there, and no trace or transform is being made of them."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not transforming() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def check_tangent(x: Tensor, name: str, what: str) -> None:

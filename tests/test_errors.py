@@ -45,22 +45,30 @@ CALLS = {
     "G requires grad": (lambda: M()(randn(3, 5).requires_grad_()), ValueError, ("G", "requires_grad")),
     "G is None": (lambda: M()(None), TypeError, ("rows", "sequence", "NoneType")),
     "G is a number": (lambda: M()(3.0), TypeError, ("rows", "sequence", "float")),
-    "weights too short": (lambda: M([1.0, 2.0])(G), ValueError, ("weights", "length 3", "2")),
-    "weights too long": (lambda: M(torch.ones(4))(G), ValueError, ("weights", "length 3", "4")),
-    "weights too long for rows": (lambda: M(torch.ones(4))(rows((2,))), ValueError, ("weights", "length 3", "4")),
-    "weights too long for a Gram": (
-        lambda: M(torch.ones(4)).weighting(G @ G.T),
+    "weights too short": (lambda: M(weights=[1.0, 2.0])(G), ValueError, ("weights", "length 3", "2")),
+    "weights too long": (lambda: M(weights=torch.ones(4))(G), ValueError, ("weights", "length 3", "4")),
+    "weights too long for rows": (
+        lambda: M(weights=torch.ones(4))(rows((2,))),
         ValueError,
         ("weights", "length 3", "4"),
     ),
-    "weights non-finite": (lambda: M([1.0, float("nan"), 2.0]), ValueError, ("weights", "finite", "nan")),
-    "weights infinite": (lambda: M(torch.tensor([1.0, float("inf")])), ValueError, ("weights", "finite", "inf")),
-    "weights of two dimensions": (lambda: M(torch.ones(2, 2)), ValueError, ("weights", "[T]", "[2, 2]")),
-    "weights a scalar": (lambda: M(torch.tensor(1.0)), ValueError, ("weights", "[T]", "[]")),
-    "weights empty": (lambda: M([]), ValueError, ("weights", "[T]", "[0]")),
-    "weights unknown": (lambda: M("median"), ValueError, ("weights", "mean", "'median'")),
-    "weights a number": (lambda: M(1.0), TypeError, ("weights", "mean", "float")),
-    "weights of strings": (lambda: M(["a", "b"]), (TypeError, ValueError), ("weights",)),
+    "weights too long for a Gram": (
+        lambda: M(weights=torch.ones(4)).weighting(G @ G.T),
+        ValueError,
+        ("weights", "length 3", "4"),
+    ),
+    "weights non-finite": (lambda: M(weights=[1.0, float("nan"), 2.0]), ValueError, ("weights", "finite", "nan")),
+    "weights infinite": (
+        lambda: M(weights=torch.tensor([1.0, float("inf")])),
+        ValueError,
+        ("weights", "finite", "inf"),
+    ),
+    "weights of two dimensions": (lambda: M(weights=torch.ones(2, 2)), ValueError, ("weights", "[T]", "[2, 2]")),
+    "weights a scalar": (lambda: M(weights=torch.tensor(1.0)), ValueError, ("weights", "[T]", "[]")),
+    "weights empty": (lambda: M(weights=[]), ValueError, ("weights", "[T]", "[0]")),
+    "weights unknown": (lambda: M(weights="median"), ValueError, ("weights", "mean", "'median'")),
+    "weights a number": (lambda: M(weights=1.0), TypeError, ("weights", "mean", "float")),
+    "weights of strings": (lambda: M(weights=["a", "b"]), (TypeError, ValueError), ("weights",)),
     "unknown scale": (lambda: M(scale="max"), ValueError, ("scale", "min", "median", "rmse", "'max'")),
     "scale a number": (lambda: M(scale=1), ValueError, ("scale", "min", "1")),
     "unknown rank rule": (lambda: M(rank_rule="rank"), ValueError, ("rank_rule", "normalized", "gram", "'rank'")),
@@ -203,7 +211,7 @@ def test_call(name):
 def test_an_error_leaves_out_alone():
     out = torch.full((10,), 7.0)
     for call in (
-        lambda: M([1.0, 2.0])(G, out=out),
+        lambda: M(weights=[1.0, 2.0])(G, out=out),
         lambda: M()(G.to(F64), out=out),
         lambda: M()([[G[0]], [G[1, :9]]], out=[out]),
     ):
@@ -370,7 +378,7 @@ def test_backward_with_weights_of_the_wrong_length(parts):
     trunk, _, losses, parameters, _, _ = parts
     before = snapshot(parameters)
     with pytest.raises(ValueError, match=re.escape("weights: expected length 2")):
-        M([1.0, 2.0, 3.0]).backward(losses, trunk.parameters())
+        M(weights=[1.0, 2.0, 3.0]).backward(losses, trunk.parameters())
     check_unchanged(parameters, before)
 
 
@@ -400,7 +408,7 @@ def test_argument_errors_leave_the_graph_usable(parts):
     trunk, _, losses, parameters, _, _ = parts
     for p in parameters:
         p.grad = None
-    for method, arguments in ((M(), (losses, [])), (M([1.0, 2.0, 3.0]), (losses, trunk.parameters()))):
+    for method, arguments in ((M(), (losses, [])), (M(weights=[1.0, 2.0, 3.0]), (losses, trunk.parameters()))):
         with pytest.raises(ValueError, match=r"shared|weights"):
             method.backward(*arguments)
     M().backward(losses, trunk.parameters())
@@ -603,7 +611,7 @@ def test_option_errors_leave_the_graph_usable(way, parts):
     for p in parameters:
         p.grad = None
     with pytest.raises(ValueError, match="weights"):
-        M([1.0, 2.0, 3.0]).backward(losses, **WAYS[way](trunk, h))
+        M(weights=[1.0, 2.0, 3.0]).backward(losses, **WAYS[way](trunk, h))
     M().backward(losses, **WAYS[way](trunk, h))
     assert all(p.grad is not None for p in parameters)
 
@@ -645,7 +653,7 @@ FAN_OUT = {
         ("h", "dense", "sparse"),
     ),
     "weights of another length": (
-        lambda: fastmtl.fan_out(leaf(3), 2, M([1.0, 2.0, 3.0])),
+        lambda: fastmtl.fan_out(leaf(3), 2, M(weights=[1.0, 2.0, 3.0])),
         ValueError,
         ("weights", "length 2", "3"),
     ),
@@ -687,7 +695,7 @@ FAN_OUT = {
         ("method", "AlignedMTL()", "type"),
     ),
     "attach with weights of another length": (
-        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M([1.0, 2.0])),
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(weights=[1.0, 2.0])),
         ValueError,
         ("weights", "length 1", "2"),
     ),

@@ -518,8 +518,8 @@ void unit_solve_one(const double* M, int64_t T, const double* weights, double rt
       }
     }
   }
-  const double rounding = 16.0 * double(T) * eps;
-  if (!(reached > rounding * rounding * squares)) {
+  const double least = std::max(4.0 * rtol, 16.0 * double(T) * eps);
+  if (!(reached > least * least * squares)) {
     std::fill_n(x, T, 0.0);
   }
   for (int64_t i = 0; i < T; ++i) {

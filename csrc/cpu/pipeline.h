@@ -23,7 +23,7 @@ void balance(
     int64_t* rank);      // [B]
 
 // α = D^-1/2 C⁺ w and C C⁺ w, where M = D^1/2 C D^1/2 with the diagonal D; entries of w count as zero where D is, and so
-// does w where C⁺ keeps nothing of it but rounding errors.
+// does w where C⁺ keeps no more of it than what is uncertain: rounding errors, and four times rtol.
 void unit_solve(
     const double* M, // [B, T, T]
     int64_t B,

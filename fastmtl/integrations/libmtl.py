@@ -300,7 +300,7 @@ class IMTL(Weighting):
     def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
         """See `Weighting.backward`; the weights are those of the scaled losses."""
         self._configure(kwargs)
-        return self._step(self.scales.scaled(_one_by_one(losses)))
+        return self._step(self.scales.scaled(_one_by_one(losses)))  # type: ignore[arg-type]
 
 
 class Nash_MTL(Weighting):

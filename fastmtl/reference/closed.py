@@ -17,7 +17,7 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
 
     Absent tasks take no part: their entry of w counts as zero. Singular values of the unit gradients at most `rtol`
     times the largest count as zero, and so do eigenvalues of C below its rounding errors. Where w lies in what is then
-    left out, but for rounding errors (as equal weights of opposed gradients do), C⁺ w is zero.
+    left out (as equal weights of opposed gradients do), but for rounding errors and a part of 4 `rtol`, C⁺ w is zero.
 
     Args:
         M: [..., T, T], float32 or float64.
@@ -37,7 +37,8 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
     if weights is not None:
         w = w * weights
     along = torch.where(eigenvalues > cut, (w[..., None, :] @ V).squeeze(-2), 0.0)
-    reached = along.square().sum(-1, keepdim=True) > (16 * M.shape[-1] * EPS) ** 2 * w.square().sum(-1, keepdim=True)
+    least = max(4 * rtol, 16 * M.shape[-1] * EPS)
+    reached = along.square().sum(-1, keepdim=True) > least**2 * w.square().sum(-1, keepdim=True)
     x = (V @ torch.where((eigenvalues > cut) & reached, along / eigenvalues, 0.0)[..., None]).squeeze(-1)
     finite = M.isfinite().all(-1).all(-1)[..., None]
     cosines = (C @ x[..., None]).squeeze(-1)

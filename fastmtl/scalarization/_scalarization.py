@@ -1,4 +1,4 @@
-"""What all scalarizations share: how they are called, a loss scaler's factor, and losses that are not finite."""
+"""What all scalarizations share: their call, absent tasks, a loss scaler's factor, losses out of the domain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl._inputs import DTYPES, describe
+from fastmtl._inputs import DTYPES, describe, has_numbers
+from fastmtl._options import check_number, integer, option
 from fastmtl.info import Info
 
-__all__ = ["Losses", "Scalarization", "check_number", "check_numbers", "divided"]
+__all__ = ["Losses", "Scalarization", "divided", "masked", "number_of", "present"]
 
-Losses = Tensor | Sequence[Tensor]
+Losses = Tensor | Sequence[Tensor | None]
 
 
 class Scalarization(nn.Module):
@@ -23,9 +24,15 @@ class Scalarization(nn.Module):
 
     Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too. State lies in
     buffers and parameters, so that `state_dict()` restores a run exactly; it changes in training mode only, not under
-    `.eval()`. Nothing waits for a GPU. A loss that is not finite, or outside the method's domain, makes the result and
-    its gradient NaN and leaves the state as it was. The state follows the losses it is given: where several processes
-    train one model, average the losses over them first.
+    `.eval()`. Nothing waits for a GPU. The state follows the losses it is given: where several processes train one
+    model, average the losses over them first.
+
+    A task is absent if its loss is None, or needs no gradient beside others that do. The scalar is then that of the
+    others, its task weight is 0, default weights stay 1/T, and what the method remembers of it stays as it was.
+
+    A loss that is not finite makes the result and its gradient NaN and leaves the state as it was, so that a loss
+    scaler skips the step. So does one outside of the method's domain, where losses lie on a GPU; on the CPU that is a
+    ValueError.
 
     Args:
         tasks: number of tasks T that is expected; None for any.
@@ -39,15 +46,11 @@ class Scalarization(nn.Module):
         ValueError: `tasks` is less than 1.
     """
 
+    tasks: int | None = option(integer(1, optional=True), fixed=True)
     weights: Tensor | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()
-        if tasks is not None:
-            if not isinstance(tasks, int) or isinstance(tasks, bool):
-                raise TypeError(f"tasks: expected an int, got {describe(tasks)}")
-            if tasks < 1:
-                raise ValueError(f"tasks: expected at least one task (T >= 1), got {tasks}")
         self.tasks = tasks
         self.weights = None
 
@@ -55,7 +58,8 @@ class Scalarization(nn.Module):
         """The scalarization f(L) of T losses.
 
         Args:
-            losses: T scalar tensors or a tensor [T]; float32, float64, bfloat16 or float16.
+            losses: T scalar tensors, None for those of absent tasks, or a tensor [T]; float32, float64, bfloat16 or
+                float16.
             grad_scale: the factor S by which the losses come scaled, a loss scaler's: a positive number or a tensor
                 with one element. The result is S · f(L / S), whose gradient is S times the one of unscaled losses, and
                 what the method remembers are the unscaled losses.
@@ -65,16 +69,19 @@ class Scalarization(nn.Module):
 
         Raises:
             TypeError: a loss is no floating tensor, or `grad_scale` is neither a number nor a tensor.
-            ValueError: losses that are not scalars, none, another number than T, or on another device than the state;
-                a `grad_scale` of several elements, or a number that is not positive and finite.
+            ValueError: losses that are not scalars, none, another number than T, on another device than the state, or
+                (on the CPU) outside of the method's domain; a `grad_scale` of several elements, or a number that is not
+                positive and finite.
         """
-        L = divided(self._stacked(losses), grad_scale)
-        value, weights = self._scalarize(L)
+        L, here = self._stacked(losses)
+        L = divided(L, grad_scale)
+        valid = L.detach().isfinite().all() & self._within(L.detach())
+        value, weights = self._scalarize(L, here)
         self.weights = weights.detach().to(L.dtype)
-        valid = L.detach().isfinite().all() & value.detach().isfinite()
+        valid = valid & value.detach().isfinite()
         if self.training:
             with torch.no_grad():
-                self._remember(L.detach(), valid)
+                self._remember(L.detach(), valid if here is None else valid & here)
         # A factor, not a choice: it makes the gradient NaN as well, so that a loss scaler skips the step.
         return (value * torch.where(valid, 1.0, math.nan) * _scalar(grad_scale)).to(L.dtype)
 
@@ -102,15 +109,42 @@ class Scalarization(nn.Module):
     def reset(self) -> None:
         """Back to the state of a new instance."""
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        """The result [] and its derivative [T] for losses [T]."""
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The result [] and its derivative [T] for losses [T].
+
+        `here` [T], bool, says which tasks are there; None for all. The loss of another is 1, a constant.
+        """
         raise NotImplementedError
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
-        """Updates the state from detached losses [T], where `valid` (bool []) is true."""
+        """Updates the state from detached losses [T], where `valid` (bool, [] or [T]) is true."""
 
-    def _stacked(self, losses: Losses) -> Tensor:
-        """The checked losses as one tensor [T] of at least float32."""
+    def _outside(self, L: Tensor) -> Tensor | None:
+        """Which losses [T] are outside of the method's domain, bool; None where any are good."""
+        return None
+
+    def _needs(self, t: int) -> str:
+        """What the domain is for task t, for messages."""
+        raise NotImplementedError
+
+    def _within(self, L: Tensor) -> Tensor | bool:
+        """Whether all finite ones of detached losses [T] are in the domain.
+
+        Raises:
+            ValueError: one is not, where that can be seen without waiting for a device.
+        """
+        outside = self._outside(L)
+        if outside is None:
+            return True
+        outside = outside & L.isfinite()
+        if has_numbers(L) and bool(outside.any()):
+            t = outside.tolist().index(True)
+            raise ValueError(f"losses[{t}]: expected {self._needs(t)}, got {L[t].item():.6g}")
+        return ~outside.any()
+
+    def _stacked(self, losses: Losses) -> tuple[Tensor, Tensor | None]:
+        """The checked losses as one tensor [T] of at least float32, and which tasks are there (see `_scalarize`)."""
+        here = None
         if isinstance(losses, Tensor):
             if losses.dtype not in DTYPES:
                 raise TypeError(f"losses: expected float32, float64, bfloat16 or float16, got {describe(losses)}")
@@ -118,33 +152,65 @@ class Scalarization(nn.Module):
                 raise ValueError(f"losses: expected T scalars or shape [T] with T >= 1, got {describe(losses)}")
             L = losses
         else:
-            L = _stack(losses)
+            L, here = _stack(losses)
         T = L.shape[0]
         if self.tasks is not None and self.tasks != T:
-            raise ValueError(f"losses: expected {self.tasks} (the number of tasks), got {T}")
+            raise ValueError(
+                f"losses: expected {self.tasks} (the number of tasks), got {T}; "
+                "pass None for a task that is absent, so that the others keep their places"
+            )
         state = next(chain(self.buffers(), self.parameters()), None)
         if state is not None and state.device != L.device:
             place = f"{state.device}, where this {type(self).__name__} is (.to(device) moves it)"
             raise ValueError(f"losses: expected losses on {place}, got {describe(L)}")
-        return L.to(torch.promote_types(L.dtype, torch.float32))
+        return L.to(torch.promote_types(L.dtype, torch.float32)), here
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def _stack(losses: Sequence[Tensor]) -> Tensor:
+def masked(x: Tensor, here: Tensor | None, other: float = 0.0) -> Tensor:
+    """`x` [T], with `other` for absent tasks."""
+    return x if here is None else torch.where(here, x, other)
+
+
+def number_of(L: Tensor, here: Tensor | None) -> Tensor | int:
+    """How many of T tasks are there."""
+    return L.shape[0] if here is None else here.sum()
+
+
+def present(losses: Sequence[Tensor | None]) -> list[bool]:
+    """Which tasks are there: all whose loss needs a gradient; where none does, as in an evaluation, all with a loss."""
+    learning = [loss is not None and loss.requires_grad for loss in losses]
+    return learning if any(learning) else [loss is not None for loss in losses]
+
+
+def _stack(losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     if not isinstance(losses, (list, tuple)):
         raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
+    first = None
     for t, loss in enumerate(losses):
+        if loss is None:
+            continue
         if not isinstance(loss, Tensor) or loss.dtype not in DTYPES:
-            raise TypeError(f"losses[{t}]: expected a floating scalar tensor, got {describe(loss)}")
+            raise TypeError(f"losses[{t}]: expected a floating scalar tensor or None, got {describe(loss)}")
         if loss.numel() != 1:
             raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
-        if loss.device != losses[0].device:
-            raise ValueError(f"losses[{t}]: expected a loss on {losses[0].device} as losses[0], got {describe(loss)}")
-    return torch.stack([loss.reshape(()) for loss in losses])
+        if first is None:
+            first = t, loss
+        elif loss.device != first[1].device:
+            raise ValueError(
+                f"losses[{t}]: expected a loss on {first[1].device} as losses[{first[0]}], got {describe(loss)}"
+            )
+    if first is None:
+        raise ValueError(f"losses: expected at least one task that is there, got None for all {len(losses)}")
+    there = present(losses)
+    one, none = first[1].new_ones(()), first[1].new_zeros((), dtype=torch.bool)
+    L = torch.stack([loss.reshape(()) if here else one for loss, here in zip(losses, there, strict=True)])
+    # Made on the device, not copied there, for which the host would wait.
+    return L, None if all(there) else torch.stack([~none if here else none for here in there])
 
 
 def divided(x: Tensor, grad_scale: Tensor | float) -> Tensor:
@@ -158,38 +224,6 @@ def _scalar(grad_scale: Tensor | float) -> Tensor | float:
         if grad_scale.numel() != 1:
             raise ValueError(f"grad_scale: expected a number or a tensor with one element, got {describe(grad_scale)}")
         return grad_scale.detach().reshape(())
-    return check_number(grad_scale, "grad_scale", positive=True)
-
-
-def check_number(value: object, name: str, positive: bool = False) -> float:
-    """`value` as a float.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is not finite, or negative, or zero although it has to be positive.
-    """
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
-    return float(value)
-
-
-def check_numbers(values: object, name: str, tasks: int | None = None, positive: bool = False) -> Tensor:
-    """`values` as a float64 tensor [T] of its own.
-
-    Raises:
-        TypeError: they are no numbers.
-        ValueError: they have another shape than [T] or are not finite, or not positive although they have to be.
-    """
-    if not isinstance(values, (Tensor, list, tuple)):
-        raise TypeError(f"{name}: expected T numbers, got {describe(values)}")
-    try:
-        x = torch.as_tensor(values, dtype=torch.float64).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected T numbers, got {values!r}") from error
-    if x.ndim != 1 or x.shape[0] == 0 or (tasks is not None and x.shape[0] != tasks):
-        raise ValueError(f"{name}: expected shape [{'T' if tasks is None else tasks}], got {list(x.shape)}")
-    if not bool(x.isfinite().all()) or (positive and not bool((x > 0).all())):
-        raise ValueError(f"{name}: expected finite {'positive ' if positive else ''}numbers, got {x.tolist()}")
-    return x
+    S = check_number(grad_scale, "grad_scale", above=0)
+    assert S is not None
+    return S

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastmtl.scalarization._scalarization import Scalarization, check_number
+from fastmtl._options import integer, number, option
+from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
 
 __all__ = ["DWA"]
 
@@ -17,6 +20,10 @@ class DWA(Scalarization):
 
     where L_t(k) is the loss of task t averaged over epoch k, of which the user tells by calling `epoch()` at its end,
     or over the k-th window of n steps. The first two epochs (windows) have weights 1.
+
+    The losses must not be negative. A loss that rises from zero has r = ∞: it gets all the weight. One that stays zero
+    has r = 1, and so has a task that was not there in two epochs yet; epochs in which it is absent do not count for it.
+    Of n tasks that are there the weights sum to n.
 
     Source: Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, Eq. 7.
 
@@ -30,30 +37,29 @@ class DWA(Scalarization):
         ValueError: one of them is not positive.
     """
 
-    total: Tensor
-    count: Tensor
-    newer: Tensor
+    total: Tensor  # of this epoch's losses, [T]
+    count: Tensor  # how many those are, [T]
+    steps: Tensor  # of this epoch, []
+    newer: Tensor  # the averages of the last epoch and of the one before, [T]; NaN where there is none yet
     older: Tensor
-    epochs: Tensor
-    tasks: int
+    tasks: int = option(integer(1), fixed=True)
+    temperature: float = option(number(above=0))
+    window: int | None = option(integer(1, optional=True))
 
-    def __init__(self, tasks: int, temperature: float = 2.0, window: int | None = None) -> None:
+    def __init__(self, tasks: int, *, temperature: float = 2.0, window: int | None = None) -> None:
         super().__init__(tasks)
-        self.temperature = check_number(temperature, "temperature", positive=True)
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool)):
-            raise TypeError(f"window: expected an int or None, got {type(window).__name__}")
-        if window is not None and window < 1:
-            raise ValueError(f"window: expected at least one step, got {window}")
+        self.temperature = temperature
         self.window = window
-        for name in ("total", "newer", "older"):
-            self.register_buffer(name, torch.zeros(tasks, dtype=torch.float64))
-        for name in ("count", "epochs"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(tasks, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(tasks, dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        for name in ("newer", "older"):
+            self.register_buffer(name, torch.full((tasks,), math.nan, dtype=torch.float64))
 
     def reset(self) -> None:
         """Forgets all losses."""
-        for buffer in self.buffers():
-            buffer.zero_()
+        for name, buffer in self.named_buffers():
+            buffer.fill_(math.nan) if name in ("newer", "older") else buffer.zero_()
 
     @torch.no_grad()
     def epoch(self) -> None:
@@ -64,25 +70,34 @@ class DWA(Scalarization):
         """
         if self.window is not None:
             raise RuntimeError(f"epoch: {self} averages over windows of {self.window} steps, not over epochs")
-        self._end(self.count > 0)
+        self._end(self.steps > 0)
 
     def _end(self, when: Tensor) -> None:
-        self.older.copy_(torch.where(when, self.newer, self.older))
-        self.newer.copy_(torch.where(when, self.total / self.count, self.newer))
-        self.total.copy_(torch.where(when, 0.0, self.total))
-        self.count.copy_(torch.where(when, 0, self.count))
-        self.epochs += when
+        seen = when & (self.count > 0)
+        self.older.copy_(torch.where(seen, self.newer, self.older))
+        self.newer.copy_(torch.where(seen, self.total / self.count, self.newer))
+        for buffer in (self.total, self.count, self.steps):
+            buffer.masked_fill_(when, 0)
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        w = self.tasks * torch.softmax(self.newer / self.older / self.temperature, 0)
-        w = torch.where(self.epochs >= 2, w, 1.0).to(L.dtype)
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        known = ~self.older.isnan()
+        ratio = torch.where(known & (self.newer != self.older), self.newer / self.older, 1.0)
+        shares = masked((ratio / self.temperature).clamp_max(1e300), here, -math.inf).softmax(0)
+        w = masked(torch.where(known.any(), number_of(L, here) * shares, 1.0), here).to(L.dtype)
         return (w * L).sum(), w
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
         self.total += torch.where(valid, L, 0.0)
         self.count += valid
+        self.steps += valid.any()
         if self.window is not None:
-            self._end(self.count >= self.window)
+            self._end(self.steps >= self.window)
+
+    def _outside(self, L: Tensor) -> Tensor:
+        return L < 0
+
+    def _needs(self, t: int) -> str:
+        return "a loss >= 0, since DWA weighs by ratios of losses"
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

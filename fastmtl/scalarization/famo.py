@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl import _options
+from fastmtl._options import integer, number, numbers, option
 from fastmtl.scalarization._adam import Adam
-from fastmtl.scalarization._scalarization import Losses, Scalarization, check_number, check_numbers, divided
+from fastmtl.scalarization._scalarization import Losses, Scalarization, divided, masked
 
 __all__ = ["FAMO"]
 
@@ -45,32 +47,36 @@ class FAMO(Scalarization):
         tasks: number of tasks T.
         lr: Adam's learning rate for ξ.
         weight_decay: γ, Adam's weight decay: 0.001 as in the paper (0.01 there for CityScapes and in the code).
-        min_losses: lower bounds b, T numbers; default: zeros. A loss below its bound makes the result NaN.
+        min_losses: lower bounds b, T numbers; default: zeros. Losses must not fall below them.
 
     Raises:
         TypeError: `tasks` is not an int, another option is no number.
         ValueError: `tasks` is less than 1, `lr` or `weight_decay` is negative, `min_losses` is not of shape [T].
     """
 
-    logits: Tensor
-    previous: Tensor
-    min_losses: Tensor
-    tasks: int
+    logits: Tensor  # ξ
+    previous: Tensor  # the losses that `update` compares with; NaN where there are none
+    tasks: int = option(integer(1), fixed=True)
+    lr: float = option(number(low=0))
+    weight_decay: float = option(number(low=0))
+    min_losses: Tensor = option(numbers, fixed=True)
 
     def __init__(
         self,
         tasks: int,
+        *,
         lr: float = 0.025,
         weight_decay: float = 1e-3,
         min_losses: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(tasks)
-        self.lr, self.weight_decay = check_number(lr, "lr"), check_number(weight_decay, "weight_decay")
-        bounds = [0.0] * tasks if min_losses is None else min_losses
-        self.register_buffer("min_losses", check_numbers(bounds, "min_losses", tasks), persistent=False)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.min_losses = numbers([0.0] * tasks if min_losses is None else min_losses, "min_losses", tasks=tasks)
+        self._copies = _options.Copies()
         self.register_buffer("logits", torch.zeros(tasks, dtype=torch.float64))
         self.register_buffer("previous", torch.full((tasks,), math.nan, dtype=torch.float64))
-        self.adam = Adam(tasks, self.lr, self.weight_decay)
+        self.adam = Adam(tasks)
 
     def reset(self) -> None:
         """Back to equal weights; forgets the losses and Adam's state."""
@@ -83,32 +89,43 @@ class FAMO(Scalarization):
         """Learns from how the losses of the last call changed; once for every call, else it changes nothing.
 
         Args:
-            losses: the T losses after the model's step, as in `forward`.
+            losses: the T losses after the model's step, as in `forward`. A task that was absent in either call learns
+                nothing.
             grad_scale: the factor S by which these losses come scaled.
 
         Raises:
             TypeError: as `forward`.
             ValueError: as `forward`.
         """
-        L = divided(self._stacked(losses), grad_scale)
-        change = self._above(self.previous).log() - self._above(L).log()
-        z = self.logits.softmax(0)
+        L, here = self._stacked(losses)
+        L = divided(L, grad_scale)
+        self._within(L)
         # NaN before the first call and after an update: there is nothing to compare with.
-        known = change.isfinite().all()
-        self.logits.copy_(self.adam.step(self.logits, z * (change - z @ change), known))
-        self.previous.copy_(torch.where(known, math.nan, self.previous))
+        both = masked(~self.previous.isnan(), here, False)
+        change = torch.where(both, self._above(self.previous).log() - self._above(L).log(), 0.0)
+        z = masked(self.logits, both, -math.inf).softmax(0)
+        known = both & change.isfinite().all()
+        self.logits.copy_(self.adam.step(self.logits, z * (change - z @ change), known, self.lr, self.weight_decay))
+        self.previous.copy_(torch.where(known.any(), math.nan, self.previous))
 
     def _above(self, L: Tensor) -> Tensor:
-        return L.to(torch.float64) - self.min_losses + _EPS
+        return L.to(torch.float64) - self._copies.get(self.min_losses, L) + _EPS
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         D = self._above(L)
-        w = self.logits.softmax(0) / D.detach()
+        w = masked(self.logits, here, -math.inf).softmax(0) / D.detach()
         w = w / w.sum()
-        return (w * D.detach() * D.log()).sum(), w
+        return masked(w * D.detach() * D.log(), here).sum(), w
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
-        self.previous.copy_(torch.where(valid, L, self.previous))
+        # An absent task has no loss in this call, whatever it had before.
+        self.previous.copy_(torch.where(valid, L, torch.where(valid.any(), math.nan, self.previous)))
+
+    def _outside(self, L: Tensor) -> Tensor:
+        return self._above(L) <= 0
+
+    def _needs(self, t: int) -> str:
+        return f"a loss >= {self.min_losses[t].item():g}, its bound in min_losses, since FAMO takes logarithms"
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from fastmtl.scalarization._scalarization import Scalarization
+from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
 
 __all__ = ["GLS"]
 
@@ -15,13 +12,23 @@ __all__ = ["GLS"]
 class GLS(Scalarization):
     """Geometric loss strategy: the geometric mean (Π_t L_t)^(1/T), by logarithms, so that no product overflows.
 
-    The losses must be positive; one that is not makes the result NaN.
+    The losses must be positive: at zero the mean is zero and has no derivative. Of n tasks that are there it is the
+    n-th root.
 
     Source: Chennupati, Sistu, Yogamani, Rawashdeh, "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss
     Strategy for Multi-Task Learning", CVPR Workshops 2019.
+
+    Args:
+        tasks: number of tasks T that is expected; None for any.
     """
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        # A zero loss has a logarithm, but no derivative.
-        value = L.log().mean().exp() * torch.where((L.detach() > 0).all(), 1.0, math.nan)
-        return value, value / L / L.shape[0]
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        n = number_of(L, here)
+        value = (masked(L.log(), here).sum() / n).exp()
+        return value, masked(value / L / n, here)
+
+    def _outside(self, L: Tensor) -> Tensor:
+        return L <= 0
+
+    def _needs(self, t: int) -> str:
+        return "a loss > 0, since the geometric mean has no derivative at zero"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmtl._inputs import describe
+from fastmtl._options import integer, number, numbers, option
 from fastmtl.scalarization._adam import Adam
-from fastmtl.scalarization._scalarization import Losses, Scalarization, check_number, check_numbers, divided
+from fastmtl.scalarization._scalarization import Losses, Scalarization, divided, masked
 
 __all__ = ["GradNorm"]
 
@@ -24,7 +25,8 @@ class GradNorm(Scalarization):
 
     in which the targets mean(G) · r_t^α are constants, and is then rescaled to Σ_t w_t = T. As in the paper's
     Algorithm 1 the result has the w from before the step; w starts at ones. The gradients take T backward passes
-    through the heads, down to W and no further.
+    through the heads, down to W and no further. The losses must not be negative. Absent tasks keep their w, and are in
+    no mean.
 
         gradnorm.backward(losses, model.encoder.last.weight); optimizer.step()
 
@@ -46,30 +48,38 @@ class GradNorm(Scalarization):
     """
 
     w: Tensor
-    initial: Tensor
-    tasks: int
+    initial: Tensor  # L(0), NaN where there is none yet
+    tasks: int = option(integer(1), fixed=True)
+    alpha: float = option(number(low=0))
+    lr: float = option(number(low=0))
+    initial_losses: Tensor | None = option(lambda value, name: _positive(value, name), fixed=True)
 
     def __init__(
         self,
         tasks: int,
+        *,
         alpha: float = 1.5,
         lr: float = 0.025,
         initial_losses: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(tasks)
-        self.alpha, self.lr = check_number(alpha, "alpha"), check_number(lr, "lr")
-        self.initial_losses: list[float] | None = None
+        self.alpha = alpha
+        self.lr = lr
         if initial_losses is not None:
-            self.initial_losses = check_numbers(initial_losses, "initial_losses", tasks, positive=True).tolist()
-        given = self.initial_losses or [math.nan] * tasks
-        self.register_buffer("initial", torch.tensor(given, dtype=torch.float64))
+            initial_losses = numbers(initial_losses, "initial_losses", tasks=tasks)
+        self.initial_losses = initial_losses
+        self.register_buffer("initial", torch.empty(tasks, dtype=torch.float64))
         self.register_buffer("w", torch.ones(tasks, dtype=torch.float64))
-        self.adam = Adam(tasks, self.lr)
+        self.adam = Adam(tasks)
+        self.reset()
 
     def reset(self) -> None:
         """Back to weights 1 and the given initial losses; forgets Adam's state."""
         self.w.fill_(1.0)
-        self.initial.copy_(torch.tensor(self.initial_losses or [math.nan] * self.tasks, dtype=torch.float64))
+        if self.initial_losses is None:
+            self.initial.fill_(math.nan)
+        else:
+            self.initial.copy_(self.initial_losses)
         self.adam.reset()
 
     def forward(
@@ -78,7 +88,8 @@ class GradNorm(Scalarization):
         """The weighted sum Σ_t w_t L_t; in training mode w then takes its step.
 
         Args:
-            losses: T scalar tensors or a tensor [T], with a graph that leads to `layer`.
+            losses: T scalar tensors, None for those of absent tasks, or a tensor [T], with a graph that leads to
+                `layer`.
             layer: W, the weight of the last shared layer or several tensors; needed in training mode. A task that does
                 not reach it has norm 0.
             grad_scale: the factor S by which the losses come scaled.
@@ -97,31 +108,50 @@ class GradNorm(Scalarization):
         result = super().forward(losses, grad_scale=grad_scale)
         if not result.requires_grad:
             raise ValueError("losses: expected losses that require grad (for their norms), got constants")
-        L = self._stacked(losses).detach()
-        self._learn(divided(L, grad_scale), divided(_norms(losses, W), grad_scale))
+        L, here = self._stacked(losses)
+        here = torch.ones_like(L, dtype=torch.bool) if here is None else here
+        self._learn(divided(L.detach(), grad_scale), divided(_norms(losses, W), grad_scale), here)
         return result
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        w = self.w.to(L.dtype, copy=True)  # of its own: the buffer changes before the backward pass
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        w = masked(self.w.to(L.dtype, copy=True), here)  # of its own: the buffer changes before the backward pass
         return (w * L).sum(), w
 
     @torch.no_grad()
-    def _learn(self, L: Tensor, norms: Tensor) -> None:
+    def _learn(self, L: Tensor, norms: Tensor, here: Tensor) -> None:
         """One step of w for losses [T] and gradient norms [T], float64, both unscaled."""
         L = L.to(torch.float64)
-        new = self.initial.isnan().any() & (L.isfinite() & (L > 0)).all()
-        self.initial.copy_(torch.where(new, L, self.initial))
-        ratio = L / self.initial
-        G = self.w.abs() * norms
-        target = G.mean() * (ratio / ratio.mean()).pow(self.alpha)
-        gradient = (G - target).sign() * norms * self.w.sign()
+        first = self.initial.isnan() & here & (L.isfinite() & (L > 0)).all()
+        self.initial.copy_(torch.where(first, L, self.initial))
+        ratio = torch.where(here, L / self.initial, 0.0)
+        G = torch.where(here, self.w.abs() * norms, 0.0)
+        target = G.sum() / here.sum() * (ratio * here.sum() / ratio.sum()).pow(self.alpha)
+        gradient = torch.where(here, (G - target).sign() * norms * self.w.sign(), 0.0)
         finite = L.isfinite().all() & target.isfinite().all() & gradient.isfinite().all()
-        moved = self.adam.step(self.w, gradient, finite)
-        self.w.copy_(torch.where(finite, moved * (self.tasks / moved.sum()), self.w))
+        moved = self.adam.step(self.w, gradient, finite & here, self.lr)
+        rest = torch.where(here, 0.0, self.w).sum()  # the sum of all stays T
+        moved = torch.where(here, moved * ((self.tasks - rest) / torch.where(here, moved, 0.0).sum()), moved)
+        self.w.copy_(torch.where(finite, moved, self.w))
+
+    def _outside(self, L: Tensor) -> Tensor:
+        return L < 0
+
+    def _needs(self, t: int) -> str:
+        return "a loss >= 0, since GradNorm compares it with the initial one"
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"tasks={self.tasks}, alpha={self.alpha}, lr={self.lr}, initial_losses={self.initial_losses}"
+        initial = None if self.initial_losses is None else self.initial_losses.tolist()
+        return f"tasks={self.tasks}, alpha={self.alpha}, lr={self.lr}, initial_losses={initial}"
+
+
+def _positive(value: object, name: str) -> Tensor | None:
+    if value is None:
+        return None
+    x = numbers(value, name)
+    if not bool((x > 0).all()):
+        raise ValueError(f"{name}: expected finite positive numbers, got {x.tolist()}")
+    return x
 
 
 def _tensors(layer: object) -> list[Tensor]:
@@ -141,11 +171,11 @@ def _tensors(layer: object) -> list[Tensor]:
 
 
 def _norms(losses: Losses, W: list[Tensor]) -> Tensor:
-    """‖∇_W L_t‖ for each task, float64 [T]."""
+    """‖∇_W L_t‖ for each task, 0 for absent ones, float64 [T]."""
     norms = []
     for loss in losses:
         squares = W[0].new_zeros((), dtype=torch.float64)
-        if loss.requires_grad:
+        if loss is not None and loss.requires_grad:
             for g in torch.autograd.grad(loss.reshape(()), W, retain_graph=True, allow_unused=True):
                 if g is not None:
                     squares = squares + g.to(torch.float64).square().sum()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl._inputs import describe
-from fastmtl.scalarization._scalarization import Scalarization
+from fastmtl._options import integer, option
+from fastmtl.scalarization._scalarization import Scalarization, masked, present
 
 __all__ = ["IMTLL"]
 
@@ -16,8 +17,8 @@ __all__ = ["IMTLL"]
 class IMTLL(Scalarization):
     """IMTL-L: Σ_t exp(s_t) L_t - s_t, with learned s; at its optimum all scaled losses exp(s_t) L_t are 1.
 
-    `s` is a parameter: give `parameters()` to the optimizer along with the model's. The losses must be positive, or s
-    grows without bound.
+    `s` is a parameter: give `parameters()` to the optimizer along with the model's. Of an absent task it gets no
+    gradient. The losses must not be negative; of one that stays zero s grows without bound.
 
     Source: Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-Task Learning", ICLR 2021.
 
@@ -29,6 +30,8 @@ class IMTLL(Scalarization):
         ValueError: `tasks` is less than 1.
     """
 
+    tasks: int = option(integer(1), fixed=True)
+
     def __init__(self, tasks: int) -> None:
         super().__init__(tasks)
         self.s = nn.Parameter(torch.zeros(tasks))
@@ -38,7 +41,7 @@ class IMTLL(Scalarization):
         """Puts s back to zero."""
         self.s.zero_()
 
-    def scaled(self, losses: Sequence[Tensor]) -> list[Tensor]:
+    def scaled(self, losses: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The losses exp(s_t) L_t - s_t one by one, for a method that balances their gradients: IMTL with both halves.
 
             fastmtl.IMTL().backward(scales.scaled(losses))
@@ -46,20 +49,33 @@ class IMTLL(Scalarization):
         Each of them reads its own entry of s, which `backward` therefore does not take for a shared parameter.
 
         Args:
-            losses: T scalar tensors.
+            losses: T scalar tensors, None for absent tasks.
+
+        Returns:
+            T scalars, None for absent tasks.
 
         Raises:
             TypeError: `losses` is no sequence of floating tensors.
-            ValueError: not T scalars.
+            ValueError: not T scalars, or (on the CPU) one that is negative.
         """
         if isinstance(losses, Tensor):  # whose entries would share one graph: each pass would reach all heads
             raise TypeError(f"losses: expected a sequence of T scalar tensors, got {describe(losses)}")
-        self._stacked(losses)
-        return [self.s[t].exp() * loss.reshape(()) - self.s[t] for t, loss in enumerate(losses)]
+        L, _ = self._stacked(losses)
+        self._within(L.detach())
+        return [
+            self.s[t].exp() * loss.reshape(()) - self.s[t] if loss is not None and here else None
+            for t, (loss, here) in enumerate(zip(losses, present(losses), strict=True))
+        ]
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         w = self.s.exp()
-        return (w * L - self.s).sum(), w
+        return masked(w * L - self.s, here).sum(), masked(w, here)
+
+    def _outside(self, L: Tensor) -> Tensor:
+        return L < 0
+
+    def _needs(self, t: int) -> str:
+        return "a loss >= 0, since s is learned to make exp(s) times it one"
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.scalarization._scalarization import Scalarization, check_numbers
+from fastmtl import _options
+from fastmtl._options import option
+from fastmtl.scalarization._scalarization import Scalarization, masked
 
 __all__ = ["LS"]
 
@@ -23,25 +25,22 @@ class LS(Scalarization):
         ValueError: an unknown word, or numbers that are not one-dimensional or not finite.
     """
 
-    fixed: Tensor | None
+    fixed: Tensor | str = option(lambda value, _: _options.weights(value, "weights"), fixed=True)
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
-        fixed = None
-        if weights is not None and not isinstance(weights, str):
-            fixed = check_numbers(weights, "weights")
-        elif weights not in (None, "mean", "sum"):
-            raise ValueError(f'weights: expected None, "mean", "sum" or T numbers, got {weights!r}')
-        super().__init__(None if fixed is None else fixed.shape[0])
-        self.rule = weights if isinstance(weights, str) else "mean"
-        self.register_buffer("fixed", fixed, persistent=False)  # an option, not state
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None) -> None:
+        fixed = _options.weights(weights, "weights")
+        super().__init__(None if isinstance(fixed, str) else fixed.shape[0])
+        self.fixed = fixed
+        self._copies = _options.Copies()
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        if self.fixed is not None:
-            w = self.fixed.to(L.dtype, copy=True)
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self.fixed, str):
+            w = torch.full_like(L, 1.0 if self.fixed == "sum" else 1 / L.shape[0], requires_grad=False)
         else:
-            w = torch.full_like(L, 1.0 if self.rule == "sum" else 1 / L.shape[0], requires_grad=False)
+            w = self._copies.get(self.fixed, L).to(L.dtype)
+        w = masked(w, here)
         return (w * L).sum(), w
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"weights={self.rule!r}" if self.fixed is None else f"weights={self.fixed.tolist()}"
+        return f"weights={self.fixed!r}" if isinstance(self.fixed, str) else f"weights={self.fixed.tolist()}"

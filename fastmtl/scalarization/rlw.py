@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.scalarization._scalarization import Scalarization
+from fastmtl import _options
+from fastmtl._options import choice, option
+from fastmtl.scalarization._scalarization import Scalarization, masked
 
 __all__ = ["RLW"]
-
-_DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli")
 
 
 class RLW(Scalarization):
@@ -35,18 +35,17 @@ class RLW(Scalarization):
             the reverse.
     """
 
-    def __init__(self, distribution: str = "normal", generator: torch.Generator | None = None) -> None:
+    distribution: str = option(choice("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"))
+    generator: torch.Generator | None = option(_options.generator)
+
+    def __init__(self, *, distribution: str = "normal", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if distribution not in _DISTRIBUTIONS:
-            raise ValueError(f"distribution: expected one of {_DISTRIBUTIONS}, got {distribution!r}")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
         self.distribution = distribution
         self.generator = generator
 
     def get_extra_state(self) -> Tensor:
         """The generator's state; empty without one."""
-        return torch.empty(0, dtype=torch.uint8) if self.generator is None else self.generator.get_state()
+        return torch.empty(0, dtype=torch.uint8, device="cpu") if self.generator is None else self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restores the generator's state."""
@@ -56,8 +55,8 @@ class RLW(Scalarization):
         if self.generator is not None:
             self.generator.set_state(state.cpu())
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
-        w = self._drawn(L.detach())
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        w = masked(self._drawn(L.detach()), here)
         return (w * L).sum(), w
 
     def _drawn(self, L: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastmtl._inputs import describe
-from fastmtl.scalarization._scalarization import Scalarization, check_number, check_numbers
+from fastmtl import _options
+from fastmtl._options import integer, number, numbers, option
+from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
 
 __all__ = ["STCH"]
 
@@ -24,19 +26,20 @@ class STCH(Scalarization):
 
         T μ log Σ_t exp(log(L_t / n_t) / μ)
 
-    The user calls `epoch()` at the end of every epoch; the losses must then be positive, or the result is NaN.
+    The user calls `epoch()` at the end of every epoch; the losses must then be positive. A task without a loss in the
+    epoch of the average has its first one as n_t. Of tasks that are there, T is the number.
 
     Source: Lin, Zhang, Yang, Liu, Wang, Zhang, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
     ICML 2024, and the authors' code.
 
     Args:
+        tasks: number of tasks T; only needed with `warmup`.
         mu: smoothing μ; the smaller, the closer to the maximum. The paper tries 0.01 to 1; the authors' code has 1 with
             a warm-up.
         weights: preferences λ: None or "mean" for 1/T each, "sum" for ones, or T numbers.
         reference: ideal point z, T numbers below the losses; default: zeros.
         warmup: None for the paper's formula, or a number of epochs (the authors: 4); `weights` and `reference` then
             have to be None.
-        tasks: number of tasks T; only needed with `warmup`.
 
     Raises:
         TypeError: an option of another kind.
@@ -44,48 +47,44 @@ class STCH(Scalarization):
             disagree in length, options that exclude each other, `warmup` without `tasks`.
     """
 
-    preference: Tensor | None
-    reference: Tensor | None
-    total: Tensor
-    count: Tensor
-    epochs: Tensor
+    total: Tensor  # of the losses that are averaged, [T]
+    count: Tensor  # how many those are, [T]
+    epochs: Tensor  # []
+    mu: float = option(number(above=0))
+    warmup: int | None = option(integer(0, optional=True), fixed=True)
+    preference: Tensor | str = option(lambda value, _: _options.weights(value, "weights"), fixed=True)
+    reference: Tensor | None = option(lambda value, name: None if value is None else numbers(value, name), fixed=True)
 
     def __init__(
         self,
+        tasks: int | None = None,
+        *,
         mu: float = 0.1,
         weights: Tensor | Sequence[float] | str | None = None,
         reference: Tensor | Sequence[float] | None = None,
         warmup: int | None = None,
-        tasks: int | None = None,
     ) -> None:
-        super().__init__(tasks)
-        self.mu = check_number(mu, "mu", positive=True)
-        if warmup is not None:
-            if not isinstance(warmup, int) or isinstance(warmup, bool):
-                raise TypeError(f"warmup: expected an int or None, got {describe(warmup)}")
-            if warmup < 0:
-                raise ValueError(f"warmup: expected a number of epochs >= 0, got {warmup}")
-            if weights is not None or reference is not None:
-                raise ValueError("warmup: expected None together with weights or reference, which it has no place for")
-            if tasks is None:
-                raise ValueError("tasks: expected the number of tasks T, which warmup needs, got None")
+        preference = _options.weights(weights, "weights")
+        lengths = {"tasks": integer(1, optional=True)(tasks, "tasks")}
+        for name, given in (("weights", preference), ("reference", reference)):
+            if given is not None and not isinstance(given, str):
+                expected = next((n for n in lengths.values() if n is not None), None)
+                lengths[name] = numbers(given, name, tasks=expected).shape[0]
+        super().__init__(next((n for n in lengths.values() if n is not None), None))
+        self.mu = mu
         self.warmup = warmup
-        preference = None
-        if weights is not None and not isinstance(weights, str):
-            preference = check_numbers(weights, "weights", self.tasks)
-            self.tasks = preference.shape[0]
-        elif weights not in (None, "mean", "sum"):
-            raise ValueError(f'weights: expected None, "mean", "sum" or T numbers, got {weights!r}')
-        self.rule = weights if isinstance(weights, str) else "mean"
-        if reference is not None:
-            reference = check_numbers(reference, "reference", self.tasks)
-            self.tasks = reference.shape[0]
-        self.register_buffer("preference", preference, persistent=False)  # options, not state
-        self.register_buffer("reference", reference, persistent=False)
-        if warmup is not None and tasks is not None:
-            self.register_buffer("total", torch.zeros(tasks, dtype=torch.float64))
-            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+        self.preference = preference
+        self.reference = reference  # type: ignore[assignment]
+        self._copies = _options.Copies()
+        if warmup is None:
+            return
+        if weights is not None or reference is not None:
+            raise ValueError("warmup: expected None together with weights or reference, which it has no place for")
+        if self.tasks is None:
+            raise ValueError("tasks: expected the number of tasks T, which warmup needs, got None")
+        self.register_buffer("total", torch.zeros(self.tasks, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(self.tasks, dtype=torch.int64))
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
         """Back to the first epoch."""
@@ -103,43 +102,51 @@ class STCH(Scalarization):
             raise RuntimeError(f"epoch: {self} has no warm-up and counts no epochs")
         self.epochs += 1
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.warmup is not None:
-            return self._scalarize_logs(L, self.warmup)
-        T = L.shape[0]
-        if self.preference is not None:
-            preference: Tensor | float = self.preference.to(L.dtype)
+            return self._scalarize_logs(L, here, self.warmup)
+        if isinstance(self.preference, str):
+            preference: Tensor | float = 1.0 if self.preference == "sum" else 1 / L.shape[0]
         else:
-            preference = 1.0 if self.rule == "sum" else 1 / T
-        y = preference * (L if self.reference is None else L - self.reference.to(L.dtype))
-        value, shares = self._smooth_maximum(y)
+            preference = self._copies.get(self.preference, L).to(L.dtype)
+        y = preference * (L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype))
+        value, shares = self._smooth_maximum(y, here)
         return value, shares * preference
 
-    def _scalarize_logs(self, L: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
-        T = L.shape[0]
+    def _scalarize_logs(self, L: Tensor, here: Tensor | None, warmup: int) -> tuple[Tensor, Tensor]:
+        n = number_of(L, here)
         warm = self.epochs <= warmup
-        # While it warms up there is no average yet: whatever stands in for it must be harmless to the gradient.
-        average = torch.where(warm, 1.0, self.total / self.count).to(L.dtype)
+        # Where there is no average yet, whatever stands in for it must be harmless to the gradient.
+        average = torch.where(self.count > 0, self.total / self.count, L.detach()).to(L.dtype)
+        average = torch.where(warm, 1.0, average)
         logs = L.log()
-        value, shares = self._smooth_maximum(logs - average.log())
-        return torch.where(warm, logs.sum(), T * value), torch.where(warm, 1.0, T * shares) / L
+        value, shares = self._smooth_maximum(logs - average.log(), here)
+        weights = torch.where(warm, 1.0, n * shares) / L
+        return torch.where(warm, masked(logs, here).sum(), n * value), masked(weights, here)
 
-    def _smooth_maximum(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _smooth_maximum(self, y: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         """μ log Σ exp(y / μ) and its derivative; centred before the division, which could overflow."""
+        y = masked(y, here, -math.inf)
         largest = y.detach().max()
         centred = (y - largest) / self.mu
         return self.mu * centred.logsumexp(0) + largest, centred.softmax(0)
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
         if self.warmup is not None:
-            averaging = valid & (self.epochs == self.warmup)
-            self.total += torch.where(averaging, L, 0.0)
-            self.count += averaging
+            averaged = (self.epochs == self.warmup) | ((self.epochs > self.warmup) & (self.count == 0))
+            self.total += torch.where(valid & averaged, L, 0.0)
+            self.count += valid & averaged
+
+    def _outside(self, L: Tensor) -> Tensor | None:
+        return None if self.warmup is None else L <= 0
+
+    def _needs(self, t: int) -> str:
+        return "a loss > 0, since with warmup= STCH takes logarithms"
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         if self.warmup is not None:
             return f"mu={self.mu}, warmup={self.warmup}, tasks={self.tasks}"
-        weights = repr(self.rule) if self.preference is None else self.preference.tolist()
+        weights = repr(self.preference) if isinstance(self.preference, str) else self.preference.tolist()
         reference = None if self.reference is None else self.reference.tolist()
         return f"mu={self.mu}, weights={weights}, reference={reference}, tasks={self.tasks}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from fastmtl.scalarization._scalarization import Scalarization
+from fastmtl._options import integer, number, option
+from fastmtl.scalarization._scalarization import Scalarization, masked
 
 __all__ = ["Uncertainty"]
 
@@ -15,7 +14,8 @@ __all__ = ["Uncertainty"]
 class Uncertainty(Scalarization):
     """Uncertainty weighting: Σ_t ½ exp(-s_t) L_t + ½ s_t, with learned log-variances s = log σ².
 
-    `s` is a parameter: give `parameters()` to the optimizer along with the model's.
+    `s` is a parameter: give `parameters()` to the optimizer along with the model's. Of an absent task it gets no
+    gradient. A loss that stays negative makes its s fall without bound.
 
     Source: Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
     Semantics", CVPR 2018, Section 3.2.
@@ -29,13 +29,12 @@ class Uncertainty(Scalarization):
         ValueError: `tasks` is less than 1, `initial` is not finite.
     """
 
-    def __init__(self, tasks: int, initial: float = 0.0) -> None:
+    tasks: int = option(integer(1), fixed=True)
+    initial: float = option(number())
+
+    def __init__(self, tasks: int, *, initial: float = 0.0) -> None:
         super().__init__(tasks)
-        if not isinstance(initial, (int, float)) or isinstance(initial, bool):
-            raise TypeError(f"initial: expected a number, got {type(initial).__name__}")
-        if not math.isfinite(initial):
-            raise ValueError(f"initial: expected a finite number, got {initial!r}")
-        self.initial = float(initial)
+        self.initial = initial
         self.s = nn.Parameter(torch.full((tasks,), self.initial))
 
     @torch.no_grad()
@@ -43,9 +42,9 @@ class Uncertainty(Scalarization):
         """Puts s back to `initial`."""
         self.s.fill_(self.initial)
 
-    def _scalarize(self, L: Tensor) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         w = 0.5 * torch.exp(-self.s)
-        return (w * L + 0.5 * self.s).sum(), w
+        return masked(w * L + 0.5 * self.s, here).sum(), masked(w, here)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -52,8 +52,8 @@ def check_scale(grad_scale: object) -> None:
         raise TypeError(f"grad_scale: expected a float or a floating tensor [], got {describe(grad_scale)}")
 
 
-def checked_losses(losses: Sequence[Tensor] | Tensor, T: int) -> Tensor:
-    """The losses as one detached float64 tensor [T].
+def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:
+    """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
         TypeError: no tensor [T] or sequence of tensors, or no real numbers.
@@ -61,8 +61,10 @@ def checked_losses(losses: Sequence[Tensor] | Tensor, T: int) -> Tensor:
     """
     if isinstance(losses, Tensor):
         values = losses.detach()
-    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, Tensor) for loss in losses):
-        values = torch.stack([loss.detach().reshape(()) for loss in losses]) if losses else torch.empty(0)
+    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, (Tensor, type(None))) for loss in losses):
+        like = next((loss for loss in losses if loss is not None), torch.empty((), device="cpu"))
+        each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in losses]
+        values = torch.stack(each) if each else torch.empty(0, device="cpu")
     else:
         raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
     if values.is_complex() or values.layout is not torch.strided:

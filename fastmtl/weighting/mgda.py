@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl._inputs import has_numbers
 from fastmtl._options import choice, option
 from fastmtl.info import Info
+from fastmtl.reference.present import is_present
 from fastmtl.weighting._context import NOTHING, Context
 from fastmtl.weighting._method import GramMethod
 
@@ -29,10 +31,11 @@ class MGDA(GramMethod):
         normalization: what each gradient is divided by before α is computed (as in the authors' code the combination is
             of the gradients as they are): "none"; "l2", its norm; "loss", its task's loss; or "loss+", both. With
             "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`. A loss of zero makes its
-            gradient infinitely long, so that its task gets no weight.
+            gradient infinitely long, so that its task gets no weight. One that is negative is an error where losses lie
+            on the CPU, and makes α NaN elsewhere.
 
     Raises:
-        ValueError: unknown `normalization`.
+        ValueError: unknown `normalization`; (in a step) a negative loss.
     """
 
     normalization: str = option(choice("none", "l2", "loss", "loss+"))
@@ -52,11 +55,18 @@ class MGDA(GramMethod):
         return Info.of(alpha, M, residual=residual)
 
     def _normalized(self, M: Tensor, context: Context) -> Tensor:
+        there = is_present(M)
         divisor = torch.ones((), dtype=torch.float64, device=M.device)
         if context.losses is not None:
             divisor = context.losses.to(M.device)
+            negative = there & divisor.isfinite() & (divisor < 0)
+            if has_numbers(negative) and bool(negative.any()):
+                t = negative.reshape(-1, M.shape[-1]).any(0).tolist().index(True)
+                got = divisor[t].item()
+                raise ValueError(f"losses[{t}]: expected a loss >= 0, by which {self!r} divides, got {got:.6g}")
         if self.normalization != "loss":
             divisor = divisor * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
-        # A zero gradient stays one. A loss that is not finite is no task that is absent.
-        inverse = torch.where(divisor == 0, 0.0, torch.where(divisor.isfinite(), 1 / divisor, torch.nan))
+        # A loss that is not finite does not make its task an absent one.
+        inverse = torch.where(divisor.isfinite() & (divisor >= 0), 1 / divisor, torch.nan)
+        inverse = torch.where(there & (divisor != 0), inverse, 0.0)
         return M * inverse[..., :, None] * inverse[..., None, :]

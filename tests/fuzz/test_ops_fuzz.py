@@ -39,7 +39,7 @@ from strategies import (
 )
 from test_nash import backward_error
 from test_ops import OP_CASES
-from test_qp import CERTIFIED, ROUNDING, check_conflict_averse, check_shortest
+from test_qp import CERTIFIED, ROUNDING, check_conflict_averse, check_shortest, present
 from torch import Tensor
 
 from fastmtl import Info, ops, reference
@@ -444,6 +444,7 @@ def test_dual_cone(G: Gradients, k: int, weights: str, each: bool) -> None:
     w = w.abs() if each and w is not None else w
     for M, alpha, residual in check_solver(lambda M: ops.dual_cone(M, w, each), gram_of(G), k):
         u = torch.full((G.T,), 1 / G.T, dtype=F64) if w is None else w
+        u = torch.where(M.diagonal() > 0, u, 0.0)
         if not each:
             assert residual <= SOLVED
             # As in test_qp; and of nearly opposed gradients v is large, and M v off by the rounding of its terms.
@@ -473,13 +474,16 @@ def test_cagrad(G: Gradients, k: int, c: float) -> None:
 @fuzz(40, **grams, power=st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0]))
 def test_nash(G: Gradients, k: int, power: float) -> None:
     for M, alpha, residual in check_solver(lambda M: ops.nash(M, power), gram_of(G), k, homogeneous=False):
-        T, lengths = G.T, M.diagonal().clamp_min(0).sqrt()
+        M, alpha = present(M, alpha)
+        lengths = M.diagonal().sqrt()
         if residual == math.inf:
             assert not alpha.any()
-            b = torch.where(lengths > 0, 1 / lengths, 0)
-            C = M * b[:, None] * b
+            C = M / lengths[:, None] / lengths
             hull = ops.mgda(C)[0]
-            assert not lengths.all() or hull @ C @ hull <= 256 * T * EPS64
+            assert hull @ C @ hull <= 256 * len(M) * EPS64
+            continue
+        if not len(M):
+            assert residual == 0
             continue
         assert (alpha > 0).all()
         assert residual <= 1e-8
@@ -513,6 +517,7 @@ def test_constant(G: Gradients, k: int, weights: str) -> None:
     w = None if weights == "mean" else randn(*(M.shape[:-1] if weights == "each" else (G.T,)), dtype=F64)
     alpha = ops.constant(M, w)
     expected = torch.full(M.shape[:-1], 1 / G.T, dtype=F64) if w is None else w.expand(M.shape[:-1])
+    expected = torch.where(M.diagonal(dim1=-2, dim2=-1) > 0, expected, 0.0)
     assert same(alpha, torch.where(M.isfinite().all(-1).all(-1, keepdim=True), expected, math.nan))
 
 
