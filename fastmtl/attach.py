@@ -169,10 +169,10 @@ class Attached:
             self._beside = output
             return
         self._last, self._beside = output, None
-        for x in output.tensors:
-            if x.requires_grad and not x.is_leaf:
+        if _once.due("attach", self._site):
+            x = next((x for x in output.tensors if x.requires_grad and not x.is_leaf), None)
+            if x is not None:
                 x.register_hook(watch_for_heads(output.called, self._site, self._names))
-                break
 
     def _swap(self, t: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -199,11 +199,13 @@ class _Hook:
     """A module hook of one handle. In a copy of the module, and where it is loaded from a file, it does nothing."""
 
     def __init__(self, call: Any, *first: Any) -> None:
-        self._call = torch.compiler.disable(call)  # between compiled graphs: ids of tensors are nothing to compile
+        self._call = call
+        self._between = torch.compiler.disable(call)  # between graphs: ids of tensors are nothing to compile
         self._first = first
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._call(*self._first, *arguments)
+        call = self._between if torch.compiler.is_compiling() else self._call
+        return call(*self._first, *arguments)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _nothing

@@ -306,7 +306,8 @@ class _Watch:
     def __init__(self, site: _once.Site, tasks: int, looks: bool) -> None:
         self.site = site
         self.tasks = tasks
-        self.looks = looks  # not in each step, where that costs
+        self.looks = looks  # in this step: not in each, since it costs
+        self.watched: set[int] = set()  # tensors of h
         self.passed = -1  # the backward in which the aliases' gradients last came by
         self.updates: list[Tensor | None] | None = None  # what they became, until h gets it
         self.nested: frozenset[int] = frozenset()  # tensors of h from which others of h are made
@@ -315,6 +316,7 @@ class _Watch:
         """Looks at what tensor k of h gets."""
         if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
             return
+        self.watched.add(k)
         others = dict(x._backward_hooks or {})
         x.register_hook(self._looking_at(k))
         if others:  # which may change the gradient: ours goes first
@@ -352,7 +354,7 @@ class _Watch:
         else:
             what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
         absent = (
-            "For a task whose loss does not depend on h in this step, give total None"
+            "For a task whose loss does not depend on h in this step, give total None and add the loss to the total"
             if given
             else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
         )
@@ -455,7 +457,7 @@ class _Capture:
             self._warn_missing(missing, given)
         if watch.looks:
             self._look_around(node, behind, given)
-            watch.updates = list(updates)
+            watch.updates = [u if k in watch.watched else None for k, u in enumerate(updates)]
         return updates
 
     def trains(self, node: Any, current: int) -> bool:
@@ -611,11 +613,18 @@ def _asked_behind(edges: Sequence[Edge]) -> tuple[bool, bool]:
 
 
 def _running_call() -> tuple[str, list[Tensor]] | None:
-    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors.
+    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors; None where that is not clear.
 
-    None where it was called in another thread, as for what lies on a GPU.
+    For what lies on a GPU autograd has a thread of its own, and the call waits in another.
     """
-    frame: FrameType | None = sys._getframe(1)
+    here = _call_in(sys._getframe(1))
+    if here is not None:
+        return here
+    others = [call for frame in sys._current_frames().values() if (call := _call_in(frame)) is not None]
+    return others[0] if len(others) == 1 else None
+
+
+def _call_in(frame: FrameType | None) -> tuple[str, list[Tensor]] | None:
     while frame is not None:
         name = _ROOTS.get(frame.f_code)
         if name is not None:
