@@ -106,14 +106,14 @@ def forget() -> None:
     _counts.clear()
 
 
-def warn_alone(site: Site, option: str, where: str) -> None:
-    """Warns where several processes train and nobody has said whether they are to aggregate together."""
+def warn_alone(site: Site | None, option: str, where: str) -> None:
+    """Warns, at the caller if at no other site, where several processes train and nobody says whether together."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     warn(
         option,
-        site,
+        site or caller(),
         f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part "
         "of the batch, which gives another direction than those of the whole batch. "
         f"{option}=True aggregates these; {option}=False says that each process is meant to go by itself",

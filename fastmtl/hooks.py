@@ -423,8 +423,7 @@ class _Capture:
 
     def take(self, losses: Sequence[Tensor | None]) -> None:
         """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
-        context = self.method._context(_losses.values(losses), self.tasks)
-        self.context = self.context._replace(losses=context.losses)
+        self.context = self.context._replace(losses=self.method._context(losses, self.tasks).losses)
 
     def expect(self, tasks: Sequence[bool]) -> None:
         """Says that the running backward is to aggregate, and that it brings gradients of these tasks."""
