@@ -705,23 +705,29 @@ def test_a_checkpoint_around_a_head():
     assert all(p.grad is None for p in model.encoder.parameters())
 
 
-def test_compiled_parts():
+@pytest.fixture
+def no_compiled_code():
+    """Nothing compiled before or within a test is met again: what a graph may free is decided at its first backward."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "parts"])
+def test_compiled(whole, no_compiled_code):
     """The hooks run between compiled graphs."""
-    expected = aligned()
-    for whole in (True, False):
-        torch._dynamo.reset()
-        model = MLP(3)
-        handle = attach(model.encoder, model.heads, AlignedMTL())
-        if not whole:
-            for part in (model.encoder, *model.heads):
-                part.compile(backend="aot_eager")
+    expected, model = aligned(), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    if not whole:
+        for part in (model.encoder, *model.heads):
+            part.compile(backend="aot_eager")
 
-        def forward(model=model):
-            return losses_of(model, model.encoder(model.x))
+    def forward():
+        return losses_of(model, model.encoder(model.x))
 
-        run = torch.compile(forward, backend="aot_eager") if whole else forward
-        for _ in range(2):
-            model.zero_grad()
-            handle.total(run()).backward()
-            same(model, expected)
-            assert handle.info.rank == 3
+    run = torch.compile(forward, backend="aot_eager") if whole else forward
+    for _ in range(2):
+        model.zero_grad()
+        handle.total(run()).backward()
+        same(model, expected)
+        assert handle.info.rank == 3
