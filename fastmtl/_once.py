@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["Site", "caller", "due", "first", "forget", "site_of", "warn", "warn_alone"]
 
-_PACKAGE = __name__.partition(".")[0]
+_INSIDE = frozenset({__name__.partition(".")[0], "torch"})  # packages that no user's code is in
 _MOST = 4  # different texts of one kind at one site: which aliases are meant may change from step to step
 _EACH = 8  # steps of a site that are all looked at
 _Key = tuple[str, str, int, int]
@@ -48,9 +48,9 @@ def site_of(frame: FrameType) -> Site:
 
 
 def caller() -> Site:
-    """The call outside of this package that led here."""
+    """The call outside of this package, and of torch, that led here."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame = frame.f_back
     return site_of(frame)
 
