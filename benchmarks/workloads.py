@@ -138,8 +138,8 @@ class MultiTask:
         h = self.forward()
         hs = [h] * self.tasks if aliases is None else aliases(h)
         losses = self.losses(hs)
-        total: Callable[..., Any] = getattr(hs, "total", sum)  # a fan-out has one of its own
-        total(losses).backward()
+        total: Any = hs.total(losses) if hasattr(hs, "total") else sum(losses[1:], losses[0])
+        total.backward()
 
     def zero_grad(self) -> None:
         """Drops every `.grad`, as an optimizer's `zero_grad` does before each step."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmtl._inputs import describe
 
-__all__ = ["checked", "present", "values"]
+__all__ = ["checked", "present"]
 
 
 def checked(losses: Any, tasks: int | None = None) -> list[Tensor | None]:
@@ -46,10 +45,3 @@ def checked(losses: Any, tasks: int | None = None) -> list[Tensor | None]:
 def present(losses: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The losses of the tasks that take part, None for the absent: those whose loss is None or needs no gradient."""
     return [loss if loss is not None and loss.requires_grad else None for loss in losses]
-
-
-def values(losses: Sequence[Tensor | None]) -> list[Tensor]:
-    """The losses for methods that look at them; one for an absent task, whose gradient is zero whatever it is."""
-    like = next((loss for loss in losses if loss is not None), None)
-    one = torch.ones(()) if like is None else torch.ones_like(like.detach())
-    return [one if loss is None else loss for loss in losses]

@@ -4,42 +4,68 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Site", "caller", "first", "forget", "warn", "warn_alone"]
+__all__ = ["Site", "caller", "due", "first", "forget", "site_of", "warn", "warn_alone"]
 
-_PACKAGE = __name__.partition(".")[0]
+_INSIDE = frozenset({__name__.partition(".")[0], "torch"})  # packages that no user's code is in
 _MOST = 4  # different texts of one kind at one site: which aliases are meant may change from step to step
-_seen: dict[tuple[str, str, int], set[str]] = {}
+_EACH = 8  # steps of a site that are all looked at
+_Key = tuple[str, str, int, int]
+_seen: dict[_Key, set[str]] = {}
+_counts: dict[_Key, int] = {}
 
 
 class Site(NamedTuple):
-    """A line of the user's code.
+    """A call in the user's code.
 
     Attributes:
-        file: its file.
-        line: its number.
+        code: the code that it is in.
+        at: where in it.
         scope: the globals there.
     """
 
-    file: str
-    line: int
+    code: CodeType
+    at: int
     scope: dict[str, Any]
+
+    def key(self, kind: str) -> _Key:
+        """What stands for this site and a kind of warning."""
+        return kind, self.code.co_filename, self.code.co_firstlineno, self.at
+
+    def line(self) -> int:
+        """The number of the line."""
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
+        return next(lines, None) or self.code.co_firstlineno
+
+
+def site_of(frame: FrameType) -> Site:
+    """Where a frame is."""
+    return Site(frame.f_code, frame.f_lasti, frame.f_globals)
 
 
 def caller() -> Site:
-    """The line outside of this package that led here."""
+    """The call outside of this package, and of torch, that led here."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame = frame.f_back
-    return Site(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    return site_of(frame)
 
 
 def first(kind: str, site: Site) -> bool:
-    """Whether this is the first time at this site; later ones are not."""
-    return _is_new(kind, site, "", 1)
+    """Whether this is the first time at this site."""
+    return _is_new(site.key(kind), "", 1)
+
+
+def due(kind: str, site: Site) -> bool:
+    """Whether it is worth a look at this site: the first times, and then ever more rarely."""
+    key = site.key(kind)
+    count = _counts.get(key, 0)
+    _counts[key] = count + 1
+    return count < _EACH or count & (count - 1) == 0
 
 
 def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
@@ -53,21 +79,21 @@ def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
         message: what it says.
         most: how many different messages of this kind there may be at this site.
     """
-    if not _is_new(kind, site, message, most):
+    key = site.key(kind)
+    if not _is_new(key, message, most):
         return
     module = site.scope.get("__name__", "<unknown>")
+    registry = site.scope.setdefault("__warningregistry__", {})
     try:
-        warnings.warn_explicit(
-            message, UserWarning, site.file, site.line, module, site.scope.setdefault("__warningregistry__", {})
-        )
+        warnings.warn_explicit(message, UserWarning, site.code.co_filename, site.line(), module, registry)
     except UserWarning:  # made an error by a filter: then it comes each time
-        for key in [key for key in _seen if key[1:] == (site.file, site.line)]:
-            del _seen[key]
+        for known in [known for known in _seen if known[1:] == key[1:]]:
+            del _seen[known]
         raise
 
 
-def _is_new(kind: str, site: Site, text: str, most: int) -> bool:
-    texts = _seen.setdefault((kind, site.file, site.line), set())
+def _is_new(key: _Key, text: str, most: int) -> bool:
+    texts = _seen.setdefault(key, set())
     if text in texts or len(texts) >= most:
         return False
     texts.add(text)
@@ -77,16 +103,17 @@ def _is_new(kind: str, site: Site, text: str, most: int) -> bool:
 def forget() -> None:
     """Every warning may come again."""
     _seen.clear()
+    _counts.clear()
 
 
-def warn_alone(site: Site, option: str, where: str) -> None:
-    """Warns where several processes train and nobody has said whether they are to aggregate together."""
+def warn_alone(site: Site | None, option: str, where: str) -> None:
+    """Warns, at the caller if at no other site, where several processes train and nobody says whether together."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     warn(
         option,
-        site,
+        site or caller(),
         f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part "
         "of the batch, which gives another direction than those of the whole batch. "
         f"{option}=True aggregates these; {option}=False says that each process is meant to go by itself",

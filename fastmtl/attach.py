@@ -33,7 +33,8 @@ def attach(
             for batch in loader: ...
 
     A forward without gradients leaves all as it is. Copies of the modules (`copy.deepcopy`, averaged models) and what
-    is saved of them are ordinary modules.
+    is saved of them, or sent to another process, are ordinary modules; one that is trained without an attachment of its
+    own warns once.
 
     Args:
         encoder: the module whose output is the shared representation.
@@ -169,10 +170,10 @@ class Attached:
             self._beside = output
             return
         self._last, self._beside = output, None
-        for x in output.tensors:
-            if x.requires_grad and not x.is_leaf:
+        if _once.due("attach", self._site):
+            x = next((x for x in output.tensors if x.requires_grad and not x.is_leaf), None)
+            if x is not None:
                 x.register_hook(watch_for_heads(output.called, self._site, self._names))
-                break
 
     def _swap(self, t: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -196,25 +197,39 @@ class Attached:
 
 
 class _Hook:
-    """A module hook of one handle. In a copy of the module, and where it is loaded from a file, it does nothing."""
+    """A module hook of one handle. What is copied of it, or saved, does nothing."""
 
     def __init__(self, call: Any, *first: Any) -> None:
-        self._call = torch.compiler.disable(call)  # between compiled graphs: ids of tensors are nothing to compile
+        self._call = call
+        self._between = torch.compiler.disable(call)  # between graphs: ids of tensors are nothing to compile
         self._first = first
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._call(*self._first, *arguments)
+        call = self._between if torch.compiler.is_compiling() else self._call
+        return call(*self._first, *arguments)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing
+        return _nothing if self._first else _look_at_copy
 
     def __reduce__(self) -> Any:
-        return _nothing_again, ()
+        return _again, (not self._first,)
+
+
+def _again(of_encoder: bool) -> Any:
+    return _look_at_copy if of_encoder else _nothing
 
 
 def _nothing(*_: Any) -> None:
     pass
 
 
-def _nothing_again() -> Any:
-    return _nothing
+def _look_at_copy(module: nn.Module, *_: Any) -> None:
+    """The hook that an encoder's copy has."""
+    trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+        _once.warn(
+            "copy",
+            _once.caller(),
+            f"attach: this {type(module).__name__} is a copy of an encoder that heads were attached to, by copying or "
+            "from a file or another process; nothing is attached to the copy, so its gradients are not aggregated",
+        )

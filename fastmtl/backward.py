@@ -62,7 +62,7 @@ def backward(
     parts = [] if groups is None else _checked_groups(groups)
     parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
     _check_present(losses, together, known=bool(parameters or cut))
-    context = method._context(_losses.values(losses), len(losses), grad_scale, agree)
+    context = method._context(losses, len(losses), grad_scale, agree)
 
     heads, trunk = leaves_of(losses, cut), trunk_of(edge_of(x) for x in cut)
     tied = heads.meet(trunk.leaves)
@@ -78,7 +78,7 @@ def backward(
         cut, heads, trunk = [], leaves_of(losses, []), trunk_of([])
     reached = [*trunk.leaves, *heads.all(), *heads.idle]
     if unsaid and all(type(p) in _PLAIN for p in parameters):  # shards are averaged in the passes
-        _once.warn_alone(_once.caller(), "process_group", "backward")
+        _once.warn_alone(None, "process_group", "backward")
     if not upper_bound:
         if heads.joined and engine != "full":
             # The gramian engine knows no ways straight through a joint.

@@ -96,7 +96,8 @@ def fan_out(
             method needs losses and `total` was not called. (In the head) torch's own, about "fan_out", where an alias
             is written in place: the others share its memory.
     """
-    return place(h, tasks, method, None, via=via, info=info, global_gram=global_gram, grad_scale=grad_scale)
+    site = None if torch.compiler.is_compiling() else _once.site_of(sys._getframe(1))
+    return place(h, tasks, method, site, via=via, info=info, global_gram=global_gram, grad_scale=grad_scale)
 
 
 def place(
@@ -110,7 +111,7 @@ def place(
     global_gram: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
-    """`fan_out`, with warnings that name `site`."""
+    """`fan_out`, with warnings that name `site`, which is there except within `torch.compile`."""
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
     check_method(method, tasks)
@@ -125,7 +126,7 @@ def place(
         return FanOut([h] * tasks, None, info, None)
 
     reduce, agree = _reduction(method, global_gram)
-    if torch.compiler.is_compiling():
+    if site is None:
         if reduce is not None or grad_scale is not None or method._needs_losses or method._remembers:
             raise ValueError(
                 "fan_out: global_gram, grad_scale, methods that need the losses and methods with state are not "
@@ -133,14 +134,14 @@ def place(
             )
         outputs = _TracedNode.apply(method, tasks, info, *sources)
         return FanOut(_aliases(h, sources, outputs, tasks), None, info, None)
-    site = site or _once.caller()
     if global_gram is None:
         _once.warn_alone(site, "global_gram", "fan_out")
-    watch = _Watch(site, tasks)
+    watch = _Watch(site, tasks, _once.due("fan_out", site))
     capture = _Capture(method, tasks, sources, info, reduce, Context(None, grad_scale, agree), watch)
     outputs = (_Node.apply if via == "node" else _with_hooks)(capture, _probe(sources[0]), *sources)
-    for k, x in enumerate(sources):
-        watch.over(x, k)
+    if watch.looks:
+        for k, x in enumerate(sources):
+            watch.over(x, k)
     return FanOut(_aliases(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
 
 
@@ -249,15 +250,13 @@ class FanOut(Sequence[Any]):
             summands.append(self._anchor)
         elif not summands or (capture is not None and all(loss is None for loss in here)):
             raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
-        total: Tensor = sum(summands)  # type: ignore[assignment]
-        if capture is not None and not torch.compiler.is_compiling():
-            if capture.method._needs_losses:
-                capture.take(here)
-            if _once.first("losses", capture.watch.site):
-                self._examine(here)
-            if total.requires_grad:
-                total.register_hook(capture.expect([loss is not None for loss in here]))
-        return total
+        if capture is None or torch.compiler.is_compiling():
+            return sum(summands)  # type: ignore[return-value]
+        if capture.method._needs_losses:
+            capture.take(here)
+        if _once.first("losses", capture.watch.site):
+            self._examine(here)
+        return _Total.apply(capture, [loss is not None for loss in here], *summands)
 
     def _examine(self, losses: Sequence[Tensor | None]) -> None:
         """Warns of losses that do not depend on their alias, and of ways around the aliases."""
@@ -304,9 +303,11 @@ class _Watch:
     Part of the graph of h, and so it holds nothing of what is made from h.
     """
 
-    def __init__(self, site: _once.Site, tasks: int) -> None:
+    def __init__(self, site: _once.Site, tasks: int, looks: bool) -> None:
         self.site = site
         self.tasks = tasks
+        self.looks = looks  # in this step: not in each, since it costs
+        self.watched: set[int] = set()  # tensors of h
         self.passed = -1  # the backward in which the aliases' gradients last came by
         self.updates: list[Tensor | None] | None = None  # what they became, until h gets it
         self.nested: frozenset[int] = frozenset()  # tensors of h from which others of h are made
@@ -315,6 +316,7 @@ class _Watch:
         """Looks at what tensor k of h gets."""
         if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
             return
+        self.watched.add(k)
         others = dict(x._backward_hooks or {})
         x.register_hook(self._looking_at(k))
         if others:  # which may change the gradient: ours goes first
@@ -352,7 +354,7 @@ class _Watch:
         else:
             what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
         absent = (
-            "For a task whose loss does not depend on h in this step, give total None"
+            "For a task whose loss does not depend on h in this step, give total None and add the loss to the total"
             if given
             else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
         )
@@ -421,16 +423,11 @@ class _Capture:
 
     def take(self, losses: Sequence[Tensor | None]) -> None:
         """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
-        context = self.method._context(_losses.values(losses), self.tasks)
-        self.context = self.context._replace(losses=context.losses)
+        self.context = self.context._replace(losses=self.method._context(losses, self.tasks).losses)
 
-    def expect(self, tasks: Sequence[bool]) -> Callable[[Tensor], None]:
-        """A hook for a total of the losses: the backward that it is called in is to aggregate, of these tasks."""
-
-        def mark(_: Tensor) -> None:
-            self._marked, self._expected = torch._C._current_graph_task_id(), tasks
-
-        return mark
+    def expect(self, tasks: Sequence[bool]) -> None:
+        """Says that the running backward is to aggregate, and that it brings gradients of these tasks."""
+        self._marked, self._expected = torch._C._current_graph_task_id(), tasks
 
     def pass_on(
         self, node: Any, grads: Sequence[Tensor | None], sums: Sequence[Tensor | None] | None = None
@@ -444,24 +441,31 @@ class _Capture:
         """
         watch, current = self.watch, torch._C._current_graph_task_id()
         watch.passed, watch.updates = current, None
-        if self.trains(node, current) or self._asks_for_parameters(node, grads):
-            if self._marked == current:
-                self._check_asked(node)
-            if self.derived == current:
-                raise NotImplementedError(_DERIVED)
-            updates = self._aggregated(grads)
-            self._look_around(node, grads, current)
-            watch.updates = list(updates)
-            return updates
-        return self._derivative(grads if sums is None else sums)
+        probe, *behind = node.next_functions
+        given = self._marked == current
+        if not _executes(probe[0]):  # `autograd.grad`, or `backward(inputs=...)`
+            if given:
+                self._check_asked(behind)
+            elif not self._asks_for_parameters(behind, grads):
+                return self._derivative(grads if sums is None else sums)
+        if self.derived == current:
+            raise NotImplementedError(_DERIVED)
+        updates = self._aggregated(grads)
+        missing = self._missing(grads)
+        if missing:
+            self._warn_missing(missing, given)
+        if watch.looks:
+            self._look_around(node, behind, given)
+            watch.updates = [u if k in watch.watched else None for k, u in enumerate(updates)]
+        return updates
 
     def trains(self, node: Any, current: int) -> bool:
         """Whether the running backward comes from `total`, or accumulates gradients of all that it reaches."""
         return self._marked == current or _executes(node.next_functions[0][0])
 
-    def _asks_for_parameters(self, node: Any, grads: Sequence[Tensor | None]) -> bool:
+    def _asks_for_parameters(self, behind: Sequence[Edge], grads: Sequence[Tensor | None]) -> bool:
         """Whether a call of `autograd.grad` or `backward(inputs=)` is for training: see `fan_out`."""
-        accumulates, parameters = _asked_behind(node)
+        accumulates, parameters = _asked_behind(behind)
         if accumulates:
             return True
         if self._missing(grads):
@@ -475,11 +479,9 @@ class _Capture:
             )
         return parameters
 
-    def _check_asked(self, node: Any) -> None:
+    def _check_asked(self, behind: Sequence[Edge]) -> None:
         """Warns where a total is taken for a function of the inputs."""
-        if _executes(node.next_functions[0][0]) or not _once.first("asked", self.watch.site):
-            return
-        if not any(_asked_behind(node)):
+        if _once.first("asked", self.watch.site) and not any(_asked_behind(behind)):
             _once.warn(
                 "derivative of the total",
                 self.watch.site,
@@ -495,25 +497,21 @@ class _Capture:
             return [t for t, g in enumerate(grads) if g is None]
         return [t for t in range(self.tasks) if all(g is None for g in grads[t * K : (t + 1) * K])]
 
-    def _look_around(self, node: Any, grads: Sequence[Tensor | None], current: int) -> None:
-        """Warns of what a training backward shows to be wrong."""
-        given = self._marked == current
-        missing = self._missing(grads)
+    def _warn_missing(self, tasks: list[int], given: bool) -> None:
         if given:
-            missing = [t for t in missing if self._expected[t]]
-        if missing:
-            self.watch.warn_missing(missing, given)
-        behind = node.next_functions[1:]
-        if self.tensors > 1:
-            self.watch.nested = _nested(self.watch.site, behind)
-        call = None if given else _running_call()
-        if call is not None:
-            self._look_at_roots(call[1], node, behind)
+            tasks = [t for t in tasks if self._expected[t]]
+        if tasks:
+            self.watch.warn_missing(tasks, given)
 
-    def _look_at_roots(self, roots: Sequence[Tensor], node: Any, behind: Sequence[Edge]) -> None:
-        """The same for what is seen where a backward starts. At a total there is nothing to see."""
+    def _look_around(self, node: Any, behind: Sequence[Edge], given: bool) -> None:
+        """Warns of what a training backward shows to be wrong where it starts. At a total there is nothing to see."""
         watch = self.watch
-        if any(_is_mean(root, self.tasks) for root in roots):
+        if self.tensors > 1:
+            watch.nested = _nested(watch.site, behind)
+        call = None if given else _running_call()
+        if call is None:
+            return
+        if any(_is_mean(root, self.tasks) for root in call[1]):
             _once.warn(
                 "mean of the losses",
                 watch.site,
@@ -522,7 +520,7 @@ class _Capture:
             )
         if _once.first("roots", watch.site):  # this takes a walk through the graph
             ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
-            if reached_by(roots, ends, trunk_of(behind).nodes, _FAN_OUTS)[1]:
+            if reached_by(call[1], ends, trunk_of(behind).nodes, _FAN_OUTS)[1]:
                 watch.warn_beside("a loss depends on h, or on what h is made of,")
 
     def _derivative(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -582,19 +580,27 @@ class _Capture:
 # ------------------------------------------------------------------------------------------------ the running backward
 
 
+_probes: dict[torch.device, Tensor] = {}
+
+
 def _probe(like: Tensor) -> Tensor:
-    """A leaf beside h. A backward reaches it just where it accumulates the gradients of all leaves."""
-    return torch.empty((), device=like.device, requires_grad=True)
+    """A leaf beside h, one for all. A backward executes its node just where it accumulates gradients of all leaves."""
+    probe = _probes.get(like.device)
+    if probe is None:
+        probe = torch.empty((), device=like.device, requires_grad=True)
+        if type(probe) is Tensor:  # no fake
+            _probes[like.device] = probe
+    return probe
 
 
 def _executes(node: Any) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
-def _asked_behind(node: Any) -> tuple[bool, bool]:
-    """Whether the running backward accumulates gradients behind a node, and whether it returns those of parameters."""
+def _asked_behind(edges: Sequence[Edge]) -> tuple[bool, bool]:
+    """Whether the running backward accumulates gradients behind edges, and whether it returns those of parameters."""
     parameters = False
-    for leaf in trunk_of(node.next_functions[1:]).nodes:
+    for leaf in trunk_of(edges).nodes:
         if not is_leaf(leaf):
             continue
         try:
@@ -606,11 +612,18 @@ def _asked_behind(node: Any) -> tuple[bool, bool]:
 
 
 def _running_call() -> tuple[str, list[Tensor]] | None:
-    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors.
+    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors; None where that is not clear.
 
-    None where it was called in another thread, as for what lies on a GPU.
+    For what lies on a GPU autograd has a thread of its own, and the call waits in another.
     """
-    frame: FrameType | None = sys._getframe(1)
+    here = _call_in(sys._getframe(1))
+    if here is not None:
+        return here
+    others = [call for frame in sys._current_frames().values() if (call := _call_in(frame)) is not None]
+    return others[0] if len(others) == 1 else None
+
+
+def _call_in(frame: FrameType | None) -> tuple[str, list[Tensor]] | None:
     while frame is not None:
         name = _ROOTS.get(frame.f_code)
         if name is not None:
@@ -647,12 +660,12 @@ def _is_mean(root: Tensor, tasks: int) -> bool:
     return False
 
 
-_nested_at: dict[tuple[str, int], frozenset[int]] = {}
+_nested_at: dict[Any, frozenset[int]] = {}
 
 
 def _nested(site: _once.Site, edges: Sequence[Edge]) -> frozenset[int]:
     """Which tensors of h lie behind others of h: looked up once for each site."""
-    key = site.file, site.line
+    key = site.key("nested")
     if key not in _nested_at:
         inside = trunk_of(edges).nested
         _nested_at[key] = frozenset(k for k, edge in enumerate(edges) if edge in inside)
@@ -751,6 +764,20 @@ def _with_hooks(capture: _Capture, probe: Tensor, *tensors: Tensor) -> tuple[Ten
         inner.register_hook(captured.hook(i))
         aliases.append(_Alias.apply(inner))
     return (*aliases, *joined[K:])
+
+
+class _Total(torch.autograd.Function):
+    """The sum of the losses, and what `total` has been told of them."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: _Capture, present: Sequence[bool], *losses: Tensor) -> Tensor:
+        ctx.capture, ctx.present, ctx.count = capture, present, len(losses)
+        return sum(losses)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.capture.expect(ctx.present)
+        return None, None, *[gradient] * ctx.count
 
 
 class _Derivative(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
-from fastmtl import AlignedMTL, attach, fan_out
+from fastmtl import AlignedMTL, _once, attach, fan_out
 
 METHODS = {"aligned": (AlignedMTL(), svd_align), "mgda": (fastmtl.MGDA(), shortest)}
 MODELS = {"mlp": lambda: MLP(3), "mtan": lambda: MTAN(3)}
@@ -518,6 +518,14 @@ def test_a_copy_is_an_ordinary_model(name, after):
         sum(losses_of(model, h)).backward(retain_graph=True)
     other = COPIES[name](model)
     other.zero_grad()
+    with torch.no_grad():
+        losses_of(other, other.encoder(other.x))
+    losses_of(other.eval(), other.encoder(other.x))
+    other.train()
+    with pytest.warns(UserWarning, match="attach: this Sequential is a copy .* nothing is attached to the copy"):
+        loop(other)
+    loop(other)  # it is said once
+    other.zero_grad()
     loop(other)
     loop(plain)
     for p, q in zip(other.parameters(), plain.parameters(), strict=True):
@@ -575,7 +583,9 @@ def test_a_copy_of_the_handle_holds_nothing():
         with pytest.raises(RuntimeError, match="encoder has not been called"):
             other.handle.total([])
         other.handle.remove()
-        loop(other.model)
+        with pytest.warns(UserWarning, match="nothing is attached to the copy"):
+            loop(other.model)
+        _once.forget()
     assert module.handle.info.rank == 2
 
 
@@ -705,23 +715,29 @@ def test_a_checkpoint_around_a_head():
     assert all(p.grad is None for p in model.encoder.parameters())
 
 
-def test_compiled_parts():
+@pytest.fixture
+def no_compiled_code():
+    """Nothing compiled before or within a test is met again: what a graph may free is decided at its first backward."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "parts"])
+def test_compiled(whole, no_compiled_code):
     """The hooks run between compiled graphs."""
-    expected = aligned()
-    for whole in (True, False):
-        torch._dynamo.reset()
-        model = MLP(3)
-        handle = attach(model.encoder, model.heads, AlignedMTL())
-        if not whole:
-            for part in (model.encoder, *model.heads):
-                part.compile(backend="aot_eager")
+    expected, model = aligned(), MLP(3)
+    handle = attach(model.encoder, model.heads, AlignedMTL())
+    if not whole:
+        for part in (model.encoder, *model.heads):
+            part.compile(backend="aot_eager")
 
-        def forward(model=model):
-            return losses_of(model, model.encoder(model.x))
+    def forward():
+        return losses_of(model, model.encoder(model.x))
 
-        run = torch.compile(forward, backend="aot_eager") if whole else forward
-        for _ in range(2):
-            model.zero_grad()
-            handle.total(run()).backward()
-            same(model, expected)
-            assert handle.info.rank == 3
+    run = torch.compile(forward, backend="aot_eager") if whole else forward
+    for _ in range(2):
+        model.zero_grad()
+        handle.total(run()).backward()
+        same(model, expected)
+        assert handle.info.rank == 3

@@ -25,7 +25,7 @@ def world(request, tmp_path_factory):
     )
     try:
         # Joins the processes one by one as they end; a rank that hangs costs its own time-out and then its reports.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not context.join(timeout=1) and time.monotonic() < deadline:
             pass
     finally:

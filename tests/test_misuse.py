@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
-from fastmtl import AlignedMTL, attach, fan_out
+from fastmtl import AlignedMTL, attach, fan_out, hooks
 
 both = pytest.mark.parametrize("via", ["node", "hooks"])
 
@@ -132,6 +133,28 @@ def test_the_mean_of_the_losses(name, via):
     (text,) = recorded(step)
     assert text.startswith("fan_out: the 3 losses are averaged, not summed")
     assert not recorded(lambda: step(lambda losses: torch.stack(losses).sum() / 4))  # what accumulation does
+
+
+def test_a_backward_is_found_from_another_thread():
+    """Autograd runs what lies on a GPU in a thread of its own: the call waits in the one that made it."""
+    found = []
+
+    def look(_):
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(hooks._running_call).result())
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(look)
+    losses = [x.sum(), x.square().sum()]
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    torch.autograd.grad(losses[0], x)
+    assert [(name, roots[0] is root) for (name, roots), root in zip(found, (mean, losses[0]), strict=True)] == [
+        ("backward", True),
+        ("grad", True),
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(hooks._running_call).result() is None
 
 
 @both

@@ -104,7 +104,7 @@ torch.set_num_threads(4)
 G, M = torch.randn(12, 400_000), torch.randn(8, 20, 30).double()
 M = M @ M.mT
 methods = fastmtl.AlignedMTL(), fastmtl.MGDA(), fastmtl.UPGrad()
-work = lambda: [m(G) for m in methods] + [m.weighting(M) for m in methods] + [fastmtl.GradDrop(1.0)(G)]
+work = lambda: [m(G) for m in methods] + [m.weighting(M) for m in methods] + [fastmtl.GradDrop(leak=1.0)(G)]
 expected = work()  # by four threads, which the child does not inherit
 
 def child(connection):

@@ -163,7 +163,7 @@ class Method:
 
     def _context(
         self,
-        losses: Sequence[Tensor] | Tensor | None,
+        losses: Sequence[Tensor | None] | Tensor | None,
         T: int,
         grad_scale: Tensor | float | None = None,
         agree: Callable[[Tensor], Tensor] | None = None,
