@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, library
 
 from fastmtl import reference
+from fastmtl.reference.rounding import rounded
 
 __all__ = [
     "EXTENSIONS",
@@ -231,7 +232,7 @@ def _gram_setup(ctx, inputs, output) -> None:
 def _gram_backward(ctx, grad: Tensor) -> Tensor:
     """d(G Gᵀ): (Ṁ + Ṁᵀ) G."""
     (G,) = ctx.saved_tensors
-    return ((grad + grad.mT) @ G.to(grad.dtype)).to(G.dtype)
+    return rounded((grad + grad.mT) @ G.to(grad.dtype), G.dtype)
 
 
 library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)
