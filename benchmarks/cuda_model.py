@@ -52,11 +52,13 @@ CONSTANTS = {
     "kMaxSmallTasks": 32,  # small.cuh
     "kCombineThreads": 256,  # combine.cuh
     "kReduceValues": 32,  # kernels_weights.cu
+    "kReduceThreads": 1024,
+    "kProbes": 4,  # probe.cuh
     "kSmallEntries": 1 << 15,  # pipeline.cu
     "kSmallEntriesInBatch": 1 << 20,
     "kManyMatrices": 64,
     "kPartialBytes": 32 << 20,
-    "slow float64, tasks in float64": 4,  # plan_of
+    "slow float64, tasks in float64": 8,  # plan_of
     "slow float64, least ratio": 4,  # module.cu
     "blocks, stream": 256,  # blocks_of
     "blocks, tiles": 512,
@@ -65,6 +67,7 @@ CONSTANTS = {
 }
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
 LAUNCH = 2.5e-6  # seconds
+PROBE_WORK = 20  # operations of gram_probe for an entry and probe: two sums of two numbers each, and three products
 PLAIN_WEIGHTS = 6  # launches of pure.task_weights beside its eigh
 
 
@@ -245,6 +248,13 @@ def _gram(case: Case, plan: Plan, again: bool) -> Iterable[Kernel]:
         sums = case.B * groups * blocks * part_slot
         columns = _up(part_slot, CONSTANTS["kReduceValues"])
         yield Kernel("gram_reduce", case.B * columns * groups, 8 * (sums + case.B * case.T**2))
+    if plan.blocks:  # the tiles are read twice, the second time from a cache
+        T, probes = case.T, CONSTANTS["kProbes"]
+        slots = case.B * T * probes
+        yield Kernel("probe_vectors", _up(slots, CONSTANTS["kReduceThreads"]), 4 * slots)
+        work = float(slots) * case.P * PROBE_WORK / 2
+        yield Kernel("gram_probe", case.B * blocks, case.entries + 8 * slots * blocks, fma32=work)
+        yield Kernel("probe_bound", case.B, 8 * slots * (blocks + T), fma64=slots * T)
 
 
 def _jacobi(T: int) -> tuple[float, int]:

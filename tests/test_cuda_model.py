@@ -123,6 +123,7 @@ def test_what_is_counted(model):
         for device in model.DEVICES:
             moved = sum(kernel.bytes for kernel in model.align(case, device))
             reads = 1 if case.B > 1 else 3 if case.T > 64 else 2
+            reads += case.B == 1 and (8 if device.slow_float64 else 64) < case.T  # the probe
             assert 1.0 <= moved / (case.entries * (reads + 1 / case.T)) <= 1.2, case.name
     assert model.plain(model.Case(10, 1000, BF16)) is None
     kernels = model.plain(model.Case(10, 1_000_000))

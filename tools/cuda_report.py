@@ -72,6 +72,10 @@ KERNELS = {
     "sign_drop": Expected(loads=True, stores=True),
     "align_small": Expected(shared="Small<{1}>::shared({1})"),
     "upload": Expected(),
+    # A column a thread: what is fetched at once is a line, and the arithmetic takes longer.
+    "gram_probe": Expected(shared="kProbeShared"),
+    "probe_vectors": Expected(),
+    "probe_bound": Expected(),
     # One warp a problem, scratch in shared memory where it fits: this is T = 64.
     "solve": Expected(shared="solve_shared<{0}>(64)"),
     "sum_tasks": Expected(),

@@ -8,6 +8,8 @@
 // type, once, into panels of at most kTile rows, vector by vector, so that a tile of kTile x kTile products streams two
 // panels; the panel of the tile's columns stays in the first-level cache. While a block is multiplied the next one is
 // prefetched, a few lines with every step of a tile. Missing rows are left out of the panels, so they cost nothing.
+//
+// In float32 every packed block is probed before it leaves the cache: see probe.h.
 #pragma once
 
 namespace fastmtl::cpu {
@@ -360,6 +362,32 @@ class PackedGram {
     }
   }
 
+  // y += G (Gᵀ z) of the block that was added last.
+  void probe(const Panels& panels, int64_t n, const double* z, double* y) {
+    const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>, stride = probe_stride(T_);
+    double* u = thread_scratch(1, kNarrowProbes * padded);
+    for (const bool back : {false, true}) {
+      for (int64_t j = 0; j < panels.panels; ++j) {
+        const int64_t first = panels.first[j], height = panels.first[j + 1] - first;
+        double own[kNarrowProbes * kTile];
+        const auto each = [&](auto&& f) {
+          for (int64_t i = 0; i < kNarrowProbes * height; ++i) {
+            f(own[i], i / height * stride + panels.index[first + i % height]);
+          }
+        };
+        with_height(height, [&](auto R) __attribute__((always_inline)) {
+          if (back) {
+            reflect_back<R>(packed_ + first * padded, padded, u, own);
+            each([&](double mine, int64_t at) { y[at] += mine; });
+          } else {
+            each([&](double& mine, int64_t at) { mine = z[at]; });
+            project<R>(packed_ + first * padded, padded, own, j == 0, u);
+          }
+        });
+      }
+    }
+  }
+
   // M += the totals, which start again from zero.
   void flush(const Panels& panels, double* M) {
     double* total = totals_;
@@ -398,11 +426,19 @@ class PackedGram {
   int64_t columns_ = 0; // in the sums
 };
 
-// The Gram of chunks [first, last), products in A.
+// The Gram of chunks [first, last), products in A; those in float32 are probed by z.
 template <class A>
-void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M) {
+void gram(
+    const Gradients& G,
+    const int64_t* bounds,
+    int64_t first,
+    int64_t last,
+    const double* z, // [kNarrowProbes, probe_stride(T)], or null
+    double* M,       // [chunks, T, T]
+    double* y) {     // [chunks, kNarrowProbes, probe_stride(T)], or null
+  constexpr bool kExact = sizeof(A) == 8;
   const int64_t T = G.tasks;
-  const bool small = T <= kMaxDirect;
+  const bool small = kExact && T <= kMaxDirect;
   const int64_t limit = small ? kDirectColumns : T <= kMaxCarried ? kPackedColumns<A> : kWideColumns;
   // Two sets of row pointers (this block's and the next one's), then the packed block.
   const int64_t pointers = (2 * (2 * T + 1) + 7) / 8 * 8;
@@ -429,7 +465,7 @@ void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last
       next.collect(following, T);
     }
     double* into = M + block.chunk * T * T;
-    const bool direct_rows = now.count <= kMaxDirect;
+    const bool direct_rows = kExact && now.count <= kMaxDirect;
     const bool last_of_rows = !more || following.chunk != block.chunk || !now.same_rows(next);
     with_type(block.segment->dtype, [&](auto* type) __attribute__((always_inline)) {
       using E = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
@@ -440,6 +476,9 @@ void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last
             now, block.length, next, more ? element_size(following.segment->dtype) : 0, last_of_rows);
       }
     });
+    if constexpr (!kExact) {
+      packed.probe(now, block.length, z, y + block.chunk * kNarrowProbes * probe_stride(T));
+    }
     if (!direct_rows && last_of_rows) {
       packed.flush(now, into);
     }
@@ -448,12 +487,19 @@ void gram(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last
 }
 
 void gram_exact(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M) {
-  gram<double>(G, bounds, first, last, M);
+  gram<double>(G, bounds, first, last, nullptr, M, nullptr);
 }
 
 // For segments of at most 32-bit elements only.
-void gram_blocks(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M) {
-  gram<float>(G, bounds, first, last, M);
+void gram_blocks(
+    const Gradients& G,
+    const int64_t* bounds,
+    int64_t first,
+    int64_t last,
+    const double* z,
+    double* M,
+    double* y) {
+  gram<float>(G, bounds, first, last, z, M, y);
 }
 
 } // namespace

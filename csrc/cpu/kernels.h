@@ -17,6 +17,14 @@ constexpr int64_t tile_offset(int64_t row, int64_t column) {
   return (row * (row + 1) / 2 + column) * kSide * kSide;
 }
 
+// How many vectors judge float32 sums: of gram_blocks, and of wide_gram, where they cost less. They have entries for
+// whole panels of rows.
+constexpr int64_t kNarrowProbes = 2;
+constexpr int64_t kWideProbes = 4;
+constexpr int64_t probe_stride(int64_t T) {
+  return (T + 31) / 32 * 32;
+}
+
 // The same kernels for one instruction set; `kernels()` picks the best that this machine runs.
 struct Kernels {
   const char* name;
@@ -31,12 +39,22 @@ struct Kernels {
       int64_t last,
       double* M); // [chunks, T, T]
 
-  // The same with products and short sums in float32 (1024 columns at most), flushed to float64.
-  void (*gram_blocks)(const Gradients& G, const int64_t* bounds, int64_t first, int64_t last, double* M);
+  // The same with products and short sums in float32 (1024 columns at most), flushed to float64; and y += G (Gᵀ z) in
+  // float64, which tells what that costs.
+  void (*gram_blocks)(
+      const Gradients& G,
+      const int64_t* bounds,
+      int64_t first,
+      int64_t last,
+      const double* z, // [kNarrowProbes, probe_stride(T)]
+      double* M,       // [chunks, T, T]
+      double* y);      // [chunks, kNarrowProbes, probe_stride(T)]
 
   // The same for many rows, in panels of wide_panel(exact) rows: columns [begin, end) of a panel packed as [panel][end
   // - begin, wide_panel] of float64 where `exact`, else of float32; and what pairs [first, last) of panels add to M's
   // upper triangle (and to what is below it in the blocks of the diagonal), pair j (j + 1) / 2 + i being panels i <= j.
+  // What is packed as float32 is probed in two steps: u = Gᵀ z of columns [first, last), then y += G u for panels
+  // [first, last).
   int64_t (*wide_panel)(bool exact);
   void (*wide_pack)(const Gradients& G, int64_t begin, int64_t end, int64_t panel, bool exact, void* packed);
   void (*wide_gram)(
@@ -47,6 +65,22 @@ struct Kernels {
       int64_t first,
       int64_t last,
       double* M); // [T, T]
+  void (*wide_project)(
+      const float* packed,
+      int64_t columns,
+      int64_t T,
+      const double* z, // [kWideProbes, probe_stride(T)]
+      int64_t first,
+      int64_t last,
+      double* u); // [kWideProbes, columns]
+  void (*wide_reflect)(
+      const float* packed,
+      int64_t columns,
+      int64_t T,
+      const double* u, // [kWideProbes, columns]
+      int64_t first,
+      int64_t last,
+      double* y); // [kWideProbes, probe_stride(T)]
 
   // out = αᵀ G over columns [begin, end), float64 sums, walked backwards (the end of G is still in the cache after a
   // Gram pass); `stream` writes past the cache.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "../math/probe.h"
 #include "definite.h"
 #include "tridiagonal.h"
 #include "threads.h"
@@ -72,20 +73,12 @@ std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
   return bounds;
 }
 
-using GramFn = decltype(Kernels::gram_exact);
-
-// Chunks [first, last) into partial[c], zeroed here.
-void gram_chunks(
-    GramFn kernel,
-    const Gradients& G,
-    const std::vector<int64_t>& bounds,
-    int64_t first,
-    int64_t last,
-    double* partial) {
-  const int64_t TT = G.tasks * G.tasks;
+// Calls kernel(begin, end) for chunks [first, last), whose partial sums of `size` numbers are zeroed here.
+template <class F>
+void share_chunks(int64_t first, int64_t last, int64_t size, double* partial, F&& kernel) {
   parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-    std::fill(partial + begin * TT, partial + end * TT, 0.0);
-    kernel(G, bounds.data(), begin, end, partial);
+    std::fill(partial + begin * size, partial + end * size, 0.0);
+    kernel(begin, end);
   });
 }
 
@@ -145,14 +138,110 @@ double* aligned(double* p) {
   return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
 }
 
-// M += the products of columns [begin, end), upper triangle.
-void gram_wide(const Gradients& G, bool exact, int64_t begin, int64_t end, double* M) {
+// What float32 sums cost the Gram of these very gradients: Δ = D^-1/2 (M - G Gᵀ) D^-1/2, D the diagonal of M,
+// multiplied with random vectors. Norms that are only guessed before G has been read stand for D^1/2, and the result is
+// corrected by how wrong they were.
+class Probe {
+ public:
+  explicit Probe(const Gradients& G)
+      : T_(G.tasks),
+        count_(T_ > kMaxNarrowTasks ? kWideProbes : kNarrowProbes),
+        stride_(probe_stride(T_)),
+        z_(size_t(count_ * stride_)),
+        norms_(guessed_norms(G)) {
+    for (int64_t p = 0; p < count_; ++p) {
+      for (int64_t t = 0; t < T_; ++t) {
+        z_[size_t(p * stride_ + t)] = probe_entry(t, p) / norms_[size_t(t)];
+      }
+    }
+  }
+
+  const double* vectors() const { // z [count, probe_stride(T)]
+    return z_.data();
+  }
+  int64_t size() const { // numbers in y
+    return int64_t(z_.size());
+  }
+
+  // What ‖Δ‖ is believed to be at most, from M and y = G (Gᵀ z); NaN where they are not finite.
+  double bound(const double* M, const double* y) const {
+    double largest = 0.0, correction = 0.0;
+    for (int64_t t = 0; t < T_; ++t) {
+      correction = std::max(correction, norms_[size_t(t)] / std::sqrt(M[t * T_ + t]));
+    }
+    for (int64_t p = 0; p < count_; ++p) {
+      const double *z = z_.data() + p * stride_, *measured = y + p * stride_;
+      double squares = 0.0;
+      for (int64_t i = 0; i < T_; ++i) {
+        double along = 0.0;
+        for (int64_t j = 0; j < T_; ++j) {
+          along += M[i * T_ + j] * z[j];
+        }
+        squares += (along - measured[i]) * (along - measured[i]) / M[i * T_ + i];
+      }
+      largest = squares <= largest ? largest : squares; // NaN stays
+    }
+    return probe_safety(count_) * std::sqrt(largest) * correction;
+  }
+
+ private:
+  // Norms of the rows up to a common factor, from a few runs of columns spread evenly over G.
+  static std::vector<double> guessed_norms(const Gradients& G) {
+    constexpr int64_t kRuns = 16, kRun = 32;
+    const int64_t T = G.tasks, P = columns(G);
+    std::vector<const void*> rows(size_t(kRuns * T));
+    std::vector<Segment> runs;
+    int64_t k = 0, offset = 0; // the segment, and its first column
+    for (int64_t run = 0; run < kRuns; ++run) {
+      const int64_t column = P / kRuns * run + P % kRuns * run / kRuns;
+      while (offset + G.segments[k].length <= column) {
+        offset += G.segments[k++].length;
+      }
+      const Segment& segment = G.segments[k];
+      const void** row = rows.data() + run * T;
+      for (int64_t t = 0; t < T; ++t) {
+        const char* all = static_cast<const char*>(segment.rows[t]);
+        row[t] = all ? all + (column - offset) * element_size(segment.dtype) : nullptr;
+      }
+      runs.push_back({row, nullptr, std::min(kRun, segment.length - (column - offset)), segment.dtype});
+    }
+    std::vector<double> norms(static_cast<size_t>(T));
+    double sum = 0.0;
+    for (int64_t t = 0; t < T; ++t) {
+      double square = 0.0;
+      gram_serial({runs.data(), kRuns, 1}, &square);
+      norms[size_t(t)] = std::sqrt(square);
+      sum += norms[size_t(t)];
+      for (Segment& run : runs) {
+        ++run.rows;
+      }
+    }
+    for (double& norm : norms) { // a row that is zero in all runs counts as an average one
+      norm = norm > 0.0 ? norm : sum > 0.0 ? sum / double(T) : 1.0;
+    }
+    return norms;
+  }
+
+  int64_t T_, count_, stride_;
+  std::vector<double> z_, norms_;
+};
+
+// M += the products of columns [begin, end), upper triangle: exact, or in float32 and then y += G (Gᵀ z).
+void gram_wide(
+    const Gradients& G,
+    const Probe* probe, // null: exact
+    int64_t begin,
+    int64_t end,
+    double* M,
+    double* y) {
+  const bool exact = !probe;
   const int64_t T = G.tasks, height = kernels().wide_panel(exact), panels = (T + height - 1) / height,
                 pairs = (panels + 1) / 2;
   const int64_t blocks = (end - begin + kBlockColumns - 1) / kBlockColumns,
                 widest = std::min(kBlockColumns, end - begin);
   const std::unique_ptr<double[]> memory(new double[size_t(panels * height * widest / (exact ? 1 : 2) + 8)]);
   double* packed = aligned(memory.get());
+  std::vector<double> u(static_cast<size_t>(probe ? kWideProbes * widest : 0));
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t from = begin + (end - begin) * b / blocks, to = begin + (end - begin) * (b + 1) / blocks;
     parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
@@ -163,14 +252,23 @@ void gram_wide(const Gradients& G, bool exact, int64_t begin, int64_t end, doubl
     parallel_for(0, pairs * (pairs + 1), 4, [&](int64_t first, int64_t last) {
       kernels().wide_gram(packed, to - from, T, exact, first, last, M);
     });
+    if (probe) {
+      const float* narrow = reinterpret_cast<const float*>(packed);
+      parallel_for(0, to - from, 256, [&](int64_t first, int64_t last) {
+        kernels().wide_project(narrow, to - from, T, probe->vectors(), first, last, u.data());
+      });
+      parallel_for(0, panels, 4, [&](int64_t first, int64_t last) {
+        kernels().wide_reflect(narrow, to - from, T, u.data(), first, last, y);
+      });
+    }
   }
 }
 
-// Whether float32 blocks are good enough for M: λ_min(C) > kBlocksMinEigenvalue, C the row-normalised M.
-bool well_conditioned(const double* M, int64_t T) {
+// Whether λ_min(C) > least, C the row-normalised M.
+bool well_conditioned(const double* M, int64_t T, double least) {
   std::vector<double> C(static_cast<size_t>(T * T));
   normalize_rows(M, T, 0.0, C.data());
-  return is_positive_definite(C.data(), T, kBlocksMinEigenvalue);
+  return is_positive_definite(C.data(), T, least);
 }
 
 // Whether float32 products may have lost bits as subnormal numbers: where a row's entries are below 1e-15 or so.
@@ -184,39 +282,52 @@ bool may_have_underflowed(const double* M, int64_t T) {
 }
 
 // The Gram from float32 blocks, if its first chunks let one expect that they are good enough; else false, with nothing
-// of use in M. The whole is to be judged again.
-bool gram_from_blocks(const Gradients& G, double* M) {
+// of use in M. They are good enough where λ_min(C) is above `least`.
+bool gram_from_blocks(const Gradients& G, double* M, double* least) {
   const int64_t T = G.tasks, P = columns(G);
   if (T <= kMaxExactTasks || P < 4 * T || has_float64(G)) {
     return false;
   }
+  const Probe probe(G);
+  std::vector<double> y(size_t(probe.size()));
   if (T > kMaxNarrowTasks) {
-    const int64_t few = std::min(T, kJudgedTasks), probe = std::min(P, 4 * few);
+    const int64_t few = std::min(T, kJudgedTasks), judged = std::min(P, 4 * few);
     std::fill(M, M + T * T, 0.0);
-    gram_wide(G, false, 0, probe, M);
+    gram_wide(G, &probe, 0, judged, M, y.data());
     std::vector<double> leading(static_cast<size_t>(few * few));
     for (int64_t i = 0; i < few; ++i) {
       std::copy_n(M + i * T + i, few - i, &leading[size_t(i * few + i)]);
     }
     mirror(leading.data(), few);
-    if (!well_conditioned(leading.data(), few)) {
+    if (!well_conditioned(leading.data(), few, kBlocksExpectedEigenvalue)) {
       return false;
     }
-    gram_wide(G, false, probe, P, M);
+    gram_wide(G, &probe, judged, P, M, y.data());
     mirror(M, T);
-    return !may_have_underflowed(M, T);
+  } else {
+    const std::vector<int64_t> bounds = chunk_bounds(T, P);
+    const int64_t chunks = int64_t(bounds.size()) - 1, judged = std::min<int64_t>(2, chunks);
+    const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
+    std::vector<double> parts(size_t(chunks * probe.size()));
+    const auto from = [&](int64_t first, int64_t last) {
+      share_chunks(first, last, T * T, partial.get(), [&](int64_t begin, int64_t end) {
+        kernels().gram_blocks(G, bounds.data(), begin, end, probe.vectors(), partial.get(), parts.data());
+      });
+      sum_chunks(partial.get(), last, T, M);
+    };
+    from(0, judged);
+    if (bounds[size_t(judged)] >= 4 * T && !well_conditioned(M, T, kBlocksExpectedEigenvalue)) {
+      return false; // fewer columns say nothing of the whole
+    }
+    from(judged, chunks);
+    for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t i = 0; i < probe.size(); ++i) {
+        y[size_t(i)] += parts[size_t(c * probe.size() + i)];
+      }
+    }
   }
-  const std::vector<int64_t> bounds = chunk_bounds(T, P);
-  const int64_t chunks = int64_t(bounds.size()) - 1, probe = std::min<int64_t>(2, chunks);
-  const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
-  gram_chunks(kernels().gram_blocks, G, bounds, 0, probe, partial.get());
-  sum_chunks(partial.get(), probe, T, M);
-  if (bounds[size_t(probe)] >= 4 * T && !well_conditioned(M, T)) { // fewer columns say nothing of the whole
-    return false;
-  }
-  gram_chunks(kernels().gram_blocks, G, bounds, probe, chunks, partial.get());
-  sum_chunks(partial.get(), chunks, T, M);
-  return !may_have_underflowed(M, T);
+  *least = probe.bound(M, y.data()) / promised_error(T);
+  return !may_have_underflowed(M, T) && *least < 1.0;
 }
 
 // Gram of G scaled by the power of two that brings its largest float64 entry near one; returns that factor.
@@ -430,13 +541,11 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
   task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
 }
 
-// The same, eigenvalues and rank being null where nobody asks for them. Returns λ_min(M).
-double weigh(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
+// The same, eigenvalues and rank being null where nobody asks for them.
+void weigh(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
   Buffer<double, 64> spectrum(eigenvalues ? 0 : T);
   int64_t unused;
-  double* lam = eigenvalues ? eigenvalues : spectrum.get();
-  balance_one(M, T, policy, alpha, lam, rank ? rank : &unused);
-  return lam[T - 1];
+  balance_one(M, T, policy, alpha, eigenvalues ? eigenvalues : spectrum.get(), rank ? rank : &unused);
 }
 
 // Whether the weights alone could be had for less, and a lower bound of λ_min(M) if so.
@@ -572,7 +681,7 @@ void gram(const Gradients& G, double* M) {
   const int64_t T = G.tasks, P = columns(G);
   if (T > kMaxNarrowTasks) {
     std::fill(M, M + T * T, 0.0);
-    gram_wide(G, true, 0, P, M);
+    gram_wide(G, nullptr, 0, P, M, nullptr);
     mirror(M, T);
     return;
   }
@@ -583,7 +692,9 @@ void gram(const Gradients& G, double* M) {
   const std::vector<int64_t> bounds = chunk_bounds(T, P);
   const int64_t chunks = int64_t(bounds.size()) - 1;
   const std::unique_ptr<double[]> partial(new double[size_t(chunks * T * T)]);
-  gram_chunks(kernels().gram_exact, G, bounds, 0, chunks, partial.get());
+  share_chunks(0, chunks, T * T, partial.get(), [&](int64_t begin, int64_t end) {
+    kernels().gram_exact(G, bounds.data(), begin, end, partial.get());
+  });
   sum_chunks(partial.get(), chunks, T, M);
 }
 
@@ -689,16 +800,12 @@ void sign_drop(const Gradients* G, int64_t B, uint64_t seed, const double* leak)
 
 void align(const Gradients& G, const Policy& policy, double* M, double* alpha, double* eigenvalues, int64_t* rank) {
   const int64_t T = G.tasks;
-  double smallest = 0.0;
-  if (gram_from_blocks(G, M)) {
+  double smallest = 0.0, least = 0.0;
+  if (gram_from_blocks(G, M, &least)) {
     // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But a
     // tridiagonalisation is too dear to be done in vain.
-    bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
-    if (T <= kJacobiTasks) {
-      smallest = weigh(M, T, policy, alpha, eigenvalues, rank);
-      solved = true;
-    }
-    if (smallest > kBlocksMinEigenvalue * largest_diagonal(M, T) || well_conditioned(M, T)) {
+    const bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
+    if (smallest > least * largest_diagonal(M, T) || well_conditioned(M, T, least)) {
       if (!solved) {
         weigh(M, T, policy, alpha, eigenvalues, rank);
       }

@@ -227,5 +227,77 @@ void wide_gram(const void* packed, int64_t n, int64_t T, bool exact, int64_t fir
   }
 }
 
+// Vectors of a packed row of a float32 panel, widened.
+constexpr int kWideVectors = int(kWidePanel<float> / kWidth);
+
+template <size_t... V>
+FASTMTL_INLINE Vd wide_product(const float* a, const double* z, Vd sum, std::index_sequence<V...>) {
+  ((sum += load(a + V * kWidth, double{}) * read<Vd>(z + V * kWidth)), ...);
+  return sum;
+}
+
+void wide_project(
+    const float* packed, // [panels, columns, kWidePanel]
+    int64_t columns,
+    int64_t T,
+    const double* z, // [kWideProbes, probe_stride(T)]
+    int64_t first,
+    int64_t last,
+    double* u) {                                           // [kWideProbes, columns]
+  constexpr int64_t W = kWidePanel<float>, kTogether = 32; // columns whose sums stay in the first-level cache
+  const int64_t panels = (T + W - 1) / W, stride = probe_stride(T);
+  for (int64_t k = first; k < last; k += kTogether) {
+    const int64_t n = last - k < kTogether ? last - k : kTogether;
+    Vd sums[kTogether * kWideProbes];
+    for (int64_t j = 0; j < panels; ++j) {
+      const float* a = packed + (j * columns + k) * W;
+      for (int64_t i = 0; i < n; ++i, a += W) {
+        for (int64_t p = 0; p < kWideProbes; ++p) {
+          Vd& sum = sums[i * kWideProbes + p];
+          sum = wide_product(
+              a, z + p * stride + j * W, j == 0 ? Vd{} : sum, std::make_index_sequence<size_t(kWideVectors)>{});
+        }
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t p = 0; p < kWideProbes; ++p) {
+        u[p * columns + k + i] = sum(sums[i * kWideProbes + p]);
+      }
+    }
+  }
+}
+
+template <size_t... V>
+FASTMTL_INLINE void wide_panel_back(const float* a, int64_t n, const double* u, double* y, std::index_sequence<V...>) {
+  Vd sums[sizeof...(V)]; // a loop over them would leave them in memory
+  ((sums[V] = Vd{}), ...);
+  for (int64_t k = 0; k < n; ++k, a += kWidePanel<float>) {
+    const Vd along = splat(u[k]);
+    ((sums[V] += load(a + V * kWidth, double{}) * along), ...);
+  }
+  (write(y + V * kWidth, read<Vd>(y + V * kWidth) + sums[V]), ...);
+}
+
+void wide_reflect(
+    const float* packed, // [panels, columns, kWidePanel]
+    int64_t columns,
+    int64_t T,
+    const double* u, // [kWideProbes, columns]
+    int64_t first,
+    int64_t last,
+    double* y) { // [kWideProbes, probe_stride(T)]
+  constexpr int64_t W = kWidePanel<float>;
+  for (int64_t j = first; j < last; ++j) {
+    for (int64_t p = 0; p < kWideProbes; ++p) {
+      wide_panel_back(
+          packed + j * columns * W,
+          columns,
+          u + p * columns,
+          y + p * probe_stride(T) + j * W,
+          std::make_index_sequence<size_t(kWideVectors)>{});
+    }
+  }
+}
+
 } // namespace
 } // namespace fastmtl::cpu

@@ -12,7 +12,11 @@
 namespace fastmtl::cuda {
 
 // What the first pass was, hence what may be wrong with M.
-enum class Judge { none, blocks, range }; // nothing; float32 blocks; float64 entries whose squares over- or underflow
+enum class Judge {
+  none,
+  blocks, // float32 sums: good enough where λ_min(C) is above a bound
+  range   // float64 entries whose squares over- or underflow; the largest of them is the bound
+};
 
 // Shared memory of `balance_block` in bytes; `vectors` where the eigenvectors of M lie there as well.
 __host__ __device__ constexpr size_t balance_shared(int64_t T, bool vectors) {
@@ -26,6 +30,7 @@ __device__ inline bool balance_block(
     int T,
     const Policy& policy,
     Judge judge,
+    double least, // of λ_min(C), where blocks are judged
     double factor,
     unsigned char* shared,
     double* V,
@@ -79,7 +84,7 @@ __device__ inline bool balance_block(
   }
   __syncthreads();
   int64_t R = T;
-  bool well_conditioned = own[T - 1] > kBlocksMinEigenvalue * largest;
+  bool well_conditioned = own[T - 1] > least * largest;
   if (policy.rank_rule == RankRule::gram) {
     R = kept(own, T, policy.rtol);
   }
@@ -96,7 +101,7 @@ __device__ inline bool balance_block(
     }
     jacobi(A, ld, nullptr, 0, T, cosine, sine);
     sort(A, ld, T, true, judged, place);
-    well_conditioned = judged[T - 1] > kBlocksMinEigenvalue;
+    well_conditioned = judged[T - 1] > least;
     if (!full) {
       R = kept(judged, T, policy.rtol);
       while (R > 0 && !(own[R - 1] > 0.0)) { // of M's own, fewer may be positive

@@ -11,12 +11,14 @@
 //
 // gram_tiles, in float32 for any T, and in float64 the blocks off the diagonal: columns are staged in shared memory as
 //   `accumulator`, the next ones being fetched into registers meanwhile; a thread owns a 4 x 4 tile of M. With float32
-//   the sums of at most 128 columns go to a pair of float32 (TwoSum), which holds 48 bits without float64 arithmetic.
+//   the sums of 64 columns (128 of a pair of 64 rows) go to a pair of float32 (TwoSum), which holds 48 bits without
+//   float64 arithmetic. What that costs is measured: probe.cuh.
 //   Reads G once for T <= 64, beyond that once for every 64 other rows; (T + 3)² / 2 P FMA.
 #pragma once
 
 #include "mma.cuh"
 #include "platform.h"
+#include "probe.cuh"
 #include "reduce.cuh"
 #include "source.cuh"
 #include "vector.cuh"
@@ -421,13 +423,6 @@ __device__ void tile_place(int k, int& i, int& j) {
   }
 }
 
-// hi + lo += x, exactly but for the rounding of lo.
-__device__ inline void add_exactly(float& hi, float& lo, float x) {
-  const float sum = hi + x, other = sum - hi;
-  lo += (hi - (sum - other)) + (x - other);
-  hi = sum;
-}
-
 // The sums of pieces [first, last) into values[0 .. Tiling::kValues), tile by tile, and the largest float64 entry
 // behind them. Row r of the tiling is row first_row + r of G; of a pair, row second_row + r - 64 from 64 on.
 template <class scalar, class accumulator, int kRows>
@@ -444,7 +439,8 @@ __device__ void tiles_block(
   using Shape = Tiling<accumulator, kRows>;
   constexpr int kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
   constexpr int kLoads = (kRows * kRowVectors + Shape::kThreads - 1) / Shape::kThreads;
-  constexpr int kColumnsUnflushed = 128;
+  // Where few tasks are promised more digits, reading G takes longer than adding up more often.
+  constexpr int kColumnsUnflushed = Shape::kPair ? 128 : 64;
   constexpr bool kBlocks = sizeof(accumulator) == 4;
   accumulator* stage = reinterpret_cast<accumulator*>(shared); // [kRows, kStride]
   const int tile = int(threadIdx.x) % Shape::kTiles, slice = int(threadIdx.x) / Shape::kTiles;

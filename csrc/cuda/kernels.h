@@ -51,6 +51,18 @@ void launch_gram(
     const Partials& partials,
     cudaStream_t stream);
 
+// y = G (Gᵀ z) of a source, in blocks [first, first + blocks) of each matrix's `all`.
+template <class scalar>
+void launch_probe(
+    const Source& source,
+    int64_t B,
+    const float* z, // [B, T, kProbes]
+    int64_t first,
+    int64_t blocks,
+    int64_t all,
+    double* partial, // [B, all, T, kProbes]
+    cudaStream_t stream);
+
 template <class scalar>
 void launch_combine(const Source& source, int64_t B, const double* alpha, cudaStream_t stream); // alpha [B, T]
 
@@ -88,6 +100,19 @@ void launch_reduce(
     double* largest,
     cudaStream_t stream);
 
+// The vectors z of `launch_probe` for the M from float32 sums, and what its y says of that M: the λ_min(C) above which
+// the result is as accurate as promised, C the row-normalised M.
+void launch_probe_vectors(const double* M, int64_t B, int64_t T, float* z, cudaStream_t stream);
+void launch_probe_bound(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const float* z, // [B, T, kProbes]
+    int64_t blocks,
+    double* partial, // [B, blocks, T, kProbes]; its first block is overwritten
+    double* least,   // [B]
+    cudaStream_t stream);
+
 // T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
 void launch_balance(
     const double* M, // [B, T, T]
@@ -96,7 +121,7 @@ void launch_balance(
     const Policy& policy,
     Judge judge,
     Pass pass,
-    const double* largest, // [B]
+    const double* bound, // [B]: what the judge goes by
     double* scratch,
     const Weights& weights,
     Verdict* verdict, // [B], or null

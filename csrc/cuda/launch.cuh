@@ -94,6 +94,32 @@ void launch_gram(
   }
 }
 
+template <class scalar>
+void launch_probe(
+    const Source& source,
+    int64_t B,
+    const float* z,
+    int64_t first,
+    int64_t blocks,
+    int64_t all,
+    double* partial,
+    cudaStream_t stream) {
+  if constexpr (sizeof(scalar) < 8) { // float64 has no float32 pass
+    const int64_t slot = source.tasks * kProbes;
+    FASTMTL_LAUNCH(
+        gram_probe<scalar>,
+        dim3(unsigned(B * blocks)),
+        dim3(kProbeThreads),
+        kProbeShared,
+        stream,
+        source,
+        blocks,
+        all * slot,
+        z,
+        partial + first * slot);
+  }
+}
+
 // Blocks for so many tiles, in which every thread has one vector of columns.
 template <class scalar>
 int64_t blocks_for_vectors(int64_t tiles, int threads) {
@@ -160,6 +186,8 @@ void launch_align_small(
 #define FASTMTL_INSTANTIATE(scalar)                                                                            \
   template void launch_gram<scalar>(                                                                           \
       const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t);         \
+  template void launch_probe<scalar>(                                                                          \
+      const Source&, int64_t, const float*, int64_t, int64_t, int64_t, double*, cudaStream_t);                 \
   template void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t);                   \
   template void launch_sign_drop<scalar>(const Source&, int64_t, const int64_t*, const double*, cudaStream_t); \
   template void launch_align_small<scalar>(                                                                    \

@@ -104,13 +104,13 @@ void to_device(const Balanced& from, const Balanced& to) {
 
 // Whether a Gram matrix from float32 blocks will do: what `balance` decides on the device for smaller T. That the
 // spectrum of M alone proves it is enough here; an exact pass is what it costs where it does not.
-bool blocks_suffice(const double* M, const double* eigenvalues, int64_t T) {
+bool blocks_suffice(const double* M, const double* eigenvalues, int64_t T, double least) {
   double largest = 0.0, smallest = INFINITY;
   for (int64_t i = 0; i < T; ++i) {
     largest = std::fmax(largest, M[i * T + i]);
     smallest = std::fmin(smallest, M[i * T + i]);
   }
-  return eigenvalues[T - 1] > kBlocksMinEigenvalue * largest && smallest >= 1e-20; // false for NaN
+  return eigenvalues[T - 1] > least * largest && smallest >= 1e-20; // false for NaN
 }
 
 // `align` for T > 64, which waits for the device.
@@ -122,25 +122,25 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
   Balanced balanced = balance_on_host(host, options);
   std::vector<Verdict> verdicts(size_t(B), Verdict{0, 1.0, 1.0});
   bool again = false;
-  std::vector<double> largest(size_t(B), 0.0);
-  if (first.largest) {
-    check(cudaMemcpyAsync(
-        largest.data(), first.largest, size_t(B) * sizeof(double), cudaMemcpyDeviceToHost, context.stream));
+  std::vector<double> bound(size_t(B), 0.0);
+  if (first.bound) {
+    check(
+        cudaMemcpyAsync(bound.data(), first.bound, size_t(B) * sizeof(double), cudaMemcpyDeviceToHost, context.stream));
     check(cudaStreamSynchronize(context.stream)); // waits: T > 64
   }
   for (int64_t b = 0; b < B; ++b) {
     Verdict& v = verdicts[size_t(b)];
     const double* entries = const_doubles(host) + b * T * T;
-    if (first.blocks) {
-      v.again = !blocks_suffice(entries, const_doubles(balanced.eigenvalues) + b * T, T);
-    } else if (first.largest) {
+    if (first.judge == Judge::blocks) {
+      v.again = !blocks_suffice(entries, const_doubles(balanced.eigenvalues) + b * T, T, bound[size_t(b)]);
+    } else if (first.judge == Judge::range) {
       double diagonal = 0.0;
       for (int64_t i = 0; i < T; ++i) {
         const double d = entries[i * T + i];
         diagonal = d > diagonal || d != d ? d : diagonal;
       }
       if (!(diagonal > 1e-200 && diagonal < 1e200)) {
-        rescale(largest[size_t(b)], v.half, v.rest);
+        rescale(bound[size_t(b)], v.half, v.rest);
         v.again = v.half != 1.0;
       }
     }

@@ -41,9 +41,9 @@ int64_t tiles_of(int64_t columns) {
 
 GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   const int64_t T = G.tasks();
-  // Float64 tensor cores multiply as fast as float32 does elsewhere, and spare the second pass over G. Where float64 is
-  // slow, and for the blocks off the diagonal beyond 64 tasks, float32 comes first.
-  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 4 : kMaxJacobiTasks);
+  // Float64 tensor cores multiply as fast as float32 does elsewhere, and spare a second pass over G and the probe.
+  // Where float64 is slow, and for the blocks off the diagonal beyond 64 tasks, float32 comes first.
+  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
   const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
 }
@@ -68,13 +68,13 @@ void balance(
     const Policy& policy,
     Judge judge,
     Pass pass,
-    const double* largest,
+    const double* bound,
     const Weights& weights,
     Verdict* verdict,
     double* gram,
     const Context& context) {
   double* scratch = vectors_scratch(B, T * jacobi_stride(T), balance_shared(T, true), context);
-  launch_balance(M, B, T, policy, judge, pass, largest, scratch, weights, verdict, gram, context.stream);
+  launch_balance(M, B, T, policy, judge, pass, bound, scratch, weights, verdict, gram, context.stream);
 }
 
 bool is_small(const Batch& G) {
@@ -166,8 +166,8 @@ bool Batch::has(Dtype dtype) const {
 GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context& context) {
   const int64_t B = G.matrices(), T = G.tasks();
   const GramPlan plan = plan_of(G, exact, context);
-  const bool wide = G.has(Dtype::f64);
-  GramResult result{plan.blocks, wide ? allocate<double>(context, B) : nullptr};
+  const Judge judge = plan.blocks ? Judge::blocks : G.has(Dtype::f64) ? Judge::range : Judge::none;
+  const GramResult result{judge, judge == Judge::none ? nullptr : allocate<double>(context, B)};
   if (B == 0) {
     return result;
   }
@@ -183,16 +183,28 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
       allocate<double>(context, B * plan.diagonal * all * diagonal_slot),
       allocate<double>(context, B * plan.pairs() * all * pairs_slot),
       all};
-  int64_t first = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    if (blocks[i] > 0) {
-      with_type(G.parts()[i].dtype, [&](auto scalar) {
-        launch_gram<decltype(scalar)>(G.parts()[i].source, B, plan, pass, first, blocks[i], partials, context.stream);
-      });
+  const auto each_part = [&](auto&& launch) {
+    int64_t first = 0;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      if (blocks[i] > 0) {
+        with_type(G.parts()[i].dtype, [&](auto scalar) { launch(scalar, G.parts()[i].source, first, blocks[i]); });
+      }
+      first += blocks[i];
     }
-    first += blocks[i];
+  };
+  each_part([&](auto scalar, const Source& source, int64_t first, int64_t own) {
+    launch_gram<decltype(scalar)>(source, B, plan, pass, first, own, partials, context.stream);
+  });
+  launch_reduce(plan, pass, B, T, partials, M, judge == Judge::range ? result.bound : nullptr, context.stream);
+  if (judge == Judge::blocks) {
+    float* z = allocate<float>(context, B * T * kProbes);
+    double* partial = allocate<double>(context, B * all * T * kProbes);
+    launch_probe_vectors(M, B, T, z, context.stream);
+    each_part([&](auto scalar, const Source& source, int64_t first, int64_t own) {
+      launch_probe<decltype(scalar)>(source, B, z, first, own, all, partial, context.stream);
+    });
+    launch_probe_bound(M, B, T, z, all, partial, result.bound, context.stream);
   }
-  launch_reduce(plan, pass, B, T, partials, M, result.largest, context.stream);
   return result;
 }
 
@@ -245,9 +257,8 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
     kept = {allocate<double>(context, B * T), allocate<double>(context, B * T), allocate<int64_t>(context, B)};
   }
   const GramResult first = gram(G, false, {}, M, context);
-  const Judge judge = first.largest ? Judge::range : first.blocks ? Judge::blocks : Judge::none;
-  Verdict* verdict = judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
-  balance(M, B, T, policy, judge, {}, first.largest, kept, verdict, nullptr, context);
+  Verdict* verdict = first.judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
+  balance(M, B, T, policy, first.judge, {}, first.bound, kept, verdict, nullptr, context);
   if (verdict) { // kernels that do nothing where the verdict is good
     const Pass pass{verdict};
     double* again = allocate<double>(context, B * T * T);

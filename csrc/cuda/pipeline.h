@@ -60,10 +60,10 @@ class Batch {
   std::vector<Part> parts_;
 };
 
-// M = G Gᵀ, exact (products and sums in float64) or in float32 blocks where those pay.
+// M = G Gᵀ, exact (products and sums in float64) or in float32 blocks where those pay; and how to judge it.
 struct GramResult {
-  bool blocks;
-  double* largest; // [B], of the float64 entries; null where there are none
+  Judge judge;
+  double* bound; // [B]: the largest float64 entry, or the λ_min(C) that blocks need; null where nothing is judged
 };
 GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context& context);
 

@@ -78,7 +78,7 @@ __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRo
     }
     const Judge judge = sizeof(scalar) == 8 && pass == 0 ? Judge::range : Judge::none;
     const bool again =
-        balance_block(M, T, policy, judge, half * rest, rest_of_shared, nullptr, alpha, eigenvalues, rank);
+        balance_block(M, T, policy, judge, 0.0, half * rest, rest_of_shared, nullptr, alpha, eigenvalues, rank);
     if (judge == Judge::none || !again) {
       break;
     }

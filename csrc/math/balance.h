@@ -12,12 +12,6 @@
 
 namespace fastmtl {
 
-// Above this many tasks a float32 Gram is enough faster to try it first (below, exact products hide behind the reads).
-constexpr int64_t kMaxExactTasks = 16;
-// A float32-block Gram is off by a few 1e-7 of the row norms at worst, typically by 1e-9; divided by λ_min(C) that is
-// what it costs the result.
-constexpr double kBlocksMinEigenvalue = 0.1;
-
 enum class Scale { min, median, rmse };
 enum class RankRule { normalized, gram };
 

@@ -131,19 +131,19 @@ class Device:
         x.segments = segments
         return x
 
-    def gram(self, G: Tensor, exact: bool = True) -> tuple[Tensor, bool]:
-        """M, and whether it was computed in float32 blocks."""
+    def gram(self, G: Tensor, exact: bool = True) -> tuple[Tensor, list[float]]:
+        """M, and where it was computed in float32 blocks what they need as λ_min(C), for each matrix."""
         B, T = (G.shape[0] if G.ndim == 3 else 1), G.shape[-2]
         buffer, M = guarded((B, T, T), F64)
-        blocks = module().gram(self.session(), self._input(G), exact, M.data_ptr())
+        bounds = module().gram(self.session(), self._input(G), exact, M.data_ptr())
         check_guard(buffer, M.numel())
-        return M.view(*G.shape[:-1], T), blocks
+        return M.view(*G.shape[:-1], T), bounds
 
-    def gram_rows(self, grads: Sequence[Tensor | None], T: int, exact: bool = True) -> tuple[Tensor, bool]:
+    def gram_rows(self, grads: Sequence[Tensor | None], T: int, exact: bool = True) -> tuple[Tensor, list[float]]:
         buffer, M = guarded((T, T), F64)
-        blocks = module().gram(self.session(), self._rows(grads, T), exact, M.data_ptr())
+        bounds = module().gram(self.session(), self._rows(grads, T), exact, M.data_ptr())
         check_guard(buffer, T * T)
-        return M, blocks
+        return M, bounds
 
     def combine(self, G: Tensor, alpha: Tensor, offset: int = 0) -> Tensor:
         buffer, out = guarded((*G.shape[:-2], G.shape[-1]), G.dtype, offset)

@@ -15,23 +15,27 @@
 
 namespace fastmtl::cuda {
 
-#define FASTMTL_LEFT_OUT(scalar)                                                                                  \
-  template <>                                                                                                     \
-  void launch_gram<scalar>(                                                                                       \
-      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t) {           \
-    throw std::logic_error("only float32 was compiled");                                                          \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t) {                              \
-    throw std::logic_error("only float32 was compiled");                                                          \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void launch_sign_drop<scalar>(const Source&, int64_t, const int64_t*, const double*, cudaStream_t) {            \
-    throw std::logic_error("only float32 was compiled");                                                          \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void launch_align_small<scalar>(const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t) { \
-    throw std::logic_error("only float32 was compiled");                                                          \
+#define FASTMTL_LEFT_OUT(scalar)                                                                                      \
+  template <>                                                                                                         \
+  void launch_gram<scalar>(                                                                                           \
+      const Source&, int64_t, const GramPlan&, Pass, int64_t, int64_t, const Partials&, cudaStream_t) {               \
+    throw std::logic_error("only float32 was compiled");                                                              \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  void launch_probe<scalar>(const Source&, int64_t, const float*, int64_t, int64_t, int64_t, double*, cudaStream_t) { \
+    throw std::logic_error("only float32 was compiled");                                                              \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  void launch_combine<scalar>(const Source&, int64_t, const double*, cudaStream_t) {                                  \
+    throw std::logic_error("only float32 was compiled");                                                              \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  void launch_sign_drop<scalar>(const Source&, int64_t, const int64_t*, const double*, cudaStream_t) {                \
+    throw std::logic_error("only float32 was compiled");                                                              \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  void launch_align_small<scalar>(const Source&, int64_t, const Policy&, double*, const Weights&, cudaStream_t) {     \
+    throw std::logic_error("only float32 was compiled");                                                              \
   }
 FASTMTL_LEFT_OUT(double)
 FASTMTL_LEFT_OUT(bfloat16)
@@ -151,7 +155,10 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
     FASTMTL_LAUNCH(both_mma, dim3(1), dim3(32), 0, nullptr, at<double>(operands), at<double>(sums));
   });
   m.def("gram", [](Session& session, const Input& G, bool exact, uintptr_t M) {
-    return gram(G.batch(session.context), exact, {}, at<double>(M), session.context).blocks;
+    const Batch batch = G.batch(session.context);
+    const GramResult result = gram(batch, exact, {}, at<double>(M), session.context);
+    const int64_t bounds = result.judge == Judge::blocks ? batch.matrices() : 0;
+    return std::vector<double>(result.bound, result.bound + bounds);
   });
   m.def(
       "balance",

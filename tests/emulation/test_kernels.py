@@ -6,6 +6,7 @@ import build
 import harness
 import pytest
 import torch
+from adversaries import PATTERNS
 from harness import LARGE_SHARED, SMALL_SHARED, Device
 from helpers import (
     BF16,
@@ -48,8 +49,9 @@ FAST, SLOW = Device(False), Device(True)
 SMALL = ["align_small"]
 EXACT = ["gram_stream", "gram_reduce", "balance", "combine"]
 EXACT_GROUPS = ["gram_groups", "gram_reduce", "balance", "combine"]
-# Float32 blocks, then an exact pass, which may be of either kind.
-BLOCKS = ["gram_tiles", "gram_reduce", "balance", *EXACT_GROUPS]
+# Float32 blocks, what they cost, and an exact pass.
+PROBE = ["probe_vectors", "gram_probe", "probe_bound"]
+BLOCKS = ["gram_tiles", "gram_reduce", *PROBE, "balance", *EXACT_GROUPS]
 
 
 def sizes(T):
@@ -83,7 +85,7 @@ def alpha_for(*shape):
 
 
 def in_blocks(device, T, dtype):
-    return dtype is not F64 and (4 if device.slow else 64) < T
+    return dtype is not F64 and (8 if device.slow else 64) < T
 
 
 def blocks_limit(blocks):
@@ -93,8 +95,9 @@ def blocks_limit(blocks):
 
 def check_gram(device, G):
     for exact in (True, False):
-        M, blocks = device.gram(G, exact)
-        assert blocks == (not exact and in_blocks(device, G.shape[-2], G.dtype))
+        M, bounds = device.gram(G, exact)
+        blocks = not exact and in_blocks(device, G.shape[-2], G.dtype)
+        assert len(bounds) == blocks * (len(G) if G.ndim == 3 else 1)
         assert gram_error(M, G) <= blocks_limit(blocks)
         assert torch.equal(M, M.mT)
 
@@ -308,7 +311,7 @@ def test_float16_subnormals_and_overflow():
         (FAST, 16, 4000, F16, EXACT_GROUPS),
         (FAST, 17, 2000, F32, EXACT_GROUPS),
         (FAST, 33, 100, F16, EXACT_GROUPS),
-        (SLOW, 5, 7000, F32, [*BLOCKS[:3], *EXACT]),
+        (SLOW, 5, 7000, F32, EXACT),
         (SLOW, 9, 4000, F32, BLOCKS),
         (SLOW, 33, 100, F16, BLOCKS),
         (FAST, 64, 700, F64, [*EXACT_GROUPS[:3], *EXACT_GROUPS]),
@@ -341,7 +344,7 @@ def test_launches_of_other_functions():
     assert FAST.launches() == ["eigh"]
 
 
-@pytest.mark.parametrize("T", [5, 17, 40, 64])
+@pytest.mark.parametrize("T", [9, 17, 40, 64])
 def test_the_second_pass_runs_only_where_it_is_needed(order, T):
     good = randn(T, 3000 + 1000 * (T < 9), seed=T)
     good = good if T * good.shape[1] > 32768 else randn(T, 32768 // T + 100, seed=T)
@@ -361,6 +364,43 @@ def test_the_second_pass_runs_only_where_it_is_needed(order, T):
     first, exact = SLOW.gram(torch.stack([good, hard, good]), False)[0], SLOW.gram(torch.stack([good, hard, good]))[0]
     assert torch.equal(both.M, torch.stack([first[0], exact[1], first[2]]))
     assert relative(both.out[1], svd_align(hard, rtol=T * EPS32)) <= limit
+
+
+def relative_to_norms(M, G):
+    """Δ = D^-½ (M - G Gᵀ) D^-½."""
+    exact = G.to(F64) @ G.to(F64).T
+    norms = exact.diagonal().sqrt()
+    return (M - exact) / norms / norms[:, None]
+
+
+@pytest.mark.parametrize("name", ["random", *PATTERNS])
+def test_the_probe_measures_what_float32_costs(name):
+    """Between the spectral norm of the error and a multiple of its Frobenius norm, over what is promised."""
+    for device, T in ((SLOW, 9), (SLOW, 40), (SLOW, 41), (FAST, 70), (FAST, 130)):
+        P = 3000 if T > 64 else 8192
+        G = randn(T, P, seed=T) if name == "random" else PATTERNS[name](T, P, generator(T)).to(F32)
+        G = G * 10 ** (4 * torch.rand(T, 1, generator=generator(2)) - 2)
+        M, (bound,) = device.gram(G, False)
+        promised = 2e-6 if T <= 40 else 1e-4
+        error = relative_to_norms(M, G)
+        assert torch.linalg.matrix_norm(error, 2) <= promised * bound + 1e-14 * T
+        assert promised * bound <= 30 * error.norm() + 1e-12 * T
+        rows = [part.contiguous() for row in G for part in row.split([P // 3, 5, P - P // 3 - 5])]
+        rows[4] = None
+        M, (bound,) = device.gram_rows(rows, T, False)
+        G[1, P // 3 : P // 3 + 5] = 0
+        error = relative_to_norms(M, G)
+        assert torch.linalg.matrix_norm(error, 2) <= promised * bound + 1e-14 * T
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_adversaries(name):
+    """Gradients whose float32 sums round the same way, where float64 is slow and where it is not."""
+    for T in (6, 9, 17, 40, 48):
+        G = PATTERNS[name](T, 4096, generator(T)).to(F32)
+        for device in (FAST, SLOW):
+            check_align(device, G)
+    check_align(SLOW, torch.stack([G, randn(*G.shape), -G]))
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import torch
+from adversaries import PATTERNS
 from helpers import BF16, EPS, F16, F32, F64, dense
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,7 @@ DTYPES = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16}
 MIXED = "mixed"  # of a ragged list: every parameter has a dtype, every gradient a layout of its own
 
 # What becomes of normal numbers [..., T, P], float64. Rows are drawn with the generator.
-BENIGN = ("alike", "opposed parts", "decaying columns", "sparse", "integers", "spread")
+BENIGN = ("alike", "opposed parts", "decaying columns", "sparse", "integers", "spread", *PATTERNS)
 DEPENDENT = ("duplicate", "opposed", "nearly equal", "nearly opposed", "zero row", "zeros", "low rank")
 SIZES = ("tiny", "large", "subnormal", "huge")
 BROKEN = ("nan", "inf", "-inf")
@@ -119,6 +120,8 @@ def _changed(X: Tensor, value: str, dtypes, gen: torch.Generator) -> Tensor:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=F64, generator=gen)
 
+    if value in PATTERNS:
+        return PATTERNS[value](T, P, gen)
     if value == "alike":
         return X + 2 * normal(P)
     if value == "opposed parts":

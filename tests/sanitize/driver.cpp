@@ -374,9 +374,17 @@ void kernel_ranges(Matrices& G) {
     }
     Exact<double> partial(chunks * T * T), M(T * T);
     std::fill_n(partial + 0, chunks * T * T, 0.0);
-    const auto kernel = blocks ? cpu::kernels().gram_blocks : cpu::kernels().gram_exact;
-    kernel(G.one(), limits, 0, 2, partial);
-    kernel(G.one(), limits, 2, chunks, partial);
+    const int64_t stride = cpu::probe_stride(T), probes = cpu::kNarrowProbes * stride;
+    Exact<double> z(probes), y(chunks * probes);
+    std::generate_n(z + 0, probes, normal);
+    std::fill_n(y + 0, chunks * probes, 0.0);
+    for (const auto [first, last] : {std::pair<int64_t, int64_t>{0, 2}, {2, chunks}}) {
+      if (blocks) {
+        cpu::kernels().gram_blocks(G.one(), limits, first, last, z, partial, y);
+      } else {
+        cpu::kernels().gram_exact(G.one(), limits, first, last, partial);
+      }
+    }
     for (int64_t i = 0; i < T * T; ++i) {
       M[i] = 0.0;
       for (int64_t c = 0; c < chunks; ++c) {
@@ -384,6 +392,23 @@ void kernel_ranges(Matrices& G) {
       }
     }
     check_gram(M, wanted, size, T, blocks ? 1e-5 : exact_rounding(P), true);
+    for (int64_t i = 0; blocks && i < cpu::kNarrowProbes * T; ++i) {
+      const int64_t p = i / T, t = i % T;
+      double measured = 0.0, along = 0.0, scale = 0.0;
+      for (int64_t c = 0; c < chunks; ++c) {
+        measured += y[c * probes + p * stride + t];
+      }
+      for (int64_t j = 0; j < T; ++j) {
+        const int64_t at = std::min(t, j) * T + std::max(t, j);
+        along += wanted[size_t(at)] * z[p * stride + j];
+        scale += size[size_t(at)] * std::fabs(z[p * stride + j]);
+      }
+      if (std::isfinite(scale)) {
+        check_near(measured, along, exact_rounding(P + T) * scale, "probe");
+      } else {
+        check(!std::isfinite(measured), "probe: what is not finite must not vanish");
+      }
+    }
   }
   Exact<double> alpha(T);
   std::generate_n(alpha + 0, T, normal);
