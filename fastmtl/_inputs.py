@@ -132,9 +132,10 @@ def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Results must not span memory that a gradient or another result spans: one would overwrite the other."""
     if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
         return
-    # Results first: to ask for memory to write is what parts tensors that are copied on write.
-    results = [_extent(out, out.data_ptr()) for out in outs]
-    spans = sorted(_extent(g, torch._C._data_address(g)) for g in grads if g.numel())  # type: ignore[attr-defined]
+    for out in outs:
+        out.data_ptr()  # asks for memory to write, which parts tensors that are copied on write
+    results = [_extent(out) for out in outs]
+    spans = sorted(_extent(g) for g in grads if g.numel())
     starts = [start for start, _ in spans]
     ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end of this span and all before
     for k, (out, (start, end)) in enumerate(zip(outs, results, strict=True)):
@@ -148,9 +149,11 @@ def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
             raise ValueError(f"out[{k}]: expected memory that does not overlap other results, got that of out[{j}]")
 
 
-def _extent(x: Tensor, start: int) -> tuple[int, int]:
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends; data_ptr() would make the copy that a copy on write is."""
+    begin = torch._C._data_address(x) + x.storage_offset() * x.element_size()  # type: ignore[attr-defined]
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    return begin, begin + (last + 1) * x.element_size()
 
 
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:

@@ -23,7 +23,7 @@ def test_every_call_of_the_runtime_is_checked() -> None:
     """By `check`, which takes the error: or it would be found by whoever looks next."""
     checked, others = set(), set()
     for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]:
-        for before, call in re.findall(r"(\w+\()?\b(cuda[A-Z]\w*)\(", path.read_text()):
+        for before, call in re.findall(r"(\w+\()?\s*\b(cuda[A-Z]\w*)\(", path.read_text()):
             (checked if before == "check(" else others).add(call)
     assert {"cudaLaunchKernelEx", "cudaFuncSetAttribute", "cudaMemcpyAsync"} <= checked
     assert others == {"cudaGetLastError", "cudaGetErrorString"}  # of `check` itself
