@@ -25,9 +25,9 @@ LAPACK_MAX_DIAGONAL_RATIO = 1e2
 
 
 def gram(G: Tensor) -> Tensor:
-    """M = G Gᵀ in float64. `G` [..., T, P] -> [..., T, T]."""
+    """M = G Gᵀ in float64, symmetric to the bit. `G` [..., T, P] -> [..., T, T]."""
     G = G.to(torch.float64)
-    return G @ G.mT
+    return _mirrored(G @ G.mT)
 
 
 def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
@@ -42,7 +42,12 @@ def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
             index = torch.tensor(present, device=device)
             flat = torch.stack([g.reshape(-1).to(torch.float64) for g in column if g is not None])
             M[index[:, None], index] += flat @ flat.mT
-    return M
+    return _mirrored(M)
+
+
+def _mirrored(M: Tensor) -> Tensor:
+    """The upper triangle in place of the lower one: a matrix product sums them in orders of its own."""
+    return M.triu() + M.triu(1).mT
 
 
 def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
