@@ -91,8 +91,8 @@ def test_pairs_equal_their_definition_on_the_gradients(name):
             assert got[i, j].item() == pytest.approx(definition(i, j), rel=1e-9, abs=1e-12), measure.__name__
 
 
-@pytest.mark.parametrize("measure", (*PAIRWISE, diagnostics.aligned_gram), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("T", [2, 5, 40, 300])
+@pytest.mark.parametrize("measure", [*PAIRWISE, diagnostics.aligned_gram], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("T", [5, 40, 300])
 def test_pairs_are_symmetric_to_the_bit(T, measure):
     """Also where M is not: a product G Gᵀ, and how it is rounded, is the processor's own."""
     M = gram(randn(T, 2 * T, dtype=F64))
