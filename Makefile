@@ -12,11 +12,11 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-avx2 test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,14 @@ demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; 
 
 test: develop ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# What a processor without AVX-512 runs of PyTorch, its libraries and the kernels.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTMTL_CPU=avx2
+# The numerics, and what stands on matrix products and solvers of others; test_isa.py has the kernels on their own.
+AVX2_TESTS := adversaries aligned determinism diagnostics gramian many_tasks qp raw_ops tridiagonal
+
+test-avx2: develop ## a part of the tests as on a processor without AVX-512
+	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) $(AVX2_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
 
 test-all: develop ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
 	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)

@@ -16,6 +16,7 @@
 
 #include "common.h"
 #include "cpu/pipeline.h"
+#include "cpu/threads.h"
 #include "tensors.h"
 
 namespace fastmtl::cpu {
@@ -40,6 +41,9 @@ class Matrix {
     }
   }
 
+  void start() {
+    strided_.start();
+  }
   void finish() {
     strided_.finish();
   }
@@ -95,10 +99,10 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   const Tensor alpha = empty_float64(leading(M, 1), wide), eigenvalues = empty_float64(leading(M, 1), wide);
   const Tensor rank = empty_int64(leading(M, 2), wide);
   balance(
-      static_cast<const double*>(wide.const_data_ptr()),
+      const_doubles(wide),
       B,
       T,
-      policy_of(weights, T, scale, rtol, zero, rank_rule),
+      policy_of(weights, T, scale, rtol, zero, rank_rule, M),
       doubles(alpha),
       doubles(eigenvalues),
       static_cast<int64_t*>(rank.mutable_data_ptr()));
@@ -107,23 +111,26 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
 
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
   Matrix matrix(G, &out);
-  check_alpha(alpha, matrix.B() * matrix.T());
-  combine_batch(matrix.matrices(), matrix.B(), static_cast<const double*>(alpha.const_data_ptr()));
+  check_alpha(alpha, G);
+  check_apart(alpha, out);
+  matrix.start();
+  combine_batch(matrix.matrices(), matrix.B(), const_doubles(alpha));
   matrix.finish();
 }
 
 void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
-  RaggedRows rows(grads, alpha.numel(), &out);
-  check_alpha(alpha, alpha.numel());
-  combine(rows.gradients(), static_cast<const double*>(alpha.const_data_ptr()));
+  RaggedRows rows(grads, check_alpha(alpha, grads, out), &out);
+  rows.start();
+  combine(rows.gradients(), const_doubles(alpha));
   rows.finish();
 }
 
 void sign_drop_op(const Tensor& G, const Tensor& seed, std::optional<Tensor> leak, Tensor out) {
   Matrix matrix(G, &out);
   check_seed(seed, G);
-  check_leak(leak, matrix.T(), G);
-  sign_drop(matrix.matrices(), matrix.B(), seed_of(seed), leak ? doubles(*leak) : nullptr);
+  check_vector("leak", leak, matrix.T(), G);
+  matrix.start();
+  sign_drop(matrix.matrices(), matrix.B(), seed_of(seed), const_doubles(leak));
   matrix.finish();
 }
 
@@ -135,8 +142,9 @@ void sign_drop_rows_op(
     std::vector<Tensor> out) {
   RaggedRows rows(grads, tasks, &out);
   check_seed(seed, any_of(grads));
-  check_leak(leak, tasks, seed);
-  sign_drop(&rows.gradients(), 1, seed_of(seed), leak ? doubles(*leak) : nullptr);
+  check_vector("leak", leak, tasks, seed);
+  rows.start();
+  sign_drop(&rows.gradients(), 1, seed_of(seed), const_doubles(leak));
   rows.finish();
 }
 
@@ -149,7 +157,9 @@ void align_op(
     std::string rank_rule,
     Tensor out) {
   Matrix matrix(G, &out);
-  align_batch(matrix.matrices(), matrix.B(), policy_of(weights, matrix.T(), scale, rtol, zero, rank_rule));
+  const Policy policy = policy_of(weights, matrix.T(), scale, rtol, zero, rank_rule, G);
+  matrix.start();
+  align_batch(matrix.matrices(), matrix.B(), policy);
   matrix.finish();
 }
 
@@ -164,11 +174,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
     std::vector<Tensor> out) {
   RaggedRows rows(grads, tasks, &out);
   const Tensor& like = any_of(grads);
+  const Policy policy = policy_of(weights, tasks, scale, rtol, zero, rank_rule, like);
+  rows.start();
   const Tensor M = empty_float64({tasks, tasks}, like), alpha = empty_float64({tasks}, like),
                eigenvalues = empty_float64({tasks}, like), rank = empty_int64({}, like);
   align(
       rows.gradients(),
-      policy_of(weights, tasks, scale, rtol, zero, rank_rule),
+      policy,
       doubles(M),
       doubles(alpha),
       doubles(eigenvalues),
@@ -186,7 +198,7 @@ std::tuple<Tensor, Tensor> call_linalg_eigh(const Tensor& M) {
 // LAPACK raises where a matrix is not finite: it sees zeros instead, and the result is NaN.
 std::tuple<Tensor, Tensor> large_eigh(const Tensor& M, const Tensor& wide) {
   const int64_t T = M.size(-1), B = M.numel() / (T * T);
-  const double* entries = doubles(wide);
+  const double* entries = const_doubles(wide);
   std::vector<int64_t> bad;
   for (int64_t b = 0; b < B; ++b) {
     bool finite = true;
@@ -211,11 +223,11 @@ std::tuple<Tensor, Tensor> large_eigh(const Tensor& M, const Tensor& wide) {
     std::fill_n(doubles(lam) + b * T, T, kNan);
     std::fill_n(doubles(vectors) + b * T * T, T * T, kNan);
   }
-  return {torch::stable::to(lam, M.scalar_type()), torch::stable::to(vectors, M.scalar_type())};
+  return {as_type_of(M, lam), as_type_of(M, vectors)};
 }
 
 std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
-  STD_TORCH_CHECK(M.dim() >= 2 && M.size(-1) == M.size(-2), "M: expected shape [..., T, T], got ", shape_of(M));
+  check_square(M, 0);
   const int64_t T = M.size(-1);
   const Tensor wide = as_float64(M);
   if (T > kMaxLanesTasks) {
@@ -223,14 +235,9 @@ std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   }
   const Tensor eigenvalues = empty_float64(leading(M, 1), wide), eigenvectors = empty_float64(leading(M, 0), wide);
   if (T > 0) {
-    eigh(
-        static_cast<const double*>(wide.const_data_ptr()),
-        M.numel() / (T * T),
-        T,
-        doubles(eigenvalues),
-        doubles(eigenvectors));
+    eigh(const_doubles(wide), M.numel() / (T * T), T, doubles(eigenvalues), doubles(eigenvectors));
   }
-  return {torch::stable::to(eigenvalues, M.scalar_type()), torch::stable::to(eigenvectors, M.scalar_type())};
+  return {as_type_of(M, eigenvalues), as_type_of(M, eigenvectors)};
 }
 
 std::string cpu_isa() {
@@ -250,14 +257,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("gram", TORCH_BOX(&fastmtl::cpu::gram_op));
-  m.impl("gram_rows", TORCH_BOX(&fastmtl::cpu::gram_rows_op));
-  m.impl("balance", TORCH_BOX(&fastmtl::cpu::balance_op));
-  m.impl("combine", TORCH_BOX(&fastmtl::cpu::combine_op));
-  m.impl("combine_rows", TORCH_BOX(&fastmtl::cpu::combine_rows_op));
-  m.impl("sign_drop", TORCH_BOX(&fastmtl::cpu::sign_drop_op));
-  m.impl("sign_drop_rows", TORCH_BOX(&fastmtl::cpu::sign_drop_rows_op));
-  m.impl("align", TORCH_BOX(&fastmtl::cpu::align_op));
-  m.impl("align_rows", TORCH_BOX(&fastmtl::cpu::align_rows_op));
-  m.impl("eigh", TORCH_BOX(&fastmtl::cpu::eigh_op));
+  m.impl("gram", FASTMTL_CPU_OP(fastmtl::cpu::gram_op));
+  m.impl("gram_rows", FASTMTL_CPU_OP(fastmtl::cpu::gram_rows_op));
+  m.impl("balance", FASTMTL_CPU_OP(fastmtl::cpu::balance_op));
+  m.impl("combine", FASTMTL_CPU_OP(fastmtl::cpu::combine_op));
+  m.impl("combine_rows", FASTMTL_CPU_OP(fastmtl::cpu::combine_rows_op));
+  m.impl("sign_drop", FASTMTL_CPU_OP(fastmtl::cpu::sign_drop_op));
+  m.impl("sign_drop_rows", FASTMTL_CPU_OP(fastmtl::cpu::sign_drop_rows_op));
+  m.impl("align", FASTMTL_CPU_OP(fastmtl::cpu::align_op));
+  m.impl("align_rows", FASTMTL_CPU_OP(fastmtl::cpu::align_rows_op));
+  m.impl("eigh", FASTMTL_CPU_OP(fastmtl::cpu::eigh_op));
 }

@@ -5,8 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,14 +29,81 @@ using torch::stable::Tensor;
 
 namespace { // torch's own types are hidden, and what holds them has to be
 
-// What the ops need to know of a tensor, asked once: every question crosses the ABI.
+// An error in the words given: torch's own macro begins with where in these files it stands.
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+#define FASTMTL_CHECK(condition, ...) \
+  do {                                \
+    if (!(condition)) {               \
+      ::fastmtl::fail(__VA_ARGS__);   \
+    }                                 \
+  } while (false)
+
+inline std::string shape_of(const Tensor& x) {
+  std::string s = "[";
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    s += (i ? ", " : "") + std::to_string(x.size(i));
+  }
+  return s + "]";
+}
+
+inline std::string name_of(ScalarType type) { // as Python has it
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device_of(const Tensor& x) {
+  return x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
+}
+
+// What an error message says that came.
+inline std::string describe(const Tensor& x) {
+  return name_of(x.scalar_type()) + (x.is_contiguous() ? "" : " non-contiguous") + " tensor of shape " + shape_of(x) +
+         " on " + device_of(x);
+}
+
+inline std::string describe(const std::optional<Tensor>& x) {
+  return x ? describe(*x) : "None";
+}
+
+// What the ops need to know of a tensor, asked once: every question crosses the ABI. Only what is written is asked for
+// memory to write: of a copy on write, that makes the copy.
 struct View {
-  explicit View(const Tensor& x)
-      : sizes(x.sizes().data()),
-        strides(x.strides().data()),
-        dims(x.dim()),
-        type(x.scalar_type()),
-        data(static_cast<char*>(x.data_ptr())) {}
+  explicit View(const Tensor& x) : View(x, const_cast<void*>(x.const_data_ptr())) {}
+  static View to_write(const Tensor& x) {
+    return View(x, x.mutable_data_ptr());
+  }
 
   Dtype dtype() const {
     switch (type) {
@@ -46,8 +116,12 @@ struct View {
       case ScalarType::Half:
         return Dtype::f16;
       default:
-        STD_TORCH_CHECK(false, "fastmtl: expected float32, float64, bfloat16 or float16 gradients");
+        fail("gradients: expected float32, float64, bfloat16 or float16, got ", name_of(type));
     }
+  }
+  bool is_gradient() const {
+    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+           type == ScalarType::Half;
   }
   int64_t element() const { // bytes
     return element_size(dtype());
@@ -138,18 +212,40 @@ struct View {
   int64_t dims;
   ScalarType type;
   char* data;
-};
 
-inline std::string shape_of(const Tensor& x) {
-  std::string s = "[";
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    s += (i ? ", " : "") + std::to_string(x.size(i));
-  }
-  return s + "]";
-}
+ private:
+  View(const Tensor& x, void* memory)
+      : sizes(x.sizes().data()),
+        strides(x.strides().data()),
+        dims(x.dim()),
+        type(x.scalar_type()),
+        data(static_cast<char*>(memory)) {}
+};
 
 inline bool same_device(const Tensor& x, const Tensor& y) {
   return x.is_cpu() ? y.is_cpu() : x.is_cuda() && y.is_cuda() && x.get_device_index() == y.get_device_index();
+}
+
+// Float64 numbers, `length` of them, one after the other on the device of `like`.
+inline bool is_vector(const Tensor& x, int64_t length, const Tensor& like) {
+  return x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == length && x.is_contiguous() &&
+         same_device(x, like);
+}
+
+inline void check_vector(const char* name, const std::optional<Tensor>& x, int64_t length, const Tensor& like) {
+  FASTMTL_CHECK(
+      !x || is_vector(*x, length, like),
+      name,
+      ": expected a contiguous float64 tensor of shape [",
+      length,
+      "] on ",
+      device_of(like),
+      ", got ",
+      describe(x));
+}
+
+inline void check_not_negative(const char* name, double x) {
+  FASTMTL_CHECK(x >= 0.0 && std::isfinite(x), name, ": expected a finite number >= 0, got ", x);
 }
 
 inline Policy policy_of(
@@ -158,19 +254,14 @@ inline Policy policy_of(
     const std::string& scale,
     double rtol,
     double zero,
-    const std::string& rank_rule) {
-  if (weights) {
-    STD_TORCH_CHECK(
-        weights->scalar_type() == ScalarType::Double && weights->dim() == 1 && weights->size(0) == T &&
-            weights->is_contiguous(),
-        "weights: expected a contiguous float64 tensor of shape [",
-        T,
-        "], got shape ",
-        shape_of(*weights));
-  }
-  STD_TORCH_CHECK(
+    const std::string& rank_rule,
+    const Tensor& like) {
+  check_vector("weights", weights, T, like);
+  FASTMTL_CHECK(
       scale == "min" || scale == "median" || scale == "rmse", "scale: expected min, median or rmse, got ", scale);
-  STD_TORCH_CHECK(
+  check_not_negative("rtol", rtol);
+  check_not_negative("zero", zero);
+  FASTMTL_CHECK(
       rank_rule == "normalized" || rank_rule == "gram", "rank_rule: expected normalized or gram, got ", rank_rule);
   return {
       weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr,
@@ -210,26 +301,50 @@ inline double* doubles(const Tensor& x) {
   return static_cast<double*>(x.mutable_data_ptr());
 }
 
+inline const double* const_doubles(const Tensor& x) {
+  return static_cast<const double*>(x.const_data_ptr());
+}
+
+inline const double* const_doubles(const std::optional<Tensor>& x) {
+  return x ? const_doubles(*x) : nullptr;
+}
+
+// Tells autograd that a tensor is overwritten, for which the stable ABI has no word, nor do its ops do it. To copy a
+// tensor onto itself is to do nothing else.
+inline void mark_written(const char* name, const Tensor& x) {
+  FASTMTL_CHECK(
+      aoti_torch_copy_(x.get(), x.get(), 0) == AOTI_TORCH_SUCCESS,
+      name,
+      ": expected a tensor that may be overwritten, no leaf that requires grad and no inference tensor outside of "
+      "inference mode; got ",
+      describe(x));
+}
+
 // G [T, P] or [B, T, P]; returns B.
 inline int64_t check_matrix(const Tensor& G, const View& v) {
-  STD_TORCH_CHECK(
-      (v.dims == 2 || v.dims == 3) && v.sizes[v.dims - 2] >= 1,
-      "G: expected shape [T, P] or [B, T, P] with T >= 1, got ",
-      shape_of(G));
+  FASTMTL_CHECK(
+      v.is_gradient() && (v.dims == 2 || v.dims == 3) && v.sizes[v.dims - 2] >= 1,
+      "G: expected float32, float64, bfloat16 or float16 of shape [T, P] or [B, T, P] with T >= 1, got ",
+      describe(G));
   return v.dims == 3 ? v.sizes[0] : 1;
 }
 
 // `out` [P] or [B, P] for G.
 inline void check_result(const Tensor& G, const View& source, const Tensor& out, const View& target) {
   const int64_t dims = source.dims;
-  STD_TORCH_CHECK(
+  FASTMTL_CHECK(
       target.dims == dims - 1 && target.sizes[dims - 2] == source.sizes[dims - 1] &&
-          (dims == 2 || target.sizes[0] == source.sizes[0]) && target.type == source.type && same_device(out, G) &&
-          !target.repeats() && !target.overlaps(source),
-      "out: expected the dtype and device of G, shape [P] or [B, P] and memory of its own, for G of shape ",
-      shape_of(G),
-      "; got shape ",
-      shape_of(out));
+          (dims == 2 || target.sizes[0] == source.sizes[0]) && target.type == source.type && same_device(out, G),
+      "out: expected the dtype and device of G and shape ",
+      dims == 2 ? "[P]" : "[B, P]",
+      " for G, a ",
+      describe(G),
+      "; got ",
+      describe(out));
+  FASTMTL_CHECK(
+      !target.repeats() && !target.overlaps(source),
+      "out: expected memory of its own, got some that overlaps G or itself: ",
+      describe(out));
 }
 
 // A matrix [T, P] or batch [B, T, P], and its result, by strides in bytes. Rows may have any stride; only columns that
@@ -245,12 +360,13 @@ class Strided {
     dtype = source.dtype();
     const int64_t size = source.element();
     if (result) {
-      View target(*result);
+      View target = View::to_write(*result);
       check_result(G, source, *result, target);
+      written_ = *result;
       if (P > 1 && target.strides[dims - 2] != 1) {
         strided_ = *result;
         dense_ = torch::stable::new_empty(*result, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
-        target = View(*dense_);
+        target = View::to_write(*dense_);
       }
       out = target.data;
       next_out = dims == 3 ? target.strides[0] * size : 0;
@@ -264,7 +380,12 @@ class Strided {
     next_matrix = dims == 3 ? source.strides[0] * size : 0;
   }
 
-  // To be called when `out` has been written.
+  // To be called when all arguments are checked, and when `out` has been written.
+  void start() {
+    if (written_) {
+      mark_written("out", *written_);
+    }
+  }
   void finish() {
     if (strided_) {
       torch::stable::copy_(*strided_, *dense_);
@@ -278,7 +399,7 @@ class Strided {
   int64_t next_row, next_matrix, next_out = 0; // bytes
 
  private:
-  std::optional<Tensor> copy_, dense_, strided_;
+  std::optional<Tensor> written_, copy_, dense_, strided_;
 };
 
 // T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
@@ -287,25 +408,29 @@ class RaggedRows {
  public:
   RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out)
       : T_(tasks) {
-    STD_TORCH_CHECK(
-        tasks >= 1 && int64_t(grads.size()) % tasks == 0,
-        "grads: expected a multiple of ",
-        tasks,
-        " tensors, got ",
-        grads.size());
+    FASTMTL_CHECK(tasks >= 1, "tasks: expected at least one, got ", tasks);
+    FASTMTL_CHECK(
+        int64_t(grads.size()) % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
     K_ = int64_t(grads.size()) / tasks;
-    STD_TORCH_CHECK(!out || int64_t(out->size()) == K_, "out: expected ", K_, " tensors, got ", out ? out->size() : 0);
+    FASTMTL_CHECK(!out || int64_t(out->size()) == K_, "out: expected ", K_, " tensors, got ", out ? out->size() : 0);
     rows_.assign(grads.size(), nullptr);
     segments_.resize(size_t(K_));
     for (int64_t k = 0; k < K_; ++k) {
       add(grads, k, out);
     }
     if (out) {
+      written_ = *out;
       check_apart();
     }
     gradients_ = {segments_.data(), K_, T_};
   }
 
+  // As of Strided.
+  void start() {
+    for (const Tensor& target : written_) {
+      mark_written("out", target);
+    }
+  }
   void finish() {
     for (auto& [target, result] : copy_back_) {
       torch::stable::copy_(target, result);
@@ -329,6 +454,12 @@ class RaggedRows {
       return;
     }
     View layout(*first);
+    FASTMTL_CHECK(
+        layout.is_gradient(),
+        "grads: tensor ",
+        k,
+        " of a row: expected float32, float64, bfloat16 or float16, got ",
+        describe(*first));
     if (!layout.dense()) {
       copies_.push_back(
           torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
@@ -338,21 +469,21 @@ class RaggedRows {
     char* result = nullptr;
     if (out) {
       const Tensor& target = (*out)[size_t(k)];
-      const View view(target);
-      STD_TORCH_CHECK(
+      const View view = View::to_write(target);
+      FASTMTL_CHECK(
           view.same_shape(layout) && same_device(target, *first) && !view.repeats(),
           "out: tensor ",
           k,
-          ": expected the dtype, device and shape ",
-          shape_of(*first),
-          " of its gradients, got ",
-          shape_of(target));
+          ": expected dtype, shape and device of its gradients, a ",
+          describe(*first),
+          ", and no element twice; got ",
+          describe(target));
       result = view.data;
       spans_.push_back({view.data, view.data + view.span(), k});
       if (!view.same_layout(layout)) {
         copies_.push_back(torch::stable::empty_like(*first));
         copy_back_.emplace_back(target, copies_.back());
-        result = View(copies_.back()).data;
+        result = View::to_write(copies_.back()).data;
       }
     }
     for (int64_t t = 0; t < T_; ++t) {
@@ -361,25 +492,25 @@ class RaggedRows {
         continue;
       }
       const View row(*g);
-      if (out) {
-        spans_.push_back({row.data, row.data + row.span(), -1});
-      }
-      STD_TORCH_CHECK(
-          row.same_shape(layout),
+      FASTMTL_CHECK(
+          row.same_shape(layout), // and on one device: on the CPU the dispatcher sees to that
           "grads: row ",
           t,
           ", tensor ",
           k,
-          ": expected the dtype and shape ",
-          shape_of(*first),
-          " of the others, got ",
-          shape_of(*g));
+          ": expected dtype and shape of the others, a ",
+          describe(*first),
+          "; got ",
+          describe(*g));
+      if (out) {
+        spans_.push_back({row.data, row.data + row.span(), -1});
+      }
       if (row.same_layout(layout)) {
         rows_[size_t(k * T_ + t)] = row.data;
       } else {
         copies_.push_back(torch::stable::empty_like(*first));
         torch::stable::copy_(copies_.back(), *g);
-        rows_[size_t(k * T_ + t)] = copies_.back().data_ptr();
+        rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
       }
     }
     segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
@@ -395,7 +526,7 @@ class RaggedRows {
         continue;
       }
       const bool meets = span.begin < written || (span.out >= 0 && span.begin < read);
-      STD_TORCH_CHECK(
+      FASTMTL_CHECK(
           !meets,
           "out: tensor ",
           span.out >= 0 ? span.out : writer,
@@ -419,6 +550,7 @@ class RaggedRows {
   std::vector<const void*> rows_; // [K, T]
   std::vector<Segment> segments_;
   std::deque<Tensor> copies_; // addresses stay
+  std::vector<Tensor> written_;
   std::vector<std::pair<Tensor, Tensor>> copy_back_;
   Gradients gradients_;
 };
@@ -427,15 +559,36 @@ inline std::vector<int64_t> leading(const Tensor& M, int64_t drop) {
   return {M.sizes().begin(), M.sizes().end() - drop};
 }
 
-inline void check_square(const Tensor& M) {
-  STD_TORCH_CHECK(
-      M.dim() >= 2 && M.size(-1) == M.size(-2) && M.size(-1) >= 1,
-      "M: expected shape [..., T, T] with T >= 1, got ",
-      shape_of(M));
+inline void check_square(const Tensor& M, int64_t least = 1) {
+  const ScalarType type = M.scalar_type();
+  FASTMTL_CHECK(
+      (type == ScalarType::Float || type == ScalarType::Double) && M.dim() >= 2 && M.size(-1) == M.size(-2) &&
+          M.size(-1) >= least,
+      "M: expected float32 or float64 of shape [..., T, T]",
+      least ? " with T >= 1" : "",
+      ", got ",
+      describe(M));
 }
 
+// M, contiguous. On the CPU not by torch's conversion, which takes subnormal numbers as the threads that do it do.
 inline Tensor as_float64(const Tensor& M) {
-  return torch::stable::contiguous(torch::stable::to(M, ScalarType::Double));
+  const Tensor X = torch::stable::contiguous(M);
+  if (X.scalar_type() == ScalarType::Double || !X.is_cpu()) {
+    return torch::stable::to(X, ScalarType::Double);
+  }
+  const Tensor wide = empty_float64(leading(X, 0), X);
+  std::copy_n(static_cast<const float*>(X.const_data_ptr()), X.numel(), doubles(wide));
+  return wide;
+}
+
+// Results of a solver in float64, in the dtype of M; for the same reason.
+inline Tensor as_type_of(const Tensor& M, const Tensor& wide) {
+  if (M.scalar_type() == ScalarType::Double || !M.is_cpu()) {
+    return torch::stable::to(wide, M.scalar_type());
+  }
+  const Tensor narrow = empty(leading(wide, 0), aoti_torch_dtype_float32(), wide);
+  std::copy_n(const_doubles(wide), wide.numel(), static_cast<float*>(narrow.mutable_data_ptr()));
+  return narrow;
 }
 
 inline const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
@@ -444,34 +597,46 @@ inline const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
       return *g;
     }
   }
-  STD_TORCH_CHECK(false, "grads: expected at least one tensor");
+  fail("grads: expected at least one tensor, got none in ", grads.size(), " entries");
 }
 
 // The seed of a random op; it is read where the op runs.
 inline void check_seed(const Tensor& seed, const Tensor& like) {
-  STD_TORCH_CHECK(
+  FASTMTL_CHECK(
       seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && same_device(seed, like),
-      "seed: expected one int64 number on the device of the gradients, got shape ",
-      shape_of(seed));
+      "seed: expected one int64 number on ",
+      device_of(like),
+      ", got ",
+      describe(seed));
 }
 
-inline void check_leak(const std::optional<Tensor>& leak, int64_t T, const Tensor& like) {
-  STD_TORCH_CHECK(
-      !leak || (leak->scalar_type() == ScalarType::Double && leak->dim() == 1 && leak->size(0) == T &&
-                leak->is_contiguous() && same_device(*leak, like)),
-      "leak: expected a contiguous float64 tensor of shape [",
-      T,
-      "] on the device of the gradients, got shape ",
-      leak ? shape_of(*leak) : "");
+// α [T] or [B, T] for G [T, P] or [B, T, P].
+inline void check_alpha(const Tensor& alpha, const Tensor& G) {
+  FASTMTL_CHECK(
+      alpha.scalar_type() == ScalarType::Double && alpha.is_contiguous() && alpha.dim() == G.dim() - 1 &&
+          std::equal(alpha.sizes().begin(), alpha.sizes().end(), G.sizes().begin()) && same_device(alpha, G),
+      "alpha: expected a contiguous float64 tensor of the shape of G without columns, on its device, for G, a ",
+      describe(G),
+      "; got ",
+      describe(alpha));
 }
 
-inline void check_alpha(const Tensor& alpha, int64_t count) {
-  STD_TORCH_CHECK(
-      alpha.scalar_type() == ScalarType::Double && alpha.numel() == count && alpha.is_contiguous(),
-      "alpha: expected a contiguous float64 tensor of ",
-      count,
-      " task weights, got shape ",
-      shape_of(alpha));
+// No result may lie where α is read from meanwhile.
+inline void check_apart(const Tensor& alpha, const Tensor& out) {
+  FASTMTL_CHECK(
+      out.scalar_type() != ScalarType::Double || !View(alpha).overlaps(View(out)),
+      "out: expected memory of its own, got some that overlaps alpha");
+}
+
+// α [T] for a ragged list and its results; returns T.
+inline int64_t
+check_alpha(const Tensor& alpha, const std::vector<std::optional<Tensor>>& grads, const std::vector<Tensor>& out) {
+  const int64_t T = out.empty() ? alpha.numel() : int64_t(grads.size() / out.size());
+  check_vector("alpha", alpha, T, out.empty() ? alpha : out[0]);
+  for (const Tensor& target : out) {
+    check_apart(alpha, target);
+  }
+  return T;
 }
 
 } // namespace

@@ -19,7 +19,7 @@ struct Weighing {
     }
     T = M.size(-1);
     B = M.numel() / (T * T);
-    data = static_cast<const double*>(gram.const_data_ptr());
+    data = const_doubles(gram);
     alpha = empty_float64(leading(M, 1), gram);
   }
 
@@ -32,24 +32,23 @@ struct Weighing {
   const double* data; // [B, T, T]
 };
 
-inline void check_weights(const std::optional<Tensor>& weights, int64_t T, const Tensor& M) {
-  STD_TORCH_CHECK(
-      !weights || (weights->dim() == 1 && weights->size(0) == T && weights->scalar_type() == ScalarType::Double &&
-                   weights->is_contiguous() && same_device(*weights, M)),
-      "weights: expected a contiguous float64 tensor of shape [",
-      T,
-      "] on the device of M, got shape ",
-      weights ? shape_of(*weights) : "");
+inline void check_power(double power) {
+  FASTMTL_CHECK(power > 0.0 && std::isfinite(power), "power: expected a finite number > 0, got ", power);
+}
+
+inline void check_beta(double beta) {
+  FASTMTL_CHECK(beta >= 0.0 && beta <= 1.0, "beta: expected a number in [0, 1], got ", beta);
 }
 
 inline void check_targets(const Tensor& targets, const Tensor& M) {
-  STD_TORCH_CHECK(
-      targets.dim() == M.dim() && std::equal(targets.sizes().begin(), targets.sizes().end(), M.sizes().begin()) &&
-          targets.scalar_type() == ScalarType::Double && targets.is_contiguous() && same_device(targets, M),
-      "targets: expected a contiguous float64 tensor of shape ",
+  FASTMTL_CHECK(
+      targets.scalar_type() == ScalarType::Double && leading(targets, 0) == leading(M, 0) && targets.is_contiguous() &&
+          same_device(targets, M),
+      "targets: expected a contiguous float64 tensor of the shape ",
       shape_of(M),
-      " on the device of M, got shape ",
-      shape_of(targets));
+      " and device of M, got ",
+      describe(targets));
+  FASTMTL_CHECK(!View(targets).overlaps(View(M)), "targets: expected memory of its own, got some that overlaps M");
 }
 
 } // namespace

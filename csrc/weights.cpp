@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/pipeline.h"
+#include "cpu/threads.h"
 #include "cpu/weights.h"
 #include "weighing.h"
 
@@ -21,13 +22,14 @@ std::tuple<Tensor, Tensor> mgda_op(const Tensor& M) {
 
 std::tuple<Tensor, Tensor> dual_cone_op(const Tensor& M, std::optional<Tensor> weights, bool each) {
   const Weighing to(M);
-  check_weights(weights, to.T, M);
+  check_vector("weights", weights, to.T, M);
   const Tensor residual = to.residual();
-  dual_cone(to.data, to.B, to.T, weights ? doubles(*weights) : nullptr, each, doubles(to.alpha), doubles(residual));
+  dual_cone(to.data, to.B, to.T, const_doubles(weights), each, doubles(to.alpha), doubles(residual));
   return {to.alpha, residual};
 }
 
 std::tuple<Tensor, Tensor> cagrad_op(const Tensor& M, double c) {
+  check_not_negative("c", c);
   const Weighing to(M);
   const Tensor residual = to.residual();
   cagrad(to.data, to.B, to.T, c, doubles(to.alpha), doubles(residual));
@@ -35,6 +37,7 @@ std::tuple<Tensor, Tensor> cagrad_op(const Tensor& M, double c) {
 }
 
 std::tuple<Tensor, Tensor> nash_op(const Tensor& M, double power) {
+  check_power(power);
   const Weighing to(M);
   const Tensor residual = to.residual();
   nash(to.data, to.B, to.T, power, doubles(to.alpha), doubles(residual));
@@ -42,26 +45,26 @@ std::tuple<Tensor, Tensor> nash_op(const Tensor& M, double power) {
 }
 
 std::tuple<Tensor, Tensor> unit_solve_op(const Tensor& M, std::optional<Tensor> weights, double rtol) {
+  check_not_negative("rtol", rtol);
   const Weighing to(M);
-  check_weights(weights, to.T, M);
+  check_vector("weights", weights, to.T, M);
   const Tensor cosines = empty_float64(leading(M, 1), to.gram);
-  const double* w = weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr;
-  unit_solve(to.data, to.B, to.T, w, rtol, doubles(to.alpha), doubles(cosines));
+  unit_solve(to.data, to.B, to.T, const_doubles(weights), rtol, doubles(to.alpha), doubles(cosines));
   return {to.alpha, cosines};
 }
 
 Tensor constant_op(const Tensor& M, std::optional<Tensor> weights) {
   const Weighing to(M);
-  const bool same = weights && weights->numel() == to.T; // for all matrices
-  STD_TORCH_CHECK(
-      !weights || ((same || weights->numel() == to.B * to.T) && weights->scalar_type() == ScalarType::Double &&
-                   weights->is_contiguous() && same_device(*weights, M)),
-      "weights: expected contiguous float64 weights of ",
-      to.T,
-      " tasks on the device of M, got shape ",
-      weights ? shape_of(*weights) : "");
-  const double* w = weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr;
-  constant(to.data, to.B, to.T, w, same ? 0 : to.T, doubles(to.alpha));
+  const bool same = weights && is_vector(*weights, to.T, M); // for all matrices
+  FASTMTL_CHECK(
+      !weights || same ||
+          (weights->scalar_type() == ScalarType::Double && leading(*weights, 0) == leading(M, 1) &&
+           weights->is_contiguous() && same_device(*weights, M)),
+      "weights: expected a contiguous float64 tensor of shape [T] or [..., T] on the device of M, a ",
+      describe(M),
+      "; got ",
+      describe(weights));
+  constant(to.data, to.B, to.T, const_doubles(weights), same ? 0 : to.T, doubles(to.alpha));
   return to.alpha;
 }
 
@@ -78,8 +81,11 @@ Tensor pcgrad_op(const Tensor& M, const Tensor& seed, bool per_task) {
 
 Tensor gradvac_op(const Tensor& M, const Tensor& seed, double beta, Tensor targets) {
   const Weighing to(M);
+  const uint64_t key = seed_of(seed, M);
+  check_beta(beta);
   check_targets(targets, M);
-  gradvac(to.data, to.B, to.T, seed_of(seed, M), beta, doubles(targets), doubles(to.alpha));
+  mark_written("targets", targets);
+  gradvac(to.data, to.B, to.T, key, beta, doubles(targets), doubles(to.alpha));
   return to.alpha;
 }
 
@@ -88,12 +94,12 @@ Tensor gradvac_op(const Tensor& M, const Tensor& seed, double beta, Tensor targe
 } // namespace fastmtl::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("mgda", TORCH_BOX(&fastmtl::cpu::mgda_op));
-  m.impl("dual_cone", TORCH_BOX(&fastmtl::cpu::dual_cone_op));
-  m.impl("cagrad", TORCH_BOX(&fastmtl::cpu::cagrad_op));
-  m.impl("nash", TORCH_BOX(&fastmtl::cpu::nash_op));
-  m.impl("unit_solve", TORCH_BOX(&fastmtl::cpu::unit_solve_op));
-  m.impl("constant", TORCH_BOX(&fastmtl::cpu::constant_op));
-  m.impl("pcgrad", TORCH_BOX(&fastmtl::cpu::pcgrad_op));
-  m.impl("gradvac", TORCH_BOX(&fastmtl::cpu::gradvac_op));
+  m.impl("mgda", FASTMTL_CPU_OP(fastmtl::cpu::mgda_op));
+  m.impl("dual_cone", FASTMTL_CPU_OP(fastmtl::cpu::dual_cone_op));
+  m.impl("cagrad", FASTMTL_CPU_OP(fastmtl::cpu::cagrad_op));
+  m.impl("nash", FASTMTL_CPU_OP(fastmtl::cpu::nash_op));
+  m.impl("unit_solve", FASTMTL_CPU_OP(fastmtl::cpu::unit_solve_op));
+  m.impl("constant", FASTMTL_CPU_OP(fastmtl::cpu::constant_op));
+  m.impl("pcgrad", FASTMTL_CPU_OP(fastmtl::cpu::pcgrad_op));
+  m.impl("gradvac", FASTMTL_CPU_OP(fastmtl::cpu::gradvac_op));
 }

@@ -22,6 +22,7 @@ __all__ = [
     "check_tangent",
     "describe",
     "has_numbers",
+    "repeats",
     "requires_grad_outside",
     "transforming",
 ]
@@ -120,12 +121,12 @@ def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out"
         raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
-    if not out.is_contiguous() and _repeats(out):
+    if not out.is_contiguous() and repeats(out):
         raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
     return out
 
 
-def _repeats(x: Tensor) -> bool:
+def repeats(x: Tensor) -> bool:
     """Whether elements share memory; true also for strides that interleave them so that it is hard to tell."""
     extent = 1
     for stride, n in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
@@ -139,25 +140,28 @@ def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Results must not span memory that a gradient or another result spans: one would overwrite the other."""
     if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
         return
+    for out in outs:
+        out.data_ptr()  # asks for memory to write, which parts tensors that are copied on write
+    results = [_extent(out) for out in outs]
     spans = sorted(_extent(g) for g in grads if g.numel())
     starts = [start for start, _ in spans]
     ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end of this span and all before
-    for k, out in enumerate(outs):
-        start, end = _extent(out)
+    for k, (out, (start, end)) in enumerate(zip(outs, results, strict=True)):
         before = bisect.bisect_left(starts, end)
         if out.numel() and before and ends[before - 1] > start:
             name = "out" if len(outs) == 1 else f"out[{k}]"
             raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within")
-    taken = sorted((*_extent(out), k) for k, out in enumerate(outs) if out.numel())
+    taken = sorted((*span, k) for k, span in enumerate(results) if outs[k].numel())
     for (_, end, j), (start, _, k) in itertools.pairwise(taken):
         if start < end:
             raise ValueError(f"out[{k}]: expected memory that does not overlap other results, got that of out[{j}]")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    start = x.data_ptr()
+    """Where a tensor begins and ends; data_ptr() would make the copy that a copy on write is."""
+    begin = torch._C._data_address(x) + x.storage_offset() * x.element_size()  # type: ignore[attr-defined]
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    return begin, begin + (last + 1) * x.element_size()
 
 
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:

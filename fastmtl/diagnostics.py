@@ -57,7 +57,8 @@ def singular_values(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        σ [T] or [B, T], descending: all T, those that the rank rule drops too.
+        σ [T] or [B, T], descending: all T, those that the rank rule drops too. What should be zero is rounding noise, of
+        up to about 1e-7 of the largest: M has it squared.
 
     Raises:
         TypeError: `x` is neither a float32 or float64 tensor nor an info.
@@ -313,7 +314,7 @@ def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Ten
 
 
 def _gram(x: Tensor | Info) -> Tensor:
-    """M in float64, NaN throughout where an entry is not finite."""
+    """M in float64 and symmetric to the bit, which a product G Gᵀ need not be; NaN where an entry is not finite."""
     if isinstance(x, Info):
         if x.gram is None:
             raise ValueError("info: expected one with a Gram matrix, got that of a method that needs none")
@@ -325,6 +326,7 @@ def _gram(x: Tensor | Info) -> Tensor:
         if M.ndim not in (2, 3) or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
             raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
     M = M.detach().to(torch.float64)
+    M = 0.5 * M + 0.5 * M.mT
     return torch.where(M.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), M, torch.nan)
 
 
@@ -367,7 +369,8 @@ def _aligned_gram(M: Tensor, eigenvalues: Tensor, kept: Tensor, scale: str) -> T
     else:
         s = (eigenvalues * inside).sum(-1) / kept.clamp_min(1)
     V = ops.eigh(M)[1].flip(-1) * inside[..., None, :]
-    return s[..., None, None] * (V @ V.mT)
+    P = V @ V.mT
+    return s[..., None, None] * (0.5 * P + 0.5 * P.mT)
 
 
 def _norms(M: Tensor) -> Tensor:

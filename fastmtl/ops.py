@@ -4,20 +4,26 @@ Every op has one contract and four implementations: `fastmtl.reference` (registe
 library works where nothing is compiled), the CPU kernels of `csrc/cpu`, the CUDA kernels of `csrc/cuda`, and the fakes
 below. The compiled objects only add implementations for their device: loading them is all that it takes.
 
+All implementations check their arguments alike and raise RuntimeError. Only `gram` has a derivative; what is written is
+marked so for autograd.
+
 `grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and None a missing
 gradient.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from fastmtl import reference
+from fastmtl import _op_arguments, reference
+from fastmtl.reference.rounding import rounded
 
 __all__ = [
     "EXTENSIONS",
@@ -64,12 +70,25 @@ _SCHEMAS = (
     "sign_drop_rows(Tensor?[] grads, int tasks, Tensor seed, Tensor? leak, Tensor(a!)[] out) -> ()",
 )
 
+
+def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, once the arguments are known to be those of this op."""
+    check = getattr(_op_arguments, name)
+
+    @functools.wraps(run)
+    def call(*args):
+        check(*args)
+        return run(*args)
+
+    return call
+
+
 _library = library.Library("fastmtl", "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _name = _schema.partition("(")[0]
     # Not "CPU"/"CUDA": a kernel registered there by a compiled object must win over this one.
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _checked(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
 
 def _load() -> dict[str, str | None]:
@@ -108,21 +127,26 @@ sign_drop = torch.ops.fastmtl.sign_drop.default
 sign_drop_rows = torch.ops.fastmtl.sign_drop_rows.default
 
 
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what an op returns to tracing."""
+    return lambda run: library.register_fake(f"fastmtl::{name}", _checked(name, run))
+
+
 def _device(grads: Sequence[Tensor | None]) -> torch.device:
     return next((g.device for g in grads if g is not None), torch.device("cpu"))
 
 
-@library.register_fake("fastmtl::gram")
+@_fake("gram")
 def _(G: Tensor) -> Tensor:
     return G.new_empty((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
 
 
-@library.register_fake("fastmtl::gram_rows")
+@_fake("gram_rows")
 def _(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
     return torch.empty(tasks, tasks, dtype=torch.float64, device=_device(grads))
 
 
-@library.register_fake("fastmtl::balance")
+@_fake("balance")
 def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str) -> tuple[Tensor, ...]:
     return (
         M.new_empty(M.shape[:-1], dtype=torch.float64),
@@ -131,22 +155,22 @@ def _(M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, r
     )
 
 
-@library.register_fake("fastmtl::combine")
+@_fake("combine")
 def _(G: Tensor, alpha: Tensor, out: Tensor) -> None:
     return None
 
 
-@library.register_fake("fastmtl::combine_rows")
+@_fake("combine_rows")
 def _(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
     return None
 
 
-@library.register_fake("fastmtl::align")
+@_fake("align")
 def _(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
     return None
 
 
-@library.register_fake("fastmtl::align_rows")
+@_fake("align_rows")
 def _(
     grads: Sequence[Tensor | None],
     tasks: int,
@@ -161,7 +185,7 @@ def _(
     return M, M.new_empty(tasks), M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
 
 
-@library.register_fake("fastmtl::eigh")
+@_fake("eigh")
 def _(M: Tensor) -> tuple[Tensor, Tensor]:
     return M.new_empty(M.shape[:-1]), M.new_empty(M.shape)
 
@@ -174,52 +198,52 @@ def _solution_of(M: Tensor) -> tuple[Tensor, Tensor]:
     return _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.float64)
 
 
-@library.register_fake("fastmtl::mgda")
+@_fake("mgda")
 def _(M: Tensor) -> tuple[Tensor, Tensor]:
     return _solution_of(M)
 
 
-@library.register_fake("fastmtl::dual_cone")
+@_fake("dual_cone")
 def _(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
     return _solution_of(M)
 
 
-@library.register_fake("fastmtl::cagrad")
+@_fake("cagrad")
 def _(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
     return _solution_of(M)
 
 
-@library.register_fake("fastmtl::nash")
+@_fake("nash")
 def _(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
     return _solution_of(M)
 
 
-@library.register_fake("fastmtl::unit_solve")
+@_fake("unit_solve")
 def _(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, Tensor]:
     return _weights_of(M), _weights_of(M)
 
 
-@library.register_fake("fastmtl::constant")
+@_fake("constant")
 def _(M: Tensor, weights: Tensor | None) -> Tensor:
     return _weights_of(M)
 
 
-@library.register_fake("fastmtl::pcgrad")
+@_fake("pcgrad")
 def _(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
     return _weights_of(M)
 
 
-@library.register_fake("fastmtl::gradvac")
+@_fake("gradvac")
 def _(M: Tensor, seed: Tensor, beta: float, targets: Tensor) -> Tensor:
     return _weights_of(M)
 
 
-@library.register_fake("fastmtl::sign_drop")
+@_fake("sign_drop")
 def _(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None:
     return None
 
 
-@library.register_fake("fastmtl::sign_drop_rows")
+@_fake("sign_drop_rows")
 def _(grads: Sequence[Tensor | None], tasks: int, seed: Tensor, leak: Tensor | None, out: Sequence[Tensor]) -> None:
     return None
 
@@ -231,7 +255,7 @@ def _gram_setup(ctx, inputs, output) -> None:
 def _gram_backward(ctx, grad: Tensor) -> Tensor:
     """d(G Gᵀ): (Ṁ + Ṁᵀ) G."""
     (G,) = ctx.saved_tensors
-    return ((grad + grad.mT) @ G.to(grad.dtype)).to(G.dtype)
+    return rounded((grad + grad.mT) @ G.to(grad.dtype), G.dtype)
 
 
 library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_gram_setup)

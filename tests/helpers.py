@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -193,6 +195,42 @@ def rounded(got: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> bool:
     info = torch.finfo(got.dtype)
     limit = 0.502 * info.eps * expected.abs().clamp_min(info.tiny) + slack
     return bool(((got.to(F64) - expected).abs() <= limit).all())
+
+
+def nearest(x: float, dtype: torch.dtype) -> float:
+    """`x` rounded once to a 16-bit dtype, ties to even, by exact arithmetic: conversions of torch round twice."""
+    if not math.isfinite(x) or x == 0.0:
+        return x
+    info = torch.finfo(dtype)
+    binade = max(math.frexp(x)[1] - 1, math.frexp(info.tiny)[1] - 1)
+    place = Fraction(2) ** binade * Fraction(info.eps)
+    y = abs(round(Fraction(x) / place) * place)
+    return math.copysign(math.inf if y > Fraction(info.max) else float(y), x)
+
+
+def hard_to_round(dtype: torch.dtype) -> Tensor:
+    """Float64 numbers that are nearly or exactly halfway between two of a 16-bit dtype, through all exponents.
+
+    Subnormal ones and those around the largest too; zero, infinities and NaN.
+    """
+    info = torch.finfo(dtype)
+    lowest, highest = math.frexp(info.tiny * info.eps)[1] - 1, math.frexp(info.max)[1]
+    offsets = [0.0, *(s * 2.0**-k for s in (-1, 1) for k in (12, 24, 25, 30, 51))]
+    odd, even = 1 + info.eps, 1 + 2 * info.eps
+    numbers = {math.inf, math.nan, 5e-324, 2.0**-150, 2.0**-140, 1e300}
+    for e in (*range(lowest - 3, lowest + 14), *range(-9, 10), highest - 2, highest - 1, highest):
+        # In the normal range the place beyond the last is eps / 2; among subnormal numbers it is the leading one.
+        for leading, offset in itertools.product((1.0, odd, even, 1.5, 2.0), offsets):
+            for half in (0.0, info.eps / 2):
+                numbers.add((leading + half + offset * info.eps) * 2.0**e)
+    numbers |= {k * 2.0 ** (lowest - 1) * (1 + offset) for k in range(1, 40) for offset in offsets}
+    return torch.tensor([0.0, *(s * x for x in sorted(numbers, key=str) for s in (1, -1))], dtype=F64)
+
+
+def same_numbers(got: Tensor, expected: Sequence[float]) -> bool:
+    """To the bit, signs of zeros too; any NaN for NaN."""
+    got, want = got.to(F64), torch.tensor(expected, dtype=F64)
+    return bool((got.isnan() & want.isnan() | (got == want) & (got.signbit() == want.signbit())).all())
 
 
 def residuals(M: Tensor, lam: Tensor, V: Tensor) -> tuple[float, float]:

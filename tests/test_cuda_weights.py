@@ -203,6 +203,6 @@ def test_devices_must_agree():
         lambda: ops.gradvac(M, seed, 0.5, targets.cuda()),
         lambda: ops.gradvac(M, seed.cuda(), 0.5, targets),
     ):
-        with pytest.raises(RuntimeError, match="on the device"):
+        with pytest.raises(RuntimeError, match=r"^(weights|seed|targets): expected .*got .* on cpu"):
             call()
     torch.cuda.synchronize()  # none of them left an error behind

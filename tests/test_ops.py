@@ -4,6 +4,7 @@ The same file runs once per instruction set (see test_isa.py).
 """
 
 import functools
+import math
 
 import pytest
 import torch
@@ -26,10 +27,13 @@ from helpers import (
     generator,
     gram_error,
     gram_limit,
+    hard_to_round,
+    nearest,
     randn,
     relative,
     residuals,
     rounded,
+    same_numbers,
     svd_align,
 )
 from torch import library
@@ -243,19 +247,56 @@ def test_combine_accumulates_in_float64():
     check_combine(G, torch.logspace(0, 12, 12, dtype=F64))
 
 
+IMPLEMENTATIONS = pytest.mark.parametrize("impl", [ops, reference], ids=["op", "reference"])
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
-def test_half_results_are_rounded_to_nearest_even(dtype):
-    G = torch.ones(1, 4096, dtype=dtype)
-    alpha = torch.linspace(1, 3, 4096, dtype=F64)
-    for start in range(0, 4096, 256):  # one α a call: take different ones, ties among them
-        out = torch.empty(4096, dtype=dtype)
-        ops.combine(G, alpha[start : start + 1], out=out)
-        assert (out == alpha[start].to(dtype)).all()
-    ulp = EPS[dtype]
-    for tie, expected in ((1 + ulp / 2, 1.0), (1 + 3 * ulp / 2, 1 + 2 * ulp)):
-        out = torch.empty(4096, dtype=dtype)
-        ops.combine(G, torch.tensor([tie], dtype=F64), out=out)
-        assert (out.to(F64) == expected).all()
+def test_results_are_rounded_once(dtype, impl):
+    """To the nearest number, ties to even, in whole vectors and beside them: α of a gradient of ones is the result."""
+    alpha = hard_to_round(dtype)
+    B, P = len(alpha), 21
+    out, rows = torch.empty(B, P, dtype=dtype), torch.empty(P, dtype=dtype)
+    impl.combine(torch.ones(B, 1, P, dtype=dtype), alpha[:, None], out)
+    expected = [nearest(x, dtype) for x in alpha.tolist()]
+    for k in range(P):
+        assert same_numbers(out[:, k], expected), k
+    for x, want in zip(alpha[::7], expected[::7], strict=True):
+        impl.combine_rows([torch.ones(P, dtype=dtype)], x[None], [rows])
+        assert same_numbers(rows, [want] * P), x
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
+def test_sums_are_rounded_once(dtype, impl):
+    """Sums that are exact in float64, of numbers that the dtype holds: by way of float32 their tails are lost."""
+    info = torch.finfo(dtype)
+    columns = [
+        (lead * 2.0**e, s * info.eps / 2 * 2.0**e, r * small)
+        for lead in (1.0, 1 + info.eps)
+        for e in (0, 3)
+        for s in (-1, 1)
+        for r in (-1, 0, 1)
+        for small in (info.tiny * info.eps, info.tiny if dtype is F16 else 2.0**-40)
+    ]
+    G = torch.tensor(columns, dtype=F64).T.to(dtype).contiguous()
+    assert torch.equal(G.to(F64).T, torch.tensor(columns, dtype=F64))
+    P, expected = len(columns), [nearest(math.fsum(c), dtype) for c in columns]
+    seed, ones = torch.tensor(1), torch.ones(3, dtype=F64)
+    up = G.abs()  # then GradDrop has no choice
+    positive = [nearest(math.fsum(map(abs, c)), dtype) for c in columns]
+    for got, want, call in (
+        (torch.empty(P, dtype=dtype), expected, lambda out: impl.combine(G, ones, out)),
+        (torch.empty(P, dtype=dtype), expected, lambda out: impl.combine_rows(list(G), ones, [out])),
+        (torch.empty(P, dtype=dtype), positive, lambda out: impl.sign_drop(up, seed, None, out)),
+        (
+            torch.empty(P, dtype=dtype),
+            positive,
+            lambda out: impl.sign_drop_rows(list(up), 3, seed, ones, [out]),
+        ),
+    ):
+        call(got)
+        assert same_numbers(got, want)
 
 
 def test_float16_subnormals_and_overflow():

@@ -27,10 +27,17 @@ void combine_group(
   for (int r = 0; r < R; ++r) {
     weight[r] = splat(alpha[r]);
   }
-  const auto step = [&](const E* const* at, int64_t k, Vd total) __attribute__((always_inline)) {
+  const auto step = [&](const E* const* at, int64_t from, int64_t k) __attribute__((always_inline)) {
+    Pair total = is_first ? Pair{} : Pair{read<Vd>(sums + k), read<Vd>(sums + k + kWidth)};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      total += weight[r] * load(at[r] + k, double{});
+      const Pair g = load_pair(at[r] + from);
+      total.a += weight[r] * g.a;
+      total.b += weight[r] * g.b;
+    }
+    if constexpr (!is_last) {
+      write(sums + k, total.a);
+      write(sums + k + kWidth, total.b);
     }
     return total;
   };
@@ -43,34 +50,29 @@ void combine_group(
       }
       __builtin_prefetch(reinterpret_cast<const char*>(rows[r] + k) + ahead, 0, 3);
     }
-    const Vd a = step(rows, k, is_first ? Vd{} : read<Vd>(sums + k));
-    const Vd b = step(rows, k + kWidth, is_first ? Vd{} : read<Vd>(sums + k + kWidth));
-    if constexpr (!is_last) {
-      write(sums + k, a);
-      write(sums + k + kWidth, b);
-    } else if (std::is_same_v<E, float> && past_cache) {
-      stream(reinterpret_cast<float*>(out + k), a, b);
-    } else {
-      store(out + k, a);
-      store(out + k + kWidth, b);
+    const Pair total = step(rows, k, k);
+    if constexpr (is_last) {
+      if (std::is_same_v<E, float> && past_cache) {
+        stream(reinterpret_cast<float*>(out + k), total.a, total.b);
+      } else {
+        store_pair(out + k, total);
+      }
     }
   }
-  for (; k < n; k += kWidth) { // the rest, through a buffer of zeros where it is no whole vector
-    const int64_t left = n - k < kWidth ? n - k : kWidth;
-    E tail[R][kWidth];
+  if (k < n) { // the rest, through a buffer of zeros
+    const size_t left = size_t(n - k) * sizeof(E);
+    E tail[R][2 * kWidth];
     const E* at[R];
     __builtin_memset(tail, 0, sizeof(tail));
     for (int r = 0; r < R; ++r) {
-      __builtin_memcpy(tail[r], rows[r] + k, size_t(left) * sizeof(E));
+      __builtin_memcpy(tail[r], rows[r] + k, left);
       at[r] = tail[r];
     }
-    const Vd a = step(at, 0, is_first ? Vd{} : read<Vd>(sums + k));
-    if constexpr (!is_last) {
-      write(sums + k, a);
-    } else {
-      E result[kWidth];
-      store(result, a);
-      __builtin_memcpy(out + k, result, size_t(left) * sizeof(E));
+    const Pair total = step(at, 0, k);
+    if constexpr (is_last) {
+      E result[2 * kWidth];
+      store_pair(result, total);
+      __builtin_memcpy(out + k, result, left);
     }
   }
 }

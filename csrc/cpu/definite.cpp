@@ -1,7 +1,5 @@
 #include "definite.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,12 +7,11 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace fastmtl::cpu {
 
 namespace {
-
-using torch::stable::parallel_for;
 
 // Rows of a factorisation, or of a product with a vector, that a thread takes at least; a multiple of every tile.
 constexpr int64_t kRows = 60;

@@ -32,12 +32,11 @@ const Kernels* choose() {
 class Scratch {
  public:
   ~Scratch() {
-    std::free(memory_);
+    release();
   }
   double* get(int64_t doubles) {
     if (doubles > capacity_) {
-      std::free(memory_);
-      capacity_ = 0;
+      release();
       const size_t bytes = (size_t(doubles) * sizeof(double) + 63) / 64 * 64;
       memory_ = static_cast<double*>(std::aligned_alloc(64, bytes));
       if (!memory_) {
@@ -47,17 +46,34 @@ class Scratch {
     }
     return memory_;
   }
+  void trim() {
+    if (capacity_ > kKeptScratch) {
+      release();
+    }
+  }
 
  private:
+  void release() {
+    std::free(memory_);
+    memory_ = nullptr;
+    capacity_ = 0;
+  }
+
   double* memory_ = nullptr;
   int64_t capacity_ = 0;
 };
 
+thread_local Scratch scratch[2];
+
 } // namespace
 
 double* thread_scratch(int slot, int64_t doubles) {
-  thread_local Scratch scratch[2];
   return scratch[slot].get(doubles);
+}
+
+void trim_thread_scratch() {
+  scratch[0].trim();
+  scratch[1].trim();
 }
 
 const Kernels& kernels() {

@@ -251,8 +251,13 @@ constexpr int64_t eigh_lanes_scratch(int64_t T) {
   return (2 * T * (T + 1) + 32 * T) * 8; // matrix, vectors, the rotations of a sweep
 }
 
-// Memory of this thread that only grows, aligned to 64 bytes; `slot` (0 or 1) tells apart buffers in use at once.
+// Memory of this thread, aligned to 64 bytes, for as long as it is at work (threads.h); `slot` (0 or 1) tells apart
+// buffers in use at once.
 double* thread_scratch(int slot, int64_t doubles);
+
+// Frees what is larger than this: small buffers stay for the next call.
+constexpr int64_t kKeptScratch = int64_t(1) << 17; // doubles
+void trim_thread_scratch();
 
 // The best set this machine runs, or the lesser one that FASTMTL_CPU names; chosen once.
 const Kernels& kernels();

@@ -1,7 +1,5 @@
 #include "pipeline.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,12 +10,11 @@
 #include "../math/probe.h"
 #include "definite.h"
 #include "tridiagonal.h"
+#include "threads.h"
 
 namespace fastmtl::cpu {
 
 namespace {
-
-using torch::stable::parallel_for;
 
 // Columns that are not worth another partial sum.
 constexpr int64_t kMinChunk = 2048;

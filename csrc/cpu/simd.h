@@ -167,30 +167,65 @@ FASTMTL_INLINE Vf load(const f16* p, float) {
 }
 #endif
 
-// --- stores of kWidth doubles, rounded to the element type
+// --- stores of kWidth doubles, rounded once to the element type
+
+// Two more significant bits than the kBits of the result, the last of which also says whether there was anything below
+// it: rounded to odd, which the rounding that follows cannot tell from the number itself (Boldo and Melquiond 2008).
+// So few bits are exact in float32, also those of what is subnormal there and in bfloat16.
+template <int kBits>
+FASTMTL_INLINE Vd to_odd(Vd v) {
+  constexpr int64_t kBelow = (int64_t(1) << (51 - kBits)) - 1;
+  const Vi carry = ((Vi)v & kBelow) + kBelow;
+  return (Vd)(((Vi)v | carry) & ~kBelow);
+}
+
 FASTMTL_INLINE void store(double* p, Vd v) {
   write(p, v);
 }
 FASTMTL_INLINE void store(float* p, Vd v) {
   write(p, narrow(v));
 }
+FASTMTL_INLINE HalfVu bf16_bits(Vd v) { // in the upper halves, and anything below
+  const HalfVf f = narrow(to_odd<8>(v));
+  const HalfVu bits = (HalfVu)f, nan = (HalfVu)(f != f);
+  return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
+}
 FASTMTL_INLINE void store(bf16* p, Vd v) {
-  const HalfVf f = narrow(v);
-  const HalfVu bits = (HalfVu)f;
-  const HalfVu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const HalfVu nan = (HalfVu)(f != f);
-  write(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), HalfVh));
+  write(p, __builtin_convertvector(bf16_bits(v) >> 16, HalfVh));
 }
 FASTMTL_INLINE void store(f16* p, Vd v) {
+  const HalfVf f = narrow(to_odd<11>(v));
 #if FASTMTL_VECTOR_BYTES == 64
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT));
 #elif FASTMTL_VECTOR_BYTES == 32
-  _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(_mm256_cvtpd_ps((__m256d)v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph((__m128)f, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int64_t i = 0; i < kWidth; ++i) {
-    p[i].bits = float_to_half(float(v[i]));
+    p[i].bits = float_to_half(f[i]);
   }
 #endif
+}
+
+// --- 2 kWidth neighbours as doubles, and back: in order, but for bfloat16, whose even elements come first
+struct Pair {
+  Vd a, b;
+};
+
+template <class E>
+FASTMTL_INLINE Pair load_pair(const E* p) {
+  return {load(p, double{}), load(p + kWidth, double{})};
+}
+template <class E>
+FASTMTL_INLINE void store_pair(E* p, Pair v) {
+  store(p, v.a);
+  store(p + kWidth, v.b);
+}
+FASTMTL_INLINE Pair load_pair(const bf16* p) {
+  const HalfVu both = read<HalfVu>(p);
+  return {widen((HalfVf)(both << 16)), widen((HalfVf)(both & 0xffff0000u))};
+}
+FASTMTL_INLINE void store_pair(bf16* p, Pair v) {
+  write(p, (bf16_bits(v.a) >> 16) | (bf16_bits(v.b) & 0xffff0000u));
 }
 
 // Two neighbouring vectors of doubles as floats, past the cache. `p` must be aligned to the vector.

@@ -1,19 +1,16 @@
 #include "tridiagonal.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace fastmtl::cpu {
 
 namespace {
-
-using torch::stable::parallel_for;
 
 // A part of the triangle that is worth a thread: fewer bytes are read before a second thread has woken up.
 constexpr int64_t kPartTiles = 2048;

@@ -1,7 +1,5 @@
 #include "weights.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -14,12 +12,11 @@
 #include "../math/mgda.h"
 #include "../math/nash.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace fastmtl::cpu {
 
 namespace {
-
-using torch::stable::parallel_for;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 

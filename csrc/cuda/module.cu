@@ -26,13 +26,13 @@ Batch batch_of(const Strided& G) {
 }
 
 void check_device(const char* name, const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(
+  FASTMTL_CHECK(
       same_device(x, like),
       name,
-      ": expected all tensors of a call on one CUDA device, cuda:",
-      like.get_device_index(),
-      ", got one on ",
-      x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : std::string("another device"));
+      ": expected all tensors of a call on one device, ",
+      device_of(like),
+      ", got a ",
+      describe(x));
 }
 
 void check_devices(
@@ -57,10 +57,7 @@ struct Options {
   std::string rank_rule;
 
   Policy policy(int64_t T, const Tensor& like) const {
-    if (weights) {
-      check_device("weights", *weights, like);
-    }
-    return policy_of(weights, T, scale, rtol, zero, rank_rule);
+    return policy_of(weights, T, scale, rtol, zero, rank_rule, like);
   }
 };
 
@@ -133,9 +130,9 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
   }
   for (int64_t b = 0; b < B; ++b) {
     Verdict& v = verdicts[size_t(b)];
-    const double* entries = doubles(host) + b * T * T;
+    const double* entries = const_doubles(host) + b * T * T;
     if (first.judge == Judge::blocks) {
-      v.again = !blocks_suffice(entries, doubles(balanced.eigenvalues) + b * T, T, bound[size_t(b)]);
+      v.again = !blocks_suffice(entries, const_doubles(balanced.eigenvalues) + b * T, T, bound[size_t(b)]);
     } else if (first.judge == Judge::range) {
       double diagonal = 0.0;
       for (int64_t i = 0; i < T; ++i) {
@@ -174,7 +171,7 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
     }
   }
   to_device(balanced, result);
-  combine(G, doubles(result.alpha), context);
+  combine(G, const_doubles(result.alpha), context);
 }
 
 const int64_t* seed_of(const Tensor& seed) {
@@ -220,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   if (T > kMaxJacobiTasks) {
     to_device(balance_on_host(torch::stable::to(wide, kHost), options), result); // waits: T > 64
   } else {
-    balance(doubles(wide), B, T, policy, result.weights(), call.context());
+    balance(const_doubles(wide), B, T, policy, result.weights(), call.context());
   }
   return {result.alpha, result.eigenvalues, result.rank};
 }
@@ -228,18 +225,19 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
   const Call call(G);
   Strided matrix(G, &out);
-  check_alpha(alpha, matrix.B * matrix.T);
-  check_device("alpha", alpha, G);
-  combine(batch_of(matrix), doubles(alpha), call.context());
+  check_alpha(alpha, G);
+  check_apart(alpha, out);
+  matrix.start();
+  combine(batch_of(matrix), const_doubles(alpha), call.context());
   matrix.finish();
 }
 
 void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
   check_devices(grads, &out, alpha);
   const Call call(alpha);
-  RaggedRows rows(grads, alpha.numel(), &out);
-  check_alpha(alpha, alpha.numel());
-  combine(Batch(rows.gradients(), call.context()), doubles(alpha), call.context());
+  RaggedRows rows(grads, check_alpha(alpha, grads, out), &out);
+  rows.start();
+  combine(Batch(rows.gradients(), call.context()), const_doubles(alpha), call.context());
   rows.finish();
 }
 
@@ -247,8 +245,9 @@ void sign_drop_op(const Tensor& G, const Tensor& seed, std::optional<Tensor> lea
   const Call call(G);
   Strided matrix(G, &out);
   check_seed(seed, G);
-  check_leak(leak, matrix.T, G);
-  sign_drop(batch_of(matrix), seed_of(seed), leak ? doubles(*leak) : nullptr, call.context());
+  check_vector("leak", leak, matrix.T, G);
+  matrix.start();
+  sign_drop(batch_of(matrix), seed_of(seed), const_doubles(leak), call.context());
   matrix.finish();
 }
 
@@ -263,9 +262,10 @@ void sign_drop_rows_op(
   const Call call(like);
   RaggedRows rows(grads, tasks, &out);
   check_seed(seed, like);
-  check_leak(leak, tasks, like);
+  check_vector("leak", leak, tasks, like);
+  rows.start();
   const Batch batch(rows.gradients(), call.context());
-  sign_drop(batch, seed_of(seed), leak ? doubles(*leak) : nullptr, call.context());
+  sign_drop(batch, seed_of(seed), const_doubles(leak), call.context());
   rows.finish();
 }
 
@@ -282,6 +282,7 @@ void align_op(
   const Options options{weights, scale, rtol, zero, rank_rule};
   const int64_t T = matrix.T;
   const Policy policy = options.policy(T, G);
+  matrix.start();
   if (T > kMaxJacobiTasks) {
     const std::vector<int64_t> batch = leading(G, 2);
     std::vector<int64_t> size = batch;
@@ -309,6 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
   const Batch batch(rows.gradients(), call.context());
   const Options options{weights, scale, rtol, zero, rank_rule};
   const Policy policy = options.policy(tasks, like);
+  rows.start();
   const Tensor M = empty_float64({tasks, tasks}, like);
   const Balanced result = new_balanced(like, {}, tasks);
   if (tasks > kMaxJacobiTasks) {
@@ -321,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
 }
 
 std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
-  STD_TORCH_CHECK(M.dim() >= 2 && M.size(-1) == M.size(-2), "M: expected shape [..., T, T], got ", shape_of(M));
+  check_square(M, 0);
   const Call call(M);
   const int64_t T = M.size(-1);
   const Tensor wide = as_float64(M);
@@ -336,7 +338,7 @@ std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   }
   const Tensor eigenvalues = empty_float64(leading(M, 1), wide), eigenvectors = empty_float64(leading(M, 0), wide);
   if (T > 0) {
-    eigh(doubles(wide), M.numel() / (T * T), T, doubles(eigenvalues), doubles(eigenvectors), call.context());
+    eigh(const_doubles(wide), M.numel() / (T * T), T, doubles(eigenvalues), doubles(eigenvectors), call.context());
   }
   return {torch::stable::to(eigenvalues, M.scalar_type()), torch::stable::to(eigenvectors, M.scalar_type())};
 }

@@ -17,8 +17,11 @@
 
 namespace fastmtl::cuda {
 
+// Every call of the runtime goes through this. An error that is thrown is also taken from the runtime, which would hand
+// it to whoever looks next: to torch, after some other op.
 inline void check(cudaError_t status) {
   if (status != cudaSuccess) {
+    cudaGetLastError();
     throw std::runtime_error(std::string("fastmtl: CUDA error: ") + cudaGetErrorString(status));
   }
 }

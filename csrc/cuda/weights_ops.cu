@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> mgda_op(const Tensor& M) {
 std::tuple<Tensor, Tensor> dual_cone_op(const Tensor& M, std::optional<Tensor> weights, bool each) {
   const Call call(M);
   const Weighing to(M);
-  check_weights(weights, to.T, M);
+  check_vector("weights", weights, to.T, M);
   Tensor residual = to.residual();
   if (to.T > kMaxJacobiTasks) {
     std::optional<Tensor> there;
@@ -55,13 +55,13 @@ std::tuple<Tensor, Tensor> dual_cone_op(const Tensor& M, std::optional<Tensor> w
     }
     on_host("fastmtl::dual_cone", to, &residual, there, each);
   } else {
-    const double* u = weights ? doubles(*weights) : nullptr;
-    dual_cone(to.data, to.B, to.T, u, each, doubles(to.alpha), doubles(residual), call.context());
+    dual_cone(to.data, to.B, to.T, const_doubles(weights), each, doubles(to.alpha), doubles(residual), call.context());
   }
   return {to.alpha, residual};
 }
 
 std::tuple<Tensor, Tensor> cagrad_op(const Tensor& M, double c) {
+  check_not_negative("c", c);
   const Call call(M);
   const Weighing to(M);
   Tensor residual = to.residual();
@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor> cagrad_op(const Tensor& M, double c) {
 }
 
 std::tuple<Tensor, Tensor> nash_op(const Tensor& M, double power) {
+  check_power(power);
   const Call call(M);
   const Weighing to(M);
   Tensor residual = to.residual();
@@ -103,7 +104,9 @@ Tensor gradvac_op(const Tensor& M, const Tensor& seed, double beta, Tensor targe
   const Call call(M);
   const Weighing to(M);
   check_seed(seed, M);
+  check_beta(beta);
   check_targets(targets, M);
+  mark_written("targets", targets);
   if (to.T > kMaxJacobiTasks) {
     const Tensor there = torch::stable::to(seed, kHost);      // waits: T > 64
     const Tensor updated = torch::stable::to(targets, kHost); // waits: T > 64

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.reference.present import is_present
+from fastmtl.reference.rounding import rounded
 
 __all__ = ["align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
 
@@ -25,9 +26,9 @@ LAPACK_MAX_DIAGONAL_RATIO = 1e2
 
 
 def gram(G: Tensor) -> Tensor:
-    """M = G Gᵀ in float64. `G` [..., T, P] -> [..., T, T]."""
+    """M = G Gᵀ in float64, symmetric to the bit. `G` [..., T, P] -> [..., T, T]."""
     G = G.to(torch.float64)
-    return G @ G.mT
+    return _mirrored(G @ G.mT)
 
 
 def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
@@ -42,25 +43,29 @@ def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
             index = torch.tensor(present, device=device)
             flat = torch.stack([g.reshape(-1).to(torch.float64) for g in column if g is not None])
             M[index[:, None], index] += flat @ flat.mT
-    return M
+    return _mirrored(M)
+
+
+def _mirrored(M: Tensor) -> Tensor:
+    """The upper triangle in place of the lower one: a matrix product sums them in orders of its own."""
+    return M.triu() + M.triu(1).mT
 
 
 def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
-    """Writes out = αᵀ G, accumulated in float64. `G` [..., T, P], `alpha` [..., T], `out` [..., P]."""
-    out.copy_((alpha[..., None, :] @ G.to(torch.float64)).squeeze(-2))
+    """Writes out = αᵀ G, summed in float64 and rounded once. `G` [..., T, P], `alpha` [..., T], `out` [..., P]."""
+    out.copy_(rounded((alpha[..., None, :] @ G.to(torch.float64)).squeeze(-2), out.dtype))
 
 
 def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
-    """Writes out_k = Σ_t α_t g_{t,k}, accumulated in float64; None is zero."""
+    """Writes out_k = Σ_t α_t g_{t,k}, summed in float64 and rounded once; None is zero."""
     segments = len(out)
     weights = alpha.unbind()
     for k, target in enumerate(out):
         total = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
         for weight, g in zip(weights, grads[k::segments], strict=True):
-            if g is not None:
-                total += weight * g.to(torch.float64)
-        # A non-finite α belongs to the whole result, also where no task has a gradient.
-        target.copy_(total + 0.0 * alpha.sum())
+            # A missing gradient is zero times a weight that need not be finite.
+            total += weight * (0.0 if g is None else g.to(torch.float64))
+        target.copy_(rounded(total, target.dtype))
 
 
 def eigh(M: Tensor) -> tuple[Tensor, Tensor]:

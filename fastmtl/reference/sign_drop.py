@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.reference.philox import philox
+from fastmtl.reference.rounding import rounded
 
 __all__ = ["sign_drop", "sign_drop_rows"]
 
@@ -23,7 +24,7 @@ def sign_drop(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None
     int64 number, `leak` float64 [T] or None for zeros. Where an entry is not finite the result is not either.
     """
     index = torch.arange(out.numel(), device=out.device).view(out.shape)
-    out.copy_(_drop(enumerate(G.unbind(-2)), seed, leak, index))
+    out.copy_(rounded(_drop(enumerate(G.unbind(-2)), seed, leak, index), out.dtype))
 
 
 def sign_drop_rows(
@@ -41,7 +42,7 @@ def sign_drop_rows(
         index = torch.arange(first, first + target.numel(), device=target.device)
         dense = torch.empty_like(like).stride() == like.stride()
         index = index.as_strided(like.shape, like.stride()) if dense else index.view(like.shape)
-        target.copy_(_drop(present, seed, leak, index))
+        target.copy_(rounded(_drop(present, seed, leak, index), target.dtype))
         first += target.numel()
 
 

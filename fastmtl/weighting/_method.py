@@ -24,7 +24,7 @@ from fastmtl.backward import backward
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context, check_scale, checked_losses
 
-__all__ = ["EPS", "GramMethod", "Method", "checked_out", "mark_written"]
+__all__ = ["EPS", "GramMethod", "Method", "checked_out"]
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
@@ -76,7 +76,6 @@ class Method:
         T = gradients.shape[-2]
         self._check_tasks(T)
         self._aggregate_matrix(gradients, out, self._context(losses, T, grad_scale))
-        mark_written(out)
         return out
 
     def backward(
@@ -219,7 +218,6 @@ class Method:
                 if g is not None:
                     target = torch.empty_like(g)
                     info = self._aggregate_list(grads, T, g.dtype, [target], context)
-                    mark_written(target)
                     return [target], info
         like: dict[int, Tensor] = {}
         for k in range(K):
@@ -243,7 +241,6 @@ class Method:
         if len(like) < K:
             grads = [grads[t * K + k] for t in range(T) for k in like]
         info = self._aggregate_list(grads, T, _coarsest(targets), targets, context)
-        mark_written(targets)
         return results, info
 
     def _aggregate_part(
@@ -346,9 +343,3 @@ def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
         if EPS[x.dtype] > EPS[coarsest]:
             coarsest = x.dtype
     return coarsest
-
-
-def mark_written(out: Tensor | list[Tensor]) -> None:
-    """Tells autograd that these tensors were overwritten, which ops of the stable ABI do not do."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(out)

@@ -15,7 +15,7 @@ from fastmtl._inputs import Rows
 from fastmtl._options import choice, number, option
 from fastmtl.info import Info
 from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import EPS, GramMethod, checked_out, mark_written
+from fastmtl.weighting._method import EPS, GramMethod, checked_out
 from fastmtl.weighting._weights import Weighted
 
 __all__ = ["AlignedMTL"]
@@ -103,7 +103,6 @@ class AlignedMTL(Weighted, GramMethod):
         except Exception:
             checked_out(G, out)
             raise
-        mark_written(out)
         return out
 
     def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:

@@ -147,7 +147,8 @@ class Device:
 
     def combine(self, G: Tensor, alpha: Tensor, offset: int = 0) -> Tensor:
         buffer, out = guarded((*G.shape[:-2], G.shape[-1]), G.dtype, offset)
-        module().combine(self.session(), self._input(G, out), alpha.contiguous().data_ptr())
+        alpha = alpha.contiguous()  # to be kept as long as its address is in use
+        module().combine(self.session(), self._input(G, out), alpha.data_ptr())
         check_guard(buffer, out.numel(), offset)
         return out
 

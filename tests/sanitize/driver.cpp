@@ -42,11 +42,14 @@ namespace cpu = fastmtl::cpu;
 
 namespace fastmtl::cpu {
 
-double* growing_scratch(int slot, int64_t doubles); // csrc/cpu/dispatch.cpp compiles its thread_scratch as this
+// What csrc/cpu/dispatch.cpp compiles its thread_scratch and trim_thread_scratch as.
+double* growing_scratch(int slot, int64_t doubles);
+void trim_growing_scratch();
 
 namespace {
 bool share_scratch = false; // a defect
-}
+thread_local int64_t most_scratch[2] = {};
+} // namespace
 
 // The same memory, as if it were exactly as large as was asked for this time, without what was left in it.
 double* thread_scratch(int slot, int64_t doubles) {
@@ -54,13 +57,20 @@ double* thread_scratch(int slot, int64_t doubles) {
   if (share_scratch) {
     return shared;
   }
-  static thread_local int64_t most[2] = {};
   double* memory = growing_scratch(slot, doubles);
-  most[slot] = std::max(most[slot], doubles);
-  FASTMTL_UNPOISON(memory, size_t(most[slot]) * sizeof(double));
+  int64_t& most = most_scratch[slot];
+  most = std::max(most, doubles);
+  FASTMTL_UNPOISON(memory, size_t(most) * sizeof(double));
   std::memset(memory, 0xff, size_t(doubles) * sizeof(double));
-  FASTMTL_POISON(memory + doubles, size_t(most[slot] - doubles) * sizeof(double));
+  FASTMTL_POISON(memory + doubles, size_t(most - doubles) * sizeof(double));
   return memory;
+}
+
+void trim_thread_scratch() {
+  for (int64_t& most : most_scratch) {
+    most = most > kKeptScratch ? 0 : most;
+  }
+  trim_growing_scratch();
 }
 
 } // namespace fastmtl::cpu
