@@ -5,7 +5,6 @@
 
 #include "../gradients.h"
 #include "balance.cuh"
-#include "mend.cuh"
 #include "source.cuh"
 
 namespace fastmtl::cuda {
@@ -24,6 +23,13 @@ struct GramPlan {
   static Layout pair_layout() {
     return {kGroupRows / 4, 2 * kGroupRows, true};
   }
+};
+
+// The tensors of a list by their types.
+struct Sources {
+  Source part[4];
+  Dtype dtype[4];
+  int count;
 };
 
 // Where the blocks of a Gram pass leave their sums.

@@ -1,5 +1,6 @@
 // The kernels that do not depend on the gradients' type, and their launches.
 #include "kernels.h"
+#include "mend.cuh"
 
 namespace fastmtl::cuda {
 

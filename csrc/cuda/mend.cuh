@@ -7,17 +7,11 @@
 
 #include "../gradients.h"
 #include "gram.cuh"
+#include "kernels.h"
 
 namespace fastmtl::cuda {
 
 constexpr int kMendThreads = 256;
-
-// The tensors of a list by their types.
-struct Sources {
-  Source part[4];
-  Dtype dtype[4];
-  int count;
-};
 
 // What a thread adds to the product of two rows of `length` columns.
 template <class scalar>
