@@ -57,7 +57,7 @@ def singular_values(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        σ [T] or [B, T], descending: all T, those that the rank rule drops too. What should be zero is rounding noise, of
+        σ [T] or [B, T], descending: all T, those that the rank rule drops too. What should be zero is rounding noise of
         up to about 1e-7 of the largest: M has it squared.
 
     Raises:

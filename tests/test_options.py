@@ -167,10 +167,12 @@ def test_every_option_is_tried():
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_by_keyword_only(kind):
-    """But for the number of tasks, which is no option."""
+    """But for what says how many tasks there are: their number, or the weights of linear scalarization."""
     parameters = inspect.signature(kind).parameters.values()
     positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    assert positional in ([], ["tasks"])
+    assert positional == (
+        ["weights"] if kind is S.LS else ["tasks"] if "tasks" in inspect.signature(kind).parameters else []
+    )
 
 
 @pytest.mark.parametrize(("kind", "name", "entry"), [*cases(OPTIONS, True), *cases(FIXED, True)])

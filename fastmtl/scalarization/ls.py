@@ -27,7 +27,7 @@ class LS(Scalarization):
 
     fixed: Tensor | str = option(lambda value, _: _options.weights(value, "weights"), fixed=True)
 
-    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None) -> None:
+    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
         fixed = _options.weights(weights, "weights")
         super().__init__(None if isinstance(fixed, str) else fixed.shape[0])
         self.fixed = fixed
