@@ -52,6 +52,7 @@ def test_parity_of_lesser_instruction_sets(isa):
         {"FASTMTL_CPU": isa},
         str(HERE / "test_ops.py"),
         str(HERE / "test_eigh.py"),
+        str(HERE / "test_adversaries.py"),
         "-k",
         "not opcheck and not derivative",
     )
