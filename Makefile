@@ -49,10 +49,11 @@ test: develop ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 # What a processor without AVX-512 runs of PyTorch, its libraries and the kernels.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTMTL_CPU=avx2
 # The numerics, and what stands on matrix products and solvers of others; test_isa.py has the kernels on their own.
-AVX2_TESTS := adversaries aligned determinism diagnostics gramian many_tasks qp raw_ops tridiagonal
+AVX2_TESTS := ops/test_adversaries methods/test_aligned ops/test_determinism observe/test_diagnostics gramian/test_gramian \
+	ops/test_many_tasks ops/test_qp ops/test_raw_ops ops/test_tridiagonal
 
 test-avx2: develop ## a part of the tests as on a processor without AVX-512
-	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) $(AVX2_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
+	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) $(AVX2_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 test-all: develop ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
 	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)

@@ -42,7 +42,7 @@ __all__ = [
 
 RESULTS = Path(__file__).parent / "results" / "h100-sxm" / "cuda.json"
 
-# The numbers that csrc/cuda decides by, each with its own name there: tests/test_cuda_model.py compares them.
+# The numbers that csrc/cuda decides by, each with its own name there: tests/cuda/test_cuda_model.py compares them.
 CONSTANTS = {
     "kTileColumns": 512,  # source.cuh
     "kFewWords": 440,

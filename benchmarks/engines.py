@@ -37,10 +37,10 @@ from check import BUSY, HEAD, Line, show
 from torch import Tensor
 
 import fastmtl
-from fastmtl._graph import leaves_of
 from fastmtl.gramian import cost
 from fastmtl.gramian.plan import plan
 from fastmtl.gramian.survey import survey
+from fastmtl.graph import leaves_of
 
 __all__ = [
     "GRID",

@@ -11,9 +11,9 @@ import workloads
 from torch import Tensor
 
 import fastmtl
-from fastmtl import reference
-from fastmtl.weighting._context import NOTHING, draw_seed
-from fastmtl.weighting._method import GramMethod
+from fastmtl.methods.base import GramMethod
+from fastmtl.ops import reference
+from fastmtl.rule import NOTHING, draw_seed
 
 __all__ = ["AGGREGATION", "INSTALL", "PEERS", "Peer", "torchjd"]
 

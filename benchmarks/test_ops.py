@@ -1,7 +1,7 @@
 """Every op of fastmtl.ops, called directly: beside plain PyTorch, TorchJD and a collection loop where they have one.
 
 Whole aggregations of more shapes have files of their own (test_flat, test_batched, test_ragged), and so have the task
-weights of the methods (test_weighting). In place of plain PyTorch the solvers have `fastmtl.reference`: nobody writes
+weights of the methods (test_weighting). In place of plain PyTorch the solvers have `fastmtl.ops.reference`: nobody writes
 those by hand. TorchJD's weights are compared with ours up to their scale, and as closely as its solvers go.
 """
 
@@ -18,8 +18,9 @@ import torch
 import workloads
 from torch import Tensor
 
-from fastmtl import ops, reference
-from fastmtl.weighting.aligned import _tolerances
+from fastmtl import ops
+from fastmtl.methods.aligned import _tolerances
+from fastmtl.ops import reference
 
 pytest.importorskip("pytest_benchmark")
 

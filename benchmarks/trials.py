@@ -18,7 +18,8 @@ import workloads
 from torch import Tensor
 
 import fastmtl
-from fastmtl import ops, reference
+from fastmtl import ops
+from fastmtl.ops import reference
 
 __all__ = ["FIGURES", "TRIALS", "Trial"]
 

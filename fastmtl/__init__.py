@@ -2,13 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastmtl import diagnostics, metrics, ops, scalarization
-from fastmtl.attach import attach
+from fastmtl import ops, scalarization
 from fastmtl.eigen import eigh
-from fastmtl.hooks import FanOut, fan_out
 from fastmtl.info import Info
-from fastmtl.monitor import Monitor
-from fastmtl.weighting import (
+from fastmtl.methods import (
     IMTL,
     MGDA,
     RLW,
@@ -25,6 +22,10 @@ from fastmtl.weighting import (
     Uniform,
     UPGrad,
 )
+from fastmtl.observe import diagnostics, metrics
+from fastmtl.observe.monitor import Monitor
+from fastmtl.training.attach import attach
+from fastmtl.training.fan_out import FanOut, fan_out
 
 __all__ = [
     "IMTL",

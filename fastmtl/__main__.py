@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fastmtl
-from fastmtl import methods
+from fastmtl import catalog
 from fastmtl.scaling import command as scaling
 
 __all__ = ["info", "main"]
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:<13}{value}")
         return 0
     if options.command == "methods":
-        print(methods.table(options.markdown))
+        print(catalog.table(options.markdown))
         return 0
     if options.command == "scaling":
         return scaling.run(options, swept.error)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl._inputs import describe
+from fastmtl.inputs import describe
 
 __all__ = ["eigh"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastmtl import _once
+from fastmtl import once
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
-    _once.forget()  # warnings come once in a process, and here once in a test
+    once.forget()  # warnings come once in a process, and here once in a test
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:

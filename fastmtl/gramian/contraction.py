@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl._graph import Edge
 from fastmtl.gramian.forms import Use
+from fastmtl.graph import Edge
 
 __all__ = ["BLOCK", "Contraction"]
 

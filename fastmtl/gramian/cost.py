@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastmtl._inputs import DTYPES
 from fastmtl.gramian.contraction import BLOCK
 from fastmtl.gramian.forms import Use
+from fastmtl.inputs import DTYPES
 
 if TYPE_CHECKING:
     from fastmtl.gramian.survey import Survey

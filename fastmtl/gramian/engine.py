@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fastmtl import ops
-from fastmtl._graph import SEVERAL, Edge, Leaves, edge_of
-from fastmtl._inputs import DTYPES, check_rows
 from fastmtl.gramian import cost
 from fastmtl.gramian.hooks import is_hooked
 from fastmtl.gramian.plan import Plan, plan, settled
 from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
+from fastmtl.graph import SEVERAL, Edge, Leaves, edge_of
 from fastmtl.info import Info
+from fastmtl.inputs import DTYPES, check_rows
 
 if TYPE_CHECKING:
-    from fastmtl.weighting._context import Context
-    from fastmtl.weighting._method import Method
+    from fastmtl.methods.base import Method
+    from fastmtl.rule import Context
 
 __all__ = ["Result", "update"]
 

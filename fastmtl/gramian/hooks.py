@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmtl._graph import Edge
 from fastmtl.gramian.survey import Survey
+from fastmtl.graph import Edge
 
 __all__ = ["has_hooks", "is_hooked", "seen_by_hooks"]
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl._graph import SEVERAL, Edge, edge_of
 from fastmtl.gramian import cost
 from fastmtl.gramian.contraction import Contraction
 from fastmtl.gramian.forms import Use, is_bias, is_small, use_of
 from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.survey import Consumer, Survey, parts_of
+from fastmtl.graph import SEVERAL, Edge, edge_of
 
 __all__ = ["Plan", "plan", "settled"]
 

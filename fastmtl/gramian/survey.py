@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastmtl._graph import SEVERAL, Edge, edge_of
 from fastmtl.gramian.saved import Saved, is_builtin
+from fastmtl.graph import SEVERAL, Edge, edge_of
 
 __all__ = ["PASSED_ON", "SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
 

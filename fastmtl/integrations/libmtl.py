@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import ops, scalarization
-from fastmtl._graph import edge_of, leaves_of, trunk_of
-from fastmtl.backward import _commit, _pairs, _pass, _without_tensor_hooks
+from fastmtl.graph import edge_of, leaves_of, trunk_of
 from fastmtl.info import Info
+from fastmtl.methods.base import Method
+from fastmtl.rule import NOTHING, Context
 from fastmtl.scalarization import Scalarization
-from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import Method
+from fastmtl.training.backward import _commit, _pairs, _pass, _without_tensor_hooks
 
 __all__ = [
     "DWA",

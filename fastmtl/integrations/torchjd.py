@@ -5,7 +5,7 @@
 
 Every class has the name, the arguments and the attributes of TorchJD's, and is one of TorchJD's kinds: an aggregator
 for `torchjd.autojac.jac_to_grad` (with `optimize_gramian_computation` too) or a weighting for the Gramians of
-`torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `weighting.method`.
+`torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `methods.method`.
 
 An aggregator that needs the Gramian of the Jacobian [m, n] computes it and the weights [m] in float64, and rounds once,
 when the result [n] is written; whoever looks at the weights sees them in the Jacobian's dtype. A weighting returns
@@ -27,11 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastmtl import ops, weighting
-from fastmtl._inputs import check_matrix, describe
+from fastmtl import methods, ops
 from fastmtl.info import Info
-from fastmtl.weighting._context import NOTHING, Context
-from fastmtl.weighting._method import GramMethod, Method
+from fastmtl.inputs import check_matrix, describe
+from fastmtl.methods.base import GramMethod, Method
+from fastmtl.rule import NOTHING, Context
 
 try:
     from torchjd import Stateful
@@ -304,17 +304,17 @@ class _Peer:
         raise NotImplementedError
 
 
-class _CAGrad(_Peer, weighting.CAGrad):
+class _CAGrad(_Peer, methods.CAGrad):
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha * ~zero.any(-1, keepdim=True)  # its g_w is zero, and then it moves nothing
 
 
-class _FairGrad(_Peer, weighting.FairGrad):
+class _FairGrad(_Peer, methods.FairGrad):
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha if self.fairness else alpha + zero / zero.shape[-1]
 
 
-class _MGDA(_Peer, weighting.MGDA):
+class _MGDA(_Peer, methods.MGDA):
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         first = zero & (zero.cumsum(-1) == 1)  # which is the shortest vector
         return alpha * ~zero.any(-1, keepdim=True) + first
@@ -325,11 +325,11 @@ class _Conflicts(_Peer):
         return alpha + zero
 
 
-class _PCGrad(_Conflicts, weighting.PCGrad):
+class _PCGrad(_Conflicts, methods.PCGrad):
     pass
 
 
-class _GradVac(_Conflicts, weighting.GradVac):
+class _GradVac(_Conflicts, methods.GradVac):
     pass
 
 
@@ -340,15 +340,15 @@ class _Projected(_Peer):
         return alpha + zero * (1 / m if preferred is None else preferred)
 
 
-class _UPGrad(_Projected, weighting.UPGrad):
+class _UPGrad(_Projected, methods.UPGrad):
     pass
 
 
-class _DualProj(_Projected, weighting.DualProj):
+class _DualProj(_Projected, methods.DualProj):
     pass
 
 
-class _Krum(weighting.Krum):
+class _Krum(methods.Krum):
     def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
         squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
@@ -379,7 +379,7 @@ class AlignedMTLWeighting(_GramWeighting):
     def _make(
         pref_vector: Tensor | None = None, scale_mode: str = "min", *, rank_rule: str = "normalized"
     ) -> GramMethod:
-        return weighting.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
+        return methods.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
 
 
 class AlignedMTL(_GramAggregator, by=AlignedMTLWeighting):
@@ -419,7 +419,7 @@ class ConFIGWeighting(_GramWeighting):
 
     @staticmethod
     def _make(pref_vector: Tensor | None = None) -> GramMethod:
-        return weighting.ConFIG(weights=pref_vector)
+        return methods.ConFIG(weights=pref_vector)
 
 
 class ConFIG(_GramAggregator, by=ConFIGWeighting):
@@ -480,7 +480,7 @@ class GradVacWeighting(_StatefulWeighting):
         ValueError: `beta` is not in [0, 1].
     """
 
-    method: weighting.GradVac
+    method: methods.GradVac
 
     @staticmethod
     def _make(beta: float = 0.5, eps: float = 1e-8) -> GramMethod:
@@ -502,7 +502,7 @@ class IMTLGWeighting(_GramWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.IMTL()
+        return methods.IMTL()
 
 
 class IMTLG(_GramAggregator, by=IMTLGWeighting):
@@ -569,7 +569,7 @@ class NashMTLWeighting(_StatefulWeighting):
     def _make(n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20) -> GramMethod:
         if not isinstance(n_tasks, int) or n_tasks < 1:
             raise ValueError(f"n_tasks: expected an integer >= 1, got {n_tasks!r}")
-        return weighting.NashMTL(max_norm=max_norm, every=update_weights_every)
+        return methods.NashMTL(max_norm=max_norm, every=update_weights_every)
 
     def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The weights [m]."""
@@ -632,7 +632,7 @@ class ConstantWeighting(_TaskWeighting):
 
     @staticmethod
     def _make(weights: Tensor) -> GramMethod:
-        return weighting.Uniform(weights=weights)
+        return methods.Uniform(weights=weights)
 
 
 class Constant(_TaskAggregator, by=ConstantWeighting):
@@ -644,7 +644,7 @@ class MeanWeighting(_TaskWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.Uniform(weights="mean")
+        return methods.Uniform(weights="mean")
 
 
 class Mean(_TaskAggregator, by=MeanWeighting):
@@ -656,7 +656,7 @@ class RandomWeighting(_TaskWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.RLW()
+        return methods.RLW()
 
 
 class Random(_TaskAggregator, by=RandomWeighting):
@@ -668,7 +668,7 @@ class SumWeighting(_TaskWeighting):
 
     @staticmethod
     def _make() -> GramMethod:
-        return weighting.Uniform(weights="sum")
+        return methods.Uniform(weights="sum")
 
 
 class Sum(_TaskAggregator, by=SumWeighting):
@@ -693,14 +693,14 @@ class GradDrop(_Configured, Aggregator):
         ValueError: another `f`; `leak` is not within [0, 1] or no vector; (in a step) of another length than m.
     """
 
-    method: weighting.GradDrop
+    method: methods.GradDrop
 
     @staticmethod
     def _make(f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None) -> Method:
         purity = torch.linspace(0, 1, 101, device="cpu")
         if not torch.equal(f(purity.clone()), purity):
             raise ValueError(f"f: expected the identity, got {f!r}, which changes the sign purity")
-        return weighting.GradDrop(leak=leak)
+        return methods.GradDrop(leak=leak)
 
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """The aggregation [n] of a Jacobian [m, n], through all registered hooks."""

@@ -1,6 +1,6 @@
 """Methods that look at the losses alone (and GradNorm, at gradient norms): one scalar from T losses; one a file."""
 
-from fastmtl.scalarization._scalarization import Scalarization
+from fastmtl.scalarization.base import Scalarization
 from fastmtl.scalarization.dwa import DWA
 from fastmtl.scalarization.famo import FAMO
 from fastmtl.scalarization.gls import GLS

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl._options import integer, number, option
-from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
+from fastmtl.options import integer, number, option
+from fastmtl.scalarization.base import Scalarization, masked, number_of
 
 __all__ = ["DWA"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl import _options
-from fastmtl._options import integer, number, numbers, option
-from fastmtl.scalarization._adam import Adam
-from fastmtl.scalarization._scalarization import Losses, Scalarization, divided, masked
+from fastmtl import options
+from fastmtl.options import integer, number, numbers, option
+from fastmtl.scalarization.adam import Adam
+from fastmtl.scalarization.base import Losses, Scalarization, divided, masked
 
 __all__ = ["FAMO"]
 
@@ -73,7 +73,7 @@ class FAMO(Scalarization):
         self.lr = lr
         self.weight_decay = weight_decay
         self.min_losses = numbers([0.0] * tasks if min_losses is None else min_losses, "min_losses", tasks=tasks)
-        self._copies = _options.Copies()
+        self._copies = options.Copies()
         self.register_buffer("logits", torch.zeros(tasks, dtype=torch.float64))
         self.register_buffer("previous", torch.full((tasks,), math.nan, dtype=torch.float64))
         self.adam = Adam(tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
+from fastmtl.scalarization.base import Scalarization, masked, number_of
 
 __all__ = ["GLS"]
 

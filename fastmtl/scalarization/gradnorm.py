@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastmtl._inputs import describe
-from fastmtl._options import integer, number, numbers, option
-from fastmtl.scalarization._adam import Adam
-from fastmtl.scalarization._scalarization import Losses, Scalarization, divided, masked
+from fastmtl.inputs import describe
+from fastmtl.options import integer, number, numbers, option
+from fastmtl.scalarization.adam import Adam
+from fastmtl.scalarization.base import Losses, Scalarization, divided, masked
 
 __all__ = ["GradNorm"]
 

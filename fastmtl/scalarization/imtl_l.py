@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmtl._inputs import describe
-from fastmtl._options import integer, option
-from fastmtl.scalarization._scalarization import Scalarization, masked, present
+from fastmtl.inputs import describe
+from fastmtl.options import integer, option
+from fastmtl.scalarization.base import Scalarization, masked, present
 
 __all__ = ["IMTLL"]
 

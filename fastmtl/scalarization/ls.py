@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl import _options
-from fastmtl._options import option
-from fastmtl.scalarization._scalarization import Scalarization, masked
+from fastmtl import options
+from fastmtl.options import option
+from fastmtl.scalarization.base import Scalarization, masked
 
 __all__ = ["LS"]
 
@@ -25,13 +25,13 @@ class LS(Scalarization):
         ValueError: an unknown word, or numbers that are not one-dimensional or not finite.
     """
 
-    fixed: Tensor | str = option(lambda value, _: _options.weights(value, "weights"), fixed=True)
+    fixed: Tensor | str = option(lambda value, _: options.weights(value, "weights"), fixed=True)
 
     def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
-        fixed = _options.weights(weights, "weights")
+        fixed = options.weights(weights, "weights")
         super().__init__(None if isinstance(fixed, str) else fixed.shape[0])
         self.fixed = fixed
-        self._copies = _options.Copies()
+        self._copies = options.Copies()
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         if isinstance(self.fixed, str):

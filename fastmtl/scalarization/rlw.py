@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import _options
-from fastmtl._options import choice, option
-from fastmtl.scalarization._scalarization import Scalarization, masked
+from fastmtl import options
+from fastmtl.options import choice, option
+from fastmtl.scalarization.base import Scalarization, masked
 
 __all__ = ["RLW"]
 
@@ -36,7 +36,7 @@ class RLW(Scalarization):
     """
 
     distribution: str = option(choice("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"))
-    generator: torch.Generator | None = option(_options.generator)
+    generator: torch.Generator | None = option(options.generator)
 
     def __init__(self, *, distribution: str = "normal", generator: torch.Generator | None = None) -> None:
         super().__init__()

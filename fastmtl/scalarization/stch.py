@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl import _options
-from fastmtl._options import integer, number, numbers, option
-from fastmtl.scalarization._scalarization import Scalarization, masked, number_of
+from fastmtl import options
+from fastmtl.options import integer, number, numbers, option
+from fastmtl.scalarization.base import Scalarization, masked, number_of
 
 __all__ = ["STCH"]
 
@@ -52,7 +52,7 @@ class STCH(Scalarization):
     epochs: Tensor  # []
     mu: float = option(number(above=0))
     warmup: int | None = option(integer(0, optional=True), fixed=True)
-    preference: Tensor | str = option(lambda value, _: _options.weights(value, "weights"), fixed=True)
+    preference: Tensor | str = option(lambda value, _: options.weights(value, "weights"), fixed=True)
     reference: Tensor | None = option(lambda value, name: None if value is None else numbers(value, name), fixed=True)
 
     def __init__(
@@ -64,7 +64,7 @@ class STCH(Scalarization):
         reference: Tensor | Sequence[float] | None = None,
         warmup: int | None = None,
     ) -> None:
-        preference = _options.weights(weights, "weights")
+        preference = options.weights(weights, "weights")
         lengths = {"tasks": integer(1, optional=True)(tasks, "tasks")}
         for name, given in (("weights", preference), ("reference", reference)):
             if given is not None and not isinstance(given, str):
@@ -75,7 +75,7 @@ class STCH(Scalarization):
         self.warmup = warmup
         self.preference = preference
         self.reference = reference  # type: ignore[assignment]
-        self._copies = _options.Copies()
+        self._copies = options.Copies()
         if warmup is None:
             return
         if weights is not None or reference is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastmtl._options import integer, number, option
-from fastmtl.scalarization._scalarization import Scalarization, masked
+from fastmtl.options import integer, number, option
+from fastmtl.scalarization.base import Scalarization, masked
 
 __all__ = ["Uncertainty"]
 

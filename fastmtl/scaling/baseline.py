@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastmtl.methods.aligned import _tolerances
 from fastmtl.scaling.points import DTYPES, METHODS, Point
-from fastmtl.weighting.aligned import _tolerances
 
 __all__ = ["Pure", "affordable", "error", "exact", "gradients", "tolerance"]
 

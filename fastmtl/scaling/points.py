@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from fastmtl import weighting
-from fastmtl.weighting._method import GramMethod
+from fastmtl import methods
+from fastmtl.methods.base import GramMethod
 
 __all__ = ["DTYPES", "METHODS", "Grid", "Point", "names", "numbers"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 METHODS: dict[str, type[GramMethod]] = {
-    name: kind for name in weighting.__all__ if issubclass(kind := getattr(weighting, name), GramMethod)
+    name: kind for name in methods.__all__ if issubclass(kind := getattr(methods, name), GramMethod)
 }
 
 

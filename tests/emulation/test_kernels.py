@@ -38,7 +38,8 @@ from helpers import (
     svd_rank,
 )
 
-from fastmtl import ops, reference
+from fastmtl import ops
+from fastmtl.ops import reference
 
 ORDERS = ("sequential", "reversed", "shuffled")
 SCALES = ("min", "median", "rmse")

@@ -6,7 +6,7 @@ import torch
 from harness import Device
 from helpers import BF16, DTYPES, F16, F32, F64, dtype_id, randn, rounded
 
-from fastmtl import reference
+from fastmtl.ops import reference
 
 ORDERS = ("sequential", "reversed", "shuffled")
 DEVICE = Device()

@@ -42,7 +42,8 @@ from test_ops import OP_CASES
 from test_qp import CERTIFIED, ROUNDING, check_conflict_averse, check_shortest, present
 from torch import Tensor
 
-from fastmtl import Info, ops, reference
+from fastmtl import Info, ops
+from fastmtl.ops import reference
 
 pytestmark = needs_extension
 

@@ -21,7 +21,7 @@ from artefacts import (
     wheel_files,
 )
 
-from fastmtl import methods, ops
+from fastmtl import catalog, ops
 
 LINUX = sys.platform == "linux" and shutil.which("nm") is not None and shutil.which("readelf") is not None
 KINDS = (".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".md", ".toml", ".json")
@@ -81,7 +81,7 @@ def test_the_citation_is_of_this_version():
 def test_the_notice_names_the_paper_of_every_method():
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     entries = [" ".join(entry.split()) for entry in re.split(r"\n(?! )", notice)]
-    papers = {paper for entry in methods.methods() for paper in entry.paper.split("; ") if paper}
+    papers = {paper for entry in catalog.entries() for paper in entry.paper.split("; ") if paper}
     assert len(papers) > 15
     for paper in papers:
         surname, place = paper.replace(",", "").split()[0], paper.rpartition(", ")[2].split()

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmtl._inputs import DTYPES
 from fastmtl.gramian.forms import convolution, embedding, product
-from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved
 from fastmtl.gramian.survey import Consumer
+from fastmtl.inputs import DTYPES
 
 __all__ = ["BIASES", "FORMS", "SMALL", "Bias", "Form", "Use", "is_bias", "is_small", "use_of"]
 

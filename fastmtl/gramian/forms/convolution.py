@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved
 
 __all__ = ["BIAS", "WEIGHT", "weight"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved, is_plain
 
 __all__ = ["TABLE", "table"]

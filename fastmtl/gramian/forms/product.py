@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.gramian.forms._use import Use
+from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved
 
 __all__ = ["BIAS", "LEFT", "LEFT_OF_SUM", "RIGHT", "RIGHT_OF_SUM", "left", "left_of_sum", "right", "right_of_sum"]

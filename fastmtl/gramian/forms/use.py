@@ -1,0 +1,71 @@
+"""What the closed forms have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.saved import is_plain
+from fastmtl.graph import Edge
+from fastmtl.inputs import DTYPES
+
+__all__ = ["Use"]
+
+
+class Use(ABC):
+    """One use of a parameter: its gradient is G_t = B_tᵀ A in each of g groups, A the same for all tasks.
+
+    Attributes:
+        edge: where the cotangents arrive.
+        groups: number of groups g.
+        rows: N, rows of A and B_t: samples times positions.
+        width: O, columns of B_t.
+        depth: I, columns of A.
+        side: which dimension of the parameter the columns of B_t are, 0 or 1.
+        is_indexed: whether the rows of A are unit vectors.
+    """
+
+    is_indexed = False
+
+    def __init__(self, node: Any, *, groups: int = 1, rows: int, width: int, depth: int, side: int) -> None:
+        self.edge: Edge = (node, 0)
+        self.groups, self.rows, self.width, self.depth, self.side = groups, rows, width, depth, side
+
+    @property
+    def node(self) -> Any:
+        """The graph node of the operation."""
+        return self.edge[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one cotangent as it arrives."""
+        return self.node._input_metadata[0].shape
+
+    @property
+    def elements(self) -> int:
+        """Number of entries of one cotangent."""
+        return math.prod(self.shape)
+
+    def _reads(self, x: Tensor) -> bool:
+        """Whether what the operation saved is what the formulas are for."""
+        return is_plain(x, self.node._input_metadata[0].device) and x.dtype in DTYPES
+
+    @abstractmethod
+    def hold(self) -> bool:
+        """Keeps what the operation saved, before a pass frees it; False where the form is not for it."""
+
+    @abstractmethod
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """A [g, N, I] in this dtype, or for a matrix of unit vectors their indices, int64 [N]."""
+
+    @abstractmethod
+    def cotangents(self, arrived: Tensor) -> Tensor:
+        """B [c, g, N, O] from c cotangents as they arrived."""
+
+    @abstractmethod
+    def gradient(self, cotangent: Tensor) -> Tensor:
+        """The parameter's gradient from one cotangent of the operation's output, laid out as the parameter is."""

@@ -1,0 +1,265 @@
+"""What a user may pass as task gradients, checked in one place: messages name argument, expectation and what came."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+__all__ = [
+    "DTYPES",
+    "Rows",
+    "check_apart",
+    "check_losses",
+    "check_matrix",
+    "check_out",
+    "check_rows",
+    "check_tangent",
+    "describe",
+    "has_numbers",
+    "present_losses",
+    "repeats",
+    "requires_grad_outside",
+    "transforming",
+]
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+Row: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+Rows: TypeAlias = "Sequence[Row]"
+
+
+def describe(value: object) -> str:
+    """A tensor as dtype, shape and device, anything else as its type: what an error message says that came."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f" {str(value.layout)[6:]}"
+        return f"{str(value.dtype)[6:]}{layout} tensor of shape {list(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def _check_gradient(g: object, name: str) -> None:
+    if not isinstance(g, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {describe(g)}")
+    if g.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {describe(g)}; call .to_dense() first")
+    if g.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {describe(g)}")
+    if g.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: has requires_grad=True, but the aggregation has no derivative; pass it detached")
+
+
+def transforming() -> bool:
+    """Whether forward-mode derivatives or a transform of `torch.func` may have wrapped tensors."""
+    if torch.compiler.is_compiling():  # which refuses by itself what it cannot trace
+        return False
+    return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether the host may look at these numbers: they lie there, and no trace or transform is being made of them."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not transforming() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def check_tangent(x: Tensor, name: str, what: str) -> None:
+    """Raises ValueError where `x` has a forward-mode tangent, which would be lost."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: has a forward-mode tangent, but {what} no derivative; pass it detached")
+
+
+def _check_transformed(g: Tensor, name: str) -> None:
+    check_tangent(g, name, "the aggregation has")
+    for wrapped, transform in (
+        (_functorch.is_batchedtensor, "vmap"),
+        (_functorch.is_functionaltensor, "functionalize"),
+    ):
+        if wrapped(g):
+            raise NotImplementedError(
+                f"{name}: the aggregation does not work inside torch.func.{transform}, got {describe(g)}; "
+                "a batch of gradients [B, T, P] is one call without it"
+            )
+
+
+def requires_grad_outside(x: Tensor) -> bool:
+    """Whether `x` requires grad outside of a transform of `torch.func`, within which it says that it does not."""
+    inner = x
+    while _functorch.is_functorch_wrapped_tensor(inner):
+        inner = _functorch.get_unwrapped(inner)
+    return inner.requires_grad and not x.requires_grad
+
+
+def check_matrix(G: Tensor) -> None:
+    """Accepts [T, P] and [B, T, P] with T >= 1.
+
+    Raises:
+        TypeError: `G` is sparse or not of a floating dtype that the kernels read.
+        ValueError: `G` has another number of dimensions, no task, requires grad or has a tangent.
+        NotImplementedError: within `torch.func.vmap` or `functionalize`.
+    """
+    if transforming():
+        _check_transformed(G, "G")
+    if G.requires_grad or G.dtype not in DTYPES or G.layout is not torch.strided:
+        _check_gradient(G, "G")
+    shape = G.shape
+    if not 2 <= len(shape) <= 3:
+        raise ValueError(f"G: expected shape [T, P] or [B, T, P], got {describe(G)}")
+    if shape[-2] == 0:
+        raise ValueError(f"G: expected at least one task (T >= 1), got {describe(G)}")
+
+
+def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out") -> Tensor:
+    """Returns `out`, which must be a writable tensor of exactly the result's shape, dtype and device."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
+    if out.shape != shape or out.dtype is not like.dtype or out.device != like.device:
+        expected = f"{str(like.dtype)[6:]} tensor of shape {list(shape)} on {like.device}"
+        raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
+    if not out.is_contiguous() and repeats(out):
+        raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
+    return out
+
+
+def repeats(x: Tensor) -> bool:
+    """Whether elements share memory; true also for strides that interleave them so that it is hard to tell."""
+    extent = 1
+    for stride, n in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride < extent:
+            return bool(x.numel())
+        extent += (n - 1) * stride
+    return False
+
+
+def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Results must not span memory that a gradient or another result spans: one would overwrite the other."""
+    if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
+        return
+    for out in outs:
+        out.data_ptr()  # asks for memory to write, which parts tensors that are copied on write
+    results = [_extent(out) for out in outs]
+    spans = sorted(_extent(g) for g in grads if g.numel())
+    starts = [start for start, _ in spans]
+    ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end of this span and all before
+    for k, (out, (start, end)) in enumerate(zip(outs, results, strict=True)):
+        before = bisect.bisect_left(starts, end)
+        if out.numel() and before and ends[before - 1] > start:
+            name = "out" if len(outs) == 1 else f"out[{k}]"
+            raise ValueError(f"{name}: expected memory that does not overlap the gradients, got {describe(out)} within")
+    taken = sorted((*span, k) for k, span in enumerate(results) if outs[k].numel())
+    for (_, end, j), (start, _, k) in itertools.pairwise(taken):
+        if start < end:
+            raise ValueError(f"out[{k}]: expected memory that does not overlap other results, got that of out[{j}]")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends; data_ptr() would make the copy that a copy on write is."""
+    begin = torch._C._data_address(x) + x.storage_offset() * x.element_size()  # type: ignore[attr-defined]
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return begin, begin + (last + 1) * x.element_size()
+
+
+def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
+    """Flattens T rows of K gradients to the ops' list (entry t·K + k).
+
+    Returns:
+        The list of T·K tensors or Nones, and K.
+
+    Raises:
+        TypeError: an entry is no dense floating tensor.
+        ValueError: no row, rows of different length, or gradients of one parameter that differ between tasks in shape,
+            dtype or device; gradients on several devices; a gradient that requires grad or has a tangent.
+        NotImplementedError: within `torch.func.vmap` or `functionalize`.
+    """
+    if not isinstance(rows, (list, tuple)):
+        raise TypeError(f"rows: expected a [T, P] tensor or a sequence of T rows, got {describe(rows)}")
+    if not rows:
+        raise ValueError("rows: expected at least one task (T >= 1), got an empty sequence")
+    lengths = {}
+    for t, row in enumerate(rows):
+        if isinstance(row, Tensor):
+            lengths[t] = 1
+        elif isinstance(row, (list, tuple)):
+            lengths[t] = len(row)
+        elif row is not None:
+            raise TypeError(f"rows[{t}]: expected a tensor, a sequence of tensors or None, got {describe(row)}")
+    first = next(iter(lengths), None)
+    if first is None:
+        raise ValueError(f"rows: expected a gradient in at least one of the {len(rows)} rows, got only None")
+    K = lengths[first]
+    for t, length in lengths.items():
+        if length != K:
+            raise ValueError(f"rows[{t}]: expected {K} tensors as in rows[{first}], got {length}")
+    grads: list[Tensor | None] = []
+    for row in rows:
+        grads.extend((None,) * K if row is None else (row,) if isinstance(row, Tensor) else row)
+
+    device = None
+    for k in range(K):
+        like: Tensor | None = None
+        for g in grads[k::K]:
+            if g is None:
+                continue
+            if like is not None and isinstance(g, Tensor):
+                if g.dtype is like.dtype and g.shape == like.shape and g.device == like.device:
+                    if not g.requires_grad and g.layout is torch.strided:
+                        continue
+                    _check_gradient(g, f"rows[...][{k}]")
+                    continue
+                t = next(i for i, x in enumerate(grads[k::K]) if x is g)
+                raise ValueError(
+                    f"rows[{t}][{k}]: expected the other tasks' {describe(like)}, got {describe(g)}"
+                )  # fmt: skip
+            _check_gradient(g, f"rows[...][{k}]")
+            like = g
+            if device is None:
+                device = g.device
+            elif g.device != device:
+                raise ValueError(f"rows[...][{k}]: expected all gradients on {device}, got {describe(g)}")
+    if transforming():
+        for i, g in enumerate(grads):
+            if g is not None:
+                _check_transformed(g, f"rows[{i // K}][{i % K}]")
+    return grads, K
+
+
+def check_losses(losses: Any, tasks: int | None = None) -> list[Tensor | None]:
+    """T scalar losses, None for a task that has none in this step.
+
+    Args:
+        losses: a sequence of scalar floating tensors or None, one a task in the order of the tasks.
+        tasks: how many there have to be; None for any number.
+
+    Raises:
+        TypeError: no sequence, or an entry that is neither a floating tensor nor None.
+        ValueError: none, another number than T, or an entry of several elements.
+    """
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(f"losses: expected a sequence of T scalar tensors, got {describe(losses)}")
+    if not losses:
+        raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
+    if tasks is not None and len(losses) != tasks:
+        raise ValueError(
+            f"losses: expected {tasks}, one for each task in the order of the tasks (None for one that is absent), "
+            f"got {len(losses)}"
+        )
+    for t, loss in enumerate(losses):
+        if loss is None:
+            continue
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise TypeError(f"losses[{t}]: expected a floating scalar tensor, or None, got {describe(loss)}")
+        if loss.numel() != 1:
+            raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
+    return list(losses)
+
+
+def present_losses(losses: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The losses of the tasks that take part, None for the absent: those whose loss is None or needs no gradient."""
+    return [loss if loss is not None and loss.requires_grad else None for loss in losses]

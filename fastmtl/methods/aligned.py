@@ -1,0 +1,134 @@
+"""Aligned-MTL: Independent Component Alignment for Multi-Task Learning (Senushkin et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.inputs import Rows
+from fastmtl.methods.base import EPS, GramMethod, checked_out
+from fastmtl.methods.weighted import Weighted
+from fastmtl.options import choice, number, option
+from fastmtl.rule import NOTHING, Context
+
+__all__ = ["AlignedMTL"]
+
+_EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
+_HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
+
+
+class AlignedMTL(Weighted, GramMethod):
+    """Aligned-MTL (paper, Algorithm 1): align the principal components of the task gradients, then sum them weighted.
+
+    The gradient matrix G [T, P] is replaced by the nearest one with condition number 1 (Eq. 4 and 5), scaled by s, and
+    its rows are summed with the task weights w:
+
+        λ, V = eigh(G Gᵀ)        α = sqrt(s) · V_R diag(λ_R^-1/2) V_Rᵀ w        g = αᵀ G
+
+    An instance holds only these options (and a copy of the weights for each device that it met): it is safe to share
+    between threads and models.
+
+    Args:
+        weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T
+            numbers (a tensor [T], list or tuple).
+        scale: s, from the kept eigenvalues: "min" (the paper's; the step has the size of the smallest kept singular
+            value), "median" (the lower median) or "rmse" (the mean).
+        rtol: singular values of the (row-normalised) gradient matrix at most `rtol` times the largest are treated as
+            zero. Default sqrt(T · eps) with eps of the gradients' dtype for float32 and float64, max(sqrt(T · eps32),
+            eps(dtype)) for bfloat16 and float16.
+        rank_rule: what `rtol` is applied to: "normalized", the Gram of the gradients scaled to unit norm, so that a
+            large task is not mistaken for dependent ones; or "gram", the Gram itself, as in the public codes.
+
+    Raises:
+        ValueError: unknown `scale` or `rank_rule`, a negative or non-finite `rtol`, weights that are not
+            one-dimensional or not finite. (As everywhere, also where the attribute is set later.)
+        TypeError: an option of another kind.
+    """
+
+    scale: str = option(choice("min", "median", "rmse"))
+    rtol: float | None = option(number(low=0, optional=True))
+    rank_rule: str = option(choice("normalized", "gram"))
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor | Sequence[float] | str | None = None,
+        scale: str = "min",
+        rtol: float | None = None,
+        rank_rule: str = "normalized",
+    ) -> None:
+        super().__init__(weights)
+        self.scale = scale
+        self.rtol = rtol
+        self.rank_rule = rank_rule
+
+    def __repr__(self) -> str:
+        return (
+            f"AlignedMTL(weights={self._weights_repr()}, scale={self.scale!r}, rtol={self.rtol!r}, "
+            f"rank_rule={self.rank_rule!r})"
+        )
+
+    @overload
+    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
+    @overload
+    def __call__(
+        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+    ) -> list[Tensor | None]: ...
+    def __call__(self, gradients, out=None, **context):
+        """The aligned gradient αᵀ G: see `Method.__call__`."""
+        if context or not isinstance(gradients, Tensor):
+            return super().__call__(gradients, out, **context)
+        G = gradients
+        if (
+            not isinstance(out, Tensor)
+            or out.requires_grad
+            or not out.is_cpu
+            or not out.is_contiguous()
+            or G.requires_grad
+            or forward_ad._current_level >= 0
+            or not _HAS_KERNELS
+        ):
+            out = checked_out(G, out)
+        # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
+        # long, and ours are asked only for what to say.
+        try:
+            self._aggregate_matrix(G, out, NOTHING)
+        except Exception:
+            checked_out(G, out)
+            raise
+        return out
+
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.align(G, *self._policy(G.shape[-2], G.dtype, G), out)
+
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *self._policy(T, dtype, out[0]), out)
+        return Info.of(alpha, gram, eigenvalues, rank)
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        alpha, eigenvalues, rank = ops.balance(M, *self._policy(M.shape[-1], dtype, M))
+        return Info.of(alpha, M, eigenvalues, rank)
+
+    def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
+        """The numerical decisions as the ops take them."""
+        weights = self._task_weights(T, like)
+        default, zero = _tolerances(T, dtype)
+        return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
+
+
+def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Default rtol of T gradients of this dtype, and the relative row norm below which a row is rounding noise."""
+    if dtype is torch.float32:
+        return math.sqrt(T * _EPS32), _EPS32
+    if dtype is torch.float64:
+        return math.sqrt(T * _EPS64), _EPS64
+    return max(math.sqrt(T * _EPS32), EPS[dtype]), _EPS32

@@ -1,0 +1,345 @@
+"""What all methods share: how they are called, and the pipeline gradients → Gram → weights → combine behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.inputs import (
+    DTYPES,
+    Rows,
+    check_apart,
+    check_matrix,
+    check_out,
+    check_rows,
+    check_tangent,
+    describe,
+    transforming,
+)
+from fastmtl.rule import NOTHING, Context, check_scale, checked_losses
+from fastmtl.training.backward import backward
+
+__all__ = ["EPS", "GramMethod", "Method", "checked_out"]
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+class Method:
+    """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
+
+    _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
+    _needs_losses: bool = False
+    _remembers: bool = False  # whether a step depends on those before it
+
+    @overload
+    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
+    @overload
+    def __call__(
+        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+    ) -> list[Tensor | None]: ...
+    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+        """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
+
+        Args:
+            gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
+                rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
+                gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
+            out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients
+                or itself.
+            losses: the T task losses, for the methods that need them; others take no notice.
+            grad_scale: the factor S (a float or a tensor []) by which a loss scaler has multiplied losses and
+                gradients. Only methods that are not homogeneous take notice: their weights are those of the unscaled
+                gradients, and the result is S times theirs.
+
+        Returns:
+            [P] or [B, P] for a matrix; for rows a list of K tensors (None where no task has a gradient). A non-finite
+            gradient makes the whole result non-finite, without raising.
+
+        Raises:
+            TypeError: integer, complex or sparse gradients, something that is no tensor, or a `grad_scale` that is no
+                real number.
+            ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
+                gradients that require grad or have a forward-mode tangent, weights of another length than T, an `out`
+                that does not fit or overlaps an input or itself, losses that are missing or not T of them.
+            NotImplementedError: within `torch.func.vmap` or `functionalize`.
+        """
+        if not isinstance(gradients, Tensor):
+            rows = isinstance(gradients, (list, tuple))
+            context = self._context(losses, len(gradients), grad_scale) if rows else NOTHING
+            return self._aggregate_rows(gradients, out, context)[0]
+        out = checked_out(gradients, out)
+        T = gradients.shape[-2]
+        self._check_tasks(T)
+        self._aggregate_matrix(gradients, out, self._context(losses, T, grad_scale))
+        return out
+
+    def backward(
+        self,
+        losses: Sequence[Tensor | None],
+        shared: torch.nn.Module | Iterable[Tensor] | None = None,
+        *,
+        representation: Any = None,
+        features: Any = None,
+        batched: bool = False,
+        groups: Sequence[Iterable[Tensor]] | None = None,
+        scale_heads: bool = False,
+        retain_graph: bool = False,
+        process_group: Any = None,
+        grad_scale: Tensor | float | None = None,
+        engine: str = "full",
+    ) -> Info:
+        """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
+
+        The shared parameters get the aggregated gradient, in one of two ways:
+
+        * exactly: T backward passes give each task's gradient of the shared parameters, and these are aggregated;
+        * through a shared representation (`representation=h`, the upper bound of the paper, section 5.2): T backward
+          passes through the heads give each task's gradient of h, these are aggregated, and the result goes through the
+          encoder in a single backward pass.
+
+        Every other parameter that a loss reaches gets the gradient of its own loss (of their sum, where several reach
+        it). Gradients are committed once through autograd, so that hooks fire; whatever fails before leaves every
+        `.grad` as it was.
+
+        Args:
+            losses: T scalar losses, in the order of the tasks. A task is absent in this step if its loss is None or
+                requires no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left
+                alone.
+            shared: the shared parameters, or a module for those of its parameters that require grad; one that no loss
+                reaches is left untouched. Default: the parameters that at least two losses reach, but not those of
+                which each loss reads other entries, such as learned scales s[t] of the losses.
+            representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
+                are then those behind it, and `shared` has to be None. Warns of a loss that does not depend on it, and
+                of what reaches the encoder by a way around it, which is added plainly.
+            features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
+                T passes from there to `shared` (default: all parameters behind the features).
+            batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
+                whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
+            groups: parts of the shared parameters that are aggregated on their own, for example one a layer; all their
+                T × T problems are solved as one batch. `shared` then has to be None.
+            scale_heads: multiply the gradients of head t by α_t.
+            retain_graph: keep the graph for another backward.
+            process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
+                all processes). Every process has to call; one that lacks losses gives None for them and names the
+                shared parameters. The other parameters' gradients stay those of the process: DistributedDataParallel
+                averages them. None is False, each process by itself, with a warning where there are several.
+            grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
+                methods that are not homogeneous: see `__call__`.
+            engine: how the exact gradients come about. "full": T backward passes down to the parameters. "gramian":
+                their Gram matrix from activations and T cotangents of the operations' outputs, and one gradient of
+                each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
+                and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
+                faster.
+
+        Returns:
+            What the method saw and did.
+
+        Raises:
+            TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
+                gradient is sparse.
+            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter, one that is no leaf
+                requiring grad, an unknown engine, options that exclude each other, weights of another length than T.
+        """
+        return backward(
+            self,
+            losses,
+            shared,
+            representation=representation,
+            features=features,
+            batched=batched,
+            groups=groups,
+            scale_heads=scale_heads,
+            retain_graph=retain_graph,
+            process_group=process_group,
+            grad_scale=grad_scale,
+            engine=engine,
+        )
+
+    def _context(
+        self,
+        losses: Sequence[Tensor | None] | Tensor | None,
+        T: int,
+        grad_scale: Tensor | float | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> Context:
+        """What the step brings besides gradients; the losses only where they are needed."""
+        if grad_scale is not None:
+            check_scale(grad_scale)
+        if not self._needs_losses:
+            return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
+        if losses is None:
+            raise ValueError(f"losses: expected the {T} task losses, which {self!r} needs, got none")
+        context = Context(None, grad_scale, agree)
+        return context._replace(losses=context.scaled(checked_losses(losses, T)))
+
+    def _check_tasks(self, T: int) -> None:
+        """Raises ValueError where the options do not fit T tasks."""
+
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
+        raise NotImplementedError
+
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+
+        `dtype` is the coarsest among the gradients.
+        """
+        raise NotImplementedError
+
+    def _aggregate_rows(
+        self, rows: Rows, out: Sequence[Tensor | None] | None = None, context: Context = NOTHING
+    ) -> tuple[list[Tensor | None], Info]:
+        """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
+        grads, K = check_rows(rows)
+        if not K:
+            raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
+        self._check_tasks(len(rows))
+        return self._aggregate_flat(grads, K, out, context)
+
+    def _aggregate_flat(
+        self,
+        grads: Sequence[Tensor | None],
+        K: int,
+        out: Sequence[Tensor | None] | None = None,
+        context: Context = NOTHING,
+    ) -> tuple[list[Tensor | None], Info]:
+        """The same for T·K gradients that are known to fit together (entry t·K + k)."""
+        T = len(grads) // K
+        if K == 1 and out is None:
+            # The usual representation, in the middle of a backward: there every call finds cold caches.
+            for g in grads:
+                if g is not None:
+                    target = torch.empty_like(g)
+                    info = self._aggregate_list(grads, T, g.dtype, [target], context)
+                    return [target], info
+        like: dict[int, Tensor] = {}
+        for k in range(K):
+            first = next((g for g in grads[k::K] if g is not None), None)
+            if first is not None:
+                like[k] = first
+        if not like:
+            raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
+        if out is not None and (not isinstance(out, (list, tuple)) or len(out) != K):
+            got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
+            raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
+        # Columns without any gradient have no shape: they stay None.
+        results: list[Tensor | None] = [None] * K
+        targets: list[Tensor] = []
+        for k, g in like.items():
+            target = torch.empty_like(g) if out is None else check_out(out[k], g, g.shape, f"out[{k}]")
+            targets.append(target)
+            results[k] = target
+        if out is not None:
+            check_apart(targets, [g for g in grads if g is not None])
+        if len(like) < K:
+            grads = [grads[t * K + k] for t in range(T) for k in like]
+        info = self._aggregate_list(grads, T, _coarsest(targets), targets, context)
+        return results, info
+
+    def _aggregate_part(
+        self,
+        grads: Sequence[Tensor | None],
+        like: Sequence[Tensor],
+        reduce: Callable[[Tensor], Tensor],
+        context: Context = NOTHING,
+    ) -> tuple[list[Tensor], Info]:
+        """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
+
+        Where no task has a gradient here the result is zeros: whoever else has the rest still waits for this part.
+        """
+        T = len(grads) // len(like)
+        if any(g is not None for g in grads):
+            M = ops.gram_rows(grads, T)
+        else:
+            M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
+        info = self._weigh(reduce(M), _coarsest(like), context)
+        results = [torch.empty_like(x) for x in like]
+        ops.combine_rows(grads, info.alpha, results)
+        return results, info
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
+        raise NotImplementedError
+
+
+class GramMethod(Method):
+    """A method that needs no more of the gradients than their Gram matrix: a map M → α."""
+
+    _on_gram = True
+
+    def weighting(
+        self,
+        M: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        losses: Sequence[Tensor] | Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
+
+        For a method with state this is a step: it changes the state.
+
+        Args:
+            M: Gram matrix [T, T] or a batch [B, T, T], float32 or float64.
+            dtype: dtype of the gradients behind `M`, which sets default tolerances; default: that of `M`.
+            losses: as in `__call__`.
+            grad_scale: as in `__call__`.
+
+        Returns:
+            α, float64, [T] or [B, T].
+
+        Raises:
+            TypeError: `M` is no dense float32 or float64 tensor.
+            ValueError: `M` is not square, requires grad or has a forward-mode tangent, weights or losses of another
+                length than T, losses that are missing.
+        """
+        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
+            raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
+        shape = M.shape
+        if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
+            raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
+        if M.requires_grad and torch.is_grad_enabled():
+            raise ValueError("M: has requires_grad=True, but task weights have no derivative; pass it detached")
+        if transforming():
+            check_tangent(M, "M", "task weights have")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
+        T = shape[-1]
+        self._check_tasks(T)
+        return self._weigh(M, dtype or M.dtype, self._context(losses, T, grad_scale)).alpha
+
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.combine(G, self._weigh(ops.gram(G), G.dtype, context).alpha, out)
+
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        info = self._weigh(ops.gram_rows(grads, T), dtype, context)
+        ops.combine_rows(grads, info.alpha, out)
+        return info
+
+
+def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
+    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
+    check_matrix(G)
+    *batch, _, P = G.shape
+    if out is None:
+        return G.new_empty((*batch, P))
+    check_out(out, G, (*batch, P))
+    check_apart([out], [G])
+    return out
+
+
+def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
+    coarsest = torch.float64
+    for x in tensors:  # not `max(..., key=...)`, which torch 2.11 does not compile
+        if EPS[x.dtype] > EPS[coarsest]:
+            coarsest = x.dtype
+    return coarsest

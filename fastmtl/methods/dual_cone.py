@@ -1,0 +1,47 @@
+"""What UPGrad and DualProj share: projections onto the dual cone of the task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.methods.base import GramMethod
+from fastmtl.methods.weighted import Weighted
+from fastmtl.ops.reference.present import is_present
+from fastmtl.options import number, option
+from fastmtl.rule import NOTHING, Context
+
+__all__ = ["DualCone"]
+
+
+class DualCone(Weighted, GramMethod):
+    """A method that projects onto the dual cone, solved exactly by active sets in float64."""
+
+    _each: ClassVar[bool]  # whether each weighted gradient is projected, or their sum
+
+    ridge: float = option(number(low=0))
+
+    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, ridge: float = 0.0) -> None:
+        super().__init__(weights)
+        self.ridge = ridge
+
+    def __repr__(self) -> str:
+        ridge = f", ridge={self.ridge}" if self.ridge else ""
+        return f"{type(self).__name__}(weights={self._weights_repr()}{ridge})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        alpha, residual = ops.dual_cone(self._ridged(M), self._task_weights(M.shape[-1], M), self._each)
+        return Info.of(alpha, M, residual=residual)
+
+    def _ridged(self, M: Tensor) -> Tensor:
+        if not self.ridge:
+            return M
+        M = M.to(torch.float64)
+        diagonal = M.diagonal(dim1=-2, dim2=-1)
+        added = self.ridge * diagonal.sum(-1, keepdim=True)
+        return M + torch.diag_embed(torch.where(is_present(M), added, 0.0))  # an absent task stays absent

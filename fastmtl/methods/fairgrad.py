@@ -1,0 +1,50 @@
+"""FairGrad: Fair Resource Allocation in Multi-Task Learning (Ban and Ji, ICML 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.methods.base import GramMethod
+from fastmtl.options import number, option
+from fastmtl.rule import NOTHING, Context
+
+__all__ = ["FairGrad"]
+
+
+class FairGrad(GramMethod):
+    """FairGrad: α-fair shares of the improvement.
+
+        M α = α^(-1/fairness)    (elementwise, α > 0; their Eq. 4)        M the Gram matrix
+
+    Fairness 0 is the plain mean, 1 is Nash-MTL's proportional fairness, and towards infinity the smallest improvement
+    is largest (max-min). There is exactly one such α where zero does not lie in the convex hull of the gradients, else
+    none: then α = 0, and `info.converged` is false. Found by damped Newton steps, to rounding.
+
+    Not homogeneous (the result's norm grows with a power of the gradients'): with a loss scaler pass `grad_scale=`.
+
+    `info` has `alpha`, `gram` and `residual`: max |α_t (Mα)_t^fairness - 1| in a scale-free form.
+
+    Args:
+        fairness: the exponent, called α in the paper. The authors' default is 1; their experiments use 2 and more.
+
+    Raises:
+        TypeError: `fairness` is no number.
+        ValueError: `fairness` is negative or not finite.
+    """
+
+    fairness: float = option(number(low=0))
+
+    def __init__(self, *, fairness: float = 1.0) -> None:
+        self.fairness = fairness
+
+    def __repr__(self) -> str:
+        return f"FairGrad(fairness={self.fairness})"
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        if self.fairness == 0:
+            return Info.of(ops.constant(M, None), M)
+        alpha, residual = ops.nash(context.unscaled(M), 1 / self.fairness)
+        return Info.of(alpha, M, residual=residual)

@@ -1,0 +1,88 @@
+"""GradDrop: Just Pick a Sign (Chen et al., NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops, options
+from fastmtl.info import Info
+from fastmtl.methods.base import Method
+from fastmtl.options import option
+from fastmtl.rule import Context, draw_seed
+
+__all__ = ["GradDrop"]
+
+
+class GradDrop(Method):
+    """GradDrop: in every coordinate, only the gradients of one sign are summed.
+
+    The sign is drawn at random, positive with the probability P = ½ (1 + Σ_t g_t / Σ_t |g_t|), the sign purity of that
+    coordinate; of task t's gradients of the other sign the part ℓ_t remains (Chen et al. 2020, Algorithm 1, on the
+    gradients as they are):
+
+        g = Σ_t (ℓ_t + (1 - ℓ_t) [g_t has the drawn sign]) g_t
+
+    It works on the gradients, not on their Gram matrix: `info` is empty. One pass over them, in float64; what is drawn
+    depends on the state of the generator alone, not on the number of threads or the device's blocks.
+
+    Args:
+        leak: ℓ, one number in [0, 1] for all tasks, or T of them (a tensor [T], list or tuple). None is 0, the authors'
+            default; 1 is the sum of the gradients.
+        generator: source of randomness, on the gradients' device; default: torch's global one there.
+
+    Raises:
+        TypeError: `leak` or `generator` of another kind.
+        ValueError: `leak` is not within [0, 1] or not one-dimensional.
+    """
+
+    leak: float | Tensor = option(lambda value, name: _checked_leak(value, name))
+    generator: torch.Generator | None = option(options.generator)
+
+    def __init__(
+        self, *, leak: float | Tensor | Sequence[float] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        self.leak = leak  # type: ignore[assignment]
+        self.generator = generator
+        self._copies = options.Copies()
+
+    def __repr__(self) -> str:
+        leak = self.leak.tolist() if isinstance(self.leak, Tensor) else self.leak
+        return f"GradDrop(leak={leak})" if leak else "GradDrop()"
+
+    def _check_tasks(self, T: int) -> None:
+        if isinstance(self.leak, Tensor) and self.leak.shape[0] != T:
+            raise ValueError(
+                f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}; "
+                "pass None for a task that is absent, so that the others keep their places"
+            )
+
+    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.sign_drop(G, draw_seed(G, self.generator, context), self._task_leak(G.shape[-2], G), out)
+
+    def _aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        ops.sign_drop_rows(grads, T, draw_seed(out[0], self.generator, context), self._task_leak(T, out[0]), out)
+        return Info.of()
+
+    def _task_leak(self, T: int, like: Tensor) -> Tensor | None:
+        """The leaks [T] for the ops, where `like` is; None where nothing leaks."""
+        if isinstance(self.leak, float):
+            return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
+        self._check_tasks(T)
+        return self._copies.get(self.leak, like)
+
+
+def _checked_leak(leak: object, name: str) -> float | Tensor:
+    if leak is None:
+        return 0.0
+    values = leak
+    if isinstance(leak, (int, float)) and not isinstance(leak, bool):
+        values = torch.tensor(leak, dtype=torch.float64, device="cpu")
+    x = options.numbers(values, name, "a number, T numbers or None", shape="one number or shape [T]")
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
+    return x if x.ndim else x.item()

@@ -1,0 +1,71 @@
+"""Krum: Machine Learning with Adversaries (Blanchard et al., NeurIPS 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.methods.base import GramMethod
+from fastmtl.ops.reference.present import is_present
+from fastmtl.options import flag, integer, option
+from fastmtl.rule import NOTHING, Context
+
+__all__ = ["Krum"]
+
+
+class Krum(GramMethod):
+    """(Multi-)Krum: the mean of the gradients that lie closest to their neighbours; others may be adversarial.
+
+    A gradient's score is the sum of its squared distances to the T - f - 2 gradients nearest to it; the `selected` ones
+    with the lowest scores are averaged. Distances come from the Gram matrix: ‖g_i - g_j‖² = M_ii + M_jj - 2 M_ij.
+
+    Absent tasks (zero gradients) are neither selected nor neighbours: T is then the number of the others. Where that
+    is too small for the options, one neighbour counts, and the others' share of the average stays 1 / `selected`.
+
+    `info` has `alpha` and `gram`.
+
+    Args:
+        byzantine: number f of gradients that may be arbitrary; T has to be at least f + 3.
+        selected: how many are averaged: 1 is Krum, more is Multi-Krum.
+        squared: False sums the distances themselves, as TorchJD does.
+
+    Raises:
+        TypeError: an option of another kind.
+        ValueError: `byzantine` < 0 or `selected` < 1; (in a step) too few tasks.
+    """
+
+    byzantine: int = option(integer(0))
+    selected: int = option(integer(1))
+    squared: bool = option(flag)
+
+    def __init__(self, *, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
+        self.byzantine = byzantine
+        self.selected = selected
+        self.squared = squared
+
+    def __repr__(self) -> str:
+        return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"
+
+    def _check_tasks(self, T: int) -> None:
+        least = max(self.byzantine + 3, self.selected)
+        if least > T:
+            raise ValueError(f"{self!r}: expected at least {least} tasks, got {T}")
+
+    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        T = M.shape[-1]
+        wide = M.to(torch.float64)
+        squares = wide.diagonal(dim1=-2, dim2=-1)
+        distances = torch.add(squares[..., None], wide, alpha=-2).add_(squares[..., None, :]).clamp_min_(0)
+        if not self.squared:
+            distances.sqrt_()
+        there = is_present(M)
+        apart = there[..., None] & there[..., None, :] & ~torch.eye(T, dtype=torch.bool, device=M.device)
+        nearest = torch.where(apart, distances, torch.inf).sort(-1).values
+        neighbours = (there.sum(-1) - self.byzantine - 2).clamp_min(1)[..., None, None]
+        counted = (torch.arange(T, device=M.device) < neighbours) & nearest.isfinite()
+        scores = torch.where(there, torch.where(counted, nearest, 0.0).sum(-1), torch.inf)
+        chosen = scores.topk(self.selected, largest=False).indices
+        alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
+        return Info.of(ops.constant(M, alpha), M)  # 0 for absent tasks, where fewer are there than are selected

@@ -1,0 +1,1 @@
+"""What training did: measures, a recorder of them, figures, and tables of results."""

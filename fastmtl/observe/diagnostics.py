@@ -1,0 +1,430 @@
+"""Measures of a system of task gradients, all from its Gram matrix: condition number, conflict, dominance.
+
+Every function takes M = G Gᵀ, float64 or float32 [T, T] or a batch [B, T, T], or the `Info` of a step, whose Gram it
+reads (with the eigenvalues, rank and task weights that it has). Results are float64, on the Gram's device, and nothing
+waits for them. Conventions:
+
+* All but singular values, norms and `aligned_gram` do not depend on the scale of the gradients.
+* A task whose norm is zero (M_tt <= 0) is orthogonal to all others: its cosines are 0.
+* Where the minimum or maximum over pairs has no pair (T = 1), it is that of one gradient with itself.
+* A matrix with a non-finite entry gives NaN everywhere.
+
+Sources: "the paper" is Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023; PCGrad is
+Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.inputs import DTYPES, describe
+from fastmtl.methods.aligned import AlignedMTL
+
+__all__ = [
+    "aligned_gram",
+    "condition_number",
+    "cosines",
+    "curvature_bound",
+    "magnitude_similarity",
+    "max_curvature_bound",
+    "max_norm_ratio",
+    "min_cosine",
+    "min_magnitude_similarity",
+    "norms",
+    "rank",
+    "singular_values",
+    "stable_rank",
+    "summary",
+    "total_cosines",
+    "total_norm",
+]
+
+# What float64 leaves of ‖g + g'‖² where g' = -g, relative to ‖g‖².
+_NOISE = 16 * torch.finfo(torch.float64).eps
+_ALIGNED = {scale: AlignedMTL(scale=scale) for scale in ("min", "median", "rmse")}
+
+
+# ------------------------------------------------------------------------------------------------ the spectrum
+
+
+def singular_values(x: Tensor | Info) -> Tensor:
+    """Singular values of the gradient matrix, σ = sqrt(λ(M)).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        σ [T] or [B, T], descending: all T, those that the rank rule drops too. What should be zero is rounding noise of
+        up to about 1e-7 of the largest: M has it squared.
+
+    Raises:
+        TypeError: `x` is neither a float32 or float64 tensor nor an info.
+        ValueError: `x` is not square, or an info without a Gram matrix. Every function here raises these.
+    """
+    return _spectrum(x, None)[0].sqrt()
+
+
+def rank(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tensor:
+    """The number R of independent task gradients.
+
+    That of the step where `x` is an info that has it; else under Aligned-MTL's default rule (`AlignedMTL`, `rtol`).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        dtype: dtype of the gradients behind M, which sets the tolerance; default: that of M (an info's is float64).
+
+    Returns:
+        R, int64, [] or [B]; 0 for a non-finite matrix.
+
+    Raises:
+        TypeError: `dtype` is not float32, float64, bfloat16 or float16.
+    """
+    return _spectrum(x, dtype)[1]
+
+
+def condition_number(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tensor:
+    """κ(G) = σ_max / σ_min over the R kept singular values: the paper's stability criterion (Eq. 2).
+
+    1 for orthogonal gradients of equal norm, at least `max_norm_ratio` where none is dropped, and 1 where all are zero.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        dtype: as in `rank`.
+
+    Returns:
+        κ, [] or [B].
+    """
+    return _condition_number(*_spectrum(x, dtype))
+
+
+def stable_rank(x: Tensor | Info) -> Tensor:
+    """‖G‖_F² / σ_max², between 1 (one direction dominates) and the rank (all singular values alike).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B]; 0 where all gradients are zero.
+    """
+    return _stable_rank(_spectrum(x, None)[0])
+
+
+def aligned_gram(x: Tensor | Info, scale: str = "min", dtype: torch.dtype | None = None) -> Tensor:
+    """Gram matrix of the aligned system Ĝ = Bᵀ G, M̂ = Bᵀ M B = s · V_R V_Rᵀ (paper, Eq. 5 and Algorithm 1).
+
+    B = sqrt(s) V_R diag(λ_R^-1/2) V_Rᵀ over the R kept eigenvalues. M̂ is s·I, with condition number 1, no conflict and
+    no dominance, where no gradient depends on the others, and s times a projector where one does. Its measures beside
+    those of M show what aligning changes, whichever method made the step.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        scale: s, as in `AlignedMTL`: "min", "median" or "rmse" of the kept eigenvalues.
+        dtype: as in `rank`.
+
+    Returns:
+        M̂, of M's shape.
+
+    Raises:
+        ValueError: unknown `scale`.
+    """
+    if scale not in _ALIGNED:
+        raise ValueError(f"scale: expected one of {tuple(_ALIGNED)}, got {scale!r}")
+    eigenvalues, kept = _spectrum(x, dtype)
+    return _aligned_gram(_gram(x), eigenvalues, kept, scale)
+
+
+# ------------------------------------------------------------------------------------------------ conflict
+
+
+def cosines(x: Tensor | Info) -> Tensor:
+    """cos(g_i, g_j) = M_ij / (‖g_i‖ ‖g_j‖): negative where two tasks conflict (PCGrad, definition 1).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [T, T] or [B, T, T], in [-1, 1]; the diagonal is 1, and 0 for zero gradients.
+    """
+    M = _gram(x)
+    return _cosines(M, _norms(M))
+
+
+def min_cosine(x: Tensor | Info) -> Tensor:
+    """The worst conflict, min_{i≠j} cos(g_i, g_j) (paper, Fig. 4c).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B].
+    """
+    return cosines(x).amin((-1, -2))  # the diagonal never is the smallest alone
+
+
+def curvature_bound(x: Tensor | Info) -> Tensor:
+    """ξ(g_i, g_j) = (1 - cos²) ‖g_i - g_j‖² / ‖g_i + g_j‖², PCGrad's multi-task curvature bounding measure.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [T, T] or [B, T, T], in [0, 4], with diagonal 0. Where g_i = -g_j (to rounding), which makes the formula 0/0,
+        its limit for gradients of equal norm, 4; with a zero gradient, 1.
+    """
+    M = _gram(x)
+    lengths = _norms(M)
+    return _curvature_bound(_cosines(M, lengths), lengths)
+
+
+def max_curvature_bound(x: Tensor | Info) -> Tensor:
+    """max_{i≠j} ξ(g_i, g_j): see `curvature_bound`.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B]; 0 for T = 1.
+    """
+    return curvature_bound(x).amax((-1, -2))
+
+
+# ------------------------------------------------------------------------------------------------ dominance
+
+
+def norms(x: Tensor | Info) -> Tensor:
+    """Norms of the task gradients, ‖g_t‖ = sqrt(M_tt).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [T] or [B, T].
+    """
+    return _norms(_gram(x))
+
+
+def magnitude_similarity(x: Tensor | Info) -> Tensor:
+    """2 ‖g_i‖ ‖g_j‖ / (‖g_i‖² + ‖g_j‖²), PCGrad's gradient magnitude similarity (definition 2; paper, section 4).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [T, T] or [B, T, T], in [0, 1]: 1 for equal norms (two zeros too), 0 where only one gradient is zero.
+    """
+    return _similarity(_pairs(norms(x)))
+
+
+def min_magnitude_similarity(x: Tensor | Info) -> Tensor:
+    """min_{i≠j} of `magnitude_similarity` (paper, Fig. 4b).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B].
+    """
+    return _similarity(1 / max_norm_ratio(x))
+
+
+def max_norm_ratio(x: Tensor | Info) -> Tensor:
+    """max_{i≠j} ‖g_i‖ / ‖g_j‖, the most intuitive measure of dominance (paper, Fig. 4).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B]; infinite where some, but not all gradients are zero.
+    """
+    return _max_norm_ratio(norms(x))
+
+
+# ------------------------------------------------------------------------------------------------ the committed one
+
+
+def total_norm(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
+    """Norm of the aggregated gradient, ‖αᵀ G‖ = sqrt(αᵀ M α).
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        weights: α [T] or [B, T]; default: those of the info, and 1/T each where there are none (‖g_0‖ of the paper).
+
+    Returns:
+        [] or [B]. What cancels to less than about 1e-8 of Σ |α_t| ‖g_t‖ is rounding noise.
+    """
+    M = _gram(x)
+    return _total(M, _weights(x, M, weights))[1]
+
+
+def total_cosines(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
+    """cos(αᵀ G, g_t) of the aggregated gradient with each task's: negative where the step conflicts with task t.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        weights: as in `total_norm`.
+
+    Returns:
+        [T] or [B, T], in [-1, 1]; 0 where either gradient is zero.
+    """
+    M = _gram(x)
+    return _total_cosines(_norms(M), *_total(M, _weights(x, M, weights)))
+
+
+def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All measures that are one number a system, from one eigendecomposition.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+        dtype: as in `rank`.
+
+    Returns:
+        Float64 tensors [] or [B]: `condition_number`, `max_singular_value`, `min_singular_value` (the smallest kept,
+        0 where all gradients are zero), `rank`, `stable_rank`, `min_cosine`, `max_curvature_bound`,
+        `min_magnitude_similarity`, `max_norm_ratio`, `max_norm`, `min_norm`, `total_norm` and `min_total_cosine`, the
+        latter two with the weights that `total_norm` takes by default.
+    """
+    M = _gram(x)
+    eigenvalues, kept = _spectrum(x, dtype)
+    lengths = _norms(M)
+    cosine = _cosines(M, lengths)
+    ratio = _max_norm_ratio(lengths)
+    products, total = _total(M, _weights(x, M, None))
+    finite = 0 * lengths[..., 0]  # an int64 rank cannot be NaN
+    return {
+        "condition_number": _condition_number(eigenvalues, kept),
+        "max_singular_value": eigenvalues[..., 0].sqrt(),
+        "min_singular_value": _smallest(eigenvalues, kept).sqrt(),
+        "rank": kept + finite,
+        "stable_rank": _stable_rank(eigenvalues),
+        "min_cosine": cosine.amin((-1, -2)),
+        "max_curvature_bound": _curvature_bound(cosine, lengths).amax((-1, -2)),
+        "min_magnitude_similarity": _similarity(1 / ratio),
+        "max_norm_ratio": ratio,
+        "max_norm": lengths.amax(-1),
+        "min_norm": lengths.amin(-1),
+        "total_norm": total,
+        "min_total_cosine": _total_cosines(lengths, products, total).amin(-1),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the formulas
+
+
+def _gram(x: Tensor | Info) -> Tensor:
+    """M in float64 and symmetric to the bit, which a product G Gᵀ need not be; NaN where an entry is not finite."""
+    if isinstance(x, Info):
+        if x.gram is None:
+            raise ValueError("info: expected one with a Gram matrix, got that of a method that needs none")
+        M = x.gram
+    else:
+        M = x
+        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"M: expected an Info, or a float32 or float64 tensor, got {describe(M)}")
+        if M.ndim not in (2, 3) or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
+            raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
+    M = M.detach().to(torch.float64)
+    M = 0.5 * M + 0.5 * M.mT
+    return torch.where(M.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), M, torch.nan)
+
+
+def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., T], descending and at least 0, and the rank [...]; those of the info as far as it has them."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
+    M = _gram(x)
+    eigenvalues, kept = (x.eigenvalues, x.rank) if isinstance(x, Info) else (None, None)
+    if eigenvalues is None or kept is None:
+        given = M.dtype if isinstance(x, Info) else x.dtype
+        seen = _ALIGNED["min"]._weigh(M, dtype or given)
+        eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
+        kept = seen.rank if kept is None else kept
+    return eigenvalues, kept
+
+
+def _smallest(eigenvalues: Tensor, kept: Tensor) -> Tensor:
+    """The smallest kept eigenvalue [...]; the largest, which is 0 or NaN then, where none is kept."""
+    return eigenvalues.gather(-1, (kept - 1).clamp_min(0)[..., None])[..., 0]
+
+
+def _condition_number(eigenvalues: Tensor, kept: Tensor) -> Tensor:
+    largest = eigenvalues[..., 0]
+    return torch.where(largest == 0, 1.0, largest / _smallest(eigenvalues, kept)).sqrt()
+
+
+def _stable_rank(eigenvalues: Tensor) -> Tensor:
+    largest = eigenvalues[..., 0]
+    return torch.where(largest == 0, 0.0, eigenvalues.sum(-1) / largest)
+
+
+def _aligned_gram(M: Tensor, eigenvalues: Tensor, kept: Tensor, scale: str) -> Tensor:
+    place = torch.arange(M.shape[-1], device=M.device)
+    inside = place < kept[..., None]
+    if scale == "min":
+        s = _smallest(eigenvalues, kept)
+    elif scale == "median":  # the lower median of the kept ones, which stand first and descend
+        s = eigenvalues.gather(-1, (kept // 2)[..., None])[..., 0]
+    else:
+        s = (eigenvalues * inside).sum(-1) / kept.clamp_min(1)
+    V = ops.eigh(M)[1].flip(-1) * inside[..., None, :]
+    P = V @ V.mT
+    return s[..., None, None] * (0.5 * P + 0.5 * P.mT)
+
+
+def _norms(M: Tensor) -> Tensor:
+    return M.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+
+
+def _cosines(M: Tensor, lengths: Tensor) -> Tensor:
+    inverse = torch.where(lengths == 0, 0.0, 1 / lengths)
+    C = (M * (inverse[..., :, None] * inverse[..., None, :])).clamp(-1.0, 1.0)
+    C.diagonal(dim1=-2, dim2=-1).copy_(torch.where(lengths == 0, 0.0, lengths / lengths))
+    return C
+
+
+def _pairs(lengths: Tensor) -> Tensor:
+    """The smaller norm of two over the larger [..., T, T]; 1 for two zeros."""
+    a, b = lengths[..., :, None], lengths[..., None, :]
+    return torch.where(a == b, 1.0, torch.minimum(a, b) / torch.maximum(a, b))
+
+
+def _similarity(ratio: Tensor) -> Tensor:
+    return 2 * ratio / (1 + ratio * ratio)
+
+
+def _max_norm_ratio(lengths: Tensor) -> Tensor:
+    largest, smallest = lengths.amax(-1), lengths.amin(-1)
+    return torch.where(largest == smallest, 1.0, largest / smallest)
+
+
+def _curvature_bound(cosine: Tensor, lengths: Tensor) -> Tensor:
+    # Both squares over the larger norm's, and the part that cancels split off.
+    ratio = _pairs(lengths)
+    apart = (1 - ratio) ** 2
+    difference, total = apart + 2 * ratio * (1 - cosine), apart + 2 * ratio * (1 + cosine)
+    bound = torch.where(total <= _NOISE, 4.0, (1 - cosine) * (1 + cosine) * difference / total)
+    bound.diagonal(dim1=-2, dim2=-1).mul_(0)
+    return bound
+
+
+def _weights(x: Tensor | Info, M: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None and isinstance(x, Info):
+        weights = x.alpha
+    if weights is None:
+        return M.new_full(M.shape[:-1], 1 / M.shape[-1])
+    if not isinstance(weights, Tensor) or not weights.shape or weights.shape[-1] != M.shape[-1]:
+        raise ValueError(f"weights: expected a tensor [..., {M.shape[-1]}], got {describe(weights)}")
+    return weights.to(M).expand(M.shape[:-1])
+
+
+def _total(M: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Products G (αᵀ G) [..., T] and the norm ‖αᵀ G‖ [...]."""
+    products = (M @ alpha[..., None])[..., 0]
+    return products, (products * alpha).sum(-1).clamp_min(0.0).sqrt()
+
+
+def _total_cosines(lengths: Tensor, products: Tensor, total: Tensor) -> Tensor:
+    size = lengths * total[..., None]
+    return torch.where(size == 0, 0.0, products / size).clamp(-1.0, 1.0)

@@ -1,0 +1,230 @@
+"""What the gradients of a run looked like, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.inputs import describe
+from fastmtl.observe import diagnostics
+from fastmtl.rule import checked_losses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Monitor"]
+
+_FIELDS = ("gram", "eigenvalues", "rank", "alpha", "residual")
+# Not what depends on the aligned system's scale, which an info does not tell.
+_ALIGNED = (
+    "condition_number",
+    "rank",
+    "stable_rank",
+    "min_cosine",
+    "max_curvature_bound",
+    "min_magnitude_similarity",
+    "max_norm_ratio",
+)
+
+
+class Monitor:
+    """Records the diagnostics of a run from the `Info` of each step, without another pass over the gradients.
+
+        monitor = Monitor(writer=SummaryWriter())
+        for ...:
+            info = method.backward(losses)        # or hs.info after a backward through fan_out
+            monitor(info, losses)
+        monitor.plot("fig4.png")
+
+    A step costs one copy of what the info holds, on its device. The diagnostics of `buffer` steps are then computed as
+    one batch and moved to the host: once each `buffer` records, or when `history` is read, the host waits. With a loss
+    scaler, norms and singular values are those of the scaled gradients; no other measure depends on it.
+
+    Args:
+        writer: where scalars go, once each `buffer` records and with `flush`: a `torch.utils.tensorboard.SummaryWriter`
+            or anything with `add_scalar(tag, value, step)`.
+        every: record the first of every so many calls.
+        prefix: begins the tags, as in "fastmtl/initial/condition_number".
+        buffer: how many records wait on the device: (T² + 4T) numbers each.
+        dtype: dtype of the gradients, which sets the rank tolerance for methods whose info has no rank.
+
+    Raises:
+        TypeError: a writer without `add_scalar`.
+        ValueError: `every` or `buffer` below 1.
+    """
+
+    def __init__(
+        self,
+        writer: Any = None,
+        every: int = 1,
+        prefix: str = "fastmtl",
+        buffer: int = 100,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"writer: expected None or an object with add_scalar, got {describe(writer)}")
+        for name, value in (("every", every), ("buffer", buffer)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        self.writer = writer
+        self.every = every
+        self.prefix = prefix
+        self.buffer = buffer
+        self.dtype = dtype
+        self._calls = 0
+        self._shapes: dict[str, list[int]] | None = None  # of one record's fields; those of the first hold for all
+        self._steps: list[int] = []
+        self._waiting: list[Tensor] = []
+        self._history: list[dict[str, np.ndarray]] = []
+        self._written = 0
+
+    def record(self, info: Info, losses: Sequence[Tensor] | Tensor | None = None, step: int | None = None) -> None:
+        """Records one step. Neither reads a value nor waits for the device, but for every `buffer`-th record.
+
+        Args:
+            info: of this step; with `groups=` its diagnostics have a leading dimension, one entry a group. What it
+                does not have is not recorded: a method without a Gram matrix leaves no more than α and the losses.
+            losses: the T losses, to be kept beside it.
+            step: the number of the step; default: how many calls there were before.
+
+        Raises:
+            TypeError: `info` is no info, or losses that are no tensors.
+            ValueError: an info with other fields, or for another number of tasks, than that of the first record.
+        """
+        if not isinstance(info, Info):
+            raise TypeError(f"info: expected an Info, got {describe(info)}")
+        call = self._calls
+        self._calls += 1
+        if call % self.every:
+            return
+        fields = {name: value for name in _FIELDS if (value := getattr(info, name)) is not None}
+        if losses is not None:
+            like = info.gram if info.alpha is None else info.alpha
+            fields["losses"] = checked_losses(losses, len(losses) if like is None else like.shape[-1])
+        shapes = {name: list(value.shape) for name, value in fields.items()}
+        if self._shapes is None:
+            self._shapes = shapes
+        elif shapes != self._shapes:
+            raise ValueError(f"info: expected the fields of the first record, {self._shapes}, got {shapes}")
+        device = next((value.device for value in fields.values()), None)
+        parts = [value.detach().reshape(-1).to(device, torch.float64) for value in fields.values()]
+        # One copy: the info's buffers may be written to again before it is read.
+        self._waiting.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64))
+        self._steps.append(call if step is None else int(step))
+        if len(self._waiting) >= self.buffer:
+            self._drain()
+            if self.writer is not None:
+                self.flush()
+
+    __call__ = record
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """Everything recorded so far, as arrays whose first dimension is N, the number of records.
+
+        `step` [N]; `initial/…`, `diagnostics.summary` of the task gradients with weights 1/T; `aligned/…`, for
+        Aligned-MTL, the measures of the aligned system that do not depend on its scale; `committed/norm` and
+        `committed/min_cosine`, those of αᵀG and its worst angle to a task; `norms`, `alpha` and `losses` [N, T];
+        `residual` [N]. With groups there is a dimension more, [N, B] and [N, B, T].
+        """
+        self._drain()
+        if not self._history:
+            return {"step": np.zeros(0, dtype=np.int64)}
+        if len(self._history) > 1:
+            names = self._history[0]
+            self._history = [{name: np.concatenate([part[name] for part in self._history]) for name in names}]
+        return dict(self._history[0])
+
+    def flush(self) -> None:
+        """Gives the writer, if there is one, what it has not been given yet."""
+        history = self.history
+        steps = history.pop("step")
+        if self.writer is not None:
+            for n in range(self._written, len(steps)):
+                for name, values in history.items():
+                    for index in np.ndindex(values.shape[1:]):
+                        tag = "/".join((self.prefix, name, *map(str, index)))
+                        self.writer.add_scalar(tag, float(values[n][index]), int(steps[n]))
+        self._written = len(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was recorded, for `load_state_dict`; gives the writer what waits, so that it gets nothing twice."""
+        self.flush()
+        history = {name: torch.from_numpy(values.copy()) for name, values in self.history.items()}
+        return {"calls": self._calls, "shapes": self._shapes, "history": history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken; what this monitor has recorded is dropped."""
+        history = {name: values.cpu().numpy().copy() for name, values in state["history"].items()}
+        self._calls, self._shapes = state["calls"], state["shapes"]
+        self._steps, self._waiting = [], []
+        self._written = len(history["step"])
+        self._history = [history] if self._written else []
+
+    def plot(self, target: Any = None, label: str = "", system: str = "initial") -> Figure:
+        """Condition number, gradient magnitude similarity and minimal cosine over the steps: see `plotting.fig4`.
+
+        Args:
+            target: a file to save to, or three axes to draw on.
+            label: the name in the legend.
+            system: "initial" or "aligned".
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: matplotlib is not installed (`pip install 'fastmtl-torch[plot]'`).
+        """
+        from fastmtl.observe.figures import fig4  # an optional extra
+
+        return fig4({label: self}, target, system)
+
+    def _drain(self) -> None:
+        """Computes the diagnostics of all records that wait, as one batch, and brings them to the host."""
+        if not self._waiting:
+            return
+        assert self._shapes is not None
+        # A model may have moved to another device between two records.
+        raw = torch.stack([row.to(self._waiting[-1].device) for row in self._waiting])
+        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
+        fields = {
+            name: part.reshape(len(raw), *shape)
+            for (name, shape), part in zip(self._shapes.items(), raw.split(sizes, 1), strict=True)
+        }
+        results = self._diagnose(fields)
+        flat = torch.cat([value.reshape(len(raw), -1) for value in results.values()], 1) if results else raw
+        split = flat.cpu().split([value[0].numel() for value in results.values()], 1)
+        self._history.append(
+            {"step": np.array(self._steps, dtype=np.int64)}
+            | {
+                name: part.reshape(value.shape).numpy()
+                for (name, value), part in zip(results.items(), split, strict=True)
+            }
+        )
+        self._waiting, self._steps = [], []
+
+    def _diagnose(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept of N records: fields [N, ...] or, with groups, [N, B, ...]."""
+        kept: dict[str, Tensor] = {name: fields[name] for name in ("alpha", "losses", "residual") if name in fields}
+        if "gram" not in fields:
+            return kept
+        gram = fields["gram"]
+        leading, M = gram.shape[:-2], gram.flatten(0, -3)
+        eigenvalues = fields["eigenvalues"].flatten(0, -2) if "eigenvalues" in fields else None
+        rank = fields["rank"].to(torch.int64).flatten() if "rank" in fields else None
+        initial = Info.of(gram=M, eigenvalues=eigenvalues, rank=rank)
+        results = {f"initial/{name}": value for name, value in diagnostics.summary(initial, self.dtype).items()}
+        if rank is not None:
+            aligned = diagnostics.summary(Info.of(gram=diagnostics.aligned_gram(initial), rank=rank))
+            results |= {f"aligned/{name}": aligned[name] for name in _ALIGNED}
+        if "alpha" in fields:
+            alpha = fields["alpha"].flatten(0, -2)
+            results["committed/norm"] = diagnostics.total_norm(M, alpha)
+            results["committed/min_cosine"] = diagnostics.total_cosines(M, alpha).amin(-1)
+        results["norms"] = diagnostics.norms(M)
+        return {name: value.reshape(*leading, *value.shape[1:]) for name, value in results.items()} | kept

@@ -1,0 +1,33 @@
+"""Pure PyTorch reference of every op: readable, device-independent, and the specification the kernels are held to.
+
+These functions run wherever no kernel is built (see `fastmtl.ops`), in float64, and follow the same accuracy policy and
+draw the same random numbers as the kernels.
+"""
+
+from fastmtl.ops.reference.align import align, align_rows, balance, combine, combine_rows, eigh, gram, gram_rows
+from fastmtl.ops.reference.closed import constant, unit_solve
+from fastmtl.ops.reference.conflicts import gradvac, pcgrad
+from fastmtl.ops.reference.nash import nash
+from fastmtl.ops.reference.qp import cagrad, dual_cone, mgda
+from fastmtl.ops.reference.sign_drop import sign_drop, sign_drop_rows
+
+__all__ = [
+    "align",
+    "align_rows",
+    "balance",
+    "cagrad",
+    "combine",
+    "combine_rows",
+    "constant",
+    "dual_cone",
+    "eigh",
+    "gradvac",
+    "gram",
+    "gram_rows",
+    "mgda",
+    "nash",
+    "pcgrad",
+    "sign_drop",
+    "sign_drop_rows",
+    "unit_solve",
+]

@@ -1,0 +1,226 @@
+"""Gram matrix, weights of Aligned-MTL, recombination and the eigendecomposition behind them.
+
+Small eigenproblems, and large ones whose diagonal is uneven, are solved by Jacobi rotations with a relative stopping
+rule; only large, even ones go to LAPACK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops.reference.present import is_present
+from fastmtl.ops.reference.rounding import rounded
+
+__all__ = ["align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
+
+EPS = torch.finfo(torch.float64).eps
+# Above this size a LAPACK eigensolver is faster than Jacobi and is used where it is accurate enough.
+JACOBI_MAX_TASKS = 64
+# LAPACK's error is absolute, about eps * lambda_max: with eigenvalues down to this ratio it costs no digit we promise,
+# nor, below it, when the rows are this even (then the Gram itself carries an error of that size).
+LAPACK_MIN_RATIO = 1e-8
+LAPACK_MAX_DIAGONAL_RATIO = 1e2
+
+
+def gram(G: Tensor) -> Tensor:
+    """M = G Gᵀ in float64, symmetric to the bit. `G` [..., T, P] -> [..., T, T]."""
+    G = G.to(torch.float64)
+    return _mirrored(G @ G.mT)
+
+
+def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
+    """M = Σ_k G_k G_kᵀ in float64 over the K tensors of each row; entry t·K + k is row t, tensor k; None is zero."""
+    segments = len(grads) // tasks
+    device = next((g.device for g in grads if g is not None), torch.device("cpu"))
+    M = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
+    for k in range(segments):
+        column = grads[k::segments]
+        present = [t for t, g in enumerate(column) if g is not None]
+        if present:
+            index = torch.tensor(present, device=device)
+            flat = torch.stack([g.reshape(-1).to(torch.float64) for g in column if g is not None])
+            M[index[:, None], index] += flat @ flat.mT
+    return _mirrored(M)
+
+
+def _mirrored(M: Tensor) -> Tensor:
+    """The upper triangle in place of the lower one: a matrix product sums them in orders of its own."""
+    return M.triu() + M.triu(1).mT
+
+
+def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
+    """Writes out = αᵀ G, summed in float64 and rounded once. `G` [..., T, P], `alpha` [..., T], `out` [..., P]."""
+    out.copy_(rounded((alpha[..., None, :] @ G.to(torch.float64)).squeeze(-2), out.dtype))
+
+
+def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
+    """Writes out_k = Σ_t α_t g_{t,k}, summed in float64 and rounded once; None is zero."""
+    segments = len(out)
+    weights = alpha.unbind()
+    for k, target in enumerate(out):
+        total = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+        for weight, g in zip(weights, grads[k::segments], strict=True):
+            # A missing gradient is zero times a weight that need not be finite.
+            total += weight * (0.0 if g is None else g.to(torch.float64))
+        target.copy_(rounded(total, target.dtype))
+
+
+def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors (columns) of symmetric `M` [..., T, T], as torch.linalg.eigh returns."""
+    lower = M.to(torch.float64).tril().reshape(-1, *M.shape[-2:])
+    finite = lower.isfinite().all(-1).all(-1)[:, None]
+    lower = torch.where(finite[..., None], lower, torch.zeros_like(lower))
+    lower = lower + lower.tril(-1).mT
+    lam, V = _jacobi(lower) if M.shape[-1] <= JACOBI_MAX_TASKS else torch.linalg.eigh(lower)
+    lam, V = torch.where(finite, lam, torch.nan), torch.where(finite[..., None], V, torch.nan)
+    return lam.reshape(M.shape[:-1]).to(M.dtype), V.reshape(M.shape).to(M.dtype)
+
+
+def balance(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """α = sqrt(s) V_R diag(λ_R^-1/2) V_Rᵀ w (paper, Algorithm 1), with the rank rule of docs/numerics.md.
+
+    `M` [..., T, T]; `weights` [T] or None for 1/T. Returns α [..., T], eigenvalues [..., T] in descending order
+    (negative rounding noise as zero) and rank [...] (int64).
+    """
+    T = M.shape[-1]
+    shape = M.shape[:-2]
+    M = M.to(torch.float64).reshape(-1, T, T)
+    w = M.new_full((T,), 1 / T) if weights is None else weights.to(M)
+    finite = M.isfinite().all(-1).all(-1)
+    M = torch.where(finite[:, None, None], M, torch.zeros_like(M))
+    lam, V = _eigh_psd(M)
+    lam, V = lam.flip(-1).clamp_min(0.0), V.flip(-1)
+    judged = lam if rank_rule == "gram" else _eigh_psd(_row_normalised(M, zero))[0].flip(-1)
+    rank = (judged > judged[:, :1].clamp_min(0.0) * rtol**2).sum(-1)
+    rank = torch.minimum(rank, (lam > 0.0).sum(-1))
+    kept = torch.arange(T, device=M.device) < rank[:, None]
+    last = (rank - 1).clamp_min(0)[:, None]
+    if scale == "min":
+        s = lam.gather(-1, last)
+    elif scale == "median":  # the lower median of the kept ones, which stand first and descend
+        s = lam.gather(-1, rank[:, None] // 2)
+    else:
+        s = (lam * kept).sum(-1, keepdim=True) / rank[:, None].clamp_min(1)
+    inverse = torch.where(kept, (s / lam).sqrt(), 0.0)
+    alpha = (V @ (inverse * (w @ V))[..., None])[..., 0]
+    alpha = torch.where(is_present(M), alpha, 0.0)  # to the bit: eigenvectors of LAPACK's are zero to rounding only
+    alpha = torch.where(finite[:, None], alpha, torch.nan)
+    lam = torch.where(finite[:, None], lam, torch.nan)
+    rank = torch.where(finite, rank, 0)
+    return alpha.reshape(*shape, T), lam.reshape(*shape, T), rank.reshape(shape)
+
+
+def align(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
+    """gram, balance and combine of one matrix [T, P] or a batch [B, T, P]."""
+    M = gram(G)
+    if G.dtype is torch.float64:
+        M = gram(G * _power_of_two(G, (-1, -2))[..., None, None])
+    alpha, _, _ = balance(M, weights, scale, rtol, zero, rank_rule)
+    combine(G, alpha, out)
+
+
+def align_rows(
+    grads: Sequence[Tensor | None],
+    tasks: int,
+    weights: Tensor | None,
+    scale: str,
+    rtol: float,
+    zero: float,
+    rank_rule: str,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gram_rows, balance and combine_rows; returns gram, α, eigenvalues, rank."""
+    M = gram_rows(grads, tasks)
+    factor = torch.ones((), dtype=torch.float64, device=M.device)
+    wide = [g for g in grads if g is not None and g.dtype is torch.float64 and g.numel()]
+    if wide:
+        factor = torch.stack([_power_of_two(g, None) for g in wide]).min()
+    if factor != 1.0:
+        alpha, lam, rank = balance(
+            gram_rows([None if g is None else g.to(torch.float64) * factor for g in grads], tasks),
+            weights, scale, rtol, zero, rank_rule,
+        )  # fmt: skip
+        lam = lam / factor / factor
+    else:
+        alpha, lam, rank = balance(M, weights, scale, rtol, zero, rank_rule)
+    combine_rows(grads, alpha, out)
+    return M, alpha, lam, rank
+
+
+def _power_of_two(G: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """A power of two that brings float64 entries whose squares would over- or underflow near one, else 1."""
+    if not G.numel():
+        return G.new_ones(G.shape[:-2] if dims else ())
+    largest = G.abs().amax(dims) if dims else G.abs().amax()
+    exponent = torch.frexp(largest).exponent.to(G.dtype)
+    needed = ((largest > 1e100) | (largest < 1e-100)) & (largest > 0) & largest.isfinite()
+    return torch.where(needed, torch.exp2(-exponent), torch.ones_like(largest))
+
+
+def _row_normalised(M: Tensor, zero: float) -> Tensor:
+    """C = D^-1/2 M D^-1/2; rows whose norm is at most `zero` of the largest are rounding noise and become zero."""
+    norm = M.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    inverse = torch.where(norm > zero * norm.amax(-1, keepdim=True), 1.0 / norm, 0.0)
+    return M * inverse[:, :, None] * inverse[:, None, :]
+
+
+def _eigh_psd(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors of positive semi-definite `M` [B, T, T], small ones accurate too."""
+    if M.shape[-1] <= JACOBI_MAX_TASKS:
+        return _jacobi(M)
+    lam, V = torch.linalg.eigh(M)
+    norms = M.diagonal(dim1=-2, dim2=-1)
+    smallest = torch.where(norms > 0.0, norms, torch.inf).amin(-1)
+    even = norms.amax(-1) <= LAPACK_MAX_DIAGONAL_RATIO * smallest
+    wide = lam[:, 0] > LAPACK_MIN_RATIO * lam[:, -1]
+    if bool((even | wide).all()):
+        return lam, V
+    return _jacobi(M)
+
+
+def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Two-sided Jacobi, round-robin order: every round rotates T/2 disjoint pairs, over the whole batch at once.
+
+    Stops when all |m_ij| <= eps sqrt(|m_ii m_jj|), which keeps the small eigenvalues of a graded matrix accurate
+    (Demmel and Veselić 1992); LAPACK's tridiagonalisation does not.
+    """
+    B, T, _ = M.shape
+    largest = M.abs().amax((-1, -2)) if T else M.new_zeros(B)
+    exponent = torch.frexp(largest).exponent
+    A = torch.ldexp(M, -exponent[:, None, None])
+    V = torch.eye(T, dtype=M.dtype, device=M.device).expand(B, T, T).clone()
+    players = T + T % 2
+    circle = list(range(players))
+    for _ in range(40):
+        d = A.diagonal(dim1=-2, dim2=-1)
+        off = A - torch.diag_embed(d)
+        if not bool((off * off > EPS * EPS * (d[:, :, None] * d[:, None, :]).abs()).any()):
+            break
+        for _ in range(players - 1):
+            pairs = [sorted((circle[i], circle[-1 - i])) for i in range(players // 2)]
+            pairs = [pair for pair in pairs if pair[1] < T]
+            circle = [circle[0], circle[-1], *circle[1:-1]]
+            if not pairs:
+                continue
+            p, q = torch.tensor(pairs, device=M.device).T
+            a_pp, a_qq, a_pq = A[:, p, p], A[:, q, q], A[:, p, q]
+            h = a_qq - a_pp
+            sign = torch.where(h < 0, -1.0, 1.0)
+            active = a_pq * a_pq > EPS * EPS * (a_pp * a_qq).abs()
+            t = torch.where(active, 2 * a_pq * sign / (h.abs() + torch.hypot(h, 2 * a_pq)), 0.0).nan_to_num(0.0)
+            c = 1 / torch.sqrt(1 + t * t)
+            s = t * c
+            for X in (A, V):  # columns
+                x, y = X[:, :, p], X[:, :, q]
+                X[:, :, p], X[:, :, q] = c[:, None] * x - s[:, None] * y, s[:, None] * x + c[:, None] * y
+            x, y = A[:, p], A[:, q]  # rows
+            A[:, p], A[:, q] = c[..., None] * x - s[..., None] * y, s[..., None] * x + c[..., None] * y
+            A[:, p, p], A[:, q, q] = a_pp - t * a_pq, a_qq + t * a_pq
+            A[:, p, q] = A[:, q, p] = torch.where(active, 0.0, a_pq)
+    lam, order = A.diagonal(dim1=-2, dim2=-1).sort(-1)
+    return torch.ldexp(lam, exponent[:, None]), V.gather(-1, order[:, None, :].expand(B, T, T))

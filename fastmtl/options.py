@@ -1,0 +1,191 @@
+"""Options of methods: checked in one place, by the constructor and wherever they are set later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.inputs import describe
+
+__all__ = ["Copies", "check_number", "choice", "flag", "generator", "integer", "number", "numbers", "option", "weights"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Returns what is kept of a value; raises TypeError or ValueError naming the option, what is expected and what came.
+Check = Callable[[Any, str], Any]
+
+
+class _Option:
+    # Without `__get__` a read finds the instance's own value, as of any attribute, and costs nothing.
+    def __init__(self, check: Check, fixed: bool) -> None:
+        self._check, self._fixed = check, fixed
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        if self._fixed and self._name in instance.__dict__:
+            kept = instance.__dict__[self._name]
+            raise AttributeError(f"{self._name}: expected to stay {kept!r}, which the state depends on: make a new one")
+        instance.__dict__[self._name] = self._check(value, self._name)
+
+
+def option(check: Check, fixed: bool = False) -> Any:
+    """An attribute that holds what `check` makes of a value; `fixed`: which is set once."""
+    return _Option(check, fixed)
+
+
+def choice(*values: Any) -> Check:
+    """One of these values."""
+
+    def check(value: Any, name: str) -> Any:
+        if value not in values:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
+        return value
+
+    return check
+
+
+def check_number(
+    value: object,
+    name: str,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    optional: bool = False,
+) -> float | None:
+    """`value` as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite, or not within the bounds: `low` and `high` included, `above` not.
+    """
+    other = " or None" if optional else ""
+    if optional and value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number{other}, got {describe(value)}")
+    x = float(value)
+    if not (math.isfinite(x) and above < x and low <= x <= high):
+        bounds = f" in [{low:g}, {high:g}]" if high < math.inf else f" > {above:g}" if above > -math.inf else ""
+        bounds = bounds or (f" >= {low:g}" if low > -math.inf else "")
+        raise ValueError(f"{name}: expected a finite number{bounds}{other}, got {value!r}")
+    return x
+
+
+def number(**bounds: Any) -> Check:
+    """A finite number within bounds, as a float: see `check_number`."""
+    return lambda value, name: check_number(value, name, **bounds)
+
+
+def integer(low: int, optional: bool = False) -> Check:
+    """An integer of at least `low`."""
+    other = " or None" if optional else ""
+
+    def check(value: Any, name: str) -> int | None:
+        if optional and value is None:
+            return None
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer >= {low}{other}, got {describe(value)}")
+        if value < low:
+            raise ValueError(f"{name}: expected an integer >= {low}{other}, got {value!r}")
+        return int(value)
+
+    return check
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def generator(value: Any, name: str) -> torch.Generator | None:
+    """A source of randomness, or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator or None, got {describe(value)}")
+    return value
+
+
+def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None = None, shape: str = "") -> Tensor:
+    """`value` as a float64 tensor [T] of its own, whatever the default device: a tensor stays where it is.
+
+    Args:
+        value: T finite numbers, a tensor or a sequence.
+        name: the option.
+        what: what is expected, for messages.
+        tasks: T; None for any.
+        shape: the shape that is expected, for messages, where one number will do; it is then [].
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: they have another shape, or are not finite.
+    """
+    if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and value.is_meta):
+        raise TypeError(f"{name}: expected {what}, got {describe(value)}")
+    device = value.device if isinstance(value, Tensor) else "cpu"
+    try:
+        x = torch.as_tensor(value, dtype=torch.float64, device=device).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected {what}, got {value!r}") from error
+    fits = x.ndim == 1 and x.shape[0] > 0 and tasks in (None, x.shape[0])
+    if not fits and not (shape and x.ndim == 0):
+        shape = shape or f"shape [{tasks or 'T'}]"
+        raise ValueError(f"{name}: expected {shape}, got shape {list(x.shape)}")
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):  # elsewhere the host would wait
+        raise ValueError(f"{name}: expected finite numbers, got {x.tolist()}")
+    return x
+
+
+def weights(value: Any, name: str) -> Tensor | str:
+    """Task weights: "mean" (also for None), "sum", or T numbers as a float64 tensor [T]."""
+    what = 'None, "mean", "sum" or T numbers'
+    if value is None or isinstance(value, str):
+        if value not in (None, "mean", "sum"):
+            raise ValueError(f"{name}: expected {what}, got {value!r}")
+        return value or "mean"
+    return numbers(value, name, what)
+
+
+class Copies:
+    """The numbers of options on the devices that gradients came from, a copy each: to make one, the host waits.
+
+    Copies and pickles of a method begin without any.
+    """
+
+    def __init__(self) -> None:
+        self._placed: dict[tuple[Tensor | int, torch.device], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Copies, ()
+
+    def get(self, what: Tensor | int, like: Tensor) -> Tensor:
+        """These numbers, or so many ones in float64, where `like` is."""
+        if isinstance(what, Tensor) and what.device == like.device:
+            return what
+        # What a compiled or captured graph allocates is its own, and a fake tensor has no numbers.
+        if torch.compiler.is_compiling() or type(like) not in _PLAIN:
+            return _new(what, like)
+        placed = self._placed.get((what, like.device))
+        if placed is None:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return _new(what, like)
+            with torch.inference_mode(False):
+                host = what.cpu() if isinstance(what, Tensor) else torch.ones(what, dtype=torch.float64, device="cpu")
+                placed = host.to(like.device)  # from the host: complete for every stream when it returns
+            if type(placed) is Tensor:
+                self._placed[what, like.device] = placed
+        return placed
+
+
+def _new(what: Tensor | int, like: Tensor) -> Tensor:
+    return what.to(like.device) if isinstance(what, Tensor) else like.new_ones(what, dtype=torch.float64)

@@ -1,0 +1,83 @@
+"""What a step brings besides its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.inputs import describe
+
+__all__ = ["NOTHING", "Context", "check_scale", "checked_losses", "draw_seed"]
+
+
+class Context(NamedTuple):
+    """What a step brings besides its gradients.
+
+    Attributes:
+        losses: the T task losses [T], detached and unscaled, for the methods that need them.
+        grad_scale: the factor S by which a loss scaler has multiplied losses and gradients, a float or a tensor [].
+        agree: makes a tensor the same on all processes that aggregate together; None for one process.
+    """
+
+    losses: Tensor | None = None
+    grad_scale: Tensor | float | None = None
+    agree: Callable[[Tensor], Tensor] | None = None
+
+    def unscaled(self, M: Tensor) -> Tensor:
+        """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
+        M = M.to(torch.float64)
+        if self.grad_scale is None:
+            return M
+        # Twice: the square of a float32 tensor could overflow.
+        return M / self.grad_scale / self.grad_scale
+
+    def scaled(self, losses: Tensor) -> Tensor:
+        """The losses as they are without a loss scaler."""
+        return losses if self.grad_scale is None else losses / self.grad_scale
+
+
+NOTHING = Context()
+
+
+def check_scale(grad_scale: object) -> None:
+    """Raises TypeError for a loss scaler's factor that is no real number; its value could lie on a busy device."""
+    if isinstance(grad_scale, Tensor):
+        fits = grad_scale.is_floating_point() and grad_scale.numel() == 1
+    else:
+        fits = isinstance(grad_scale, (int, float))
+    if not fits:
+        raise TypeError(f"grad_scale: expected a float or a floating tensor [], got {describe(grad_scale)}")
+
+
+def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:
+    """The losses as one detached float64 tensor [T], 0 for None.
+
+    Raises:
+        TypeError: no tensor [T] or sequence of tensors, or no real numbers.
+        ValueError: not T of them.
+    """
+    if isinstance(losses, Tensor):
+        values = losses.detach()
+    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, (Tensor, type(None))) for loss in losses):
+        like = next((loss for loss in losses if loss is not None), torch.empty((), device="cpu"))
+        each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in losses]
+        values = torch.stack(each) if each else torch.empty(0, device="cpu")
+    else:
+        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
+    if values.is_complex() or values.layout is not torch.strided:
+        raise TypeError(f"losses: expected real numbers, got {describe(values)}")
+    if values.shape != (T,):
+        raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
+    return values.to(torch.float64)
+
+
+def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:
+    """A seed for the random ops, int64 [] on the device of `like`: from torch's generator, so that it is reproducible.
+
+    Nothing waits for it, and in a CUDA graph each replay draws anew.
+    """
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
+    return seed if context.agree is None else context.agree(seed)

@@ -1,0 +1,1 @@
+"""From losses to `.grad`: in one call, in an ordinary backward, or by module hooks."""

@@ -1,0 +1,235 @@
+"""`fan_out` for a model whose code cannot be edited: by module hooks on its encoder and its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import once
+from fastmtl.info import Info
+from fastmtl.inputs import describe
+from fastmtl.methods.base import Method
+from fastmtl.structure import map_tensors, tensors_of
+from fastmtl.training.fan_out import FanOut, check_method, place, watch_for_heads
+
+__all__ = ["Attached", "attach"]
+
+
+def attach(
+    encoder: nn.Module,
+    heads: Iterable[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
+    method: Method,
+    **options: Any,
+) -> Attached:
+    """Puts a `fan_out` between an encoder and its heads without touching their code.
+
+    When `heads[t]` is called with the output of `encoder` (or with a part of it, in any argument), it gets alias t in
+    its place. The training loop calls backward once on the sum of its losses, as before, or on `handle.total(losses)`.
+
+        with fastmtl.attach(model.encoder, model.heads, method) as handle:
+            for batch in loader: ...
+
+    A forward without gradients leaves all as it is. Copies of the modules (`copy.deepcopy`, averaged models) and what
+    is saved of them, or sent to another process, are ordinary modules; one that is trained without an attachment of its
+    own warns once.
+
+    Args:
+        encoder: the module whose output is the shared representation.
+        heads: T modules, one a task, that are called with tensors of that output; of a dict or an `nn.ModuleDict` the
+            values, in its order.
+        method: any method of this package.
+        options: passed on to `fan_out`.
+
+    Returns:
+        A handle with `info`, `gradients`, `total` and `remove()`; as a context manager it removes itself at the end.
+
+    Raises:
+        TypeError: `encoder` or a head is no module, or `method` is no method.
+        ValueError: no head, a module twice among the heads and the encoder, one that something is attached to already,
+            weights of another length than T.
+        RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
+    """
+    if isinstance(heads, (Mapping, nn.ModuleDict)):
+        named = [(f"heads[{key!r}]", head) for key, head in heads.items()]
+    elif isinstance(heads, Iterable):
+        named = [(f"heads[{t}]", head) for t, head in enumerate(heads)]
+    else:
+        raise TypeError(f"heads: expected T modules, one a task, got {describe(heads)}")
+    for name, module in [("encoder", encoder), *named]:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected an nn.Module, got {describe(module)}")
+        hooks = module._forward_hooks if module is encoder else module._forward_pre_hooks
+        if any(isinstance(hook, _Hook) for hook in hooks.values()):
+            raise ValueError(
+                f"{name}: expected a module with nothing attached; call remove() on the other handle first"
+            )
+    if not named:
+        raise ValueError("heads: expected at least one module, got none")
+    modules = [head for _, head in named]
+    if len({id(module) for module in (encoder, *modules)}) <= len(modules):
+        raise ValueError("heads: expected one module a task and none of them the encoder, got one of them twice")
+    check_method(method, len(modules))
+    return Attached(encoder, named, method, options)
+
+
+class _Output:
+    """What one forward of the encoder returned, and its fan-out as soon as a head is called with it."""
+
+    def __init__(self, structure: Any) -> None:
+        self.structure = structure
+        self.tensors = list(tensors_of(structure))  # kept so that their ids stay theirs
+        self.number = {id(x): i for i, x in enumerate(self.tensors)}
+        self.fan: FanOut | None = None
+        self.called = [False]  # whether a head was called with it: for a hook that must not hold this object
+
+    def holds(self, x: Tensor) -> bool:
+        return id(x) in self.number
+
+
+class Attached:
+    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one."""
+
+    def __init__(
+        self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Method, options: dict[str, Any]
+    ) -> None:
+        self._names = [name for name, _ in heads]
+        self._method = method
+        self._options = options
+        self._site = once.caller()
+        self._last: _Output | None = None  # of the last forward that recorded a graph
+        # Of one that did not: an evaluation, or a reentrant checkpoint, outside of which there is a graph after all. Or
+        # of one within a backward, where a checkpoint runs a forward again.
+        self._beside: _Output | None = None
+        self._hooks = [encoder.register_forward_hook(_Hook(self._keep))]
+        for t, (_, head) in enumerate(heads):
+            self._hooks.append(head.register_forward_pre_hook(_Hook(self._swap, t), with_kwargs=True))
+
+    @property
+    def info(self) -> Info | None:
+        """`alpha`, `gram`, `eigenvalues` and `rank` of the last backward; None before one."""
+        fan = self._fan
+        return None if fan is None else fan.info
+
+    @property
+    def gradients(self) -> list[Any] | None:
+        """The task gradients that the last backward captured, as `FanOut.gradients` gives them."""
+        fan = self._fan
+        return None if fan is None else fan.gradients
+
+    def total(self, losses: Any) -> Tensor:
+        """`FanOut.total` of the last forward's fan-out."""
+        output = self._last or self._beside
+        if output is None:
+            raise RuntimeError("attach: the encoder has not been called yet")
+        return self._fanned(output).total(losses)
+
+    def remove(self) -> None:
+        """Takes all hooks off the modules and lets go of the last forward's tensors."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._last = self._beside = None
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is attached to nothing: the modules' copies have no hooks either.
+        return {"_names": self._names, "_last": None, "_beside": None, "_hooks": []}
+
+    @property
+    def _fan(self) -> FanOut | None:
+        return None if self._last is None else self._last.fan
+
+    def _fanned(self, output: _Output) -> FanOut:
+        if output.fan is None:
+            output.fan = place(output.structure, len(self._names), self._method, self._site, **self._options)
+            output.called[0] = True
+            if output is self._beside and output.fan.aggregates and self._may_follow():
+                self._last, self._beside = output, None
+        return output.fan
+
+    def _may_follow(self) -> bool:
+        """Whether a fan-out made now is another step's than the last.
+
+        Within a backward it is if the last one's backward is over: then a reentrant checkpoint around the whole model
+        runs its forward. Else any checkpoint repeats one.
+        """
+        running = torch._C._current_graph_task_id()
+        return running == -1 or self._fan is None or self._fan.over(running)
+
+    def _keep(self, module: nn.Module, arguments: Any, structure: Any) -> None:
+        output = _Output(structure)
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            self._beside = output
+            return
+        self._last, self._beside = output, None
+        if once.due("attach", self._site):
+            x = next((x for x in output.tensors if x.requires_grad and not x.is_leaf), None)
+            if x is not None:
+                x.register_hook(watch_for_heads(output.called, self._site, self._names))
+
+    def _swap(self, t: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        if self._last is None and self._beside is None:
+            raise RuntimeError(f"attach: {self._names[t]} was called before the encoder")
+        given = [*tensors_of(args), *tensors_of(kwargs)]
+        output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
+        if output is None:
+            raise RuntimeError(
+                f"attach: {self._names[t]} was called with no tensor of the encoder's last output; what lies between "
+                "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
+            )
+        alias = list(tensors_of(self._fanned(output)[t]))
+
+        def swapped(x: Tensor) -> Tensor:
+            i = output.number.get(id(x))
+            return x if i is None else alias[i]
+
+        return map_tensors(swapped, args), map_tensors(swapped, kwargs)
+
+
+class _Hook:
+    """A module hook of one handle. What is copied of it, or saved, does nothing."""
+
+    def __init__(self, call: Any, *first: Any) -> None:
+        self._call = call
+        self._between = torch.compiler.disable(call)  # between graphs: ids of tensors are nothing to compile
+        self._first = first
+
+    def __call__(self, *arguments: Any) -> Any:
+        call = self._between if torch.compiler.is_compiling() else self._call
+        return call(*self._first, *arguments)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _nothing if self._first else _look_at_copy
+
+    def __reduce__(self) -> Any:
+        return _again, (not self._first,)
+
+
+def _again(of_encoder: bool) -> Any:
+    return _look_at_copy if of_encoder else _nothing
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _look_at_copy(module: nn.Module, *_: Any) -> None:
+    """The hook that an encoder's copy has."""
+    trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
+        once.warn(
+            "copy",
+            once.caller(),
+            f"attach: this {type(module).__name__} is a copy of an encoder that heads were attached to, by copying or "
+            "from a file or another process; nothing is attached to the copy, so its gradients are not aggregated",
+        )

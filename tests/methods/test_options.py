@@ -1,0 +1,278 @@
+"""Options of methods: by keyword, checked alike where they are given and set later, and made on any default device."""
+
+import copy
+import inspect
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import F64, generator, randn
+
+from fastmtl import methods, scalarization
+from fastmtl.methods.base import Method
+
+S = scalarization
+GRADIENTS = [getattr(methods, name) for name in methods.__all__]
+LOSSES = [getattr(scalarization, name) for name in scalarization.__all__ if name != "Scalarization"]
+
+# method: option: (a value that is not the default, [values that are refused, with the error and what it says])
+NUMBERS = [
+    ("a", TypeError, "expected a number"),
+    (True, TypeError, "expected a number"),
+    (math.nan, ValueError, "expected a finite number"),
+    (math.inf, ValueError, "expected a finite number"),
+    (-1, ValueError, "expected a finite number"),
+]
+WEIGHTS = [
+    ("both", ValueError, 'expected None, "mean", "sum" or T numbers'),
+    (3, TypeError, "expected None"),
+    (["a"], TypeError, "expected None"),
+    ([], ValueError, "expected shape [T]"),
+    ([[1.0]], ValueError, "expected shape [T]"),
+    ([1.0, math.nan, 1.0], ValueError, "expected finite numbers"),
+    (torch.ones(3, device="meta"), TypeError, "expected None"),
+]
+INTEGERS = [
+    (1.5, TypeError, "expected an integer"),
+    (-1, ValueError, "expected an integer"),
+    ("2", TypeError, "expected"),
+]
+GENERATOR = [(3, TypeError, "expected a torch.Generator or None, got int")]
+CHOICE = [
+    ("mni", ValueError, "expected one of"),
+    (None, ValueError, "expected one of"),
+    (7, ValueError, "expected one of"),
+]
+FOUR = [0.2, 0.3, 0.1, 0.4]
+OPTIONS = {
+    methods.AlignedMTL: {
+        "weights": (FOUR, WEIGHTS),
+        "scale": ("median", CHOICE),
+        "rtol": (1e-3, NUMBERS),
+        "rank_rule": ("gram", CHOICE),
+    },
+    methods.MGDA: {"normalization": ("l2", CHOICE)},
+    methods.PCGrad: {
+        "order": ("step", CHOICE),
+        "reduction": ("mean", CHOICE),
+        "generator": (generator(1), GENERATOR),
+    },
+    methods.GradVac: {
+        "beta": (0.25, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
+        "generator": (generator(1), GENERATOR),
+    },
+    methods.CAGrad: {"c": (0.25, NUMBERS), "rescale": (0, CHOICE)},
+    methods.IMTL: {"rtol": (1e-3, NUMBERS)},
+    methods.NashMTL: {"max_norm": (0.5, NUMBERS), "every": (2, [*INTEGERS, (0, ValueError, ">= 1")])},
+    methods.GradDrop: {
+        "leak": (FOUR, [("a", TypeError, "expected a number, T numbers or None"), (1.5, ValueError, "within [0, 1]")]),
+        "generator": (generator(1), GENERATOR),
+    },
+    methods.Uniform: {"weights": (FOUR, WEIGHTS)},
+    methods.RLW: {"generator": (generator(1), GENERATOR)},
+    methods.UPGrad: {"weights": (FOUR, WEIGHTS), "ridge": (1e-3, NUMBERS)},
+    methods.DualProj: {"weights": (FOUR, WEIGHTS), "ridge": (1e-3, NUMBERS)},
+    methods.FairGrad: {"fairness": (2.0, NUMBERS)},
+    methods.ConFIG: {"weights": (FOUR, WEIGHTS), "rtol": (1e-3, NUMBERS)},
+    methods.Krum: {
+        "byzantine": (1, INTEGERS),
+        "selected": (2, INTEGERS),
+        "squared": (False, [(0, TypeError, "expected True or False, got int")]),
+    },
+    S.LS: {},
+    S.RLW: {"distribution": ("uniform", CHOICE), "generator": (generator(1), GENERATOR)},
+    S.DWA: {
+        "temperature": (1.0, [*NUMBERS, (0, ValueError, "> 0")]),
+        "window": (2, [*INTEGERS, (0, ValueError, ">= 1")]),
+    },
+    S.Uncertainty: {"initial": (-0.5, NUMBERS[:4])},
+    S.IMTLL: {},
+    S.GradNorm: {"alpha": (0.5, NUMBERS), "lr": (0.1, NUMBERS)},
+    S.GLS: {},
+    S.STCH: {"mu": (0.5, [*NUMBERS, (0, ValueError, "> 0")])},
+    S.FAMO: {"lr": (0.1, NUMBERS), "weight_decay": (0.1, NUMBERS)},
+}
+# What the state depends on is given once.
+FIXED = {
+    S.LS: {"weights": (FOUR, WEIGHTS)},
+    S.GLS: {"tasks": (4, INTEGERS)},
+    S.STCH: {
+        "tasks": (4, INTEGERS),
+        "weights": (FOUR, WEIGHTS),
+        "reference": ([-0.1] * 4, [("a", TypeError, "expected T numbers")]),
+        "warmup": (None, INTEGERS),
+    },
+    S.FAMO: {
+        "tasks": (4, INTEGERS),
+        "min_losses": ([-0.5] * 4, [([0.0], ValueError, "expected shape [4], got shape [1]")]),
+    },
+    S.GradNorm: {
+        "tasks": (4, INTEGERS),
+        "initial_losses": (
+            [1.0, 2.0, 3.0, 4.0],
+            [([1.0, 0.0, 1.0, 1.0], ValueError, "positive"), (1.0, TypeError, "T numbers")],
+        ),
+    },
+    S.DWA: {"tasks": (4, [*INTEGERS, (None, TypeError, "expected an integer >= 1, got NoneType")])},
+    S.Uncertainty: {"tasks": (4, INTEGERS)},
+    S.IMTLL: {"tasks": (4, INTEGERS)},
+    S.RLW: {},
+}
+
+
+def make(kind, **options):
+    """For four tasks."""
+    if "tasks" in inspect.signature(kind).parameters:
+        options.setdefault("tasks", 4)
+    return kind(**options)
+
+
+def cases(table, refused):
+    for kind, options in table.items():
+        for name, (value, bad) in options.items():
+            for entry in bad if refused else [value]:
+                yield pytest.param(kind, name, entry, id=f"{kind.__name__}-{name}-{entry[0] if refused else ''}")
+
+
+def outcome(method):
+    """What it makes of some gradients or losses, several times: the state counts."""
+    torch.manual_seed(0)
+    if vars(method).get("generator") is not None:
+        method.generator.manual_seed(1)
+    if isinstance(method, Method):
+        return [method(randn(4, 20, dtype=F64, seed=k) + 0.1) for k in range(3)]
+    results = []
+    for k in range(5):
+        p = randn(4, dtype=F64, seed=k).abs().add(0.1).requires_grad_()
+        value = method(list(p.unbind()), *([p] if isinstance(method, S.GradNorm) else []))
+        value.backward()
+        results += [value.detach(), p.grad]
+        if isinstance(method, S.FAMO):
+            method.update(p.detach() * 0.9)
+    return results
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_option_is_tried():
+    assert set(OPTIONS) == {*GRADIENTS, *LOSSES}
+    for kind in OPTIONS:
+        tried = {*OPTIONS[kind], *FIXED.get(kind, ())}
+        assert tried == {*inspect.signature(kind).parameters}, kind
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_by_keyword_only(kind):
+    """But for what says how many tasks there are: their number, or the weights of linear scalarization."""
+    parameters = inspect.signature(kind).parameters.values()
+    positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert positional == (
+        ["weights"] if kind is S.LS else ["tasks"] if "tasks" in inspect.signature(kind).parameters else []
+    )
+
+
+@pytest.mark.parametrize(("kind", "name", "entry"), [*cases(OPTIONS, True), *cases(FIXED, True)])
+def test_a_bad_value_is_refused(kind, name, entry):
+    value, error, message = entry
+    with pytest.raises(error, match=f"^{name}: .*{re.escape(message)}"):
+        make(kind, **{name: value})
+    if name in OPTIONS[kind]:
+        method = make(kind)
+        before, kept = outcome(copy.deepcopy(method)), getattr(method, name)
+        with pytest.raises(error, match=f"^{name}: .*{re.escape(message)}"):
+            setattr(method, name, value)
+        assert getattr(method, name) is kept
+        if name != "generator" and kind not in (methods.PCGrad, methods.RLW, S.RLW, methods.GradDrop):
+            assert same(outcome(method), before)
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [*cases(OPTIONS, False)])
+def test_set_later_as_given_at_once(kind, name, value):
+    given, changed = make(kind, **{name: value}), make(kind)
+    setattr(changed, name, value)
+    if kind is S.Uncertainty:
+        changed.reset()  # `initial` is what that goes back to
+    assert repr(changed) == repr(given)
+    assert same(outcome(changed), outcome(given))
+    setattr(changed, name, getattr(make(kind), name))
+    if isinstance(changed, torch.nn.Module):
+        changed.reset()
+    if name != "generator":
+        assert same(outcome(changed), outcome(make(kind)))
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [*cases(FIXED, False)])
+def test_what_the_state_depends_on_stays(kind, name, value):
+    method = make(kind, **{name: value})
+    attribute = {"weights": "fixed" if kind is S.LS else "preference"}.get(name, name)
+    kept = getattr(method, attribute)
+    with pytest.raises(AttributeError, match=f"^{attribute}: expected to stay .*: make a new one"):
+        setattr(method, attribute, value)
+    assert getattr(method, attribute) is kept
+
+
+def test_weights_of_another_length():
+    """Given later they are checked as given at once: where the number of tasks is known."""
+    for kind in (methods.AlignedMTL, methods.UPGrad, methods.DualProj, methods.ConFIG, methods.Uniform):
+        method = kind()
+        method.weights = [1.0, 2.0]
+        assert method.weights.dtype is F64
+        with pytest.raises(ValueError, match=r"weights: expected length 3 .*, got 2; pass None for a task"):
+            method(randn(3, 9))
+        method.weights = torch.tensor([1, 2, 3], dtype=torch.int32)
+        assert same([method(randn(3, 9))], [kind(weights=[1, 2, 3])(randn(3, 9))])
+
+
+def test_numbers_of_numpy():
+    assert methods.CAGrad(c=np.float32(0.25)).c == 0.25
+    assert methods.NashMTL(every=np.int64(3)).every == 3
+    assert type(methods.NashMTL(every=np.int64(3)).every) is int
+    assert S.DWA(np.int32(2), temperature=np.float64(1.5)).temperature == 1.5
+
+
+# ------------------------------------------------------------------------------------------------ default devices
+
+ALL = [
+    pytest.param(kind, options, id=f"{kind.__name__}-{','.join(options)}")
+    for kind in OPTIONS
+    for options in (
+        {},
+        *({name: value} for name, (value, _) in [*OPTIONS[kind].items(), *FIXED.get(kind, {}).items()]),
+        *([{"warmup": 1}] if kind is S.STCH else []),
+    )
+]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+@pytest.mark.parametrize("how", ["context", "default"])
+@pytest.mark.parametrize(("kind", "options"), ALL)
+def test_made_under_another_default_device(kind, options, how, device):
+    """Numbers that a user gives stay numbers, on the CPU; what a module keeps is where any module has it."""
+    expected = make(kind, **options)
+    has_state = (
+        any(True for _ in torch.nn.Module.state_dict(expected)) if isinstance(expected, torch.nn.Module) else False
+    )
+    if device == "cuda" and has_state and not torch.cuda.is_available():
+        return  # there is nowhere to put it
+    if how == "context":
+        with torch.device(device):
+            method = make(kind, **options)
+    else:
+        torch.set_default_device(device)
+        try:
+            method = make(kind, **options)
+        finally:
+            torch.set_default_device(None)
+    assert repr(method) == repr(expected)
+    for value in vars(method).values():
+        assert not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+    if has_state:
+        assert all(x.device.type == device for x in [*method.parameters(), *method.buffers()])
+        method.to_empty(device="cpu")
+        method.reset()
+    if options.get("generator") is None:
+        assert same(outcome(method), outcome(expected))

@@ -1,0 +1,206 @@
+"""tools/docs_numbers.py: what the pages say is what the committed results say, and what it makes of results."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "docs_numbers.py"
+PAGE = ROOT / "docs" / "performance.md"
+
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="the tests run without the source tree")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location("docs_numbers", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+
+
+MACHINE = {"commit": "0123456789", "torch": "2.14.1", "date": "2026-01-02T03:04:05Z"}
+
+
+def line(name, measure, reached, target, verdict="ok", roof=None, sense=">="):
+    names = ("name", "measure", "reached", "target", "verdict", "roof", "sense")
+    return dict(zip(names, (name, measure, reached, target, verdict, roof, sense), strict=True))
+
+
+def case(name, *lines, fast=2e-3, base=6e-3):
+    return {"case": name, "lines": list(lines), "seconds": {"fast": fast, "base": base}}
+
+
+@pytest.fixture
+def results(tool, tmp_path):
+    """Two runs: the later one measured a case of the first again."""
+
+    def write(name, date, cases):
+        (tmp_path / name).write_text(json.dumps({"machine": MACHINE | {"date": date}, "cases": cases}))
+
+    flat = line("flat 3x1e6", "speed-up", 3.456, 3.0, roof=4.0)
+    floor = line("flat 3x1e6", "x 2 reads", 1.2, 1.35, sense="<=")
+    old, new = (line("flat 512x2e4", "speed-up", x, 2.5, "MISSED") for x in (0.5, 0.75))
+    weighing = [
+        case("weighting RLW T=10", line("weighting RLW T=10", "speed-up", 0.6, 1.0, "NOISY"), base=2e-6, fast=4e-6)
+    ]
+    write("a.json", "2026-01-02T00:00:00Z", [case("flat 3x1e6", flat, floor), case("flat 512x2e4", old), *weighing])
+    write("b.json", "2026-01-03T00:00:00Z", [case("flat 512x2e4", new)])
+    return tool.Results(tmp_path)
+
+
+def test_the_pages_are_what_the_results_say(tool, capsys):
+    status = tool.main(["--check"])
+    assert status == 0, f"make docs-numbers\n{capsys.readouterr().out}"
+
+
+def test_every_section_is_on_the_page(tool):
+    assert sorted(match["name"] for match in tool.SECTION.finditer(PAGE.read_text())) == sorted(tool.SECTIONS)
+
+
+def test_no_measured_number_is_typed_by_hand(tool):
+    """Outside of the marks there is no time, rate, percentage or ratio."""
+    prose = tool.SPAN.sub("", tool.SECTION.sub("", PAGE.read_text()))
+    assert not re.findall(r"\d[\d.]*\s*(?:µs|ms|seconds?|[GT]B/s|GFLOP|%)|\d+\.\d+\s*×|\d+\.\d+ times", prose)
+
+
+def test_the_newest_run_counts(results):
+    assert results.values("flat 512x2e4", "speed-up") == [0.75]
+    assert results.values("flat *", "speed-up") == [3.456, 0.75]
+
+
+def test_spans(tool, results):
+    page = (
+        "it is <!-- n: flat 3x1e6 / speed-up -->old<!-- /n --> times, "
+        "<!-- n: flat 3x1e6 / fast ms / .1f --><!-- /n --> ms, "
+        "at most <!-- n: flat * / speed-up / .0f / max --><!-- /n -->; "
+        "a launch <!-- n: model / launch µs --><!-- /n -->"
+    )
+    filled = tool.fill(page, results)
+    assert re.sub("<!--.*?-->", "", filled) == "it is 3.46 times, 2.0 ms, at most 3; a launch 2.5"
+    assert tool.fill(filled, results) == filled
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("<!-- n: flat 9x9 / speed-up --><!-- /n -->", "no case 'flat 9x9'"),
+        ("<!-- n: flat 3x1e6 / speed --><!-- /n -->", "with 'speed'"),
+        ("<!-- n: flat * / speed-up --><!-- /n -->", "expected one value, got 2"),
+        ("<!-- n: flat * / speed-up / .2f / mean --><!-- /n -->", "min or max"),
+        ("<!-- n: flat 3x1e6 --><!-- /n -->", "expected 'CASE"),
+        ("<!-- n: steps / a / b --><!-- /n -->", "step-table"),
+        ("<!-- numbers: unknown -->\n<!-- end -->", "expected one of verdicts, flat"),
+        ("<!-- numbers: flat -->\n", "expected a beginning and an end"),
+        ("<!-- numbers: flat -->\n<!-- numbers: more -->\n<!-- end -->", "expected a beginning and an end"),
+        ("<!-- n: flat 3x1e6 / speed-up -->1.2", "expected a beginning and an end"),
+    ],
+)
+def test_what_cannot_be_filled(tool, results, mark, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tool.fill(mark, results)
+
+
+def test_sections(tool, results):
+    page = tool.fill(
+        "a\n<!-- numbers: flat -->\nold\n<!-- end -->\nb <!-- n: flat 3x1e6 / speed-up --><!-- /n -->\n", results
+    )
+    assert "| 3x1e6 | 2 | 3.46 | ≥ 3 | 4.00 | 1.20 | ≤ 1.35 |" in page
+    assert "old" not in page
+    assert "512x2e4" not in page
+    assert "Measured at commit 0123456, torch 2.14.1, 2026-01-02." in page
+    assert "| 512x2e4 | 2 | 0.75 | ≥ 2.5 |" in tool.SECTIONS["large"](results)
+    assert "| RLW | 0.5 × (4 µs, 0.002 ms) ? |" in tool.SECTIONS["weighting"](results)
+
+
+def test_losses_are_what_is_slower_or_missed(tool, results):
+    section = tool.SECTIONS["losses"](results)
+    assert "| 512x2e4 | speed-up | 0.75 | ≥ 2.5 |" in section
+    assert "| weighting RLW T=10 | speed-up | 0.60 | ≥ 1 |" in section
+    assert "3x1e6" not in section
+    assert tool.SECTIONS["verdicts"](results).startswith(
+        "Of 4 targets: 1 missed, 1 measured on a disturbed machine, 2 reached."
+    )
+
+
+def test_steps(tool, tmp_path):
+    extra = {"ratio": 1.0649, "seconds": {"way": 0.00187}, "kept": 4, "rounds": 10}
+    name = "benchmarks/test_step.py::test_step[x]"
+    benchmark = {"fullname": name, "params": {"way": "UB: fan_out", "problem": "mlp T=3"}, "extra_info": extra}
+    content = {"benchmarks": [benchmark], "machine_info": {"fastmtl": {"torch": "2.14.1"}}}
+    content |= {"commit_info": {"id": "abcdefghijk"}, "datetime": "2026-01-02T03:04:05"}
+    (tmp_path / "step-table.json").write_text(json.dumps(content))
+    results = tool.Results(tmp_path)
+    assert "| UB: fan_out | 1.06 (1.87) ? |" in tool.SECTIONS["steps"](results)
+    page = tool.fill("<!-- n: steps / UB: fan_out / mlp T=3 / .1f -->?<!-- /n -->", results)
+    assert re.sub("<!--.*?-->", "", page) == "1.1"
+
+
+def point(tasks, pure, **others):
+    at = {
+        "tasks": tasks,
+        "params": 10000,
+        "batch": 1,
+        "dtype": "float32",
+        "threads": 2,
+        "method": "AlignedMTL",
+        "kappa": 1.0,
+    }
+    seconds = {"fastmtl": 2e-2, "pure": pure, "read": 1e-3, "gram": 1e-2, "weights": 8e-3, "combine": 1e-3}
+    about = {
+        "memory": None,
+        "accuracy": {"fastmtl": 3e-8, "pure": None},
+        "roofs": {},
+        "rounds": 3,
+        "kept": 3,
+        "others": 0,
+    }
+    return {"point": at | others, "seconds": seconds, "commit": "abc", "date": "2026-01-02"} | about
+
+
+def test_scaling(tool, tmp_path):
+    folder = tmp_path / "scaling"
+    folder.mkdir()
+    points = [
+        point(512, 4e-2),
+        point(256, 1e-2),
+        point(1024, 1.6e-1),
+        point(8, 1.0),
+        point(4096, 1.0) | {"error": "no memory"},
+    ]
+    machine = {"commits": ["0123456789"], "torch": "2.14.1", "last": "2026-01-02T03:04:05Z"}
+    (folder / "scaling.json").write_text(json.dumps({"machine": machine, "points": points}))
+    (folder / "time.png").touch()
+    (tmp_path / "a.json").write_text(json.dumps({"machine": MACHINE, "cases": []}))
+    results = tool.Results(tmp_path)
+    stages = tool.SECTIONS["large stages"](results).splitlines()
+    assert stages[4] == "| 256x10000 κ=1 float32, 2 threads | 10 | 8 | 1 | 20 | 10 | 0.50 | 3e-08 |  |"
+    assert len(stages) == 7
+    section = tool.SECTIONS["scaling"](results)
+    assert re.search(r"^!\[time\]\(.*scaling/time.png\)$", section, re.MULTILINE)
+    assert "commits 0123456, torch 2.14.1, 2026-01-02" in section
+
+
+def test_what_nobody_has_measured_is_said(tool, tmp_path):
+    empty = tool.Results(tmp_path)
+    for name, section in tool.SECTIONS.items():
+        if not name.startswith("cuda"):
+            assert "Not measured yet" in section(empty), name
+
+
+def test_a_page_that_differs(tool, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- n: model / launch µs -->2.4<!-- /n --> µs\n")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "PAGES", (page,))
+    assert tool.main(["--check"]) == 1
+    assert "+<!-- n: model / launch µs -->2.5<!-- /n --> µs" in capsys.readouterr().out
+    assert "2.4" in page.read_text()
+    assert tool.main([]) == 0
+    assert tool.main(["--check"]) == 0
