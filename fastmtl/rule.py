@@ -1,16 +1,17 @@
-"""What a step brings besides its gradients."""
+"""What the pipeline and training know of a method, and what a step brings it besides gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastmtl.info import Info
 from fastmtl.inputs import describe
 
-__all__ = ["NOTHING", "Context", "check_scale", "checked_losses", "draw_seed"]
+__all__ = ["NOTHING", "Context", "Rule", "check_scale", "checked_losses", "context_of", "draw_seed"]
 
 
 class Context(NamedTuple):
@@ -40,6 +41,60 @@ class Context(NamedTuple):
 
 
 NOTHING = Context()
+
+
+class Rule(Protocol):
+    """One direction from T task gradients: all that the rest of the package needs to know of a method.
+
+    Attributes:
+        on_gram: whether it needs no more of the gradients than their Gram matrix: whether there is a `solve`.
+        needs_losses: whether it needs the T losses, in `context`.
+        remembers: whether a step depends on those before it.
+    """
+
+    @property
+    def on_gram(self) -> bool: ...
+    @property
+    def needs_losses(self) -> bool: ...
+    @property
+    def remembers(self) -> bool: ...
+
+    def check_tasks(self, T: int) -> None:
+        """Raises ValueError where the options do not fit T tasks."""
+
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
+        ...
+
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
+
+    def aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+
+        `dtype` is the coarsest among the gradients.
+        """
+        ...
+
+
+def context_of(
+    rule: Rule,
+    losses: Sequence[Tensor | None] | Tensor | None,
+    T: int,
+    grad_scale: Tensor | float | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> Context:
+    """What the step brings besides gradients; the losses only where they are needed."""
+    if grad_scale is not None:
+        check_scale(grad_scale)
+    if not rule.needs_losses:
+        return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
+    if losses is None:
+        raise ValueError(f"losses: expected the {T} task losses, which {rule!r} needs, got none")
+    context = Context(None, grad_scale, agree)
+    return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
 def check_scale(grad_scale: object) -> None:

@@ -21,8 +21,7 @@ from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, check_rows
 
 if TYPE_CHECKING:
-    from fastmtl.methods.base import Method
-    from fastmtl.rule import Context
+    from fastmtl.rule import Context, Rule
 
 __all__ = ["Result", "update"]
 
@@ -48,7 +47,7 @@ class Result(NamedTuple):
 
 
 def update(
-    method: Method,
+    method: Rule,
     losses: Sequence[Tensor | None],
     named: Sequence[tuple[Tensor, str]],
     leaves: Leaves,
@@ -120,7 +119,7 @@ def update(
             for t, row in enumerate(of_own):
                 M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
             dtype = max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps)
-            info = method._weigh(M, dtype, context)
+            info = method.solve(M, dtype, context)
             info.explicit = todo.unrecognised
             updates = trunk.combined(info.alpha)
             del trunk

@@ -27,7 +27,8 @@ from fastmtl import ops, scalarization
 from fastmtl.graph import edge_of, leaves_of, trunk_of
 from fastmtl.info import Info
 from fastmtl.methods.base import Method
-from fastmtl.rule import NOTHING, Context
+from fastmtl.pipeline import aggregate_rows
+from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.scalarization import Scalarization
 from fastmtl.training.backward import _commit, _pairs, _pass, _without_tensor_hooks
 
@@ -176,17 +177,17 @@ class Weighting(nn.Module):
         """The same where they are to be aggregated."""
         method: Method = self.method
         T = len(losses)
-        context = method._context(losses, T)
+        context = context_of(method, losses, T)
         if not several:
-            return method._aggregate_rows([[g] for g in rows], None, context)
-        if not method._on_gram:
+            return aggregate_rows(method, [[g] for g in rows], None, context)
+        if not method.on_gram:
             raise ValueError(f"rep: expected one representation for all tasks, which {method!r} needs, got {T}")
         present = [g for g in rows if g is not None]
         if len({g.shape for g in present}) != 1:
             shapes = [list(g.shape) for g in present]
             raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
-        method._check_tasks(T)
-        info = method._weigh(ops.gram_rows(rows, T), present[0].dtype, context)
+        method.check_tasks(T)
+        info = method.solve(ops.gram_rows(rows, T), present[0].dtype, context)
         return [None if g is None else g * info.alpha[t].to(g.dtype) for t, g in enumerate(rows)], info
 
 
@@ -278,8 +279,8 @@ class CAGrad(Weighting):
 
 
 class _LinearlyRescaled(fastmtl.CAGrad):
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        info = super()._weigh(M, dtype, context)
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        info = super().solve(M, dtype, context)
         info.alpha = info.alpha / (1 + self.c)
         return info
 

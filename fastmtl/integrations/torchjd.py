@@ -295,8 +295,8 @@ def _zero_rows(M: Tensor) -> Tensor:
 class _Peer:
     """Made part of a method: what becomes of its weights α [..., m] where rows are zero."""
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        info: Info = super()._weigh(M, dtype, context)  # type: ignore[misc]
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        info: Info = super().solve(M, dtype, context)  # type: ignore[misc]
         info.alpha = self._with_zero_rows(info.alpha, _zero_rows(M))
         return info
 
@@ -349,12 +349,12 @@ class _DualProj(_Projected, methods.DualProj):
 
 
 class _Krum(methods.Krum):
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
         squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
         shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
         added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
-        return super()._weigh(M + added[..., None], dtype, context)
+        return super().solve(M + added[..., None], dtype, context)
 
 
 # ------------------------------------------------------------------------------------------------ on the Gramian

@@ -13,9 +13,10 @@ from torch.autograd import forward_ad
 from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import Rows
-from fastmtl.methods.base import EPS, GramMethod, checked_out
+from fastmtl.methods.base import GramMethod, checked_out
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import choice, number, option
+from fastmtl.pipeline import EPS
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["AlignedMTL"]
@@ -99,22 +100,22 @@ class AlignedMTL(Weighted, GramMethod):
         # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
         # long, and ours are asked only for what to say.
         try:
-            self._aggregate_matrix(G, out, NOTHING)
+            self.aggregate_matrix(G, out, NOTHING)
         except Exception:
             checked_out(G, out)
             raise
         return out
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         ops.align(G, *self._policy(G.shape[-2], G.dtype, G), out)
 
-    def _aggregate_list(
+    def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
         gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *self._policy(T, dtype, out[0]), out)
         return Info.of(alpha, gram, eigenvalues, rank)
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, eigenvalues, rank = ops.balance(M, *self._policy(M.shape[-1], dtype, M))
         return Info.of(alpha, M, eigenvalues, rank)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -16,25 +16,23 @@ from fastmtl.inputs import (
     check_apart,
     check_matrix,
     check_out,
-    check_rows,
     check_tangent,
     describe,
     transforming,
 )
-from fastmtl.rule import NOTHING, Context, check_scale, checked_losses
+from fastmtl.pipeline import aggregate_rows
+from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
 
-__all__ = ["EPS", "GramMethod", "Method", "checked_out"]
-
-EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+__all__ = ["GramMethod", "Method", "checked_out"]
 
 
 class Method:
     """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
 
-    _on_gram: ClassVar[bool] = False  # whether there is a `_weigh`: weights from the Gram matrix alone
-    _needs_losses: bool = False
-    _remembers: bool = False  # whether a step depends on those before it
+    on_gram: ClassVar[bool] = False  # whether there is a `solve`: weights from the Gram matrix alone
+    needs_losses: bool = False
+    remembers: bool = False  # whether a step depends on those before it
 
     @overload
     def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
@@ -70,12 +68,12 @@ class Method:
         """
         if not isinstance(gradients, Tensor):
             rows = isinstance(gradients, (list, tuple))
-            context = self._context(losses, len(gradients), grad_scale) if rows else NOTHING
-            return self._aggregate_rows(gradients, out, context)[0]
+            context = context_of(self, losses, len(gradients), grad_scale) if rows else NOTHING
+            return aggregate_rows(self, gradients, out, context)[0]
         out = checked_out(gradients, out)
         T = gradients.shape[-2]
-        self._check_tasks(T)
-        self._aggregate_matrix(gradients, out, self._context(losses, T, grad_scale))
+        self.check_tasks(T)
+        self.aggregate_matrix(gradients, out, context_of(self, losses, T, grad_scale))
         return out
 
     def backward(
@@ -160,31 +158,14 @@ class Method:
             engine=engine,
         )
 
-    def _context(
-        self,
-        losses: Sequence[Tensor | None] | Tensor | None,
-        T: int,
-        grad_scale: Tensor | float | None = None,
-        agree: Callable[[Tensor], Tensor] | None = None,
-    ) -> Context:
-        """What the step brings besides gradients; the losses only where they are needed."""
-        if grad_scale is not None:
-            check_scale(grad_scale)
-        if not self._needs_losses:
-            return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
-        if losses is None:
-            raise ValueError(f"losses: expected the {T} task losses, which {self!r} needs, got none")
-        context = Context(None, grad_scale, agree)
-        return context._replace(losses=context.scaled(checked_losses(losses, T)))
-
-    def _check_tasks(self, T: int) -> None:
+    def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
         raise NotImplementedError
 
-    def _aggregate_list(
+    def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
         """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
@@ -193,78 +174,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def _aggregate_rows(
-        self, rows: Rows, out: Sequence[Tensor | None] | None = None, context: Context = NOTHING
-    ) -> tuple[list[Tensor | None], Info]:
-        """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
-        grads, K = check_rows(rows)
-        if not K:
-            raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
-        self._check_tasks(len(rows))
-        return self._aggregate_flat(grads, K, out, context)
-
-    def _aggregate_flat(
-        self,
-        grads: Sequence[Tensor | None],
-        K: int,
-        out: Sequence[Tensor | None] | None = None,
-        context: Context = NOTHING,
-    ) -> tuple[list[Tensor | None], Info]:
-        """The same for T·K gradients that are known to fit together (entry t·K + k)."""
-        T = len(grads) // K
-        if K == 1 and out is None:
-            # The usual representation, in the middle of a backward: there every call finds cold caches.
-            for g in grads:
-                if g is not None:
-                    target = torch.empty_like(g)
-                    info = self._aggregate_list(grads, T, g.dtype, [target], context)
-                    return [target], info
-        like: dict[int, Tensor] = {}
-        for k in range(K):
-            first = next((g for g in grads[k::K] if g is not None), None)
-            if first is not None:
-                like[k] = first
-        if not like:
-            raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
-        if out is not None and (not isinstance(out, (list, tuple)) or len(out) != K):
-            got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
-            raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
-        # Columns without any gradient have no shape: they stay None.
-        results: list[Tensor | None] = [None] * K
-        targets: list[Tensor] = []
-        for k, g in like.items():
-            target = torch.empty_like(g) if out is None else check_out(out[k], g, g.shape, f"out[{k}]")
-            targets.append(target)
-            results[k] = target
-        if out is not None:
-            check_apart(targets, [g for g in grads if g is not None])
-        if len(like) < K:
-            grads = [grads[t * K + k] for t in range(T) for k in like]
-        info = self._aggregate_list(grads, T, _coarsest(targets), targets, context)
-        return results, info
-
-    def _aggregate_part(
-        self,
-        grads: Sequence[Tensor | None],
-        like: Sequence[Tensor],
-        reduce: Callable[[Tensor], Tensor],
-        context: Context = NOTHING,
-    ) -> tuple[list[Tensor], Info]:
-        """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
-
-        Where no task has a gradient here the result is zeros: whoever else has the rest still waits for this part.
-        """
-        T = len(grads) // len(like)
-        if any(g is not None for g in grads):
-            M = ops.gram_rows(grads, T)
-        else:
-            M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
-        info = self._weigh(reduce(M), _coarsest(like), context)
-        results = [torch.empty_like(x) for x in like]
-        ops.combine_rows(grads, info.alpha, results)
-        return results, info
-
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
         raise NotImplementedError
 
@@ -272,7 +182,7 @@ class Method:
 class GramMethod(Method):
     """A method that needs no more of the gradients than their Gram matrix: a map M → α."""
 
-    _on_gram = True
+    on_gram = True
 
     def weighting(
         self,
@@ -312,16 +222,16 @@ class GramMethod(Method):
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]
-        self._check_tasks(T)
-        return self._weigh(M, dtype or M.dtype, self._context(losses, T, grad_scale)).alpha
+        self.check_tasks(T)
+        return self.solve(M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
-        ops.combine(G, self._weigh(ops.gram(G), G.dtype, context).alpha, out)
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        ops.combine(G, self.solve(ops.gram(G), G.dtype, context).alpha, out)
 
-    def _aggregate_list(
+    def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = self._weigh(ops.gram_rows(grads, T), dtype, context)
+        info = self.solve(ops.gram_rows(grads, T), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info
 
@@ -335,11 +245,3 @@ def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
     check_out(out, G, (*batch, P))
     check_apart([out], [G])
     return out
-
-
-def _coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
-    coarsest = torch.float64
-    for x in tensors:  # not `max(..., key=...)`, which torch 2.11 does not compile
-        if EPS[x.dtype] > EPS[coarsest]:
-            coarsest = x.dtype
-    return coarsest

@@ -44,6 +44,6 @@ class CAGrad(GramMethod):
     def __repr__(self) -> str:
         return f"CAGrad(c={self.c}, rescale={self.rescale})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.cagrad(M, self.c)
         return Info.of(alpha / (1 + self.c**2) if self.rescale else alpha, M, residual=residual)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.methods.base import EPS, GramMethod
+from fastmtl.methods.base import GramMethod
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import number, option
+from fastmtl.pipeline import EPS
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["ConFIG"]
@@ -46,7 +47,7 @@ class ConFIG(Weighted, GramMethod):
     def __repr__(self) -> str:
         return f"ConFIG(weights={self._weights_repr()}, rtol={self.rtol})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         w = self._task_weights(T, M)
         if w is not None:  # only their ratio counts: by a power of two, so that no square leaves the range of numbers

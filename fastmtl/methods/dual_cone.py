@@ -34,7 +34,7 @@ class DualCone(Weighted, GramMethod):
         ridge = f", ridge={self.ridge}" if self.ridge else ""
         return f"{type(self).__name__}(weights={self._weights_repr()}{ridge})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.dual_cone(self._ridged(M), self._task_weights(M.shape[-1], M), self._each)
         return Info.of(alpha, M, residual=residual)
 

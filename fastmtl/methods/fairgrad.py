@@ -43,7 +43,7 @@ class FairGrad(GramMethod):
     def __repr__(self) -> str:
         return f"FairGrad(fairness={self.fairness})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         if self.fairness == 0:
             return Info.of(ops.constant(M, None), M)
         alpha, residual = ops.nash(context.unscaled(M), 1 / self.fairness)

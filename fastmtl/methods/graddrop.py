@@ -52,17 +52,17 @@ class GradDrop(Method):
         leak = self.leak.tolist() if isinstance(self.leak, Tensor) else self.leak
         return f"GradDrop(leak={leak})" if leak else "GradDrop()"
 
-    def _check_tasks(self, T: int) -> None:
+    def check_tasks(self, T: int) -> None:
         if isinstance(self.leak, Tensor) and self.leak.shape[0] != T:
             raise ValueError(
                 f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}; "
                 "pass None for a task that is absent, so that the others keep their places"
             )
 
-    def _aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         ops.sign_drop(G, draw_seed(G, self.generator, context), self._task_leak(G.shape[-2], G), out)
 
-    def _aggregate_list(
+    def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
         ops.sign_drop_rows(grads, T, draw_seed(out[0], self.generator, context), self._task_leak(T, out[0]), out)
@@ -72,7 +72,7 @@ class GradDrop(Method):
         """The leaks [T] for the ops, where `like` is; None where nothing leaks."""
         if isinstance(self.leak, float):
             return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
-        self._check_tasks(T)
+        self.check_tasks(T)
         return self._copies.get(self.leak, like)
 
 

@@ -37,7 +37,7 @@ class GradVac(StatefulMethod):
         ValueError: `beta` is not in [0, 1].
     """
 
-    _remembers = True
+    remembers = True
     targets: Tensor  # φ, float64 [T, T] or [B, T, T]
 
     beta: float = option(number(low=0, high=1))
@@ -54,7 +54,7 @@ class GradVac(StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         return {"targets": (shape, torch.float64)}
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
         self._prepare(M.shape, M.device)
         alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, self.targets)

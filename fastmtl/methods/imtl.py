@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.methods.base import EPS, GramMethod
+from fastmtl.methods.base import GramMethod
 from fastmtl.ops.reference.present import is_present
 from fastmtl.options import number, option
+from fastmtl.pipeline import EPS
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["IMTL"]
@@ -47,7 +48,7 @@ class IMTL(GramMethod):
     def __repr__(self) -> str:
         return f"IMTL(rtol={self.rtol})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         v, projections = ops.unit_solve(M, None, T * EPS[dtype] if self.rtol is None else self.rtol)
         there = is_present(M)

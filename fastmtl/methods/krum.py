@@ -48,12 +48,12 @@ class Krum(GramMethod):
     def __repr__(self) -> str:
         return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"
 
-    def _check_tasks(self, T: int) -> None:
+    def check_tasks(self, T: int) -> None:
         least = max(self.byzantine + 3, self.selected)
         if least > T:
             raise ValueError(f"{self!r}: expected at least {least} tasks, got {T}")
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         wide = M.to(torch.float64)
         squares = wide.diagonal(dim1=-2, dim2=-1)

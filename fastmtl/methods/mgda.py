@@ -44,13 +44,13 @@ class MGDA(GramMethod):
         self.normalization = normalization
 
     @property
-    def _needs_losses(self) -> bool:  # type: ignore[override]
+    def needs_losses(self) -> bool:  # type: ignore[override]
         return self.normalization in ("loss", "loss+")
 
     def __repr__(self) -> str:
         return f"MGDA(normalization={self.normalization!r})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.mgda(M if self.normalization == "none" else self._normalized(M, context))
         return Info.of(alpha, M, residual=residual)
 

@@ -52,7 +52,7 @@ class NashMTL(StatefulMethod):
         self.every = every
 
     @property
-    def _remembers(self) -> bool:  # type: ignore[override]
+    def remembers(self) -> bool:  # type: ignore[override]
         return self.every > 1
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class NashMTL(StatefulMethod):
             return {}
         return {"weights": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         alpha, residual = ops.nash(wide, 1.0)
         if self.every > 1:

@@ -49,6 +49,6 @@ class PCGrad(GramMethod):
     def __repr__(self) -> str:
         return f"PCGrad(order={self.order!r}, reduction={self.reduction!r})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha = ops.pcgrad(M, draw_seed(M, self.generator, context), self.order == "task")
         return Info.of(alpha / M.shape[-1] if self.reduction == "mean" else alpha, M)

@@ -38,7 +38,7 @@ class RLW(GramMethod):
     def __repr__(self) -> str:
         return "RLW()"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         z = torch.randn(M.shape[:-1], dtype=torch.float64, device=M.device, generator=self.generator)
         alpha = z.softmax(-1)
         if context.agree is not None:

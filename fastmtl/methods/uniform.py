@@ -38,5 +38,5 @@ class Uniform(Weighted, GramMethod):
     def __repr__(self) -> str:
         return f"Uniform(weights={self._weights_repr()})"
 
-    def _weigh(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         return Info.of(ops.constant(M, self._task_weights(M.shape[-1], M)), M)

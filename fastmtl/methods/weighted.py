@@ -28,7 +28,7 @@ class Weighted:
     def _weights_repr(self) -> str:
         return repr(self.weights) if isinstance(self.weights, str) else str(self.weights.tolist())
 
-    def _check_tasks(self, T: int) -> None:
+    def check_tasks(self, T: int) -> None:
         if isinstance(self.weights, Tensor) and self.weights.shape[0] != T:
             raise ValueError(
                 f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}; "
@@ -39,5 +39,5 @@ class Weighted:
         """The weights [T] for the ops, where `like` is; None for 1/T each."""
         if isinstance(self.weights, str):
             return None if self.weights == "mean" else self._copies.get(T, like)
-        self._check_tasks(T)
+        self.check_tasks(T)
         return self._copies.get(self.weights, like)

@@ -338,7 +338,7 @@ def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tens
     eigenvalues, kept = (x.eigenvalues, x.rank) if isinstance(x, Info) else (None, None)
     if eigenvalues is None or kept is None:
         given = M.dtype if isinstance(x, Info) else x.dtype
-        seen = _ALIGNED["min"]._weigh(M, dtype or given)
+        seen = _ALIGNED["min"].solve(M, dtype or given)
         eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
         kept = seen.rank if kept is None else kept
     return eigenvalues, kept

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastmtl import gramian, once, ops
+from fastmtl import gramian, once
 from fastmtl.graph import SEVERAL, Leaves, Trunk, computes, edge_of, leaves_of, nothing_behind, trunk_of
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, check_losses, check_rows, describe, present_losses
+from fastmtl.inputs import DTYPES, check_losses, describe, present_losses
+from fastmtl.pipeline import aggregate_groups, aggregate_part, aggregate_rows
+from fastmtl.rule import Context, Rule, context_of
 from fastmtl.structure import tensors_of
-
-if TYPE_CHECKING:
-    from fastmtl.methods.base import Method
-    from fastmtl.rule import Context
 
 __all__ = ["backward"]
 
@@ -30,7 +28,7 @@ _ENGINES = ("full", "gramian", "auto")
 
 
 def backward(
-    method: Method,
+    method: Rule,
     losses: Sequence[Tensor | None],
     shared: torch.nn.Module | Iterable[Tensor] | None,
     *,
@@ -46,7 +44,7 @@ def backward(
 ) -> Info:
     """What is behind `Method.backward`: see there. Nothing is written before `_commit`."""
     losses = present_losses(check_losses(losses))
-    method._check_tasks(len(losses))
+    method.check_tasks(len(losses))
     together = process_group is not None and process_group is not False
     unsaid, process_group = process_group is None, process_group if together else None
     _check_options(method, shared, representation, features, batched, groups, scale_heads, process_group)
@@ -62,7 +60,7 @@ def backward(
     parts = [] if groups is None else _checked_groups(groups)
     parameters = [p for part in parts for p in part] if shared is None else _checked_parameters(shared, "shared")
     _check_present(losses, together, known=bool(parameters or cut))
-    context = method._context(losses, len(losses), grad_scale, agree)
+    context = context_of(method, losses, len(losses), grad_scale, agree)
 
     heads, trunk = leaves_of(losses, cut), trunk_of(edge_of(x) for x in cut)
     tied = heads.meet(trunk.leaves)
@@ -104,13 +102,13 @@ def backward(
                 _commit(pairs, reached)
                 return info
         if _sharded(parameters, features, groups, scale_heads, process_group):
-            if method._needs_losses:
+            if method.needs_losses:
                 raise ValueError(
                     f"shared: expected plain parameters for {method!r}, which needs the losses, got shards"
                 )
             # The other parameters get their gradients in the same passes.
             updates, info = _distributed().sharded_update(
-                losses, parameters, method._weigh, context, retain_graph=retain_graph
+                losses, parameters, method.solve, context, retain_graph=retain_graph
             )
             pairs = _pairs(parameters, updates)
             del updates
@@ -193,26 +191,26 @@ def _names(tasks: Sequence[int]) -> str:
 
 
 def _aggregate(
-    method: Method, rows: Any, parts: list[list[Tensor]], context: Context
+    method: Rule, rows: Any, parts: list[list[Tensor]], context: Context
 ) -> tuple[Sequence[Tensor | None], Info]:
     """Gradients of the shared parameters from those of the tasks."""
     if not isinstance(rows, list):
-        updates, info = rows.combine(method._weigh, context)
+        updates, info = rows.combine(method.solve, context)
         _check_reached([updates], "shared")  # not earlier: all processes have to get there
         return updates, info
     _check_reached(rows, "shared")
-    return _by_group(method, rows, parts, context) if parts else method._aggregate_rows(rows, None, context)
+    return aggregate_groups(method, rows, parts, context) if parts else aggregate_rows(method, rows, None, context)
 
 
 def _aggregate_at(
-    method: Method, rows: list[Row], representation: list[Tensor], group: Any, context: Context
+    method: Rule, rows: list[Row], representation: list[Tensor], group: Any, context: Context
 ) -> tuple[Sequence[Tensor | None], Info]:
     """One cotangent of the representation from those of the tasks."""
     if group is None:
         _check_reached(rows, "representation")
-        return method._aggregate_rows(rows, None, context)
+        return aggregate_rows(method, rows, None, context)
     flat = [g for row in rows for g in row]
-    return method._aggregate_part(flat, representation, lambda M: _distributed().reduce_gram(M, group), context)
+    return aggregate_part(method, flat, representation, lambda M: _distributed().reduce_gram(M, group), context)
 
 
 def _check_gathered(parameters: Iterable[Tensor]) -> None:
@@ -300,28 +298,6 @@ def _batched_passes(
         rows.append([None if g is None else g[t] for g in grads])
 
 
-def _by_group(
-    method: Method, rows: list[Row], groups: list[list[Tensor]], context: Context
-) -> tuple[list[Tensor | None], Info]:
-    """Each group of parameters aggregated on its own; one batched problem for the weights of all."""
-    T, end = len(rows), 0
-    lists: list[list[Tensor | None]] = []
-    for group in groups:
-        start, end = end, end + len(group)
-        lists.append(check_rows([row[start:end] for row in rows])[0])
-    dtypes = {p.dtype for group in groups for p in group}
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    grams = torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists])
-    info = method._weigh(grams, coarsest, context)
-    updates: list[Tensor | None] = []
-    for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
-        results = [torch.empty_like(p) for p in group]
-        ops.combine_rows(grads, alpha, results)
-        reached = [any(g is not None for g in grads[k :: len(group)]) for k in range(len(group))]
-        updates += [result if here else None for result, here in zip(results, reached, strict=True)]
-    return updates, info
-
-
 def _own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`."""
     sums: dict[int, Tensor] = {}
@@ -393,7 +369,7 @@ def _commit(pairs: Updates, reached: Iterable[Tensor] = ()) -> None:
 
 
 def _check_options(
-    method: Method,
+    method: Rule,
     shared: Any,
     representation: Any,
     features: Any,
@@ -419,17 +395,17 @@ def _check_options(
         raise ValueError("scale_heads: expected False with groups, got True: each group has task weights of its own")
     if groups is not None and process_group is not None:
         raise ValueError("process_group: expected None with groups, got a process group")
-    if (groups is not None or process_group is not None) and not method._on_gram:
+    if (groups is not None or process_group is not None) and not method.on_gram:
         what = "groups" if groups is not None else "process_group"
         raise ValueError(f"{what}: expected a method that works on the Gram matrix, got {describe(method)}")
-    if process_group is not None and method._needs_losses:
+    if process_group is not None and method.needs_losses:
         raise ValueError(
             f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
         )
 
 
 def _chosen_engine(
-    engine: str, method: Method, tasks: int, representation: Any, features: Any, groups: Any, process_group: Any
+    engine: str, method: Rule, tasks: int, representation: Any, features: Any, groups: Any, process_group: Any
 ) -> str:
     """The engine, "full" for "auto" where another is not possible."""
     if engine not in _ENGINES:
@@ -444,7 +420,7 @@ def _chosen_engine(
         )
         if value is not None
     ]
-    if not method._on_gram:
+    if not method.on_gram:
         obstacles.append(f"engine: expected 'full' for a method that needs more than the Gram matrix, got {engine!r}")
     if engine == "gramian" and obstacles:
         raise ValueError(obstacles[0])

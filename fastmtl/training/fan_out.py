@@ -20,7 +20,8 @@ from fastmtl.graph import Edge, edge_of, is_leaf, reached_by, trunk_of
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, check_losses, describe, present_losses, requires_grad_outside, transforming
 from fastmtl.methods.base import Method
-from fastmtl.rule import Context, check_scale
+from fastmtl.pipeline import aggregate_flat, aggregate_part
+from fastmtl.rule import Context, check_scale, context_of
 from fastmtl.structure import map_tensors, tensors_of
 
 __all__ = ["FanOut", "check_method", "fan_out", "place", "watch_for_heads"]
@@ -127,7 +128,7 @@ def place(
 
     reduce, agree = _reduction(method, global_gram)
     if site is None:
-        if reduce is not None or grad_scale is not None or method._needs_losses or method._remembers:
+        if reduce is not None or grad_scale is not None or method.needs_losses or method.remembers:
             raise ValueError(
                 "fan_out: global_gram, grad_scale, methods that need the losses and methods with state are not "
                 "available inside torch.compile; call fan_out outside"
@@ -178,7 +179,7 @@ def check_method(method: Method, tasks: int) -> None:
     """Raises TypeError for what is no method, ValueError for a method of another number of tasks."""
     if not isinstance(method, Method):
         raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
-    method._check_tasks(tasks)
+    method.check_tasks(tasks)
 
 
 class FanOut(Sequence[Any]):
@@ -252,7 +253,7 @@ class FanOut(Sequence[Any]):
             raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
         if capture is None or torch.compiler.is_compiling():
             return sum(summands)  # type: ignore[return-value]
-        if capture.method._needs_losses:
+        if capture.method.needs_losses:
             capture.take(here)
         if once.first("losses", capture.watch.site):
             self._examine(here)
@@ -423,7 +424,7 @@ class _Capture:
 
     def take(self, losses: Sequence[Tensor | None]) -> None:
         """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
-        self.context = self.context._replace(losses=self.method._context(losses, self.tasks).losses)
+        self.context = self.context._replace(losses=context_of(self.method, losses, self.tasks).losses)
 
     def expect(self, tasks: Sequence[bool]) -> None:
         """Says that the running backward is to aggregate, and that it brings gradients of these tasks."""
@@ -547,13 +548,13 @@ class _Capture:
     def _aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         updates: Sequence[Tensor | None]
         if self.reduce is not None:
-            updates, info = self.method._aggregate_part(grads, self._sources, self.reduce, self.context)
+            updates, info = aggregate_part(self.method, grads, self._sources, self.reduce, self.context)
         elif any(g is not None for g in grads):
-            if self.method._needs_losses and self.context.losses is None:
+            if self.method.needs_losses and self.context.losses is None:
                 raise RuntimeError(
                     f"fan_out: {self.method!r} needs the losses: sum them by the fan-out's total(losses)"
                 )
-            updates, info = self.method._aggregate_flat(grads, self.tensors, None, self.context)
+            updates, info = aggregate_flat(self.method, grads, self.tensors, None, self.context)
         else:
             return [None] * self.tensors
         self.gradients = grads
@@ -816,7 +817,7 @@ class _TracedNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        updates, info = ctx.method._aggregate_flat(grads, ctx.tensors)
+        updates, info = aggregate_flat(ctx.method, grads, ctx.tensors)
         if ctx.info is not None:
             ctx.info.copy_(info)
         return None, None, None, *updates
@@ -850,9 +851,9 @@ def _reduction(method: Method, group: Any) -> tuple[_OfTensor, _OfTensor]:
     """What turns this process's Gram into the whole batch's, and what makes a tensor the same; None for one process."""
     if group is False or group is None:
         return None, None
-    if not method._on_gram:
+    if not method.on_gram:
         raise ValueError(f"global_gram: expected a method that works on the Gram matrix, got {describe(method)}")
-    if method._needs_losses:
+    if method.needs_losses:
         raise ValueError(
             f"global_gram: expected a method that needs no losses (each process has others), got {method!r}"
         )

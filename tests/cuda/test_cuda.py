@@ -40,6 +40,7 @@ from helpers import (
 import fastmtl
 from fastmtl import ops
 from fastmtl.ops import reference
+from fastmtl.pipeline import aggregate_rows
 
 pytestmark = [
     pytest.mark.cuda,
@@ -416,7 +417,7 @@ def test_ragged(T, dtype):
 def test_ragged_info():
     rows = ragged(5)
     G = dense(rows)
-    _, info = fastmtl.AlignedMTL()._aggregate_rows(on_gpu(rows))
+    _, info = aggregate_rows(fastmtl.AlignedMTL(), on_gpu(rows))
     assert all(x.device.type == "cuda" for x in vars(info).values() if x is not None)
     assert gram_error(info.gram.cpu(), G) <= 1e-12
     assert int(info.rank) == svd_rank(G)

@@ -99,7 +99,7 @@ def assert_same_bits(x: Tensor) -> None:
 
 
 def weigh(M: Tensor, dtype: torch.dtype, context: Context) -> fastmtl.Info:
-    return fastmtl.AlignedMTL()._weigh(M, dtype, context)
+    return fastmtl.AlignedMTL().solve(M, dtype, context)
 
 
 # ------------------------------------------------------------------------------------------------ Gram and group

@@ -229,7 +229,7 @@ def test_nobody_is_there(name):
         make = DRAWING[name] if name in DRAWING else lambda T=T: METHODS[name][0](task_weights(T))
         if name.startswith("Krum") and T == 1:
             continue
-        info = make()._weigh(torch.zeros(T, T, dtype=F64), F64)
+        info = make().solve(torch.zeros(T, T, dtype=F64), F64)
         assert (info.alpha == 0).all()
         assert info.residual is None or info.residual == 0
         assert info.converged is None or info.converged
@@ -555,7 +555,7 @@ def test_opposed_gradients_have_no_direction_of_equal_cosines(T, lengths):
             M = X @ X.T
             for dtype in dtypes:
                 assert not fastmtl.ConFIG().weighting(M, dtype=dtype).any()
-                info = fastmtl.IMTL()._weigh(M, dtype)
+                info = fastmtl.IMTL().solve(M, dtype)
                 assert not info.alpha.any()
                 assert info.residual == math.inf
                 assert not info.converged

@@ -309,14 +309,14 @@ def test_non_finite_in_nan_out(measure, value, T):
     M = gram(randn(T, 9, dtype=F64))
     M[T - 1, 0] = M[0, T - 1] = value
     assert measure(M).isnan().all()
-    assert measure(AlignedMTL()._weigh(M, F32)).isnan().all()
+    assert measure(AlignedMTL().solve(M, F32)).isnan().all()
     assert all(value.isnan() for value in diagnostics.summary(M).values())
     assert diagnostics.rank(M).item() == 0
 
 
 def test_summary_has_what_the_functions_say():
     for G in (FAN, randn(5, 3, dtype=F64), torch.cat([FAN, torch.zeros(1, 2)])):
-        info = AlignedMTL()._weigh(gram(G), F32)
+        info = AlignedMTL().solve(gram(G), F32)
         for x, dtype in ((gram(G), None), (gram(G), F32), (gram(G).to(F32), None), (info, None)):
             got = diagnostics.summary(x, dtype)
             assert tuple(got) == SCALARS
@@ -352,7 +352,7 @@ def test_the_rank_is_that_of_the_method(name, dtype):
 def test_an_info_decides_by_what_it_has():
     G = torch.stack([randn(30, dtype=F64), randn(30, dtype=F64) + 1e-5 * randn(30, dtype=F64, seed=1)])
     M = gram(G)
-    kept, dropped = AlignedMTL()._weigh(M, F64), AlignedMTL()._weigh(M, F32)
+    kept, dropped = AlignedMTL().solve(M, F64), AlignedMTL().solve(M, F32)
     assert diagnostics.condition_number(kept) > 1e5
     assert float(diagnostics.condition_number(dropped)) == 1.0
     # Neither eigenvalues nor rank, as with other methods: the Gram's own, by the tolerance of `dtype`.
@@ -389,7 +389,7 @@ class _NoReads(TorchDispatchMode):
 @pytest.mark.skipif(fastmtl.ops.EXTENSIONS["_C"] is None, reason="the reference eigensolver reads values")
 def test_nothing_reads_a_value():
     M = torch.stack([gram(randn(4, 9, dtype=F64)), torch.zeros(4, 4, dtype=F64)])
-    info = AlignedMTL()._weigh(M, F32)
+    info = AlignedMTL().solve(M, F32)
     with _NoReads():
         for x in (M, info):
             diagnostics.summary(x)

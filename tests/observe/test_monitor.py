@@ -40,7 +40,7 @@ def gradients(step, T=4):
 
 def aligned_info(step, T=4):
     G = gradients(step, T)
-    return AlignedMTL()._weigh(G @ G.T, F32)
+    return AlignedMTL().solve(G @ G.T, F32)
 
 
 def other_info(step, T=4):
@@ -171,7 +171,7 @@ def test_non_finite_steps_are_gaps():
         M = aligned_info(step).gram
         if step == 1:
             M = M * torch.nan
-        monitor(AlignedMTL()._weigh(M, F32))
+        monitor(AlignedMTL().solve(M, F32))
     for name, values in monitor.history.items():
         gaps = np.isnan(values.reshape(3, -1)).all(1)
         assert gaps.tolist() == [False, name != "step", False], name
@@ -199,7 +199,7 @@ def test_groups_add_a_dimension():
     M = torch.stack([aligned_info(0).gram, aligned_info(1).gram])
     monitor = Monitor()
     for _ in range(3):
-        monitor(AlignedMTL()._weigh(M, F32), losses(0))
+        monitor(AlignedMTL().solve(M, F32), losses(0))
     history = monitor.history
     assert history["initial/condition_number"].shape == (3, 2)
     assert history["aligned/min_cosine"].shape == (3, 2)
@@ -277,7 +277,7 @@ def test_tensorboard(tmp_path):
         monitor = recorded(5, writer=writer)
         M = torch.stack([aligned_info(0).gram, aligned_info(1).gram])
         groups = Monitor(writer, prefix="groups")
-        groups(AlignedMTL()._weigh(M, F32), step=9)
+        groups(AlignedMTL().solve(M, F32), step=9)
         monitor.flush()
         groups.flush()
     events = EventAccumulator(str(tmp_path))
@@ -368,7 +368,7 @@ def test_plot_saves_returns_or_draws(tmp_path):
 def test_the_worst_group_is_drawn():
     M = torch.stack([aligned_info(0).gram, aligned_info(1).gram])
     monitor = Monitor()
-    monitor(AlignedMTL()._weigh(M, F32))
+    monitor(AlignedMTL().solve(M, F32))
     axes = monitor.plot().axes
     assert axes[0].lines[0].get_ydata() == monitor.history["initial/condition_number"].max(1)
     assert axes[1].lines[0].get_ydata() == monitor.history["initial/min_magnitude_similarity"].min(1)

@@ -136,10 +136,10 @@ def test_imtl_by_the_paper():
 
 def test_imtl_where_there_is_none():
     """Opposed gradients of different length: no weights with sum one project equally on both, but zero does."""
-    info = fastmtl.IMTL()._weigh(torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=F64), F64)
+    info = fastmtl.IMTL().solve(torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=F64), F64)
     assert not info.converged
     duplicate = torch.ones(2, 2, dtype=F64)
-    info = fastmtl.IMTL()._weigh(duplicate, F64)
+    info = fastmtl.IMTL().solve(duplicate, F64)
     assert info.converged
     assert relative(info.alpha, torch.tensor([0.5, 0.5], dtype=F64)) <= 1e-12
 

@@ -74,7 +74,10 @@ def test_the_best_instruction_set_is_chosen():
 def test_without_the_extension_the_reference_runs():
     """FASTMTL_NO_EXT=1 is what an installation without a compiler is: everything works, slowly."""
     status, output, reported = run(
-        {"FASTMTL_NO_EXT": "1"}, str(ROOT / "tests" / "methods" / "test_aligned.py"), "-k", "dependent or rows or out or public"
+        {"FASTMTL_NO_EXT": "1"},
+        str(ROOT / "tests" / "methods" / "test_aligned.py"),
+        "-k",
+        "dependent or rows or out or public",
     )
     assert reported == "none"
     assert status == 0, output[-5000:]

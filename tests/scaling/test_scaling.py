@@ -175,8 +175,8 @@ def test_accuracy_is_null_where_it_is_not_affordable(monkeypatch):
 class Wrong(fastmtl.AlignedMTL):
     """A thousandth too long."""
 
-    def _aggregate_matrix(self, G, out, context):
-        super()._aggregate_matrix(G, out, context)
+    def aggregate_matrix(self, G, out, context):
+        super().aggregate_matrix(G, out, context)
         out.mul_(1.001)
 
 

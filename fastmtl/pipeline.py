@@ -1,0 +1,120 @@
+"""The pipeline gradients → Gram → weights → combine, for whatever method, on T rows of K gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.inputs import DTYPES, Rows, check_apart, check_out, check_rows, describe
+from fastmtl.rule import NOTHING, Context, Rule
+
+__all__ = ["EPS", "aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest"]
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+def aggregate_rows(
+    rule: Rule, rows: Rows, out: Sequence[Tensor | None] | None = None, context: Context = NOTHING
+) -> tuple[list[Tensor | None], Info]:
+    """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
+    grads, K = check_rows(rows)
+    if not K:
+        raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
+    rule.check_tasks(len(rows))
+    return aggregate_flat(rule, grads, K, out, context)
+
+
+def aggregate_flat(
+    rule: Rule,
+    grads: Sequence[Tensor | None],
+    K: int,
+    out: Sequence[Tensor | None] | None = None,
+    context: Context = NOTHING,
+) -> tuple[list[Tensor | None], Info]:
+    """The same for T·K gradients that are known to fit together (entry t·K + k)."""
+    T = len(grads) // K
+    if K == 1 and out is None:
+        # The usual representation, in the middle of a backward: there every call finds cold caches.
+        for g in grads:
+            if g is not None:
+                target = torch.empty_like(g)
+                info = rule.aggregate_list(grads, T, g.dtype, [target], context)
+                return [target], info
+    like: dict[int, Tensor] = {}
+    for k in range(K):
+        first = next((g for g in grads[k::K] if g is not None), None)
+        if first is not None:
+            like[k] = first
+    if not like:
+        raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
+    if out is not None and (not isinstance(out, (list, tuple)) or len(out) != K):
+        got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
+        raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
+    # Columns without any gradient have no shape: they stay None.
+    results: list[Tensor | None] = [None] * K
+    targets: list[Tensor] = []
+    for k, g in like.items():
+        target = torch.empty_like(g) if out is None else check_out(out[k], g, g.shape, f"out[{k}]")
+        targets.append(target)
+        results[k] = target
+    if out is not None:
+        check_apart(targets, [g for g in grads if g is not None])
+    if len(like) < K:
+        grads = [grads[t * K + k] for t in range(T) for k in like]
+    info = rule.aggregate_list(grads, T, coarsest(targets), targets, context)
+    return results, info
+
+
+def aggregate_part(
+    rule: Rule,
+    grads: Sequence[Tensor | None],
+    like: Sequence[Tensor],
+    reduce: Callable[[Tensor], Tensor],
+    context: Context = NOTHING,
+) -> tuple[list[Tensor], Info]:
+    """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
+
+    Where no task has a gradient here the result is zeros: whoever else has the rest still waits for this part.
+    """
+    T = len(grads) // len(like)
+    if any(g is not None for g in grads):
+        M = ops.gram_rows(grads, T)
+    else:
+        M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
+    info = rule.solve(reduce(M), coarsest(like), context)
+    results = [torch.empty_like(x) for x in like]
+    ops.combine_rows(grads, info.alpha, results)
+    return results, info
+
+
+def aggregate_groups(
+    rule: Rule, rows: Sequence[Sequence[Tensor | None]], groups: list[list[Tensor]], context: Context
+) -> tuple[list[Tensor | None], Info]:
+    """Each group of parameters aggregated on its own; one batched problem for the weights of all."""
+    T, end = len(rows), 0
+    lists: list[list[Tensor | None]] = []
+    for group in groups:
+        start, end = end, end + len(group)
+        lists.append(check_rows([row[start:end] for row in rows])[0])
+    grams = torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists])
+    info = rule.solve(grams, coarsest(p for group in groups for p in group), context)
+    updates: list[Tensor | None] = []
+    for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
+        results = [torch.empty_like(p) for p in group]
+        ops.combine_rows(grads, alpha, results)
+        reached = [any(g is not None for g in grads[k :: len(group)]) for k in range(len(group))]
+        updates += [result if here else None for result, here in zip(results, reached, strict=True)]
+    return updates, info
+
+
+def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of the largest rounding error."""
+    found = torch.float64
+    for x in tensors:  # not `max(..., key=...)`, which torch 2.11 does not compile
+        if EPS[x.dtype] > EPS[found]:
+            found = x.dtype
+    return found
