@@ -254,6 +254,26 @@ def steps(results: Results) -> str:
     return table(["× the step of the summed losses", *columns], rows) + f"\nMeasured at {said}.\n"
 
 
+def float32_blocks(results: Results) -> str:
+    """Steps with float32 blocks and their probe beside exact products, on every machine that has measured them."""
+    text = []
+    for path in sorted(results.folder.parent.glob("*/blocks.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        rows = [
+            [
+                f"{case['pattern']} {case['T']}x{case['P']:g}",
+                number(case["ms"]["exact gram"] + case["ms"]["combine"]),
+                number(case["ms"]["step"]),
+                f"{case['ratio']:.2f}",
+            ]
+            for case in run["blocks"]
+        ]
+        of = run["machine"]
+        said = f"{path.parent.name}, commit {of['commit'][:7]}, torch {of['torch']}, {of['date'][:10]}"
+        text.append(table(["case", "exact, ms", "step, ms", "×"], rows) + f"\nMeasured on {said}.\n")
+    return "\n".join(text) or absent(f"python benchmarks/blocks.py --json benchmarks/results/{MACHINE}/blocks.json")
+
+
 def engines(results: Results) -> str:
     """Steps by the engines of `backward` beside TorchJD's: ratios to the plain step, and milliseconds."""
     run = results.read("engines/steps.json")
@@ -380,6 +400,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "more": lines("flat 4x1e3", "batched *", "eigh *", "resnet50 T=*", "bfloat16 *", "backward *"),
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
+    "float32 blocks": float32_blocks,
     "steps": steps,
     "engines": engines,
     "engine memory": engine_memory,

@@ -869,3 +869,4 @@ def run(rank: int, world: int, folder: str) -> None:
 def start(store: dist.Store, rank: int, world: int) -> None:
     timeout = datetime.timedelta(seconds=20)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    dist.barrier()  # a rank that is done before another has connected to it would close the connection under it

@@ -25,6 +25,7 @@
 #include "math/dual_cone.h"
 #include "math/mgda.h"
 #include "math/nash.h"
+#include "math/probe.h"
 
 #include "memory.h"
 #include "plain.h"
