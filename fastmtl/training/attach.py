@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fastmtl import once
 from fastmtl.info import Info
 from fastmtl.inputs import describe
-from fastmtl.methods.base import Method
+from fastmtl.rule import Rule
 from fastmtl.structure import map_tensors, tensors_of
-from fastmtl.training.fan_out import FanOut, check_method, place, watch_for_heads
+from fastmtl.training.fan_out import FanOut, check_method, place
+from fastmtl.training.watch import watch_for_heads
 
 __all__ = ["Attached", "attach"]
 
@@ -21,7 +22,7 @@ __all__ = ["Attached", "attach"]
 def attach(
     encoder: nn.Module,
     heads: Iterable[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
-    method: Method,
+    method: Rule,
     **options: Any,
 ) -> Attached:
     """Puts a `fan_out` between an encoder and its heads without touching their code.
@@ -93,7 +94,7 @@ class Attached:
     """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one."""
 
     def __init__(
-        self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Method, options: dict[str, Any]
+        self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Rule, options: dict[str, Any]
     ) -> None:
         self._names = [name for name, _ in heads]
         self._method = method
