@@ -31,6 +31,7 @@ class Capture:
         self,
         method: Rule,
         tasks: int,
+        names: tuple[str, ...] | None,
         sources: Sequence[Tensor],
         info: Info | None,
         reduce: Callable[[Tensor], Tensor] | None,
@@ -40,6 +41,7 @@ class Capture:
         self.method = method
         self.context = context
         self.tasks = tasks
+        self.names = names
         self.tensors = len(sources)
         self.buffers = info
         self.reduce = reduce
@@ -188,6 +190,7 @@ class Capture:
             return [None] * self.tensors
         self.gradients = grads
         self.info = info if self.buffers is None else self.buffers.copy_(info)
+        self.info.names = self.names
         return updates
 
     def _check_repeated(self, grads: Sequence[Tensor | None]) -> None:

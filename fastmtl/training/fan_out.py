@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -17,8 +18,17 @@ from torch import Tensor
 from fastmtl import once
 from fastmtl.graph import Edge, edge_of, reached_by, trunk_of
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, check_losses, describe, present_losses, requires_grad_outside, transforming
-from fastmtl.rule import Context, Rule, check_scale
+from fastmtl.inputs import (
+    DTYPES,
+    Losses,
+    check_losses,
+    check_names,
+    describe,
+    present_losses,
+    requires_grad_outside,
+    transforming,
+)
+from fastmtl.rule import Context, Rule, checked_scale
 from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture
 from fastmtl.training.nodes import _Node, _Total, _TracedNode, aliases_of, with_hooks
@@ -33,12 +43,12 @@ _OfTensor: TypeAlias = "Callable[[Tensor], Tensor] | None"
 
 def fan_out(
     h: Any,
-    tasks: int,
+    tasks: int | Sequence[str],
     method: Rule,
     *,
     via: str = "node",
     info: Info | None = None,
-    global_gram: Any = None,
+    process_group: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
     """T aliases of a shared representation, one for each task's head, for aggregation in one ordinary backward.
@@ -66,13 +76,14 @@ def fan_out(
         h: the representation: a tensor (float32, float64, bfloat16 or float16), or a nested list, tuple, dict or
             dataclass of tensors; their gradients are one row of G together. Tensors that do not require grad, and
             whatever is no tensor, are passed on as they are.
-        tasks: number of tasks T.
+        tasks: number of tasks T, or their names: with `tasks=("seg", "depth")`, `hs["seg"]` is an alias,
+            `hs.total({"seg": ..., "depth": ...})` takes the losses by name, and `info.names` has the names.
         method: any method of this package.
         via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias, and a node where they come
             from; the results are the same.
         info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where nothing but tensors can leave
             a backward.
-        global_gram: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
+        process_group: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
             the whole batch, so that averaging the encoder's gradients over processes gives what one process would get.
             Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`. None
             is False, with a warning where there are several processes.
@@ -86,9 +97,10 @@ def fan_out(
 
     Raises:
         TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
-        ValueError: `tasks` < 1, `h` without tensors, an unknown `via`, weights of another length than T, `global_gram`
-            with a method that does not work on the Gram or needs the losses, `info` for another number of tasks;
-            inside `torch.compile`: `global_gram`, `grad_scale`, a method that needs the losses or has state.
+        ValueError: `tasks` < 1 or a name twice, `h` without tensors, an unknown `via`, weights of another length than
+            T, `process_group` with a method that does not work on the Gram or needs the losses, `info` for another
+            number of tasks; inside `torch.compile`: `process_group`, `grad_scale`, a method that needs the losses or
+            has state.
         NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it; (in the
             backward) a loss contains a derivative that was taken through the aliases.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
@@ -96,52 +108,60 @@ def fan_out(
             is written in place: the others share its memory.
     """
     site = None if torch.compiler.is_compiling() else once.site_of(sys._getframe(1))
-    return place(h, tasks, method, site, via=via, info=info, global_gram=global_gram, grad_scale=grad_scale)
+    return place(h, tasks, method, site, via=via, info=info, process_group=process_group, grad_scale=grad_scale)
 
 
 def place(
     h: Any,
-    tasks: int,
+    tasks: int | Sequence[str],
     method: Rule,
     site: once.Site | None,
     *,
     via: str = "node",
     info: Info | None = None,
-    global_gram: Any = None,
+    process_group: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
     """`fan_out`, with warnings that name `site`, which is there except within `torch.compile`."""
-    if not isinstance(tasks, int) or tasks < 1:
-        raise ValueError(f"tasks: expected an integer >= 1, got {tasks!r}")
+    tasks, names = _checked_tasks(tasks)
     check_method(method, tasks)
     if via not in _VIAS:
         raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
     if info is not None:
         _check_info(info, tasks)
-    if grad_scale is not None:
-        check_scale(grad_scale)
+    grad_scale = checked_scale(grad_scale)
     sources = _sources(h)
     if not sources:
-        return FanOut([h] * tasks, None, info, None)
+        return FanOut([h] * tasks, names, None, info, None)
 
-    reduce, agree = _reduction(method, global_gram)
+    reduce, agree = _reduction(method, process_group)
     if site is None:
         if reduce is not None or grad_scale is not None or method.needs_losses or method.remembers:
             raise ValueError(
-                "fan_out: global_gram, grad_scale, methods that need the losses and methods with state are not "
+                "fan_out: process_group, grad_scale, methods that need the losses and methods with state are not "
                 "available inside torch.compile; call fan_out outside"
             )
         outputs = _TracedNode.apply(method, tasks, info, *sources)
-        return FanOut(aliases_of(h, sources, outputs, tasks), None, info, None)
-    if global_gram is None:
-        once.warn_alone(site, "global_gram", "fan_out")
+        return FanOut(aliases_of(h, sources, outputs, tasks), names, None, info, None)
+    if process_group is None:
+        once.warn_alone(site, "process_group", "fan_out")
     watch = Watch(site, tasks, once.due("fan_out", site))
-    capture = Capture(method, tasks, sources, info, reduce, Context(None, grad_scale, agree), watch)
+    capture = Capture(method, tasks, names, sources, info, reduce, Context(None, grad_scale, agree), watch)
     outputs = (_Node.apply if via == "node" else with_hooks)(capture, probe_like(sources[0]), *sources)
     if watch.looks:
         for k, x in enumerate(sources):
             watch.over(x, k)
-    return FanOut(aliases_of(h, sources, outputs, tasks), capture, info, outputs[-1] if reduce is not None else None)
+    anchor = outputs[-1] if reduce is not None else None
+    return FanOut(aliases_of(h, sources, outputs, tasks), names, capture, info, anchor)
+
+
+def _checked_tasks(tasks: Any) -> tuple[int, tuple[str, ...] | None]:
+    """How many tasks there are, and their names, where they have some."""
+    if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
+        return len(tasks), check_names(tasks, "tasks")
+    if not isinstance(tasks, Integral) or isinstance(tasks, bool) or tasks < 1:
+        raise ValueError(f"tasks: expected an integer >= 1 or T names, got {tasks!r}")
+    return int(tasks), None
 
 
 def _sources(h: Any) -> list[Tensor]:
@@ -181,10 +201,22 @@ def check_method(method: Rule, tasks: int) -> None:
 
 
 class FanOut(Sequence[Any]):
-    """The T aliases that `fan_out` returns; after a backward also what was seen and done in it."""
+    """The T aliases that `fan_out` returns; after a backward also what was seen and done in it.
 
-    def __init__(self, aliases: list[Any], capture: Capture | None, info: Info | None, anchor: Tensor | None) -> None:
+    Attributes:
+        names: of the tasks, for `hs["seg"]`; None where they have none.
+    """
+
+    def __init__(
+        self,
+        aliases: list[Any],
+        names: tuple[str, ...] | None,
+        capture: Capture | None,
+        info: Info | None,
+        anchor: Tensor | None,
+    ) -> None:
         self._aliases = aliases
+        self.names = names
         self._capture = capture
         self._info = info
         self._anchor = anchor
@@ -193,7 +225,13 @@ class FanOut(Sequence[Any]):
         return len(self._aliases)
 
     def __getitem__(self, t: Any) -> Any:
-        return self._aliases[t]
+        return self._aliases[self._number_of(t) if isinstance(t, str) else t]
+
+    def _number_of(self, name: str) -> int:
+        if self.names is None or name not in self.names:
+            expected = "a number: the tasks have no names" if self.names is None else f"one of {self.names}"
+            raise KeyError(f"hs[{name!r}]: expected {expected}")
+        return self.names.index(name)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._aliases)
@@ -220,28 +258,27 @@ class FanOut(Sequence[Any]):
         }
         return [map_tensors(lambda x: of.get(id(x)), h) for h in self._aliases]
 
-    def total(self, losses: Sequence[Tensor | None] | Tensor) -> Tensor:
+    def total(self, losses: Losses) -> Tensor:
         """The sum of the T losses, for the one backward of a step.
 
         It says which tasks there are: that all losses are there, that they are summed and not averaged, and which are
-        absent. With `global_gram` it is tied to the aliases even where no loss uses one: every process has to take part
-        in the backward of the representation, also one that has no example for any task, for which the others would
-        wait. Methods that need the losses take them from here.
+        absent. With `process_group` it is tied to the aliases even where no loss uses one: every process has to take
+        part in the backward of the representation, also one that has no example for any task, for which the others
+        would wait. Methods that need the losses take them from here.
 
         Args:
-            losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks; None for a task that is
-                absent in this step, as is one whose loss needs no gradient.
+            losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks, or a dict by their names;
+                None for a task that is absent in this step, as is one whose loss needs no gradient.
 
         Returns:
             A scalar tensor [].
 
         Raises:
             TypeError: `losses` is of another kind, or one of them no floating tensor.
-            ValueError: not T losses, one that is no scalar, or none that requires grad.
+            ValueError: not T losses, names that are missing or unknown, one that is no scalar, or none that requires
+                grad.
         """
-        if isinstance(losses, Tensor) and losses.ndim == 1:
-            losses = losses.unbind()
-        parts = check_losses(losses, len(self))
+        parts = check_losses(losses, len(self), self.names)
         capture = self._capture
         here = present_losses(parts)
         summands = [x if x.ndim == 0 else x.reshape(()) for x in parts if x is not None]
@@ -290,7 +327,8 @@ class FanOut(Sequence[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies: of a graph there is none, so a copy holds nothing.
-        return {"_aliases": [None] * len(self), "_capture": None, "_info": None, "_anchor": None}
+        nothing = {"_capture": None, "_info": None, "_anchor": None}
+        return {"_aliases": [None] * len(self), "names": self.names, **nothing}
 
     def __repr__(self) -> str:
         return f"FanOut({len(self)} x {describe(self._aliases[0])})"
@@ -301,10 +339,10 @@ def _reduction(method: Rule, group: Any) -> tuple[_OfTensor, _OfTensor]:
     if group is False or group is None:
         return None, None
     if not method.on_gram:
-        raise ValueError(f"global_gram: expected a method that works on the Gram matrix, got {describe(method)}")
+        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
     if method.needs_losses:
         raise ValueError(
-            f"global_gram: expected a method that needs no losses (each process has others), got {method!r}"
+            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
         )
     from fastmtl import distributed  # here: not every torch is built with it
 
