@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fastmtl import ops, scalarization
-from fastmtl.eigen import eigh
+from fastmtl.ops.eigen import eigh
 from fastmtl.info import Info
 from fastmtl.methods import (
     IMTL,
