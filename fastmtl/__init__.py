@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fastmtl import ops, scalarization
-from fastmtl.ops.eigen import eigh
 from fastmtl.info import Info
 from fastmtl.methods import (
     IMTL,
@@ -24,6 +23,7 @@ from fastmtl.methods import (
 )
 from fastmtl.observe import diagnostics, metrics
 from fastmtl.observe.monitor import Monitor
+from fastmtl.ops.eigen import eigh
 from fastmtl.training.attach import attach
 from fastmtl.training.fan_out import FanOut, fan_out
 
