@@ -113,6 +113,7 @@ lint: develop ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/type_completeness.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: develop ## put everything into the house style

@@ -33,6 +33,9 @@ ORDER = (
 )
 
 
+LONGEST = 400  # lines of a file
+
+
 class Import(NamedTuple):
     """One name that a module imports from another one: `name` is empty where it is the whole module."""
 
@@ -143,6 +146,12 @@ def trespasses(house: dict[str, Source]) -> Iterator[str]:
             # Names that nobody here defines are torch's or Python's.
             if name in anywhere and name not in at_home[here]:
                 yield f"{source.path}:{line}: {here} reads .{name}, which is another package's"
+
+
+def test_no_file_is_too_long():
+    """Or else it is two."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in find_modules(HOUSE).values()}
+    assert not {str(path): length for path, length in lengths.items() if length > LONGEST}
 
 
 def test_every_package_has_a_place():

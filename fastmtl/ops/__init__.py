@@ -11,8 +11,28 @@ marked so for autograd.
 
 from __future__ import annotations
 
-from fastmtl.ops import contracts, derivatives
-from fastmtl.ops.library import load_kernels, op
+from fastmtl.ops import derivatives
+from fastmtl.ops.contracts import (
+    align,
+    align_rows,
+    balance,
+    cagrad,
+    combine,
+    combine_rows,
+    constant,
+    dual_cone,
+    eigh,
+    gradvac,
+    gram,
+    gram_rows,
+    mgda,
+    nash,
+    pcgrad,
+    sign_drop,
+    sign_drop_rows,
+    unit_solve,
+)
+from fastmtl.ops.library import load_kernels
 
 __all__ = [
     "EXTENSIONS",
@@ -37,23 +57,4 @@ __all__ = [
 ]
 
 derivatives.register()
-EXTENSIONS = load_kernels()
-
-gram = op(contracts.gram)
-gram_rows = op(contracts.gram_rows)
-balance = op(contracts.balance)
-combine = op(contracts.combine)
-combine_rows = op(contracts.combine_rows)
-align = op(contracts.align)
-align_rows = op(contracts.align_rows)
-eigh = op(contracts.eigh)
-mgda = op(contracts.mgda)
-dual_cone = op(contracts.dual_cone)
-cagrad = op(contracts.cagrad)
-nash = op(contracts.nash)
-unit_solve = op(contracts.unit_solve)
-constant = op(contracts.constant)
-pcgrad = op(contracts.pcgrad)
-gradvac = op(contracts.gradvac)
-sign_drop = op(contracts.sign_drop)
-sign_drop_rows = op(contracts.sign_drop_rows)
+EXTENSIONS: dict[str, str | None] = load_kernels()

@@ -13,9 +13,11 @@ from torch import library
 
 from fastmtl.ops import reference
 
-__all__ = ["define", "load_kernels", "op"]
+__all__ = ["CONTRACTS", "define", "load_kernels"]
 
 Contract = TypeVar("Contract", bound=Callable[..., Any])
+
+CONTRACTS: dict[str, Callable[..., Any]] = {}
 
 _library = library.Library("fastmtl", "DEF")
 
@@ -28,6 +30,9 @@ def define(schema: str) -> Callable[[Contract], Contract]:
 
     Args:
         schema: arguments and results in torch's notation, without the name.
+
+    Returns:
+        What makes the op `torch.ops.fastmtl.….default` of a contract: it takes and returns what the contract does.
     """
 
     def register(contract: Contract) -> Contract:
@@ -43,14 +48,10 @@ def define(schema: str) -> Callable[[Contract], Contract]:
         # Not "CPU"/"CUDA": a kernel registered there by a compiled object must win over this one.
         _library.impl(name, checked, "CompositeExplicitAutograd")
         library.register_fake(f"fastmtl::{name}", contract)
-        return contract
+        CONTRACTS[name] = contract
+        return getattr(torch.ops.fastmtl, name).default
 
     return register
-
-
-def op(contract: Contract) -> Contract:
-    """The op of a contract, `torch.ops.fastmtl.….default`, which takes and returns what the contract does."""
-    return getattr(torch.ops.fastmtl, contract.__name__).default
 
 
 def load_kernels() -> dict[str, str | None]:

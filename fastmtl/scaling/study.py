@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastmtl.scaling.measure import commit, measure
+from fastmtl.scaling.machine import commit
+from fastmtl.scaling.measure import measure
 from fastmtl.scaling.points import DTYPES, Point
 
 __all__ = ["Study", "columns"]
@@ -37,7 +38,7 @@ class Study:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.settings = json.loads(json.dumps(dict(settings)))
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         path = folder / "settings.json"
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))

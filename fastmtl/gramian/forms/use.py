@@ -29,7 +29,12 @@ class Use(ABC):
         is_indexed: whether the rows of A are unit vectors.
     """
 
-    is_indexed = False
+    is_indexed: bool = False
+    groups: int
+    rows: int
+    width: int
+    depth: int
+    side: int
 
     def __init__(self, node: Any, *, groups: int = 1, rows: int, width: int, depth: int, side: int) -> None:
         self.edge: Edge = (node, 0)

@@ -19,10 +19,10 @@ where TorchJD's class detaches what requires grad, so does this one; where Torch
 
 try:
     import torchjd.linalg  # noqa: F401
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "fastmtl.integrations.torchjd needs torchjd >= 0.18: pip install 'fastmtl-torch[torchjd]'"
-    ) from error
+    ) from _error
 
 from fastmtl.integrations.torchjd.aggregators import (
     IMTLG,

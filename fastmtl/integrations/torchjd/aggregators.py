@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-class ByGramian(Weighting):
+class ByGramian(Weighting[Tensor]):
     """Weights from a Jacobian [m, n]: what a weighting says to its Gramian, which is computed in float64."""
 
     def __init__(self, weighting: GramWeighting) -> None:
@@ -59,6 +60,7 @@ class ByGramian(Weighting):
 class MadeOf(WeightedAggregator):
     """Takes the arguments of its weighting, and has them as attributes."""
 
+    __signature__: ClassVar[inspect.Signature]
     _part: ClassVar[str]  # where the arguments are
     _by: ClassVar[type[Configured]]
 
@@ -66,7 +68,7 @@ class MadeOf(WeightedAggregator):
         super().__init_subclass__(**keywords)
         if by is not None:
             cls._by = by
-            cls.__signature__ = by.__signature__  # type: ignore[attr-defined]
+            cls.__signature__ = by.__signature__
             for name in by.__signature__.parameters:
                 setattr(cls, name, option_of(cls._part, name))
 
@@ -79,6 +81,7 @@ class GramAggregator(MadeOf, GramianWeightedAggregator):
 
     _part = "gramian_weighting"
     gramian_weighting: GramWeighting
+    weighting: Weighting[Tensor]
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(self._by(*arguments, **keywords))  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-class GramWeighting(Configured, Weighting):
+class GramWeighting(Configured, Weighting[Tensor]):
     """Weights from a Gramian [m, m], in its dtype."""
 
     method: GramMethod
@@ -73,7 +73,7 @@ class StatefulWeighting(GramWeighting, Stateful):
         self.method.reset()
 
 
-class TaskWeighting(Configured, Weighting):
+class TaskWeighting(Configured, Weighting[Tensor]):
     """Weights that depend on the number of tasks alone: from a Jacobian [m, n] or a Gramian [m, m], in its dtype."""
 
     method: GramMethod
