@@ -49,7 +49,8 @@ def define(schema: str) -> Callable[[Contract], Contract]:
         _library.impl(name, checked, "CompositeExplicitAutograd")
         library.register_fake(f"fastmtl::{name}", contract)
         CONTRACTS[name] = contract
-        return getattr(torch.ops.fastmtl, name).default
+        op: Contract = getattr(torch.ops.fastmtl, name).default
+        return op
 
     return register
 

@@ -38,6 +38,8 @@ def task_weights(M: Tensor, w: Tensor) -> Tensor:
 
     A chain of matrix-vector products, and never a T×T matrix but V.
     """
+    lam: Tensor
+    V: Tensor
     lam, V = torch.linalg.eigh(M)
     if M.ndim == 2:
         return lam[0].sqrt() * (V @ ((V.T @ w) * lam.rsqrt()))
@@ -97,7 +99,8 @@ def exact(G: Tensor, point: Point) -> Tensor:
     kept = judged > rtol * judged[..., :1]
     smallest = sigma.gather(-1, kept.sum(-1, keepdim=True) - 1)
     inverse = torch.where(kept, smallest / sigma, 0.0) * U.mean(-2)  # Uᵀw: the mean of U's rows
-    return (U @ inverse[..., None])[..., 0]
+    alpha: Tensor = U @ inverse[..., None]
+    return alpha[..., 0]
 
 
 def error(result: Tensor, alpha: Tensor, G: Tensor) -> float:

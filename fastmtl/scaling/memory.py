@@ -57,6 +57,7 @@ def peak_extra_memory(prepare: Prepare, *args: object) -> int:
         process = context.Process(target=_send, args=arguments, daemon=True)
         process.start()
     sender.close()
+    result: int | Exception
     try:
         result = receiver.recv()
     except EOFError:

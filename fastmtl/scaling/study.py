@@ -122,7 +122,7 @@ def columns(record: Record) -> dict[str, Any]:
 
 def _outcome(record: Record) -> str:
     if "error" in record:
-        return record["error"].partition("\n")[0]
+        return str(record["error"]).partition("\n")[0]
     seconds = record["seconds"]
     compared = f", plain PyTorch {seconds['pure'] / seconds['fastmtl']:.2f} times as long" if "pure" in seconds else ""
     return f"{seconds['fastmtl'] * 1e3:.4g} ms{compared}"

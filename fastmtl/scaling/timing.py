@@ -82,7 +82,7 @@ def on_cuda(function: Function, calls: int) -> float:
         function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 def interleave(

@@ -48,7 +48,7 @@ class Use(ABC):
     @property
     def shape(self) -> torch.Size:
         """Shape of one cotangent as it arrives."""
-        return self.node._input_metadata[0].shape
+        return torch.Size(self.node._input_metadata[0].shape)
 
     @property
     def elements(self) -> int:

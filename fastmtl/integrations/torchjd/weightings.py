@@ -55,7 +55,8 @@ class GramWeighting(Configured, Weighting[Tensor]):
         """
         # As a keyword: hooks see the Gramian alone, as from TorchJD's weightings.
         with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
-            return nn.Module.__call__(self, gramian, dtype=dtype)
+            alpha: Tensor = nn.Module.__call__(self, gramian, dtype=dtype)
+        return alpha
 
     def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
         """The weights [m]."""
@@ -88,7 +89,7 @@ class TaskWeighting(Configured, Weighting[Tensor]):
 def _ridge(projector: DualConeProjector | None) -> float:
     """What TorchJD's projector adds to the diagonal of the Gramian, relative to its trace."""
     if projector is None:
-        return inspect.signature(QuadprogProjector).parameters["reg_eps"].default
+        return float(inspect.signature(QuadprogProjector).parameters["reg_eps"].default)
     if not isinstance(projector, DualConeProjector):
         raise TypeError(f"projector: expected a torchjd.linalg.DualConeProjector or None, got {describe(projector)}")
     return getattr(projector, "reg_eps", 0.0)
