@@ -29,6 +29,7 @@ class Info:
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
         explicit: names of the shared parameters whose T gradients `engine="gramian"` formed because it knows no closed
             form for their use; None without that engine.
+        names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """
 
     SOLVED = 1e-8  # a residual up to this counts as converged
@@ -40,6 +41,7 @@ class Info:
     rank: Tensor
     residual: Tensor
     explicit: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
 
     def __init__(self, tasks: int, device: torch.device | str | None = None) -> None:
         self.alpha = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)

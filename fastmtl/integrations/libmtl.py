@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import ops, scalarization
-from fastmtl.graph import edge_of, leaves_of, trunk_of
+from fastmtl.graph import edge_of, leaves_of, trunk_of, vjp
 from fastmtl.info import Info
 from fastmtl.methods.base import Method
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.scalarization import Scalarization
-from fastmtl.training.backward import _commit, _pairs, _pass, _without_tensor_hooks
+from fastmtl.training.commit import commit, pairs
+from fastmtl.training.passes import without_tensor_hooks
 
 __all__ = [
     "DWA",
@@ -131,7 +132,7 @@ class Weighting(nn.Module):
         elif isinstance(self.method, Scalarization):
             info = self.method.backward(losses)
         else:
-            shared = None if groups is not None else [p for p in self.get_share_params() if p.requires_grad]
+            shared = None if groups is not None else self.get_share_params()
             info = self.method.backward(losses, shared, groups=groups)
         if info.alpha is None:
             return None
@@ -155,12 +156,12 @@ class Weighting(nn.Module):
         ids = {id(x) for x in copies}
         heads = [leaf for leaf in leaves_of([total], []).all() if id(leaf) not in ids]
         trunk = trunk_of(edge_of(x) for x in rep).leaves
-        with _without_tensor_hooks([*heads, *trunk]):
+        with without_tensor_hooks([*heads, *trunk]):
             grads = torch.autograd.grad(total, [*copies, *heads], allow_unused=True)
             rows, own = grads[: len(copies)], grads[len(copies) :]
             cotangents, info = self._on_losses(rows, several) if on_losses else self._on_rows(rows, losses, several)
-            updates = _pass(rep, cotangents, trunk)
-        _commit(_pairs([*trunk, *heads], [*updates, *own]))
+            updates = vjp(rep, cotangents, trunk)
+        commit(pairs([*trunk, *heads], [*updates, *own]))
         return info
 
     def _on_losses(self, rows: Sequence[Tensor | None], several: bool) -> tuple[Sequence[Tensor | None], Info]:
