@@ -106,7 +106,7 @@ def plain(model: workloads.MultiTask) -> Way:
     return Way(model, lambda h, losses: sum(losses[1:], losses[0]).backward(), "sum")
 
 
-def engine(name: str, model: workloads.MultiTask) -> Way:
+def engine(name: Literal["full", "gramian", "auto"], model: workloads.MultiTask) -> Way:
     """Aligned-MTL by this engine."""
     method = fastmtl.AlignedMTL()
     return Way(model, lambda h, losses: method.backward(losses, model.encoder, engine=name))

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "DTYPES",
+    "EPS",
     "Rows",
     "check_apart",
     "check_losses",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 Row: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
 Rows: TypeAlias = "Sequence[Row]"

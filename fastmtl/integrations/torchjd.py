@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fastmtl import methods, ops
 from fastmtl.info import Info
 from fastmtl.inputs import check_matrix, describe
+from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import GramMethod, Method
 from fastmtl.rule import NOTHING, Context
 
@@ -377,7 +378,7 @@ class AlignedMTLWeighting(_GramWeighting):
 
     @staticmethod
     def _make(
-        pref_vector: Tensor | None = None, scale_mode: str = "min", *, rank_rule: str = "normalized"
+        pref_vector: Tensor | None = None, scale_mode: Scale = "min", *, rank_rule: RankRule = "normalized"
     ) -> GramMethod:
         return methods.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.info import condition_number as _kappa
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.methods.aligned import AlignedMTL
 
@@ -97,7 +98,7 @@ def condition_number(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tens
     Returns:
         κ, [] or [B].
     """
-    return _condition_number(*_spectrum(x, dtype))
+    return _kappa(*_spectrum(x, dtype))
 
 
 def stable_rank(x: Tensor | Info) -> Tensor:
@@ -294,7 +295,7 @@ def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Ten
     products, total = _total(M, _weights(x, M, None))
     finite = 0 * lengths[..., 0]  # an int64 rank cannot be NaN
     return {
-        "condition_number": _condition_number(eigenvalues, kept),
+        "condition_number": _kappa(eigenvalues, kept),
         "max_singular_value": eigenvalues[..., 0].sqrt(),
         "min_singular_value": _smallest(eigenvalues, kept).sqrt(),
         "rank": kept + finite,
@@ -341,17 +342,13 @@ def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tens
         seen = _ALIGNED["min"].solve(M, dtype or given)
         eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
         kept = seen.rank if kept is None else kept
+    assert eigenvalues is not None and kept is not None  # which Aligned-MTL has
     return eigenvalues, kept
 
 
 def _smallest(eigenvalues: Tensor, kept: Tensor) -> Tensor:
     """The smallest kept eigenvalue [...]; the largest, which is 0 or NaN then, where none is kept."""
     return eigenvalues.gather(-1, (kept - 1).clamp_min(0)[..., None])[..., 0]
-
-
-def _condition_number(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    largest = eigenvalues[..., 0]
-    return torch.where(largest == 0, 1.0, largest / _smallest(eigenvalues, kept)).sqrt()
 
 
 def _stable_rank(eigenvalues: Tensor) -> Tensor:
