@@ -38,7 +38,7 @@ class Info:
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
         explicit: names of the shared parameters whose T gradients `engine="gramian"` formed because it knows no closed
             form for their use; None without that engine.
-        names: of the T tasks, where they have some.
+        names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """
 
     SOLVED = 1e-8  # a residual up to this counts as converged

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastmtl.info import Info
 from fastmtl.inputs import describe
+from fastmtl.options import check_number
 
-__all__ = ["NOTHING", "Context", "Rule", "check_scale", "checked_losses", "context_of", "draw_seed"]
+__all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
 
 
 class Context(NamedTuple):
@@ -87,8 +88,7 @@ def context_of(
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Context:
     """What the step brings besides gradients; the losses only where they are needed."""
-    if grad_scale is not None:
-        check_scale(grad_scale)
+    grad_scale = checked_scale(grad_scale)
     if not rule.needs_losses:
         return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
     if losses is None:
@@ -97,14 +97,22 @@ def context_of(
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
-def check_scale(grad_scale: object) -> None:
-    """Raises TypeError for a loss scaler's factor that is no real number; its value could lie on a busy device."""
-    if isinstance(grad_scale, Tensor):
-        fits = grad_scale.is_floating_point() and grad_scale.numel() == 1
-    else:
-        fits = isinstance(grad_scale, (int, float))
-    if not fits:
-        raise TypeError(f"grad_scale: expected a float or a floating tensor [], got {describe(grad_scale)}")
+def checked_scale(grad_scale: Any) -> Tensor | float | None:
+    """The factor of a loss scaler: None (for 1), a float, or a detached tensor, whose value nothing waits for.
+
+    Raises:
+        TypeError: it is neither a number nor a floating tensor.
+        ValueError: a number that is not positive and finite, or a tensor of several elements.
+    """
+    if grad_scale is None:
+        return None
+    if not isinstance(grad_scale, Tensor):
+        return check_number(grad_scale, "grad_scale", above=0)
+    if not grad_scale.is_floating_point():
+        raise TypeError(f"grad_scale: expected a number or a floating tensor [], got {describe(grad_scale)}")
+    if grad_scale.numel() != 1:
+        raise ValueError(f"grad_scale: expected a number or a tensor with one element, got {describe(grad_scale)}")
+    return grad_scale.detach().reshape(()) if grad_scale.requires_grad or grad_scale.ndim else grad_scale
 
 
 def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:

@@ -40,7 +40,7 @@ CALLS = {
     "float8 G": (lambda: M()(torch.ones(3, 5).to(torch.float8_e5m2)), TypeError, ("G", "float32", "float8")),
     "M sparse": (lambda: M().weighting(sparse(3)), TypeError, ("M", "dense", "sparse")),
     "outs overlap": (lambda: (lambda o: M()([[o + 1, o + 1]], out=[o, o]))(torch.empty(4)), ValueError, ("out[1]",)),
-    "grad_scale a word": (lambda: M()(G, grad_scale="x"), TypeError, ("grad_scale", "float", "str")),
+    "grad_scale a word": (lambda: M()(G, grad_scale="x"), TypeError, ("grad_scale", "number", "str")),
     "sparse G": (lambda: M()(sparse(3)), TypeError, ("G", "dense", "sparse")),
     "G requires grad": (lambda: M()(randn(3, 5).requires_grad_()), ValueError, ("G", "requires_grad")),
     "G is None": (lambda: M()(None), TypeError, ("rows", "sequence", "NoneType")),
@@ -244,10 +244,10 @@ BACKWARD = {
         ValueError,
         ("losses", "T >= 1", "empty"),
     ),
-    "losses a tensor": (
-        lambda trunk, heads, losses, h, table: (torch.stack(losses), trunk.parameters()),
+    "losses a matrix": (
+        lambda trunk, heads, losses, h, table: (torch.stack(losses)[None], trunk.parameters()),
         TypeError,
-        ("losses", "sequence", "tensor of shape [2]"),
+        ("losses", "sequence", "tensor of shape [1, 2]"),
     ),
     "losses a generator": (
         lambda trunk, heads, losses, h, table: ((x for x in losses), trunk.parameters()),
@@ -664,9 +664,9 @@ FAN_OUT = {
     ),
     "info a dict": (lambda: fastmtl.fan_out(leaf(3), 2, M(), info={}), TypeError, ("info", "Info(2)", "dict")),
     "a global Gram of a method without one": (
-        lambda: fastmtl.fan_out(leaf(3), 2, fastmtl.GradDrop(), global_gram=True),
+        lambda: fastmtl.fan_out(leaf(3), 2, fastmtl.GradDrop(), process_group=True),
         ValueError,
-        ("global_gram", "Gram", "GradDrop"),
+        ("process_group", "Gram", "GradDrop"),
     ),
     "an encoder that is no module": (
         lambda: fastmtl.attach(torch.tanh, [nn.Tanh()], M()),

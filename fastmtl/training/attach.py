@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastmtl import once
 from fastmtl.info import Info
-from fastmtl.inputs import describe
-from fastmtl.methods.base import Method
+from fastmtl.inputs import Losses, describe
+from fastmtl.rule import Rule
 from fastmtl.structure import map_tensors, tensors_of
-from fastmtl.training.fan_out import FanOut, check_method, place, watch_for_heads
+from fastmtl.training.fan_out import FanOut, check_method, place
+from fastmtl.training.watch import watch_for_heads
 
 __all__ = ["Attached", "attach"]
 
@@ -21,7 +22,7 @@ __all__ = ["Attached", "attach"]
 def attach(
     encoder: nn.Module,
     heads: Iterable[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
-    method: Method,
+    method: Rule,
     **options: Any,
 ) -> Attached:
     """Puts a `fan_out` between an encoder and its heads without touching their code.
@@ -38,8 +39,8 @@ def attach(
 
     Args:
         encoder: the module whose output is the shared representation.
-        heads: T modules, one a task, that are called with tensors of that output; of a dict or an `nn.ModuleDict` the
-            values, in its order.
+        heads: T modules, one a task, that are called with tensors of that output. The keys of a dict or an
+            `nn.ModuleDict` are the tasks' names: `handle.total({"seg": ..., "depth": ...})`.
         method: any method of this package.
         options: passed on to `fan_out`.
 
@@ -53,9 +54,11 @@ def attach(
         RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
     """
     if isinstance(heads, (Mapping, nn.ModuleDict)):
+        names = tuple(heads) if all(isinstance(key, str) for key in heads) else None
         named = [(f"heads[{key!r}]", head) for key, head in heads.items()]
     elif isinstance(heads, Iterable):
         named = [(f"heads[{t}]", head) for t, head in enumerate(heads)]
+        names = None
     else:
         raise TypeError(f"heads: expected T modules, one a task, got {describe(heads)}")
     for name, module in [("encoder", encoder), *named]:
@@ -72,7 +75,7 @@ def attach(
     if len({id(module) for module in (encoder, *modules)}) <= len(modules):
         raise ValueError("heads: expected one module a task and none of them the encoder, got one of them twice")
     check_method(method, len(modules))
-    return Attached(encoder, named, method, options)
+    return Attached(encoder, named, names, method, options)
 
 
 class _Output:
@@ -90,12 +93,22 @@ class _Output:
 
 
 class Attached:
-    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one."""
+    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one.
+
+    Attributes:
+        names: of the tasks, the keys of the heads; None where these have none.
+    """
 
     def __init__(
-        self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Method, options: dict[str, Any]
+        self,
+        encoder: nn.Module,
+        heads: list[tuple[str, nn.Module]],
+        names: tuple[str, ...] | None,
+        method: Rule,
+        options: dict[str, Any],
     ) -> None:
-        self._names = [name for name, _ in heads]
+        self.names = names
+        self._heads = [name for name, _ in heads]
         self._method = method
         self._options = options
         self._site = once.caller()
@@ -109,7 +122,7 @@ class Attached:
 
     @property
     def info(self) -> Info | None:
-        """`alpha`, `gram`, `eigenvalues` and `rank` of the last backward; None before one."""
+        """What the method saw and did in the last backward; None before one."""
         fan = self._fan
         return None if fan is None else fan.info
 
@@ -119,7 +132,7 @@ class Attached:
         fan = self._fan
         return None if fan is None else fan.gradients
 
-    def total(self, losses: Any) -> Tensor:
+    def total(self, losses: Losses) -> Tensor:
         """`FanOut.total` of the last forward's fan-out."""
         output = self._last or self._beside
         if output is None:
@@ -141,7 +154,7 @@ class Attached:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to nothing: the modules' copies have no hooks either.
-        return {"_names": self._names, "_last": None, "_beside": None, "_hooks": []}
+        return {"names": self.names, "_heads": self._heads, "_last": None, "_beside": None, "_hooks": []}
 
     @property
     def _fan(self) -> FanOut | None:
@@ -149,7 +162,8 @@ class Attached:
 
     def _fanned(self, output: _Output) -> FanOut:
         if output.fan is None:
-            output.fan = place(output.structure, len(self._names), self._method, self._site, **self._options)
+            tasks = self.names or len(self._heads)
+            output.fan = place(output.structure, tasks, self._method, self._site, **self._options)
             output.called[0] = True
             if output is self._beside and output.fan.aggregates and self._may_follow():
                 self._last, self._beside = output, None
@@ -173,18 +187,18 @@ class Attached:
         if once.due("attach", self._site):
             x = next((x for x in output.tensors if x.requires_grad and not x.is_leaf), None)
             if x is not None:
-                x.register_hook(watch_for_heads(output.called, self._site, self._names))
+                x.register_hook(watch_for_heads(output.called, self._site, self._heads))
 
     def _swap(self, t: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
         if self._last is None and self._beside is None:
-            raise RuntimeError(f"attach: {self._names[t]} was called before the encoder")
+            raise RuntimeError(f"attach: {self._heads[t]} was called before the encoder")
         given = [*tensors_of(args), *tensors_of(kwargs)]
         output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
         if output is None:
             raise RuntimeError(
-                f"attach: {self._names[t]} was called with no tensor of the encoder's last output; what lies between "
+                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; what lies between "
                 "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
             )
         alias = list(tensors_of(self._fanned(output)[t]))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl import AlignedMTL, attach, fan_out
-from fastmtl.training.fan_out import _running_call
+from fastmtl.training.running import running_call
 
 both = pytest.mark.parametrize("via", ["node", "hooks"])
 
@@ -142,7 +142,7 @@ def test_a_backward_is_found_from_another_thread():
 
     def look(_):
         with ThreadPoolExecutor(1) as pool:
-            found.append(pool.submit(_running_call).result())
+            found.append(pool.submit(running_call).result())
 
     x = torch.ones(2, requires_grad=True)
     x.register_hook(look)
@@ -155,7 +155,7 @@ def test_a_backward_is_found_from_another_thread():
         ("grad", True),
     ]
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(_running_call).result() is None
+        assert pool.submit(running_call).result() is None
 
 
 @both
