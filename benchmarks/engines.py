@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import measure
 import networks
@@ -107,7 +107,7 @@ def plain(model: workloads.MultiTask) -> Way:
     return Way(model, lambda h, losses: sum(losses[1:], losses[0]).backward(), "sum")
 
 
-def engine(name: str, model: workloads.MultiTask) -> Way:
+def engine(name: Literal["full", "gramian", "auto"], model: workloads.MultiTask) -> Way:
     """Aligned-MTL by this engine."""
     method = fastmtl.AlignedMTL()
     return Way(model, lambda h, losses: method.backward(losses, model.encoder, engine=name))

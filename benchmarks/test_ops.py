@@ -19,7 +19,7 @@ import workloads
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.methods.aligned import _tolerances
+from fastmtl.info import tolerances
 from fastmtl.ops import reference
 from fastmtl.scaling.baseline import Pure, task_weights
 
@@ -71,7 +71,7 @@ def after(call: Callable[[], object], out: Any) -> Callable[[], Any]:
 
 def policy(T: int) -> tuple[None, str, float, float, str]:
     """AlignedMTL's options as the ops take them."""
-    return None, "min", *_tolerances(T, torch.float32), "normalized"
+    return None, "min", *tolerances(T, torch.float32), "normalized"
 
 
 def gram(who: str, T: int, P: int) -> Contest:

@@ -112,6 +112,7 @@ def uniform_step(net: Net, losses: list[Tensor]) -> None:
 def fastmtl_step(net: Net, losses: list[Tensor]) -> Tensor:
     """The same with fastmtl; returns the kept eigenvalues of the Gram, descending."""
     info = METHOD.backward(losses, shared=net.trunk.parameters())
+    assert info.eigenvalues is not None  # which Aligned-MTL has
     return info.eigenvalues[: info.rank]
 
 

@@ -337,6 +337,8 @@ def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tens
     if eigenvalues is None or kept is None:
         given = M.dtype if isinstance(x, Info) else x.dtype
         seen = _ALIGNED["min"].solve(M, dtype or given)
+        assert seen.eigenvalues is not None  # nor is the rank: Aligned-MTL has both
+        assert seen.rank is not None
         eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
         kept = seen.rank if kept is None else kept
     return eigenvalues, kept

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.info import condition_number
 
 __all__ = [
     "aligned_gram",
@@ -29,12 +30,6 @@ _NOISE = 16 * torch.finfo(torch.float64).eps
 def smallest(eigenvalues: Tensor, kept: Tensor) -> Tensor:
     """The smallest kept eigenvalue [...]; the largest, which is 0 or NaN then, where none is kept."""
     return eigenvalues.gather(-1, (kept - 1).clamp_min(0)[..., None])[..., 0]
-
-
-def condition_number(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    """σ_max / σ_min over the kept [...]; 1 where all are zero."""
-    largest = eigenvalues[..., 0]
-    return torch.where(largest == 0, 1.0, largest / smallest(eigenvalues, kept)).sqrt()
 
 
 def stable_rank(eigenvalues: Tensor) -> Tensor:

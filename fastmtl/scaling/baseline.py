@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.methods.aligned import _tolerances
+from fastmtl.info import tolerances
 from fastmtl.scaling.points import DTYPES, METHODS, Point
 
 __all__ = ["Pure", "affordable", "error", "exact", "gradients", "task_weights", "tolerance"]
@@ -95,7 +95,7 @@ def exact(G: Tensor, point: Point) -> Tensor:
         lam, V = torch.linalg.eigh(M)
         sigma, U = lam.clamp_min(0).sqrt().flip(-1), V.flip(-1)
         judged = torch.linalg.eigvalsh(M / norms / norms.mT).clamp_min(0).sqrt().flip(-1)
-    rtol, _ = _tolerances(point.tasks, G.dtype)
+    rtol, _ = tolerances(point.tasks, G.dtype)
     kept = judged > rtol * judged[..., :1]
     smallest = sigma.gather(-1, kept.sum(-1, keepdim=True) - 1)
     inverse = torch.where(kept, smallest / sigma, 0.0) * U.mean(-2)  # Uᵀw: the mean of U's rows

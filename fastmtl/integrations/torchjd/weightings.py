@@ -15,6 +15,7 @@ from fastmtl import methods
 from fastmtl.inputs import describe
 from fastmtl.integrations.torchjd import peers
 from fastmtl.integrations.torchjd.configured import Configured, naming
+from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import GramMethod
 
 __all__ = [
@@ -112,7 +113,7 @@ class AlignedMTLWeighting(GramWeighting):
 
     @staticmethod
     def _make(
-        pref_vector: Tensor | None = None, scale_mode: str = "min", *, rank_rule: str = "normalized"
+        pref_vector: Tensor | None = None, scale_mode: Scale = "min", *, rank_rule: RankRule = "normalized"
     ) -> GramMethod:
         return methods.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
 
