@@ -4,8 +4,8 @@
     python benchmarks/blocks.py [--seconds 10] [--threads 2] [--json PATH]
 
 A step beside the same step made of two ops, the exact Gram matrix and the recombination (the weights take a small
-part of it). For gradients whose float32 Gram is believed (random), and for those where the probe refuses it, so that an exact
-pass follows (a Hadamard pattern, whose sums all round the same way).
+part of it). For gradients whose float32 Gram is believed (random), and for those where the probe refuses it, so that an
+exact pass follows (a Hadamard pattern, whose sums all round the same way).
 """
 
 from __future__ import annotations
