@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import scalarization
+from fastmtl.scaling.timing import interleave
 
 pytest.importorskip("pytest_benchmark")
 
@@ -202,7 +203,7 @@ def test_step(
     run()
     model.step()
     rounds = min(max(round(SECONDS / (time.perf_counter() - start)), 9), 300)
-    timing = measure.interleave({"plain": model.step, "way": run, "read": expected[gradient].sum}, rounds)
+    timing = interleave({"plain": model.step, "way": run, "read": expected[gradient].sum}, rounds)
     ratio = timing.seconds["way"] / timing.seconds["plain"]
     cell = f"{ratio:.2f} ({1e3 * timing.seconds['way']:.3g}){'' if timing.steady else ' ?'}"
     record_property("step", (way, name, cell, timing.others))

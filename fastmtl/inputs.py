@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "DTYPES",
+    "EPS",
     "Losses",
     "Row",
     "Rows",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 # The gradients of one task: K tensors, None where it has none.
 Row: TypeAlias = "list[Tensor | None]"

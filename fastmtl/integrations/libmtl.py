@@ -16,7 +16,7 @@ the heads read; the trainer sets `epoch`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ import fastmtl
 from fastmtl import ops, scalarization
 from fastmtl.graph import edge_of, leaves_of, trunk_of, vjp
 from fastmtl.info import Info
+from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import Method
+from fastmtl.methods.mgda import Normalization
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.scalarization import Scalarization
@@ -216,7 +218,7 @@ class Aligned_MTL(Weighting):
     """`fastmtl.AlignedMTL` with task weights one, as LibMTL has it; `rank_rule="gram"` is LibMTL's rank rule."""
 
     @staticmethod
-    def make(tasks: int, scale: str = "min", rank_rule: str = "normalized") -> Method:
+    def make(tasks: int, scale: Scale = "min", rank_rule: RankRule = "normalized") -> Method:
         """See the class."""
         return fastmtl.AlignedMTL(weights="sum", scale=scale, rank_rule=rank_rule)
 
@@ -225,7 +227,7 @@ class MGDA(Weighting):
     """`fastmtl.MGDA`; `mgda_gn` is its normalization. The weights are applied to the gradients as they are."""
 
     @staticmethod
-    def make(tasks: int, mgda_gn: str = "none") -> Method:
+    def make(tasks: int, mgda_gn: Normalization = "none") -> Method:
         """See the class."""
         return fastmtl.MGDA(normalization=mgda_gn)
 
@@ -274,7 +276,7 @@ class CAGrad(Weighting):
     """`fastmtl.CAGrad`; `calpha` is its c. LibMTL's third `rescale`, 2, divides by 1 + c."""
 
     @staticmethod
-    def make(tasks: int, calpha: float = 0.5, rescale: int = 1) -> Method:
+    def make(tasks: int, calpha: float = 0.5, rescale: Literal[0, 1, 2] = 1) -> Method:
         """See the class."""
         return _LinearlyRescaled(c=calpha, rescale=0) if rescale == 2 else fastmtl.CAGrad(c=calpha, rescale=rescale)
 

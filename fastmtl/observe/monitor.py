@@ -167,7 +167,7 @@ class Monitor:
         self._history = [history] if self._written else []
 
     def plot(self, target: Any = None, label: str = "", system: str = "initial") -> Figure:
-        """Condition number, gradient magnitude similarity and minimal cosine over the steps: see `plotting.fig4`.
+        """Condition number, gradient magnitude similarity and minimal cosine over the steps: see `figures.fig4`.
 
         Args:
             target: a file to save to, or three axes to draw on.
