@@ -253,14 +253,15 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
             None.
         ValueError: none, another number than T, names that are missing or not known, or an entry of several elements.
     """
-    if isinstance(losses, Mapping):
-        losses = _by_name(losses, names)
-    elif isinstance(losses, Tensor) and losses.ndim == 1:
-        losses = losses.unbind()
-    elif not isinstance(losses, (list, tuple)):
-        raise TypeError(
-            f"losses: expected a sequence of T scalar tensors, a tensor [T] or a dict by task, got {describe(losses)}"
-        )
+    if not isinstance(losses, (list, tuple)):
+        if isinstance(losses, Mapping):
+            losses = _by_name(losses, names)
+        elif isinstance(losses, Tensor) and losses.ndim == 1:
+            losses = losses.unbind()
+        else:
+            raise TypeError(
+                f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
+            )
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
     if tasks is not None and len(losses) != tasks:

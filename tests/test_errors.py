@@ -709,6 +709,16 @@ FAN_OUT = {
         ValueError,
         ("weights", "length 1", "2"),
     ),
+    "attach with an unknown via": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), via="graph"),
+        ValueError,
+        ("via", "node", "graph"),
+    ),
+    "attach with a wrong scale": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), grad_scale=-1.0),
+        ValueError,
+        ("grad_scale", "> 0", "-1.0"),
+    ),
 }
 
 
