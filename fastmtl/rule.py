@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import describe
+from fastmtl.inputs import Losses, describe, stack_losses
 from fastmtl.options import check_number
 
 __all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
@@ -51,6 +51,8 @@ class Rule(Protocol):
         on_gram: whether it needs no more of the gradients than their Gram matrix: whether there is a `solve`.
         needs_losses: whether it needs the T losses, in `context`.
         remembers: whether a step depends on those before it.
+        on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
+            gradients to aggregate.
     """
 
     @property
@@ -59,6 +61,8 @@ class Rule(Protocol):
     def needs_losses(self) -> bool: ...
     @property
     def remembers(self) -> bool: ...
+    @property
+    def on_losses(self) -> bool: ...
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
@@ -82,7 +86,7 @@ class Rule(Protocol):
 
 def context_of(
     rule: Rule,
-    losses: Sequence[Tensor | None] | Tensor | None,
+    losses: Losses | None,
     T: int,
     grad_scale: Tensor | float | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
@@ -115,26 +119,14 @@ def checked_scale(grad_scale: Any) -> Tensor | float | None:
     return grad_scale.detach().reshape(()) if grad_scale.requires_grad or grad_scale.ndim else grad_scale
 
 
-def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:
+def checked_losses(losses: Losses, T: int) -> Tensor:
     """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
-        TypeError: no tensor [T] or sequence of tensors, or no real numbers.
-        ValueError: not T of them.
+        TypeError: as `check_losses`.
+        ValueError: as `check_losses`.
     """
-    if isinstance(losses, Tensor):
-        values = losses.detach()
-    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, (Tensor, type(None))) for loss in losses):
-        like = next((loss for loss in losses if loss is not None), torch.empty((), device="cpu"))
-        each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in losses]
-        values = torch.stack(each) if each else torch.empty(0, device="cpu")
-    else:
-        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
-    if values.is_complex() or values.layout is not torch.strided:
-        raise TypeError(f"losses: expected real numbers, got {describe(values)}")
-    if values.shape != (T,):
-        raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
-    return values.to(torch.float64)
+    return stack_losses(losses, T).detach().to(torch.float64)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:

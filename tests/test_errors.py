@@ -246,8 +246,8 @@ BACKWARD = {
     ),
     "losses a matrix": (
         lambda trunk, heads, losses, h, table: (torch.stack(losses)[None], trunk.parameters()),
-        TypeError,
-        ("losses", "sequence", "tensor of shape [1, 2]"),
+        ValueError,
+        ("losses", "shape [T]", "tensor of shape [1, 2]"),
     ),
     "losses a generator": (
         lambda trunk, heads, losses, h, table: ((x for x in losses), trunk.parameters()),

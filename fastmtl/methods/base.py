@@ -12,6 +12,7 @@ from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import (
     DTYPES,
+    Losses,
     Rows,
     check_apart,
     check_matrix,
@@ -46,6 +47,7 @@ class Method(nn.Module):
     on_gram: ClassVar[bool] = False
     needs_losses: bool = False
     remembers: bool = False
+    on_losses: ClassVar[bool] = False  # as a scalarization is
 
     @overload
     def __call__(
@@ -53,7 +55,7 @@ class Method(nn.Module):
         gradients: Tensor,
         out: Tensor | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor: ...
     @overload
@@ -62,7 +64,7 @@ class Method(nn.Module):
         gradients: Rows,
         out: Sequence[Tensor | None] | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
     def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
@@ -183,7 +185,7 @@ class Method(nn.Module):
             engine=engine,
         )
 
-    def after_step(self, losses: Callable[[], Sequence[Tensor | None] | Tensor]) -> None:
+    def after_step(self, losses: Callable[[], Losses]) -> None:
         """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
 
         Args:
@@ -282,9 +284,7 @@ class GramMethod(Method):
             α of shape M.shape[:-1], on M's device, of a floating dtype, detached. What it has for an absent task is
             taken as 0, whatever it is; the others' weights are its own affair. All are NaN where M is not finite.
         """
-        raise NotImplementedError(
-            _missing(self, "weigh(self, M), which returns α [..., T] for M [..., T, T]")
-        )
+        raise NotImplementedError(_missing(self, "weigh(self, M), which returns α [..., T] for M [..., T, T]"))
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """Task weights from M, and what else is known: the hook below `weigh`, for methods that need more.
@@ -308,7 +308,7 @@ class GramMethod(Method):
         M: Tensor,
         dtype: torch.dtype | None = None,
         *,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
