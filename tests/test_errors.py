@@ -246,8 +246,8 @@ BACKWARD = {
     ),
     "losses a matrix": (
         lambda trunk, heads, losses, h, table: (torch.stack(losses)[None], trunk.parameters()),
-        TypeError,
-        ("losses", "sequence", "tensor of shape [1, 2]"),
+        ValueError,
+        ("losses", "shape [T]", "tensor of shape [1, 2]"),
     ),
     "a name that is no string": (
         lambda trunk, heads, losses, h, table: (dict(enumerate(losses)), trunk.parameters()),

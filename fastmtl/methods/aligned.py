@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl.info import Info, tolerances
-from fastmtl.inputs import Rows
+from fastmtl.inputs import Losses, Rows
 from fastmtl.methods.base import GramMethod, checked_out
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, choice, number, option, show_weights
@@ -82,7 +82,7 @@ class AlignedMTL(Weighted, GramMethod):
         gradients: Tensor,
         out: Tensor | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor: ...
     @overload
@@ -91,7 +91,7 @@ class AlignedMTL(Weighted, GramMethod):
         gradients: Rows,
         out: Sequence[Tensor | None] | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
     def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):

@@ -48,6 +48,7 @@ class Method(nn.Module):
     on_gram: ClassVar[bool] = False
     needs_losses: bool = False
     remembers: bool = False
+    on_losses: ClassVar[bool] = False  # as a scalarization is
 
     @overload
     def __call__(
@@ -55,7 +56,7 @@ class Method(nn.Module):
         gradients: Tensor,
         out: Tensor | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor: ...
     @overload
@@ -64,7 +65,7 @@ class Method(nn.Module):
         gradients: Rows,
         out: Sequence[Tensor | None] | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
     def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
@@ -185,7 +186,7 @@ class Method(nn.Module):
             engine=engine,
         )
 
-    def after_step(self, losses: Callable[[], Sequence[Tensor | None] | Tensor]) -> None:
+    def after_step(self, losses: Callable[[], Losses]) -> None:
         """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
 
         Args:
@@ -308,7 +309,7 @@ class GramMethod(Method):
         M: Tensor,
         dtype: torch.dtype | None = None,
         *,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
