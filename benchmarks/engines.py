@@ -41,6 +41,7 @@ from fastmtl.gramian import cost
 from fastmtl.gramian.plan import plan
 from fastmtl.gramian.survey import survey
 from fastmtl.graph import leaves_of
+from fastmtl.scaling.timing import Timing, interleave, others_busy
 
 __all__ = [
     "GRID",
@@ -272,7 +273,7 @@ def steps(name: str, make: Model, seconds: float) -> dict[str, Any]:
 def memory(name: str, make: Model) -> dict[str, Any]:
     """What a backward allocates at its peak, in bytes, and as a share of the T x P task gradients."""
     model = make()
-    with measure.others_busy() as others:
+    with others_busy() as others:
         peaks = {way: allocated(build(model)) for way, build in OURS.items()}
     record = _described(name, model)
     gradients = 4 * record["tasks"] * record["parameters"]
@@ -356,13 +357,13 @@ def _checked(what: str, way: Way, expected: Mapping[str, Tensor], tolerance: flo
     return error
 
 
-def _timed(functions: Mapping[str, Callable[[], object]], read: Tensor, seconds: float) -> measure.Timing:
+def _timed(functions: Mapping[str, Callable[[], object]], read: Tensor, seconds: float) -> Timing:
     """As many interleaved rounds as fit."""
     start = time.perf_counter()
     for function in functions.values():
         function()
     fitting = round(seconds / (time.perf_counter() - start))
-    return measure.interleave({**functions, "read": read.sum}, min(max(fitting, ROUNDS[0]), ROUNDS[1]))
+    return interleave({**functions, "read": read.sum}, min(max(fitting, ROUNDS[0]), ROUNDS[1]))
 
 
 def _show_steps(record: Mapping[str, Any]) -> list[Line]:

@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fastmtl import catalog, ops, scalarization
-from fastmtl.eigen import eigh
 from fastmtl.info import Info
 from fastmtl.methods import (
     IMTL,
@@ -25,6 +24,7 @@ from fastmtl.methods import (
 from fastmtl.methods.base import GramMethod, Method
 from fastmtl.observe import diagnostics, metrics
 from fastmtl.observe.monitor import Monitor
+from fastmtl.ops.eigen import eigh
 from fastmtl.training.attach import Attached, attach
 from fastmtl.training.fan_out import FanOut, fan_out
 

@@ -252,7 +252,8 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
     Raises:
         TypeError: something else, a dict for tasks without names, or an entry that is neither a floating tensor nor
             None.
-        ValueError: a tensor of another shape, no loss, another number than T, names that are missing or not known, or an entry of several elements.
+        ValueError: a tensor of another shape, no loss, another number than T, names that are missing or not known, or
+            an entry of several elements.
     """
     if isinstance(losses, Mapping):
         losses = _by_name(losses, names)
@@ -262,7 +263,7 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
         losses = losses.unbind()
     elif not isinstance(losses, (list, tuple)):
         raise TypeError(
-            f"losses: expected a sequence of T scalar tensors, a tensor [T] or a dict by task, got {describe(losses)}"
+            f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
         )
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
@@ -290,9 +291,9 @@ def stack_losses(
         TypeError: as `check_losses`.
         ValueError: as `check_losses`, or losses on several devices.
     """
-    fits = isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES and losses.numel()
-    if fits and tasks in (None, len(losses)):
-        return losses
+    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES:  # noqa: SIM102
+        if losses.numel() and tasks in (None, losses.shape[0]):
+            return losses
     parts = check_losses(losses, tasks, names)
     first = next(((t, loss) for t, loss in enumerate(parts) if loss is not None), None)
     if first is None:

@@ -119,14 +119,14 @@ def checked_scale(grad_scale: Any) -> Tensor | float | None:
     return grad_scale.detach().reshape(()) if grad_scale.requires_grad or grad_scale.ndim else grad_scale
 
 
-def checked_losses(losses: Losses, T: int) -> Tensor:
+def checked_losses(losses: Losses, T: int, names: tuple[str, ...] | None = None) -> Tensor:
     """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
         TypeError: as `check_losses`.
         ValueError: as `check_losses`.
     """
-    return stack_losses(losses, T).detach().to(torch.float64)
+    return stack_losses(losses, T, names).detach().to(torch.float64)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:

@@ -249,6 +249,11 @@ BACKWARD = {
         ValueError,
         ("losses", "shape [T]", "tensor of shape [1, 2]"),
     ),
+    "a name that is no string": (
+        lambda trunk, heads, losses, h, table: (dict(enumerate(losses)), trunk.parameters()),
+        TypeError,
+        ("losses", "names of tasks", "int"),
+    ),
     "losses a generator": (
         lambda trunk, heads, losses, h, table: ((x for x in losses), trunk.parameters()),
         TypeError,
@@ -314,10 +319,15 @@ BACKWARD = {
         ValueError,
         ("shared[1]", "leaf", "[6, 4]"),
     ),
-    "a frozen shared parameter": (
-        lambda trunk, heads, losses, h, table: (losses, [trunk.weight, torch.ones(3)]),
+    "only frozen shared parameters": (
+        lambda trunk, heads, losses, h, table: (losses, [torch.ones(3), torch.ones(2)]),
         ValueError,
-        ("shared[1]", "requires grad", "frozen"),
+        ("shared", "requires grad", "2 frozen"),
+    ),
+    "a frozen module": (
+        lambda trunk, heads, losses, h, table: (losses, nn.Linear(2, 2).requires_grad_(False)),
+        ValueError,
+        ("shared", "requires grad", "2 frozen"),
     ),
     "a shared parameter no loss reaches": (
         lambda trunk, heads, losses, h, table: (losses, table.parameters()),
@@ -532,10 +542,10 @@ OPTIONS = {
         ValueError,
         ("groups[1][0]", "leaf", "[6, 4]"),
     ),
-    "a frozen tensor in a group": (
-        lambda trunk, heads, h, table: {"groups": [[trunk.weight, torch.ones(3)]]},
+    "a frozen group": (
+        lambda trunk, heads, h, table: {"groups": [[trunk.weight], [torch.ones(3)]]},
         ValueError,
-        ("groups[0][1]", "requires grad", "frozen"),
+        ("groups[1]", "requires grad", "1 frozen"),
     ),
     "groups that no loss reaches": (
         lambda trunk, heads, h, table: {"groups": [table.parameters()]},
@@ -698,6 +708,16 @@ FAN_OUT = {
         lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(weights=[1.0, 2.0])),
         ValueError,
         ("weights", "length 1", "2"),
+    ),
+    "attach with an unknown via": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), via="graph"),
+        ValueError,
+        ("via", "node", "graph"),
+    ),
+    "attach with a wrong scale": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), grad_scale=-1.0),
+        ValueError,
+        ("grad_scale", "> 0", "-1.0"),
     ),
 }
 

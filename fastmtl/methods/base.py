@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, overload
 
 import torch
@@ -24,6 +24,7 @@ from fastmtl.inputs import (
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
+from fastmtl.training.parameters import Parameters
 
 __all__ = ["GramMethod", "Method", "checked_out"]
 
@@ -67,7 +68,14 @@ class Method(nn.Module):
         losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
@@ -105,13 +113,13 @@ class Method(nn.Module):
 
     def backward(
         self,
-        losses: Sequence[Tensor | None],
-        shared: torch.nn.Module | Iterable[Tensor] | None = None,
+        losses: Losses,
+        shared: Parameters | None = None,
         *,
         representation: Any = None,
         features: Any = None,
         batched: bool = False,
-        groups: Sequence[Iterable[Tensor]] | None = None,
+        groups: Sequence[Parameters] | None = None,
         scale_heads: bool = False,
         retain_graph: bool = False,
         process_group: Any = None,
@@ -132,12 +140,12 @@ class Method(nn.Module):
         `.grad` as it was.
 
         Args:
-            losses: T scalar losses, in the order of the tasks. A task is absent in this step if its loss is None or
-                requires no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left
-                alone.
-            shared: the shared parameters, or a module for those of its parameters that require grad; one that no loss
-                reaches is left untouched. Default: the parameters that at least two losses reach, but not those of
-                which each loss reads other entries, such as learned scales s[t] of the losses.
+            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by the
+                tasks' names, which `info.names` then has. A task is absent in this step if its loss is None or requires
+                no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left alone.
+            shared: the shared parameters: a module or an iterable of parameters, of which those count that require
+                grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
+                reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
             representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
                 are then those behind it, and `shared` has to be None. Warns of a loss that does not depend on it, and
                 of what reaches the encoder by a way around it, which is added plainly.
@@ -145,8 +153,8 @@ class Method(nn.Module):
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
                 whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
-            groups: parts of the shared parameters that are aggregated on their own, for example one a layer; all their
-                T × T problems are solved as one batch. `shared` then has to be None.
+            groups: parts of the shared parameters, each as `shared`, aggregated on their own, for example one a layer;
+                all their T × T problems are solved as one batch. `shared` then has to be None.
             scale_heads: multiply the gradients of head t by α_t.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
@@ -167,8 +175,8 @@ class Method(nn.Module):
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
-            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter, one that is no leaf
-                requiring grad, an unknown engine, options that exclude each other, weights of another length than T.
+            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter that does, one that is
+                no leaf, an unknown engine, options that exclude each other, weights of another length than T.
         """
         return backward(
             self,
