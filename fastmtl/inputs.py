@@ -292,10 +292,9 @@ def stack_losses(
         TypeError: as `check_losses`.
         ValueError: as `check_losses`, or losses on several devices.
     """
-    fits = isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES and losses.numel()
-    if fits and tasks in (None, len(losses)):
-        stacked: Tensor = losses
-        return stacked
+    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES:  # noqa: SIM102
+        if losses.numel() and tasks in (None, losses.shape[0]):
+            return losses
     parts = check_losses(losses, tasks, names)
     first = next(((t, loss) for t, loss in enumerate(parts) if loss is not None), None)
     if first is None:

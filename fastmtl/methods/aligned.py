@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -94,7 +94,14 @@ class AlignedMTL(Weighted, GramMethod):
         losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aligned gradient αᵀ G: see `Method.__call__`."""
         if grad_scale is not None or losses is not None or not isinstance(gradients, Tensor):
             return super().__call__(gradients, out, losses=losses, grad_scale=grad_scale)

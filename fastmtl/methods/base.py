@@ -68,7 +68,14 @@ class Method(nn.Module):
         losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
@@ -386,11 +393,12 @@ def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
     """
     name, shape = f"{method!r}.weigh", list(M.shape[:-1])
     expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
-    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or alpha.layout is not torch.strided:
+    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
         raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
     if alpha.shape != M.shape[:-1] or alpha.device != M.device:
         raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
-    if alpha.requires_grad and torch.is_grad_enabled():
+    if eager and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
     return alpha.detach().to(torch.float64).contiguous()
 

@@ -25,8 +25,8 @@ class STCH(Scalarization):
 
         T μ log Σ_t exp(log(L_t / n_t) / μ)
 
-    The user calls `end_epoch()` at the end of every epoch; the losses must then be positive. A task without a loss in the
-    epoch of the average has its first one as n_t. Of tasks that are there, T is the number.
+    The user calls `end_epoch()` after every epoch; the losses must then be positive. A task without a loss in the epoch
+    of the average has its first one as n_t. Of tasks that are there, T is the number.
 
     Source: Lin, Zhang, Yang, Liu, Wang, Zhang, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
     ICML 2024, and the authors' code.

@@ -167,7 +167,7 @@ def test_losses_are_balanced_as_by_an_instance_a_problem(name):
         for b, method in enumerate(instances):
             x = torch.zeros(2, requires_grad=True)
             both = (L[b] + G[b] @ x).unbind()
-            method.after_step(lambda b=b: L[b])
+            method.after_step(lambda x=L[b]: x)
             method.zero_grad()
             if name == "gradnorm":
                 method(both, x).backward()  # a layer of one dimension
