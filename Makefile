@@ -41,7 +41,7 @@ install: $(VENV)/.built ## create .venv, install torch and fastmtl, build the CP
 develop: $(VENV)/.dev ## the same, and what tests, benchmarks and experiments need
 
 demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; writes demo.png
-	$(BIN)/python -m fastmtl demo
+	$(BIN)/python examples/digits.py
 
 test: develop ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
@@ -113,6 +113,7 @@ lint: develop ## formatting, lint and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/type_completeness.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: develop ## put everything into the house style

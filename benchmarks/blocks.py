@@ -3,8 +3,8 @@
 
     python benchmarks/blocks.py [--seconds 10] [--threads 2] [--json PATH]
 
-A step beside the same step made of two ops, the exact Gram matrix and the recombination (the weights take a small part
-of it). For gradients whose float32 Gram is believed (random), and for those where the probe refuses it, so that an
+A step beside the same step made of two ops, the exact Gram matrix and the recombination (the weights take a small
+part of it). For gradients whose float32 Gram is believed (random), and for those where the probe refuses it, so that an
 exact pass follows (a Hadamard pattern, whose sums all round the same way).
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import ops
+from fastmtl.scaling.timing import interleave
 
 __all__ = ["SHAPES", "main", "timed"]
 
@@ -53,9 +54,9 @@ def timed(make: Callable[[int, int], Tensor], T: int, P: int, seconds: float) ->
         "exact gram": lambda: ops.gram(G),
         "combine": lambda: ops.combine(G, alpha, out),
     }
-    once = measure.interleave(parts, 1)
+    once = interleave(parts, 1)
     rounds = int(min(max(seconds / sum(once.seconds.values()), ROUNDS[0]), ROUNDS[1]))
-    timing = measure.interleave(parts, rounds)
+    timing = interleave(parts, rounds)
     ms = {name: 1e3 * s for name, s in timing.seconds.items()}
     ratio = ms["step"] / (ms["exact gram"] + ms["combine"])
     print(

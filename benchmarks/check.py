@@ -5,7 +5,7 @@
                                [--json PATH] [--summary PATH]
     python benchmarks/check.py --ci [--only SUBSTRING] [--repeat N] [--usual]
 
-The promises stand in bounds.toml. They are ratios of interleaved medians (measure.py) against plain PyTorch (pure.py),
+The promises stand in bounds.toml. They are ratios of interleaved medians against plain PyTorch (pure.py),
 against TorchJD (peers.py) and against a streaming read of the same data, and each result is compared with a float64
 computation before it is timed (trials.py). A case that fails is measured up to two more times, as a whole: no attempt
 is patched with numbers from another.
@@ -52,6 +52,8 @@ import peers
 import summary
 import torch
 from trials import FIGURES, TRIALS, Trial
+
+from fastmtl.scaling.timing import Timing, by_clock, interleave, others_busy
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
 
@@ -159,10 +161,10 @@ def short(n: float) -> str:
     return f"{mantissa}e{int(exponent)}" if len(mantissa) == 1 and n >= 1000 else f"{n:g}"
 
 
-Judge = Callable[[Case, Trial, measure.Timing], Sequence[Line]]
+Judge = Callable[[Case, Trial, Timing], Sequence[Line]]
 
 
-def against_targets(case: Case, trial: Trial, timing: measure.Timing) -> list[Line]:
+def against_targets(case: Case, trial: Trial, timing: Timing) -> list[Line]:
     """The demands of a case against one attempt's times."""
     seconds = timing.seconds
     fast, base, read = seconds["fast"], seconds["base"], seconds["read"]
@@ -195,7 +197,7 @@ def against_targets(case: Case, trial: Trial, timing: measure.Timing) -> list[Li
     return found
 
 
-def against_usual(case: Case, trial: Trial, timing: measure.Timing) -> list[Line]:
+def against_usual(case: Case, trial: Trial, timing: Timing) -> list[Line]:
     """The two ratios of a case of the gate against what is usual: REGRESSED where both are beyond their bounds."""
     assert case.usual is not None
     seconds = timing.seconds
@@ -221,7 +223,7 @@ def run(
     """The case's lines and the data behind them: the first attempt with only `accept` verdicts, or the best one.
 
     That is the one with the fewest others; among these, one that is not NOISY. `options` are those of
-    `measure.interleave`.
+    `interleave`.
     """
     if case.kind in FIGURES:
         return figure(case)
@@ -235,7 +237,7 @@ def run(
     functions = case.functions(trial)
     attempts = []
     for attempt in range(1, ATTEMPTS + 1):
-        timing = measure.interleave(functions, math.ceil(trial.rounds * rounds), **options).per_call(trial.calls)
+        timing = interleave(functions, math.ceil(trial.rounds * rounds), **options).per_call(trial.calls)
         lines = judge(case, trial, timing)
         verdicts = [line.verdict for line in lines]
         bad = sum(verdict not in accept for verdict in verdicts), verdicts.count("NOISY")
@@ -250,7 +252,7 @@ def figure(case: Case) -> tuple[list[Line], dict[str, Any]]:
     """The line of a case that is no ratio."""
     name, target = ("ms", case.max_ms) if case.max_extra_mb is None else ("extra MB", case.max_extra_mb)
     assert target is not None
-    with measure.others_busy() as others:
+    with others_busy() as others:
         reached = FIGURES[case.kind](*case.arguments)
     verdict = "ok" if reached <= target else "NOISY" if name == "ms" and others() > BUSY else "MISSED"
     return [Line(case.name, name, reached, target, "<=", None, verdict)], {"others": others()}
@@ -310,14 +312,14 @@ def gate(chosen: Sequence[Case], args: argparse.Namespace, machine: Mapping[str,
     With `args.usual` nothing is judged, and what is usual here is printed.
     """
     accept = ("ok", "ALONE", "REGRESSED") if args.usual else ("ok", "ALONE")
-    clock = measure.cpu_clock()
+    sample = by_clock(measure.cpu_clock())
     reached: defaultdict[str, list[list[float]]] = defaultdict(list)
     for number in range(1, args.repeat + 1):
         start, verdicts = time.perf_counter(), Counter[str]()
         if number == 1:
             print(HEAD, flush=True)
         for case in chosen:
-            result, data = run(case, args.rounds, accept, against_usual, clock=clock, shortest=SAMPLE)
+            result, data = run(case, args.rounds, accept, against_usual, sample=sample, shortest=SAMPLE)
             for line in result:
                 verdicts[line.verdict] += 1
                 if number == 1 or line.verdict != "ok":

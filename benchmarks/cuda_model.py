@@ -68,7 +68,7 @@ CONSTANTS = {
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
 LAUNCH = 2.5e-6  # seconds
 PROBE_WORK = 20  # operations of gram_probe for an entry and probe: two sums of two numbers each, and three products
-PLAIN_WEIGHTS = 6  # launches of pure.task_weights beside its eigh
+PLAIN_WEIGHTS = 6  # launches of baseline.task_weights beside its eigh
 
 
 @dataclass(frozen=True)

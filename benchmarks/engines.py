@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import measure
 import networks
@@ -41,6 +41,7 @@ from fastmtl.gramian import cost
 from fastmtl.gramian.plan import plan
 from fastmtl.gramian.survey import survey
 from fastmtl.graph import leaves_of
+from fastmtl.scaling.timing import Timing, interleave, others_busy
 
 __all__ = [
     "GRID",
@@ -106,7 +107,7 @@ def plain(model: workloads.MultiTask) -> Way:
     return Way(model, lambda h, losses: sum(losses[1:], losses[0]).backward(), "sum")
 
 
-def engine(name: str, model: workloads.MultiTask) -> Way:
+def engine(name: Literal["full", "gramian", "auto"], model: workloads.MultiTask) -> Way:
     """Aligned-MTL by this engine."""
     method = fastmtl.AlignedMTL()
     return Way(model, lambda h, losses: method.backward(losses, model.encoder, engine=name))
@@ -272,7 +273,7 @@ def steps(name: str, make: Model, seconds: float) -> dict[str, Any]:
 def memory(name: str, make: Model) -> dict[str, Any]:
     """What a backward allocates at its peak, in bytes, and as a share of the T x P task gradients."""
     model = make()
-    with measure.others_busy() as others:
+    with others_busy() as others:
         peaks = {way: allocated(build(model)) for way, build in OURS.items()}
     record = _described(name, model)
     gradients = 4 * record["tasks"] * record["parameters"]
@@ -356,13 +357,13 @@ def _checked(what: str, way: Way, expected: Mapping[str, Tensor], tolerance: flo
     return error
 
 
-def _timed(functions: Mapping[str, Callable[[], object]], read: Tensor, seconds: float) -> measure.Timing:
+def _timed(functions: Mapping[str, Callable[[], object]], read: Tensor, seconds: float) -> Timing:
     """As many interleaved rounds as fit."""
     start = time.perf_counter()
     for function in functions.values():
         function()
     fitting = round(seconds / (time.perf_counter() - start))
-    return measure.interleave({**functions, "read": read.sum}, min(max(fitting, ROUNDS[0]), ROUNDS[1]))
+    return interleave({**functions, "read": read.sum}, min(max(fitting, ROUNDS[0]), ROUNDS[1]))
 
 
 def _show_steps(record: Mapping[str, Any]) -> list[Line]:

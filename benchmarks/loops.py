@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import pure
 import torch
 from torch import Tensor
+
+from fastmtl.scaling.baseline import task_weights
 
 __all__ = ["Loop", "aligned", "collected", "graddrop", "row", "slices", "upper_bound"]
 
@@ -20,7 +21,7 @@ __all__ = ["Loop", "aligned", "collected", "graddrop", "row", "slices", "upper_b
 def aligned(G: Tensor) -> Tensor:
     """Aligned-MTL of a matrix [T, P] -> [P]."""
     T = len(G)
-    return pure.task_weights(G @ G.T, G.new_full((T,), 1 / T)) @ G
+    return task_weights(G @ G.T, G.new_full((T,), 1 / T)) @ G
 
 
 def graddrop(G: Tensor) -> Tensor:

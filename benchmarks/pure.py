@@ -1,5 +1,6 @@
-"""The best plain PyTorch a user would write: what fastmtl is compared with.
+"""The best plain PyTorch a user would write from losses and rows on: what fastmtl is compared with.
 
+On a matrix that is `fastmtl.scaling.baseline.Pure`.
 Buffers are allocated once and reused, α is a chain of matrix-vector products and never a T×T matrix, and what can be a
 view is one. Everything stays in the gradients' dtype: float64 would be slower, and few write it.
 """
@@ -12,41 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Backward", "Batched", "FanOut", "Flat", "Ragged", "autograd_loop", "task_weights"]
+from fastmtl.scaling.baseline import Pure
 
-
-def task_weights(M: Tensor, w: Tensor) -> Tensor:
-    """α = sqrt(λ_min) V diag(λ^-1/2) Vᵀ w from Gram matrices `M` [..., T, T] of full rank."""
-    lam, V = torch.linalg.eigh(M)
-    if M.ndim == 2:
-        return lam[0].sqrt() * (V @ ((V.T @ w) * lam.rsqrt()))
-    return (lam[:, :1].sqrt() * ((w @ V) * lam.rsqrt()))[:, None] @ V.mT
-
-
-class Flat:
-    """Aligned-MTL of a matrix [T, P]."""
-
-    def __init__(self, T: int, P: int, dtype: torch.dtype = torch.float32) -> None:
-        """Allocates the result [P]."""
-        self.w = torch.full((T,), 1 / T, dtype=dtype)
-        self.out = torch.empty(P, dtype=dtype)
-
-    def __call__(self, G: Tensor) -> Tensor:
-        """`G` [T, P] -> [P], overwritten by the next call."""
-        return torch.mv(G.T, task_weights(G @ G.T, self.w), out=self.out)
-
-
-class Batched:
-    """Aligned-MTL of a batch [B, T, P]."""
-
-    def __init__(self, B: int, T: int, P: int, dtype: torch.dtype = torch.float32) -> None:
-        """Allocates the result [B, 1, P]."""
-        self.w = torch.full((T,), 1 / T, dtype=dtype)
-        self.out = torch.empty(B, 1, P, dtype=dtype)
-
-    def __call__(self, G: Tensor) -> Tensor:
-        """`G` [B, T, P] -> [B, P], overwritten by the next call."""
-        return torch.bmm(task_weights(torch.bmm(G, G.mT), self.w), G, out=self.out)[:, 0]
+__all__ = ["Backward", "FanOut", "Ragged", "autograd_loop"]
 
 
 class Ragged:
@@ -57,7 +26,7 @@ class Ragged:
         self.shapes = [torch.Size(shape) for shape in shapes]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.matrix = torch.empty(T, sum(self.sizes))
-        self.flat = Flat(*self.matrix.shape)
+        self.flat = Pure(self.matrix.shape)
 
     def flatten(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
         """T rows of K tensors -> [T, P], overwritten by the next call."""
@@ -107,7 +76,7 @@ class FanOut:
         self.tasks = T
         self.stacked = torch.empty(T, *shape)
         self.matrix = self.stacked.view(T, -1)
-        self.flat = Flat(*self.matrix.shape)
+        self.flat = Pure(self.matrix.shape)
 
     def __call__(self, h: Tensor) -> tuple[Tensor, ...]:
         """T aliases; what the encoder gets is overwritten by the next backward."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pure
 import pytest
 import torch
 import workloads
 
 import fastmtl
+from fastmtl.scaling.baseline import Pure
 
 pytest.importorskip("pytest_benchmark")
 
@@ -21,7 +21,7 @@ def test_batched(benchmark: Any, shape: tuple[int, int, int], name: str) -> None
     """[B, T, P] against bmm and a batched torch.linalg.eigh."""
     G = workloads.matrix(*shape)
     B, _, P = shape
-    method, out, base = fastmtl.AlignedMTL(), torch.empty(B, P), pure.Batched(*shape)
+    method, out, base = fastmtl.AlignedMTL(), torch.empty(B, P), Pure(shape)
 
     def run() -> torch.Tensor:
         return method(G, out=out) if name == "fastmtl" else base(G)

@@ -13,6 +13,7 @@ import workloads
 from torch import Tensor
 
 import fastmtl
+from fastmtl.scaling.baseline import Pure
 
 pytest.importorskip("pytest_benchmark")
 
@@ -136,7 +137,7 @@ def test_flat(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, name: 
     if name == "fastmtl" and way == "graph" and T > 64:
         pytest.skip("waits for the device beyond 64 tasks")
     G = on_gpu(workloads.matrix, T, P).to(dtype)
-    method, out, base = fastmtl.AlignedMTL(), torch.empty(P, dtype=dtype, device="cuda"), on_gpu(pure.Flat, T, P, dtype)
+    method, out, base = fastmtl.AlignedMTL(), torch.empty(P, dtype=dtype, device="cuda"), on_gpu(Pure, (T, P), dtype)
 
     def run() -> Tensor:
         return method(G, out=out) if name == "fastmtl" else base(G)
@@ -168,7 +169,7 @@ def test_batched(benchmark: Any, shape: tuple[int, int, int], name: str, way: st
     """[B, T, P]: one launch, against bmm and a batched torch.linalg.eigh."""
     B, T, P = shape
     G = on_gpu(workloads.matrix, *shape)
-    method, out, base = fastmtl.AlignedMTL(), torch.empty(B, P, device="cuda"), on_gpu(pure.Batched, *shape)
+    method, out, base = fastmtl.AlignedMTL(), torch.empty(B, P, device="cuda"), on_gpu(Pure, shape)
 
     def run() -> Tensor:
         return method(G, out=out) if name == "fastmtl" else base(G)

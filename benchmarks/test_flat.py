@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pure
 import pytest
 import torch
 import workloads
 from torch import Tensor
 
 import fastmtl
+from fastmtl.scaling.baseline import Pure
 
 pytest.importorskip("pytest_benchmark")
 
@@ -34,7 +34,7 @@ def fast(G: Tensor) -> Callable[[], Tensor]:
 def plain(G: Tensor) -> Callable[[], Tensor]:
     """Plain PyTorch."""
     T, P = G.shape
-    base = pure.Flat(T, P, G.dtype)
+    base = Pure((T, P), G.dtype)
     return lambda: base(G)
 
 

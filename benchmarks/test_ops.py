@@ -1,8 +1,8 @@
 """Every op of fastmtl.ops, called directly: beside plain PyTorch, TorchJD and a collection loop where they have one.
 
 Whole aggregations of more shapes have files of their own (test_flat, test_batched, test_ragged), and so have the task
-weights of the methods (test_weighting). In place of plain PyTorch the solvers have `fastmtl.ops.reference`: nobody writes
-those by hand. TorchJD's weights are compared with ours up to their scale, and as closely as its solvers go.
+weights of the methods (test_weighting). In place of plain PyTorch the solvers have `fastmtl.ops.reference`: nobody
+writes those by hand. TorchJD's weights are compared with ours up to their scale, and as closely as its solvers go.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import workloads
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.methods.aligned import _tolerances
+from fastmtl.info import tolerances
 from fastmtl.ops import reference
+from fastmtl.scaling.baseline import Pure, task_weights
 
 pytest.importorskip("pytest_benchmark")
 
@@ -70,7 +71,7 @@ def after(call: Callable[[], object], out: Any) -> Callable[[], Any]:
 
 def policy(T: int) -> tuple[None, str, float, float, str]:
     """AlignedMTL's options as the ops take them."""
-    return None, "min", *_tolerances(T, torch.float32), "normalized"
+    return None, "min", *tolerances(T, torch.float32), "normalized"
 
 
 def gram(who: str, T: int, P: int) -> Contest:
@@ -84,7 +85,7 @@ def balance(who: str, T: int) -> Contest:
     weigh = theirs(who, "AlignedMTLWeighting")
     calls = {
         "fastmtl": lambda: ops.balance(M, *policy(T))[0],
-        "pure": lambda: pure.task_weights(M, w),
+        "pure": lambda: task_weights(M, w),
         "torchjd": lambda: weigh(M),
     }
     return Contest(calls, distance(reference.balance(M, *policy(T))[0]), EXACT, EXACT)
@@ -101,7 +102,7 @@ def combine(who: str, T: int, P: int) -> Contest:
 
 
 def align(who: str, T: int, P: int) -> Contest:
-    G, out, base, aggregate = workloads.matrix(T, P), torch.empty(P), pure.Flat(T, P), theirs(who, "AlignedMTL")
+    G, out, base, aggregate = workloads.matrix(T, P), torch.empty(P), Pure((T, P)), theirs(who, "AlignedMTL")
     calls = {
         "fastmtl": after(lambda: ops.align(G, *policy(T), out), out),
         "pure": lambda: base(G),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import loops
-import measure
 import pure
 import pytest
 import torch
@@ -14,6 +13,7 @@ import workloads
 from torch import Tensor
 
 import fastmtl
+from fastmtl.scaling.memory import peak_extra_memory
 
 pytest.importorskip("pytest_benchmark")
 
@@ -55,7 +55,7 @@ def loop(shapes: list[tuple[int, ...]]) -> Callable[[list[list[Tensor]]], object
 
 
 def prepare(make: Callable[..., Callable[[list[list[Tensor]]], object]]) -> Any:
-    """For `measure.peak_extra_memory`: a small call, and the call itself with the buffers that its user must hold."""
+    """For `peak_extra_memory`: a small call, and the call itself with the buffers that its user must hold."""
     small = [(100, 1000), (1000,)]
     few, rows = workloads.ragged(T, small), workloads.ragged(T, SHAPES)
     return lambda: make(small)(few), lambda: make(SHAPES)(rows)
@@ -75,7 +75,7 @@ def test_ragged(benchmark: Any, problem: tuple[list[list[Tensor]], Tensor], make
 @pytest.mark.parametrize("make", [fast, plain, loop], ids=["fastmtl", "pure", "loop"])
 def test_memory(benchmark: Any, make: Callable[..., Any]) -> None:
     """Peak extra memory of one call beyond its result, in `extra_info`; the time is that of the measurement."""
-    peak = benchmark.pedantic(measure.peak_extra_memory, (prepare, make), rounds=1)
+    peak = benchmark.pedantic(peak_extra_memory, (prepare, make), rounds=1)
     benchmark.extra_info["megabytes beyond the result"] = round((peak - RESULT) / MEGABYTE, 2)
     assert peak >= RESULT
     if make is fast and fastmtl.ops.EXTENSIONS["_C"] is not None:  # the reference ops do copy
@@ -95,5 +95,5 @@ def prepare_known() -> Any:
 
 def test_meter() -> None:
     """The meter sees a peak that is gone when the call returns."""
-    peak = measure.peak_extra_memory(prepare_known)
+    peak = peak_extra_memory(prepare_known)
     assert abs(peak - (32 << 20)) < MEGABYTE / 2

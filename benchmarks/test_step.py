@@ -22,6 +22,8 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import scalarization
+from fastmtl.scaling.timing import interleave
+from fastmtl.training.fan_out import Via
 
 pytest.importorskip("pytest_benchmark")
 
@@ -50,7 +52,7 @@ def plain(model: workloads.MultiTask) -> Callable[[], object]:
     return model.step
 
 
-def fan_out(model: workloads.MultiTask, via: str = "node") -> Callable[[], object]:
+def fan_out(model: workloads.MultiTask, via: Via = "node") -> Callable[[], object]:
     """One backward of the summed losses, aggregation where the aliases of the representation meet."""
     method = fastmtl.AlignedMTL()
     return lambda: model.step(lambda h: fastmtl.fan_out(h, model.tasks, method, via=via))
@@ -202,7 +204,7 @@ def test_step(
     run()
     model.step()
     rounds = min(max(round(SECONDS / (time.perf_counter() - start)), 9), 300)
-    timing = measure.interleave({"plain": model.step, "way": run, "read": expected[gradient].sum}, rounds)
+    timing = interleave({"plain": model.step, "way": run, "read": expected[gradient].sum}, rounds)
     ratio = timing.seconds["way"] / timing.seconds["plain"]
     cell = f"{ratio:.2f} ({1e3 * timing.seconds['way']:.3g}){'' if timing.steady else ' ?'}"
     record_property("step", (way, name, cell, timing.others))

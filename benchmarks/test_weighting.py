@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import measure
 import peers
 import pytest
 import torch
 import workloads
 
 import fastmtl
+from fastmtl.scaling.timing import Timing, interleave
 
 pytest.importorskip("pytest_benchmark")
 
@@ -26,9 +26,9 @@ T, P = 10, 1_000_000
 
 def compare(
     fast: Callable[[], object], base: Callable[[], object], data: torch.Tensor, rounds: int, calls: int = 1
-) -> tuple[float, float, measure.Timing]:
+) -> tuple[float, float, Timing]:
     """Seconds of a call of each, and the timing."""
-    timing = measure.interleave({"base": base, "fast": fast, "read": data.sum}, rounds).per_call(calls)
+    timing = interleave({"base": base, "fast": fast, "read": data.sum}, rounds).per_call(calls)
     return timing.seconds["fast"], timing.seconds["base"], timing
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 import fastmtl
 from fastmtl import ops
 from fastmtl.ops import reference
+from fastmtl.scaling.baseline import Pure, task_weights
+from fastmtl.scaling.memory import peak_extra_memory
 
 __all__ = ["FIGURES", "TRIALS", "Trial"]
 
@@ -63,7 +65,7 @@ def flat(T: int, P: int, kappa: float, spread: float = 1.0) -> Trial:
     G, out = workloads.matrix(T, P, kappa=kappa), torch.empty(P)
     if spread > 1:
         G *= (spread ** -torch.linspace(0, 1, T))[:, None]
-    method, base = fastmtl.AlignedMTL(), pure.Flat(T, P)
+    method, base = fastmtl.AlignedMTL(), Pure((T, P))
     return Trial(
         fast=lambda: method(G, out=out),
         base=lambda: base(G),
@@ -79,7 +81,7 @@ def flat(T: int, P: int, kappa: float, spread: float = 1.0) -> Trial:
 def batched(B: int, T: int, P: int, kappa: float) -> Trial:
     """A batch [B, T, P]."""
     G, out = workloads.matrix(B, T, P, kappa=kappa), torch.empty(B, P)
-    method, base = fastmtl.AlignedMTL(), pure.Batched(B, T, P)
+    method, base = fastmtl.AlignedMTL(), Pure((B, T, P))
     return Trial(
         fast=lambda: method(G, out=out),
         base=lambda: base(G),
@@ -341,7 +343,7 @@ def op(name: str, T: int, P: int, kappa: float) -> Trial:
         returned = getattr(module, name)(*arguments[name])
         return results.double() if returned is None or name == "align_rows" else returned
 
-    function, base = getattr(ops, name), pure.Flat(T, P)
+    function, base = getattr(ops, name), Pure((T, P))
     return Trial(
         fast=lambda: function(*arguments[name]),
         base=lambda: base(G),
@@ -376,7 +378,7 @@ def solver(op: str, T: int, kappa: float) -> Trial:
     function = getattr(ops, op)
     return Trial(
         fast=lambda: [function(M, *arguments[op]) for M in grams],
-        base=lambda: [pure.task_weights(M, w) for M in grams],
+        base=lambda: [task_weights(M, w) for M in grams],
         read=lambda: [M.sum() for M in grams],
         error=max(error(M) for M in grams),
         tolerance=1e-6,
@@ -387,7 +389,7 @@ def solver(op: str, T: int, kappa: float) -> Trial:
 def resnet50_memory(T: int) -> float:
     """MB that the aggregation of T ragged rows takes beyond its result."""
     result = 4 * sum(torch.Size(shape).numel() for shape in workloads.resnet50())
-    return (measure.peak_extra_memory(_resnet50_call, T) - result) / 1e6
+    return (peak_extra_memory(_resnet50_call, T) - result) / 1e6
 
 
 def _resnet50_call(T: int) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -399,7 +401,7 @@ def _resnet50_call(T: int) -> tuple[Callable[[], object], Callable[[], object]]:
 def step_memory(T: int) -> float:
     """MB that a step through `fan_out` takes beyond a plain step and the T gradients that are captured."""
     batch, width = 4096, 512  # 8 MiB each: far beyond what the measurement is off by
-    peaks = [measure.peak_extra_memory(_step_call, T, batch, aggregated) for aggregated in (False, True)]
+    peaks = [peak_extra_memory(_step_call, T, batch, aggregated) for aggregated in (False, True)]
     return (peaks[1] - peaks[0] - T * batch * width * 4) / 1e6
 
 

@@ -2,8 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastmtl import ops, scalarization
-from fastmtl.eigen import eigh
+from fastmtl import catalog, ops, scalarization
 from fastmtl.info import Info
 from fastmtl.methods import (
     IMTL,
@@ -22,9 +21,11 @@ from fastmtl.methods import (
     Uniform,
     UPGrad,
 )
+from fastmtl.methods.base import GramMethod, Method
 from fastmtl.observe import diagnostics, metrics
 from fastmtl.observe.monitor import Monitor
-from fastmtl.training.attach import attach
+from fastmtl.ops.eigen import eigh
+from fastmtl.training.attach import Attached, attach
 from fastmtl.training.fan_out import FanOut, fan_out
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MGDA",
     "RLW",
     "AlignedMTL",
+    "Attached",
     "CAGrad",
     "ConFIG",
     "DualProj",
@@ -39,8 +41,10 @@ __all__ = [
     "FanOut",
     "GradDrop",
     "GradVac",
+    "GramMethod",
     "Info",
     "Krum",
+    "Method",
     "Monitor",
     "NashMTL",
     "PCGrad",
@@ -48,6 +52,7 @@ __all__ = [
     "Uniform",
     "__version__",
     "attach",
+    "catalog",
     "diagnostics",
     "eigh",
     "fan_out",

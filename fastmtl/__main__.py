@@ -1,4 +1,4 @@
-"""Command line: `python -m fastmtl info` says what is built, `methods` what there is, `demo` and `scaling` show it."""
+"""Command line: `python -m fastmtl info` says what is built, `methods` what there is, `scaling` how it grows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,25 +59,11 @@ def _cuda() -> str:
     return f"torch built for CUDA {torch.version.cuda}, {device}"
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {text}")
-        return int(text)
-
-    return count
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastmtl", description=fastmtl.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set and kernels in use")
-    demo = commands.add_parser("demo", help="train on overlaid digits, with and without Aligned-MTL")
-    demo.add_argument("--seeds", type=_at_least(1), default=3, help="training runs per method (default: %(default)s)")
-    demo.add_argument("--steps", type=_at_least(2), default=500, help="training steps per run (default: %(default)s)")
-    demo.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
-    demo.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
     listed = commands.add_parser("methods", help="list every method: paper, needs, state, options, names elsewhere")
     listed.add_argument("--markdown", action="store_true", help="as the table of the README")
     swept = commands.add_parser("scaling", help="how time, memory and accuracy grow with tasks and parameters")
@@ -90,11 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "methods":
         print(catalog.table(options.markdown))
         return 0
-    if options.command == "scaling":
-        return scaling.run(options, swept.error)
-    from fastmtl.demo import run  # its dependencies are an optional extra
-
-    return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick)
+    return scaling.run(options, swept.error)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+
+from fastmtl.inputs import Row
 
 __all__ = [
     "SEVERAL",
@@ -21,6 +24,7 @@ __all__ = [
     "nothing_behind",
     "reached_by",
     "trunk_of",
+    "vjp",
 ]
 
 # A graph node and the number of one of its outputs: what a tensor with a history stands for.
@@ -45,7 +49,7 @@ class Leaves(NamedTuple):
         owner: for every node that a loss reaches, which loss, or `SEVERAL`; joints have none.
         parted: ids of those common leaves of which each loss reads other entries: learned scales of the losses, say.
         idle: leaves behind those outputs of joints that no loss reaches.
-        joined: whether a joint was met.
+        joined: whether a joint was met, or entries of a stack were.
     """
 
     private: list[list[Tensor]]
@@ -93,7 +97,7 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
     entries: dict[Any, dict[tuple[int, int], set[int]]] = {}  # of a leaf: (dimension, index) -> who reads it
     whole: set[Any] = set()  # leaves that are also read otherwise
 
-    overlap = False
+    overlap = straight = False
     for t, loss in enumerate(losses):
         if loss is None:
             continue
@@ -102,6 +106,13 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
             edge, reader = stack.pop()
             node, output = edge
             kind = type(node).__name__
+            if joints and kind in _PARTS and node.next_functions[0] not in closed:
+                one = _one_of_stack(node, output, begins=not reader)
+                if one is not None:
+                    straight = True
+                    if one[0] is not None and one not in closed:
+                        stack.append((one, reader))
+                    continue
             joint = joints and kind in _JOINTS
             known = passed.get(edge) if joint else owner.get(node)
             if kind == _LEAF:
@@ -131,12 +142,28 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
         for node, readers in entries.items()
         if node in leaves and node not in whole and _is_parted(readers)
     )
-    return Leaves(private, common, overlap, owner, parted, _behind(passed, owner), bool(passed))
+    joined = straight or bool(passed)
+    # A pass sends zeros through the whole stack, which it frees.
+    return Leaves(private, common, overlap or straight, owner, parted, _behind(passed, owner), joined)
 
 
 def is_leaf(node: Any) -> bool:
     """Whether a node accumulates the gradient of a leaf, its `variable`."""
     return type(node).__name__ == _LEAF
+
+
+def _one_of_stack(node: Any, output: int, begins: bool) -> Edge | None:
+    """What one loss was before T of them were stacked, where a node takes it out of that tensor [T]; else None.
+
+    `begins`: whether it is a loss that the node makes. Of other `unbind`s the shape is not known.
+    """
+    source = node.next_functions[0][0]
+    if type(source).__name__ != "StackBackward0" or node._saved_dim or source._saved_dim:
+        return None
+    edges: Sequence[Edge] = source.next_functions
+    if type(node).__name__ == "UnbindBackward0":
+        return edges[output] if begins else None
+    return edges[_unsigned(node._saved_index, len(edges))] if len(node._saved_self_sym_sizes) == 1 else None
 
 
 def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:
@@ -262,6 +289,7 @@ def computes(node: Any) -> bool:
 
 
 def edge_of(x: Tensor) -> Edge:
+    """What a tensor stands for in the graph; a leaf's is its accumulation."""
     edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
@@ -284,3 +312,35 @@ def nothing_behind(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def vjp(
+    outputs: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    *,
+    retain_graph: bool = False,
+    batched: bool = False,
+) -> Row:
+    """One backward pass: the inputs' gradients from cotangents at outputs, None where there is none.
+
+    Args:
+        outputs: where the pass begins: tensors or `GradientEdge`s.
+        cotangents: one for each output, None where nothing comes from; with a leading dimension if `batched`.
+        inputs: where it ends, the same.
+        retain_graph: keep the graph for another pass.
+        batched: one vectorised pass for all cotangents along the leading dimension, which the results have too.
+    """
+    used = [k for k, g in enumerate(cotangents) if g is not None]
+    if not used or not inputs:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(
+            [outputs[k] for k in used],
+            inputs,
+            [cotangents[k] for k in used],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            is_grads_batched=batched,  # `torch.func.vmap` around this call gets `cdist` and others wrong
+        )
+    )

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmtl.inputs import describe
 
-__all__ = ["Copies", "check_number", "choice", "flag", "generator", "integer", "number", "numbers", "option", "weights"]
+__all__ = [
+    "Array",
+    "Copies",
+    "Numbers",
+    "Weights",
+    "check_number",
+    "check_weights",
+    "choice",
+    "flag",
+    "generator",
+    "integer",
+    "number",
+    "numbers",
+    "option",
+    "plain",
+    "show_weights",
+    "weights",
+]
+
+
+class Array(Protocol):
+    """An array of NumPy's, or what says that it can be one."""
+
+    def __array__(self) -> Any: ...
+
+
+Numbers: TypeAlias = Tensor | Sequence[float] | Array
+Weights: TypeAlias = Tensor | Sequence[float] | Array | Literal["mean", "sum"] | None
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 # Returns what is kept of a value; raises TypeError or ValueError naming the option, what is expected and what came.
@@ -39,13 +66,28 @@ def option(check: Check, fixed: bool = False) -> Any:
     return _Option(check, fixed)
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's, an array as a tensor; anything else as it is."""
+    if isinstance(value, (Tensor, type)) or not hasattr(value, "__array__"):
+        return value
+    array = value.__array__()
+    if array.ndim == 0:
+        return array.item()
+    try:
+        return torch.from_numpy(array.copy())  # of its own, and without negative strides
+    except TypeError:  # of objects, or of words
+        return value
+
+
 def choice(*values: Any) -> Check:
     """One of these values."""
 
     def check(value: Any, name: str) -> Any:
-        if value not in values:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {value!r}")
-        return value
+        value = plain(value)
+        if isinstance(value, Tensor) or value not in values:
+            got = describe(value) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, values))}, got {got}")
+        return values[values.index(value)]
 
     return check
 
@@ -68,6 +110,7 @@ def check_number(
     other = " or None" if optional else ""
     if optional and value is None:
         return None
+    value = plain(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number{other}, got {describe(value)}")
     x = float(value)
@@ -90,6 +133,7 @@ def integer(low: int, optional: bool = False) -> Check:
     def check(value: Any, name: str) -> int | None:
         if optional and value is None:
             return None
+        value = plain(value)
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an integer >= {low}{other}, got {describe(value)}")
         if value < low:
@@ -101,6 +145,7 @@ def integer(low: int, optional: bool = False) -> Check:
 
 def flag(value: Any, name: str) -> bool:
     """True or False."""
+    value = plain(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return value
@@ -117,7 +162,7 @@ def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None
     """`value` as a float64 tensor [T] of its own, whatever the default device: a tensor stays where it is.
 
     Args:
-        value: T finite numbers, a tensor or a sequence.
+        value: T finite numbers: a tensor, an array or a sequence.
         name: the option.
         what: what is expected, for messages.
         tasks: T; None for any.
@@ -127,6 +172,9 @@ def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None
         TypeError: they are no numbers.
         ValueError: they have another shape, or are not finite.
     """
+    value = plain(value)
+    if shape and isinstance(value, Real) and not isinstance(value, bool):
+        value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and value.is_meta):
         raise TypeError(f"{name}: expected {what}, got {describe(value)}")
     device = value.device if isinstance(value, Tensor) else "cpu"
@@ -151,6 +199,20 @@ def weights(value: Any, name: str) -> Tensor | str:
             raise ValueError(f"{name}: expected {what}, got {value!r}")
         return value or "mean"
     return numbers(value, name, what)
+
+
+def check_weights(weights: Tensor | str | float, T: int, name: str = "weights") -> None:
+    """Raises ValueError where these are numbers of another number of tasks than T."""
+    if isinstance(weights, Tensor) and weights.shape[0] != T:
+        raise ValueError(
+            f"{name}: expected length {T} (the number of tasks), got {weights.shape[0]}; "
+            "pass None for a task that is absent, so that the others keep their places"
+        )
+
+
+def show_weights(weights: Tensor | str | float | None) -> str:
+    """An option's word or numbers, for `repr`."""
+    return str(weights.tolist()) if isinstance(weights, Tensor) else repr(weights)
 
 
 class Copies:

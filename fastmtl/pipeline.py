@@ -9,12 +9,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Rows, check_apart, check_out, check_rows, describe
+from fastmtl.inputs import EPS, Rows, check_apart, check_out, check_rows, describe
 from fastmtl.rule import NOTHING, Context, Rule
 
-__all__ = ["EPS", "aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest"]
-
-EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+__all__ = ["aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest"]
 
 
 def aggregate_rows(

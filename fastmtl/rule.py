@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import describe
+from fastmtl.inputs import Losses, describe, stack_losses
+from fastmtl.options import check_number
 
-__all__ = ["NOTHING", "Context", "Rule", "check_scale", "checked_losses", "context_of", "draw_seed"]
+__all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
 
 
 class Context(NamedTuple):
@@ -50,6 +51,8 @@ class Rule(Protocol):
         on_gram: whether it needs no more of the gradients than their Gram matrix: whether there is a `solve`.
         needs_losses: whether it needs the T losses, in `context`.
         remembers: whether a step depends on those before it.
+        on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
+            gradients to aggregate.
     """
 
     @property
@@ -58,6 +61,8 @@ class Rule(Protocol):
     def needs_losses(self) -> bool: ...
     @property
     def remembers(self) -> bool: ...
+    @property
+    def on_losses(self) -> bool: ...
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
@@ -81,14 +86,13 @@ class Rule(Protocol):
 
 def context_of(
     rule: Rule,
-    losses: Sequence[Tensor | None] | Tensor | None,
+    losses: Losses | None,
     T: int,
     grad_scale: Tensor | float | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Context:
     """What the step brings besides gradients; the losses only where they are needed."""
-    if grad_scale is not None:
-        check_scale(grad_scale)
+    grad_scale = checked_scale(grad_scale)
     if not rule.needs_losses:
         return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
     if losses is None:
@@ -97,36 +101,32 @@ def context_of(
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
-def check_scale(grad_scale: object) -> None:
-    """Raises TypeError for a loss scaler's factor that is no real number; its value could lie on a busy device."""
-    if isinstance(grad_scale, Tensor):
-        fits = grad_scale.is_floating_point() and grad_scale.numel() == 1
-    else:
-        fits = isinstance(grad_scale, (int, float))
-    if not fits:
-        raise TypeError(f"grad_scale: expected a float or a floating tensor [], got {describe(grad_scale)}")
+def checked_scale(grad_scale: Any) -> Tensor | float | None:
+    """The factor of a loss scaler: None (for 1), a float, or a detached tensor, whose value nothing waits for.
+
+    Raises:
+        TypeError: it is neither a number nor a floating tensor.
+        ValueError: a number that is not positive and finite, or a tensor of several elements.
+    """
+    if grad_scale is None:
+        return None
+    if not isinstance(grad_scale, Tensor):
+        return check_number(grad_scale, "grad_scale", above=0)
+    if not grad_scale.is_floating_point():
+        raise TypeError(f"grad_scale: expected a number or a floating tensor [], got {describe(grad_scale)}")
+    if grad_scale.numel() != 1:
+        raise ValueError(f"grad_scale: expected a number or a tensor with one element, got {describe(grad_scale)}")
+    return grad_scale.detach().reshape(()) if grad_scale.requires_grad or grad_scale.ndim else grad_scale
 
 
-def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:
+def checked_losses(losses: Losses, T: int, names: tuple[str, ...] | None = None) -> Tensor:
     """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
-        TypeError: no tensor [T] or sequence of tensors, or no real numbers.
-        ValueError: not T of them.
+        TypeError: as `check_losses`.
+        ValueError: as `check_losses`.
     """
-    if isinstance(losses, Tensor):
-        values = losses.detach()
-    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, (Tensor, type(None))) for loss in losses):
-        like = next((loss for loss in losses if loss is not None), torch.empty((), device="cpu"))
-        each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in losses]
-        values = torch.stack(each) if each else torch.empty(0, device="cpu")
-    else:
-        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
-    if values.is_complex() or values.layout is not torch.strided:
-        raise TypeError(f"losses: expected real numbers, got {describe(values)}")
-    if values.shape != (T,):
-        raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
-    return values.to(torch.float64)
+    return stack_losses(losses, T, names).detach().to(torch.float64)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:

@@ -40,7 +40,7 @@ CALLS = {
     "float8 G": (lambda: M()(torch.ones(3, 5).to(torch.float8_e5m2)), TypeError, ("G", "float32", "float8")),
     "M sparse": (lambda: M().weighting(sparse(3)), TypeError, ("M", "dense", "sparse")),
     "outs overlap": (lambda: (lambda o: M()([[o + 1, o + 1]], out=[o, o]))(torch.empty(4)), ValueError, ("out[1]",)),
-    "grad_scale a word": (lambda: M()(G, grad_scale="x"), TypeError, ("grad_scale", "float", "str")),
+    "grad_scale a word": (lambda: M()(G, grad_scale="x"), TypeError, ("grad_scale", "number", "str")),
     "sparse G": (lambda: M()(sparse(3)), TypeError, ("G", "dense", "sparse")),
     "G requires grad": (lambda: M()(randn(3, 5).requires_grad_()), ValueError, ("G", "requires_grad")),
     "G is None": (lambda: M()(None), TypeError, ("rows", "sequence", "NoneType")),
@@ -244,10 +244,15 @@ BACKWARD = {
         ValueError,
         ("losses", "T >= 1", "empty"),
     ),
-    "losses a tensor": (
-        lambda trunk, heads, losses, h, table: (torch.stack(losses), trunk.parameters()),
+    "losses a matrix": (
+        lambda trunk, heads, losses, h, table: (torch.stack(losses)[None], trunk.parameters()),
+        ValueError,
+        ("losses", "shape [T]", "tensor of shape [1, 2]"),
+    ),
+    "a name that is no string": (
+        lambda trunk, heads, losses, h, table: (dict(enumerate(losses)), trunk.parameters()),
         TypeError,
-        ("losses", "sequence", "tensor of shape [2]"),
+        ("losses", "names of tasks", "int"),
     ),
     "losses a generator": (
         lambda trunk, heads, losses, h, table: ((x for x in losses), trunk.parameters()),
@@ -314,10 +319,15 @@ BACKWARD = {
         ValueError,
         ("shared[1]", "leaf", "[6, 4]"),
     ),
-    "a frozen shared parameter": (
-        lambda trunk, heads, losses, h, table: (losses, [trunk.weight, torch.ones(3)]),
+    "only frozen shared parameters": (
+        lambda trunk, heads, losses, h, table: (losses, [torch.ones(3), torch.ones(2)]),
         ValueError,
-        ("shared[1]", "requires grad", "frozen"),
+        ("shared", "requires grad", "2 frozen"),
+    ),
+    "a frozen module": (
+        lambda trunk, heads, losses, h, table: (losses, nn.Linear(2, 2).requires_grad_(False)),
+        ValueError,
+        ("shared", "requires grad", "2 frozen"),
     ),
     "a shared parameter no loss reaches": (
         lambda trunk, heads, losses, h, table: (losses, table.parameters()),
@@ -532,10 +542,10 @@ OPTIONS = {
         ValueError,
         ("groups[1][0]", "leaf", "[6, 4]"),
     ),
-    "a frozen tensor in a group": (
-        lambda trunk, heads, h, table: {"groups": [[trunk.weight, torch.ones(3)]]},
+    "a frozen group": (
+        lambda trunk, heads, h, table: {"groups": [[trunk.weight], [torch.ones(3)]]},
         ValueError,
-        ("groups[0][1]", "requires grad", "frozen"),
+        ("groups[1]", "requires grad", "1 frozen"),
     ),
     "groups that no loss reaches": (
         lambda trunk, heads, h, table: {"groups": [table.parameters()]},
@@ -664,9 +674,9 @@ FAN_OUT = {
     ),
     "info a dict": (lambda: fastmtl.fan_out(leaf(3), 2, M(), info={}), TypeError, ("info", "Info(2)", "dict")),
     "a global Gram of a method without one": (
-        lambda: fastmtl.fan_out(leaf(3), 2, fastmtl.GradDrop(), global_gram=True),
+        lambda: fastmtl.fan_out(leaf(3), 2, fastmtl.GradDrop(), process_group=True),
         ValueError,
-        ("global_gram", "Gram", "GradDrop"),
+        ("process_group", "Gram", "GradDrop"),
     ),
     "an encoder that is no module": (
         lambda: fastmtl.attach(torch.tanh, [nn.Tanh()], M()),
@@ -698,6 +708,16 @@ FAN_OUT = {
         lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(weights=[1.0, 2.0])),
         ValueError,
         ("weights", "length 1", "2"),
+    ),
+    "attach with an unknown via": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), via="graph"),
+        ValueError,
+        ("via", "node", "graph"),
+    ),
+    "attach with a wrong scale": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), grad_scale=-1.0),
+        ValueError,
+        ("grad_scale", "> 0", "-1.0"),
     ),
 }
 

@@ -34,8 +34,9 @@ class Contraction:
     def __init__(
         self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None, way: Iterable[Edge] = ()
     ) -> None:
-        self.parameter, self.uses = parameter, uses
-        self.way = list(way)  # and the bias's
+        self.parameter: Tensor = parameter
+        self.uses: Sequence[Use] = uses
+        self.way: list[Edge] = list(way)  # and the bias's
         self.bias: Tensor | None = None  # of the same operations, and of no other
         self._block = block
         self._sides = [[use for use in uses if use.side == side] for side in (0, 1)]

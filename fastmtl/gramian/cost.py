@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastmtl.gramian.contraction import BLOCK
 from fastmtl.gramian.forms import Use
+from fastmtl.gramian.survey import Survey
 from fastmtl.inputs import DTYPES
-
-if TYPE_CHECKING:
-    from fastmtl.gramian.survey import Survey
 
 __all__ = [
     "SECONDS",

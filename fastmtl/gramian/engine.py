@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,16 @@ from fastmtl.gramian.hooks import is_hooked
 from fastmtl.gramian.plan import Plan, plan, settled
 from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
-from fastmtl.graph import SEVERAL, Edge, Leaves, edge_of
+from fastmtl.graph import SEVERAL, Edge, Leaves, edge_of, vjp
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, check_rows
-
-if TYPE_CHECKING:
-    from fastmtl.rule import Context, Rule
+from fastmtl.inputs import DTYPES, Row, check_rows
+from fastmtl.pipeline import coarsest
+from fastmtl.rule import Context, Rule
 
 __all__ = ["Result", "update"]
 
 # How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
 _CANCELLED = 4.0
-
-Row: TypeAlias = "list[Tensor | None]"
 
 
 class Result(NamedTuple):
@@ -118,8 +115,7 @@ def update(
             M = trunk.gram(len(losses), device)
             for t, row in enumerate(of_own):
                 M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
-            dtype = max({p.dtype for p in parameters}, key=lambda dtype: torch.finfo(dtype).eps)
-            info = method.solve(M, dtype, context)
+            info = method.solve(M, coarsest(parameters), context)
             info.explicit = todo.unrecognised
             updates = trunk.combined(info.alpha)
             del trunk
@@ -151,7 +147,7 @@ def _heads(
         rows[t][k] = torch.ones_like(there[t])
     outputs = [loss for loss in there.values() if owner[edge_of(loss)[0]] != SEVERAL]
     inputs: list[Any] = [leaf for leaves in private for leaf in leaves]
-    inputs += [GradientEdge(*edge) for edge in graph.frontier]
+    inputs += _for_autograd(graph.frontier)
     if not outputs:
         return rows, [[] for _ in losses]
     with _caught(graph, owner, rows):
@@ -286,13 +282,13 @@ def _trunk(
 def _at_once(frontier: Sequence[Edge], rows: Sequence[Row], edges: Sequence[Edge], leaves: Sequence[Tensor]) -> Row:
     """The gradients of all tasks, each with a leading dimension, from one vectorised pass."""
     stacks: list[Tensor] = []
-    starts: list[Edge] = []
+    starts: list[GradientEdge] = []
     for edge, column in zip(frontier, zip(*rows, strict=True), strict=True):
         like = next((g for g in column if g is not None), None)
         if like is not None:
-            starts.append(edge)
+            starts.append(GradientEdge(*edge))
             stacks.append(torch.stack([torch.zeros_like(_dense(like)) if g is None else _dense(g) for g in column]))
-    return _pass(starts, stacks, [*(GradientEdge(*edge) for edge in edges), *leaves], retain_graph=True, batched=True)
+    return vjp(starts, stacks, [*_for_autograd(edges), *leaves], retain_graph=True, batched=True)
 
 
 def _gradients(
@@ -317,8 +313,7 @@ def _gradients(
 
     handles = [edge[0].register_prehook(catch(edge)) for edge in edges]
     try:
-        inputs = [*(GradientEdge(*edge) for edge in edges), *leaves]
-        grads = _pass(frontier, cotangents, inputs, retain_graph=retain_graph)
+        grads = vjp(_for_autograd(frontier), cotangents, [*_for_autograd(edges), *leaves], retain_graph=retain_graph)
     finally:
         for handle in handles:
             handle.remove()
@@ -326,6 +321,10 @@ def _gradients(
         g = behind.get(edge, grads[k])
         grads[k] = None if g is None else _dense(g)
     return grads
+
+
+def _for_autograd(edges: Sequence[Edge]) -> list[GradientEdge]:
+    return [GradientEdge(*edge) for edge in edges]
 
 
 def _present(rows: Sequence[Row]) -> list[int]:
@@ -344,40 +343,16 @@ def _common(
 ) -> Row:
     """The leaves' gradients from the weighted sum of T rows of cotangents: in one pass, where passes are linear."""
     if linear:
-        return _pass(frontier, _combine(rows, weights), leaves, retain_graph=retain_graph)
+        return vjp(_for_autograd(frontier), _combine(rows, weights), leaves, retain_graph=retain_graph)
     sums: Row = [None] * len(leaves)
     present = _present(rows)
     for t in present:
-        grads = _pass(frontier, rows[t], leaves, retain_graph=retain_graph or t != present[-1])
+        grads = vjp(_for_autograd(frontier), rows[t], leaves, retain_graph=retain_graph or t != present[-1])
         for k, g in enumerate(grads):
             if g is not None:
                 g, before = g * weights[t].to(g.device, g.dtype), sums[k]
                 sums[k] = g if before is None else before + g
     return sums
-
-
-def _pass(
-    frontier: Sequence[Edge],
-    cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Any],
-    *,
-    retain_graph: bool,
-    batched: bool = False,
-) -> Row:
-    """Gradients from cotangents at the frontier, which have a leading dimension if `batched`."""
-    used = [k for k, g in enumerate(cotangents) if g is not None]
-    if not used or not inputs:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [GradientEdge(*frontier[k]) for k in used],
-            inputs,
-            [cotangents[k] for k in used],
-            retain_graph=retain_graph,
-            allow_unused=True,
-            is_grads_batched=batched,  # `torch.func.vmap` around this call gets `cdist` and others wrong
-        )
-    )
 
 
 def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:

@@ -24,7 +24,9 @@ __all__ = ["has_hooks", "is_hooked", "seen_by_hooks"]
 class _Watch(TorchDispatchMode):
     """Notices any operation on tensors."""
 
-    active = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.active = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.active = True

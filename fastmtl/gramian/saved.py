@@ -33,7 +33,8 @@ class Saved:
     """
 
     def __init__(self, *read: str, **neutral: object) -> None:
-        self.read, self.neutral = frozenset(read), neutral
+        self.read: frozenset[str] = frozenset(read)
+        self.neutral: dict[str, object] = neutral
 
     def covers(self, node: Any) -> bool:
         """Whether the formula is that of this node: every attribute is read, or neutral."""

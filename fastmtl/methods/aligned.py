@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastmtl import ops
-from fastmtl.info import Info
-from fastmtl.inputs import Rows
+from fastmtl.info import Info, tolerances
+from fastmtl.inputs import Losses, Rows
 from fastmtl.methods.base import GramMethod, checked_out
 from fastmtl.methods.weighted import Weighted
-from fastmtl.options import choice, number, option
-from fastmtl.pipeline import EPS
+from fastmtl.options import Weights, choice, number, option, show_weights
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["AlignedMTL"]
 
-_EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
+Scale: TypeAlias = Literal["min", "median", "rmse"]
+RankRule: TypeAlias = Literal["normalized", "gram"]
 _HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
 
 
@@ -38,7 +37,7 @@ class AlignedMTL(Weighted, GramMethod):
 
     Args:
         weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T
-            numbers (a tensor [T], list or tuple).
+            numbers (a tensor [T], an array or a sequence).
         scale: s, from the kept eigenvalues: "min" (the paper's; the step has the size of the smallest kept singular
             value), "median" (the lower median) or "rmse" (the mean).
         rtol: singular values of the (row-normalised) gradient matrix at most `rtol` times the largest are treated as
@@ -53,39 +52,59 @@ class AlignedMTL(Weighted, GramMethod):
         TypeError: an option of another kind.
     """
 
-    scale: str = option(choice("min", "median", "rmse"))
+    scale: Scale = option(choice(*get_args(Scale)))
     rtol: float | None = option(number(low=0, optional=True))
-    rank_rule: str = option(choice("normalized", "gram"))
+    rank_rule: RankRule = option(choice(*get_args(RankRule)))
 
     def __init__(
         self,
         *,
-        weights: Tensor | Sequence[float] | str | None = None,
-        scale: str = "min",
+        weights: Weights = None,
+        scale: Scale = "min",
         rtol: float | None = None,
-        rank_rule: str = "normalized",
+        rank_rule: RankRule = "normalized",
     ) -> None:
         super().__init__(weights)
         self.scale = scale
         self.rtol = rtol
         self.rank_rule = rank_rule
 
-    def __repr__(self) -> str:
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
         return (
-            f"AlignedMTL(weights={self._weights_repr()}, scale={self.scale!r}, rtol={self.rtol!r}, "
-            f"rank_rule={self.rank_rule!r})"
+            f"weights={show_weights(self.weights)}, scale={self.scale!r}, rtol={self.rtol!r}, "
+            f"rank_rule={self.rank_rule!r}"
         )
 
     @overload
-    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
+    def __call__(
+        self,
+        gradients: Tensor,
+        out: Tensor | None = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor: ...
     @overload
     def __call__(
-        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+        self,
+        gradients: Rows,
+        out: Sequence[Tensor | None] | None = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, **context):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aligned gradient αᵀ G: see `Method.__call__`."""
-        if context or not isinstance(gradients, Tensor):
-            return super().__call__(gradients, out, **context)
+        if grad_scale is not None or losses is not None or not isinstance(gradients, Tensor):
+            return super().__call__(gradients, out, losses=losses, grad_scale=grad_scale)
         G = gradients
         if (
             not isinstance(out, Tensor)
@@ -122,14 +141,5 @@ class AlignedMTL(Weighted, GramMethod):
     def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
         """The numerical decisions as the ops take them."""
         weights = self._task_weights(T, like)
-        default, zero = _tolerances(T, dtype)
+        default, zero = tolerances(T, dtype)
         return weights, self.scale, default if self.rtol is None else self.rtol, zero, self.rank_rule
-
-
-def _tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Default rtol of T gradients of this dtype, and the relative row norm below which a row is rounding noise."""
-    if dtype is torch.float32:
-        return math.sqrt(T * _EPS32), _EPS32
-    if dtype is torch.float64:
-        return math.sqrt(T * _EPS64), _EPS64
-    return max(math.sqrt(T * _EPS32), EPS[dtype]), _EPS32

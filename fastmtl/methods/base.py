@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import (
     DTYPES,
+    Losses,
     Rows,
     check_apart,
     check_matrix,
@@ -23,24 +24,58 @@ from fastmtl.inputs import (
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
+from fastmtl.training.parameters import Parameters
 
 __all__ = ["GramMethod", "Method", "checked_out"]
 
 
-class Method:
-    """One direction from T task gradients. An instance holds options (and some methods state), never gradients."""
+class Method(nn.Module):
+    """One direction from T task gradients.
 
-    on_gram: ClassVar[bool] = False  # whether there is a `solve`: weights from the Gram matrix alone
+    A method on the Gram matrix, as most are, derives from `GramMethod` and writes `weigh`. One that needs more of the
+    gradients writes `aggregate_matrix` and `aggregate_list`.
+
+    A method is a module, so that what it learns is in `parameters()`, what it remembers in `state_dict()`, and all of
+    it goes `.to(device)`; options are plain attributes. State changes in training mode only, not under `.eval()`. A
+    method without state has an empty `state_dict()`, and can be shared between threads and models.
+
+    Attributes:
+        on_gram: whether it needs no more of the gradients than their Gram matrix.
+        needs_losses: whether it needs the T losses.
+        remembers: whether a step depends on those before it. Such a method is not for `torch.compile`.
+    """
+
+    on_gram: ClassVar[bool] = False
     needs_losses: bool = False
-    remembers: bool = False  # whether a step depends on those before it
+    remembers: bool = False
+    on_losses: ClassVar[bool] = False  # as a scalarization is
 
-    @overload
-    def __call__(self, gradients: Tensor, out: Tensor | None = None, **context: Any) -> Tensor: ...
     @overload
     def __call__(
-        self, gradients: Rows, out: Sequence[Tensor | None] | None = None, **context: Any
+        self,
+        gradients: Tensor,
+        out: Tensor | None = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        gradients: Rows,
+        out: Sequence[Tensor | None] | None = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
@@ -78,18 +113,18 @@ class Method:
 
     def backward(
         self,
-        losses: Sequence[Tensor | None],
-        shared: torch.nn.Module | Iterable[Tensor] | None = None,
+        losses: Losses,
+        shared: Parameters | None = None,
         *,
         representation: Any = None,
         features: Any = None,
         batched: bool = False,
-        groups: Sequence[Iterable[Tensor]] | None = None,
+        groups: Sequence[Parameters] | None = None,
         scale_heads: bool = False,
         retain_graph: bool = False,
         process_group: Any = None,
         grad_scale: Tensor | float | None = None,
-        engine: str = "full",
+        engine: Literal["full", "gramian", "auto"] = "full",
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -105,12 +140,12 @@ class Method:
         `.grad` as it was.
 
         Args:
-            losses: T scalar losses, in the order of the tasks. A task is absent in this step if its loss is None or
-                requires no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left
-                alone.
-            shared: the shared parameters, or a module for those of its parameters that require grad; one that no loss
-                reaches is left untouched. Default: the parameters that at least two losses reach, but not those of
-                which each loss reads other entries, such as learned scales s[t] of the losses.
+            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by the
+                tasks' names, which `info.names` then has. A task is absent in this step if its loss is None or requires
+                no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left alone.
+            shared: the shared parameters: a module or an iterable of parameters, of which those count that require
+                grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
+                reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
             representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
                 are then those behind it, and `shared` has to be None. Warns of a loss that does not depend on it, and
                 of what reaches the encoder by a way around it, which is added plainly.
@@ -118,8 +153,8 @@ class Method:
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
                 whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
-            groups: parts of the shared parameters that are aggregated on their own, for example one a layer; all their
-                T × T problems are solved as one batch. `shared` then has to be None.
+            groups: parts of the shared parameters, each as `shared`, aggregated on their own, for example one a layer;
+                all their T × T problems are solved as one batch. `shared` then has to be None.
             scale_heads: multiply the gradients of head t by α_t.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
@@ -140,8 +175,8 @@ class Method:
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
-            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter, one that is no leaf
-                requiring grad, an unknown engine, options that exclude each other, weights of another length than T.
+            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter that does, one that is
+                no leaf, an unknown engine, options that exclude each other, weights of another length than T.
         """
         return backward(
             self,
@@ -158,12 +193,27 @@ class Method:
             engine=engine,
         )
 
+    def after_step(self, losses: Callable[[], Losses]) -> None:
+        """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
+
+        Args:
+            losses: computes the T losses of the same batch again; called only by a method that asks for them.
+        """
+
+    def end_epoch(self) -> None:
+        """To be called at the end of an epoch, for methods that count them; most take no notice."""
+
+    def reset(self) -> None:
+        """Back to the state of a new instance: buffers become None, as they are before the first step."""
+        for name in self._buffers:
+            setattr(self, name, None)
+
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
 
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         """Writes the aggregation of G [T, P] or [B, T, P] into `out` [P] or [B, P]; both are checked."""
-        raise NotImplementedError
+        raise NotImplementedError(_missing(self, "aggregate_matrix(self, G, out, context)"))
 
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
@@ -172,24 +222,101 @@ class Method:
 
         `dtype` is the coarsest among the gradients.
         """
-        raise NotImplementedError
+        raise NotImplementedError(_missing(self, "aggregate_list(self, grads, T, dtype, out, context)"))
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
-        raise NotImplementedError
+        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype, and what else is known.
+
+        Of methods on the Gram matrix only.
+        """
+        raise NotImplementedError(_missing(self, "solve(self, M, dtype, context)"))
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Whatever is there is the state, of any shape; what is not there was None.
+        for name in self._buffers.keys() - self._non_persistent_buffers_set:
+            value = state_dict.get(prefix + name)
+            setattr(self, name, None if value is None else value.detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GramMethod(Method):
-    """A method that needs no more of the gradients than their Gram matrix: a map M → α."""
+    """A method that needs no more of the gradients than their Gram matrix M = G Gᵀ: a map M → α.
+
+    `weigh` is all that a method of one's own has to write (docs/your-own-method.md):
+
+        class Inverse(fastmtl.GramMethod):
+            def weigh(self, M):
+                norms = M.diagonal(dim1=-2, dim2=-1).sqrt()
+                return 1 / norms
+
+    It is then called, and trains, like every other: on a matrix, a batch or rows; by `backward` on every path; by
+    `fan_out` and `attach`; in several processes; within `torch.compile`, if torch can compile `weigh`.
+
+    State, if there is some, lies in buffers that are None until the first step (`register_buffer(name, None)`), and
+    `remembers` says so; `weigh` changes it where `self.training`.
+    """
 
     on_gram = True
+
+    @staticmethod
+    def of(f: Callable[[Tensor], Tensor], name: str | None = None) -> GramMethod:
+        """A method of a function M → α: see `weigh` for what it gets and returns.
+
+            method = fastmtl.GramMethod.of(lambda M: torch.linalg.pinv(M).sum(-1))
+
+        Args:
+            f: the function. A module is part of the method, with its parameters and state.
+            name: for `repr`; default: that of the function.
+
+        Raises:
+            TypeError: `f` is no function.
+        """
+        return _OfFunction(f, name)
+
+    def weigh(self, M: Tensor) -> Tensor:
+        """Task weights α from a Gram matrix: what a method of one's own writes.
+
+        Args:
+            M: [T, T] or, of B groups of parameters or matrices, [B, T, T]: float64, on the gradients' device, symmetric
+                and positive semidefinite up to rounding, of its own to write to. The row and the column of a task that
+                is absent in this step, one without a gradient or with a zero one, are zero.
+
+        Returns:
+            α of shape M.shape[:-1], on M's device, of a floating dtype, detached. What it has for an absent task is
+            taken as 0, whatever it is; the others' weights are its own affair. All are NaN where M is not finite.
+        """
+        raise NotImplementedError(_missing(self, "weigh(self, M), which returns α [..., T] for M [..., T, T]"))
+
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        """Task weights from M, and what else is known: the hook below `weigh`, for methods that need more.
+
+        A method that overrides it brings the conventions itself: weights of M as it is, float64 or float32; 0 for an
+        absent task; NaN where M is not finite.
+
+        Args:
+            M: [T, T] or [B, T, T], the Gram matrix.
+            dtype: the coarsest of the gradients behind it, which sets tolerances.
+            context: the losses (with `needs_losses`), a loss scaler's factor, and how processes agree on what is drawn.
+
+        Returns:
+            An info with `alpha`, float64 [..., T], and `gram`.
+        """
+        alpha = _checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
+        return Info.of(ops.constant(M, alpha), M)
 
     def weighting(
         self,
         M: Tensor,
         dtype: torch.dtype | None = None,
         *,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
@@ -234,6 +361,46 @@ class GramMethod(Method):
         info = self.solve(ops.gram_rows(grads, T), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info
+
+
+class _OfFunction(GramMethod):
+    """What `GramMethod.of` returns."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor], name: str | None) -> None:
+        if not callable(f) or isinstance(f, (type, Method)):
+            raise TypeError(f"f: expected a function of a Gram matrix, got {f!r}")
+        super().__init__()
+        self.f = f
+        self.name = name or getattr(f, "__name__", None) or type(f).__name__
+
+    def weigh(self, M: Tensor) -> Tensor:
+        return self.f(M)
+
+    def __repr__(self) -> str:
+        return f"GramMethod.of({self.name})"
+
+
+def _missing(method: Method, what: str) -> str:
+    return f"{type(method).__name__}: expected it to define {what}"
+
+
+def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
+    """What `weigh` returned for M, float64 and contiguous.
+
+    Raises:
+        TypeError: no tensor of a floating dtype.
+        ValueError: of another shape or device, or one that requires grad.
+    """
+    name, shape = f"{method!r}.weigh", list(M.shape[:-1])
+    expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
+    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
+        raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
+    if alpha.shape != M.shape[:-1] or alpha.device != M.device:
+        raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
+    if eager and alpha.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
+    return alpha.detach().to(torch.float64).contiguous()
 
 
 def checked_out(G: Tensor, out: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,16 @@ class CAGrad(GramMethod):
     """
 
     c: float = option(number(low=0))
-    rescale: int = option(choice(0, 1))
+    rescale: Literal[0, 1] = option(choice(0, 1))
 
-    def __init__(self, *, c: float = 0.5, rescale: int = 1) -> None:
+    def __init__(self, *, c: float = 0.5, rescale: Literal[0, 1] = 1) -> None:
+        super().__init__()
         self.c = c
         self.rescale = rescale
 
-    def __repr__(self) -> str:
-        return f"CAGrad(c={self.c}, rescale={self.rescale})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"c={self.c}, rescale={self.rescale}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.cagrad(M, self.c)

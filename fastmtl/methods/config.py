@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.inputs import EPS
 from fastmtl.methods.base import GramMethod
 from fastmtl.methods.weighted import Weighted
-from fastmtl.options import number, option
-from fastmtl.pipeline import EPS
+from fastmtl.options import Weights, number, option, show_weights
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["ConFIG"]
@@ -40,12 +38,13 @@ class ConFIG(Weighted, GramMethod):
 
     rtol: float | None = option(number(low=0, optional=True))
 
-    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, rtol: float | None = None) -> None:
+    def __init__(self, *, weights: Weights = None, rtol: float | None = None) -> None:
         super().__init__(weights)
         self.rtol = rtol
 
-    def __repr__(self) -> str:
-        return f"ConFIG(weights={self._weights_repr()}, rtol={self.rtol})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"weights={show_weights(self.weights)}, rtol={self.rtol}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from fastmtl.info import Info
 from fastmtl.methods.base import GramMethod
 from fastmtl.methods.weighted import Weighted
 from fastmtl.ops.reference.present import is_present
-from fastmtl.options import number, option
+from fastmtl.options import Weights, number, option, show_weights
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["DualCone"]
@@ -26,13 +25,14 @@ class DualCone(Weighted, GramMethod):
 
     ridge: float = option(number(low=0))
 
-    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None, ridge: float = 0.0) -> None:
+    def __init__(self, *, weights: Weights = None, ridge: float = 0.0) -> None:
         super().__init__(weights)
         self.ridge = ridge
 
-    def __repr__(self) -> str:
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
         ridge = f", ridge={self.ridge}" if self.ridge else ""
-        return f"{type(self).__name__}(weights={self._weights_repr()}{ridge})"
+        return f"weights={show_weights(self.weights)}{ridge}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.dual_cone(self._ridged(M), self._task_weights(M.shape[-1], M), self._each)

@@ -38,10 +38,12 @@ class FairGrad(GramMethod):
     fairness: float = option(number(low=0))
 
     def __init__(self, *, fairness: float = 1.0) -> None:
+        super().__init__()
         self.fairness = fairness
 
-    def __repr__(self) -> str:
-        return f"FairGrad(fairness={self.fairness})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"fairness={self.fairness}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         if self.fairness == 0:

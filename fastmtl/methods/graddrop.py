@@ -29,8 +29,8 @@ class GradDrop(Method):
     depends on the state of the generator alone, not on the number of threads or the device's blocks.
 
     Args:
-        leak: ℓ, one number in [0, 1] for all tasks, or T of them (a tensor [T], list or tuple). None is 0, the authors'
-            default; 1 is the sum of the gradients.
+        leak: ℓ, one number in [0, 1] for all tasks, or T of them (a tensor [T], an array or a sequence). None is 0, the
+            authors' default; 1 is the sum of the gradients.
         generator: source of randomness, on the gradients' device; default: torch's global one there.
 
     Raises:
@@ -42,22 +42,19 @@ class GradDrop(Method):
     generator: torch.Generator | None = option(options.generator)
 
     def __init__(
-        self, *, leak: float | Tensor | Sequence[float] | None = None, generator: torch.Generator | None = None
+        self, *, leak: float | options.Numbers | None = None, generator: torch.Generator | None = None
     ) -> None:
+        super().__init__()
         self.leak = leak  # type: ignore[assignment]
         self.generator = generator
         self._copies = options.Copies()
 
-    def __repr__(self) -> str:
-        leak = self.leak.tolist() if isinstance(self.leak, Tensor) else self.leak
-        return f"GradDrop(leak={leak})" if leak else "GradDrop()"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"leak={options.show_weights(self.leak)}" if isinstance(self.leak, Tensor) or self.leak else ""
 
     def check_tasks(self, T: int) -> None:
-        if isinstance(self.leak, Tensor) and self.leak.shape[0] != T:
-            raise ValueError(
-                f"leak: expected length {T} (the number of tasks), got {self.leak.shape[0]}; "
-                "pass None for a task that is absent, so that the others keep their places"
-            )
+        options.check_weights(self.leak, T, "leak")
 
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         ops.sign_drop(G, draw_seed(G, self.generator, context), self._task_leak(G.shape[-2], G), out)
@@ -79,10 +76,7 @@ class GradDrop(Method):
 def _checked_leak(leak: object, name: str) -> float | Tensor:
     if leak is None:
         return 0.0
-    values = leak
-    if isinstance(leak, (int, float)) and not isinstance(leak, bool):
-        values = torch.tensor(leak, dtype=torch.float64, device="cpu")
-    x = options.numbers(values, name, "a number, T numbers or None", shape="one number or shape [T]")
+    x = options.numbers(leak, name, "a number, T numbers or None", shape="one number or shape [T]")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
     return x if x.ndim else x.item()

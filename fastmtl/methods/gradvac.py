@@ -48,14 +48,15 @@ class GradVac(StatefulMethod):
         self.beta = beta
         self.generator = generator
 
-    def __repr__(self) -> str:
-        return f"GradVac(beta={self.beta})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"beta={self.beta}"
 
     def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         return {"targets": (shape, torch.float64)}
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
-        self._prepare(M.shape, M.device)
-        alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, self.targets)
+        (targets,) = self._state(M.shape, M.device)
+        alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, targets)
         return Info.of(alpha, M)

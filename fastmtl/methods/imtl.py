@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
+from fastmtl.inputs import EPS
 from fastmtl.methods.base import GramMethod
 from fastmtl.ops.reference.present import is_present
 from fastmtl.options import number, option
-from fastmtl.pipeline import EPS
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["IMTL"]
@@ -43,10 +43,12 @@ class IMTL(GramMethod):
     rtol: float | None = option(number(low=0, optional=True))
 
     def __init__(self, *, rtol: float | None = None) -> None:
+        super().__init__()
         self.rtol = rtol
 
-    def __repr__(self) -> str:
-        return f"IMTL(rtol={self.rtol})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"rtol={self.rtol}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]

@@ -41,12 +41,14 @@ class Krum(GramMethod):
     squared: bool = option(flag)
 
     def __init__(self, *, byzantine: int = 0, selected: int = 1, squared: bool = True) -> None:
+        super().__init__()
         self.byzantine = byzantine
         self.selected = selected
         self.squared = squared
 
-    def __repr__(self) -> str:
-        return f"Krum(byzantine={self.byzantine}, selected={self.selected}, squared={self.squared})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"byzantine={self.byzantine}, selected={self.selected}, squared={self.squared}"
 
     def check_tasks(self, T: int) -> None:
         least = max(self.byzantine + 3, self.selected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from fastmtl.options import choice, option
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["MGDA"]
+
+Normalization: TypeAlias = Literal["none", "l2", "loss", "loss+"]
 
 
 class MGDA(GramMethod):
@@ -38,17 +42,19 @@ class MGDA(GramMethod):
         ValueError: unknown `normalization`; (in a step) a negative loss.
     """
 
-    normalization: str = option(choice("none", "l2", "loss", "loss+"))
+    normalization: Normalization = option(choice(*get_args(Normalization)))
 
-    def __init__(self, *, normalization: str = "none") -> None:
+    def __init__(self, *, normalization: Normalization = "none") -> None:
+        super().__init__()
         self.normalization = normalization
 
     @property
     def needs_losses(self) -> bool:  # type: ignore[override]
         return self.normalization in ("loss", "loss+")
 
-    def __repr__(self) -> str:
-        return f"MGDA(normalization={self.normalization!r})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"normalization={self.normalization!r}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha, residual = ops.mgda(M if self.normalization == "none" else self._normalized(M, context))

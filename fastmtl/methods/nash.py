@@ -40,14 +40,14 @@ class NashMTL(StatefulMethod):
         ValueError: `max_norm` < 0 or not finite, `every` < 1.
     """
 
-    weights: Tensor  # those of the last solution, float64 [T]; only with every > 1
+    solution: Tensor  # α of the last one, float64 [T]; only with every > 1
     steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
 
     max_norm: float = option(number(low=0))
     every: int = option(integer(1))
 
     def __init__(self, *, max_norm: float = 1.0, every: int = 1) -> None:
-        super().__init__("weights", "steps")
+        super().__init__("solution", "steps")
         self.max_norm = max_norm
         self.every = every
 
@@ -55,13 +55,14 @@ class NashMTL(StatefulMethod):
     def remembers(self) -> bool:  # type: ignore[override]
         return self.every > 1
 
-    def __repr__(self) -> str:
-        return f"NashMTL(max_norm={self.max_norm}, every={self.every})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"max_norm={self.max_norm}, every={self.every}"
 
     def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
         if self.every == 1:
             return {}
-        return {"weights": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
+        return {"solution": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
@@ -76,11 +77,11 @@ class NashMTL(StatefulMethod):
 
     def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""
-        self._prepare(M.shape, M.device)
+        solution, steps = self._state(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
         there = is_present(M)
-        due = (self.steps % self.every == 0) | (there & (self.weights == 0)).any(-1)
-        kept = torch.where(due[..., None] & there, alpha, self.weights)
-        self.weights.copy_(torch.where(finite[..., None], kept, self.weights))
-        self.steps.add_(finite)
+        due = (steps % self.every == 0) | (there & (solution == 0)).any(-1)
+        kept = torch.where(due[..., None] & there, alpha, solution)
+        solution.copy_(torch.where(finite[..., None], kept, solution))
+        steps.add_(finite)
         return torch.where(finite[..., None], torch.where(there, kept, 0.0), torch.nan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from fastmtl.options import choice, option
 from fastmtl.rule import NOTHING, Context, draw_seed
 
 __all__ = ["PCGrad"]
+
+Order: TypeAlias = Literal["task", "step"]
+Reduction: TypeAlias = Literal["sum", "mean"]
 
 
 class PCGrad(GramMethod):
@@ -35,19 +40,21 @@ class PCGrad(GramMethod):
         ValueError: unknown `order` or `reduction`.
     """
 
-    order: str = option(choice("task", "step"))
-    reduction: str = option(choice("sum", "mean"))
+    order: Order = option(choice(*get_args(Order)))
+    reduction: Reduction = option(choice(*get_args(Reduction)))
     generator: torch.Generator | None = option(options.generator)
 
     def __init__(
-        self, *, order: str = "task", reduction: str = "sum", generator: torch.Generator | None = None
+        self, *, order: Order = "task", reduction: Reduction = "sum", generator: torch.Generator | None = None
     ) -> None:
+        super().__init__()
         self.order = order
         self.reduction = reduction
         self.generator = generator
 
-    def __repr__(self) -> str:
-        return f"PCGrad(order={self.order!r}, reduction={self.reduction!r})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"order={self.order!r}, reduction={self.reduction!r}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         alpha = ops.pcgrad(M, draw_seed(M, self.generator, context), self.order == "task")

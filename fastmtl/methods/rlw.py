@@ -33,10 +33,8 @@ class RLW(GramMethod):
     generator: torch.Generator | None = option(options.generator)
 
     def __init__(self, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
         self.generator = generator
-
-    def __repr__(self) -> str:
-        return "RLW()"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         z = torch.randn(M.shape[:-1], dtype=torch.float64, device=M.device, generator=self.generator)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.methods.base import GramMethod
 from fastmtl.methods.weighted import Weighted
+from fastmtl.options import Weights, show_weights
 from fastmtl.rule import NOTHING, Context
 
 __all__ = ["Uniform"]
@@ -32,11 +31,12 @@ class Uniform(Weighted, GramMethod):
         TypeError: `weights` of another kind.
     """
 
-    def __init__(self, *, weights: Tensor | Sequence[float] | str | None = None) -> None:
+    def __init__(self, *, weights: Weights = None) -> None:
         super().__init__(weights)
 
-    def __repr__(self) -> str:
-        return f"Uniform(weights={self._weights_repr()})"
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"weights={show_weights(self.weights)}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         return Info.of(ops.constant(M, self._task_weights(M.shape[-1], M)), M)

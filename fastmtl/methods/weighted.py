@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from fastmtl import options
@@ -21,19 +19,13 @@ class Weighted:
 
     weights: Tensor | str = option(options.weights)
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None) -> None:
+    def __init__(self, weights: options.Weights) -> None:
+        super().__init__()
         self.weights = weights  # type: ignore[assignment]
         self._copies = options.Copies()
 
-    def _weights_repr(self) -> str:
-        return repr(self.weights) if isinstance(self.weights, str) else str(self.weights.tolist())
-
     def check_tasks(self, T: int) -> None:
-        if isinstance(self.weights, Tensor) and self.weights.shape[0] != T:
-            raise ValueError(
-                f"weights: expected length {T} (the number of tasks), got {self.weights.shape[0]}; "
-                "pass None for a task that is absent, so that the others keep their places"
-            )
+        options.check_weights(self.weights, T)
 
     def _task_weights(self, T: int, like: Tensor) -> Tensor | None:
         """The weights [T] for the ops, where `like` is; None for 1/T each."""

@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.methods.aligned import AlignedMTL
+from fastmtl.observe import formulas
 
 __all__ = [
     "aligned_gram",
@@ -42,8 +42,6 @@ __all__ = [
     "total_norm",
 ]
 
-# What float64 leaves of ‖g + g'‖² where g' = -g, relative to ‖g‖².
-_NOISE = 16 * torch.finfo(torch.float64).eps
 _ALIGNED = {scale: AlignedMTL(scale=scale) for scale in ("min", "median", "rmse")}
 
 
@@ -97,7 +95,7 @@ def condition_number(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tens
     Returns:
         κ, [] or [B].
     """
-    return _condition_number(*_spectrum(x, dtype))
+    return formulas.condition_number(*_spectrum(x, dtype))
 
 
 def stable_rank(x: Tensor | Info) -> Tensor:
@@ -109,7 +107,7 @@ def stable_rank(x: Tensor | Info) -> Tensor:
     Returns:
         [] or [B]; 0 where all gradients are zero.
     """
-    return _stable_rank(_spectrum(x, None)[0])
+    return formulas.stable_rank(_spectrum(x, None)[0])
 
 
 def aligned_gram(x: Tensor | Info, scale: str = "min", dtype: torch.dtype | None = None) -> Tensor:
@@ -133,7 +131,7 @@ def aligned_gram(x: Tensor | Info, scale: str = "min", dtype: torch.dtype | None
     if scale not in _ALIGNED:
         raise ValueError(f"scale: expected one of {tuple(_ALIGNED)}, got {scale!r}")
     eigenvalues, kept = _spectrum(x, dtype)
-    return _aligned_gram(_gram(x), eigenvalues, kept, scale)
+    return formulas.aligned_gram(_gram(x), eigenvalues, kept, scale)
 
 
 # ------------------------------------------------------------------------------------------------ conflict
@@ -149,7 +147,7 @@ def cosines(x: Tensor | Info) -> Tensor:
         [T, T] or [B, T, T], in [-1, 1]; the diagonal is 1, and 0 for zero gradients.
     """
     M = _gram(x)
-    return _cosines(M, _norms(M))
+    return formulas.cosines(M, formulas.norms(M))
 
 
 def min_cosine(x: Tensor | Info) -> Tensor:
@@ -175,8 +173,8 @@ def curvature_bound(x: Tensor | Info) -> Tensor:
         its limit for gradients of equal norm, 4; with a zero gradient, 1.
     """
     M = _gram(x)
-    lengths = _norms(M)
-    return _curvature_bound(_cosines(M, lengths), lengths)
+    lengths = formulas.norms(M)
+    return formulas.curvature_bound(formulas.cosines(M, lengths), lengths)
 
 
 def max_curvature_bound(x: Tensor | Info) -> Tensor:
@@ -203,7 +201,7 @@ def norms(x: Tensor | Info) -> Tensor:
     Returns:
         [T] or [B, T].
     """
-    return _norms(_gram(x))
+    return formulas.norms(_gram(x))
 
 
 def magnitude_similarity(x: Tensor | Info) -> Tensor:
@@ -215,7 +213,7 @@ def magnitude_similarity(x: Tensor | Info) -> Tensor:
     Returns:
         [T, T] or [B, T, T], in [0, 1]: 1 for equal norms (two zeros too), 0 where only one gradient is zero.
     """
-    return _similarity(_pairs(norms(x)))
+    return formulas.similarity(formulas.pairs(norms(x)))
 
 
 def min_magnitude_similarity(x: Tensor | Info) -> Tensor:
@@ -227,7 +225,7 @@ def min_magnitude_similarity(x: Tensor | Info) -> Tensor:
     Returns:
         [] or [B].
     """
-    return _similarity(1 / max_norm_ratio(x))
+    return formulas.similarity(1 / max_norm_ratio(x))
 
 
 def max_norm_ratio(x: Tensor | Info) -> Tensor:
@@ -239,7 +237,7 @@ def max_norm_ratio(x: Tensor | Info) -> Tensor:
     Returns:
         [] or [B]; infinite where some, but not all gradients are zero.
     """
-    return _max_norm_ratio(norms(x))
+    return formulas.max_norm_ratio(norms(x))
 
 
 # ------------------------------------------------------------------------------------------------ the committed one
@@ -256,7 +254,7 @@ def total_norm(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
         [] or [B]. What cancels to less than about 1e-8 of Σ |α_t| ‖g_t‖ is rounding noise.
     """
     M = _gram(x)
-    return _total(M, _weights(x, M, weights))[1]
+    return formulas.total(M, _weights(x, M, weights))[1]
 
 
 def total_cosines(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
@@ -270,7 +268,7 @@ def total_cosines(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
         [T] or [B, T], in [-1, 1]; 0 where either gradient is zero.
     """
     M = _gram(x)
-    return _total_cosines(_norms(M), *_total(M, _weights(x, M, weights)))
+    return formulas.total_cosines(formulas.norms(M), *formulas.total(M, _weights(x, M, weights)))
 
 
 def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -288,29 +286,29 @@ def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Ten
     """
     M = _gram(x)
     eigenvalues, kept = _spectrum(x, dtype)
-    lengths = _norms(M)
-    cosine = _cosines(M, lengths)
-    ratio = _max_norm_ratio(lengths)
-    products, total = _total(M, _weights(x, M, None))
+    lengths = formulas.norms(M)
+    cosine = formulas.cosines(M, lengths)
+    ratio = formulas.max_norm_ratio(lengths)
+    products, total = formulas.total(M, _weights(x, M, None))
     finite = 0 * lengths[..., 0]  # an int64 rank cannot be NaN
     return {
-        "condition_number": _condition_number(eigenvalues, kept),
+        "condition_number": formulas.condition_number(eigenvalues, kept),
         "max_singular_value": eigenvalues[..., 0].sqrt(),
-        "min_singular_value": _smallest(eigenvalues, kept).sqrt(),
+        "min_singular_value": formulas.smallest(eigenvalues, kept).sqrt(),
         "rank": kept + finite,
-        "stable_rank": _stable_rank(eigenvalues),
+        "stable_rank": formulas.stable_rank(eigenvalues),
         "min_cosine": cosine.amin((-1, -2)),
-        "max_curvature_bound": _curvature_bound(cosine, lengths).amax((-1, -2)),
-        "min_magnitude_similarity": _similarity(1 / ratio),
+        "max_curvature_bound": formulas.curvature_bound(cosine, lengths).amax((-1, -2)),
+        "min_magnitude_similarity": formulas.similarity(1 / ratio),
         "max_norm_ratio": ratio,
         "max_norm": lengths.amax(-1),
         "min_norm": lengths.amin(-1),
         "total_norm": total,
-        "min_total_cosine": _total_cosines(lengths, products, total).amin(-1),
+        "min_total_cosine": formulas.total_cosines(lengths, products, total).amin(-1),
     }
 
 
-# ------------------------------------------------------------------------------------------------ the formulas
+# ------------------------------------------------------------------------------------------------ what is measured
 
 
 def _gram(x: Tensor | Info) -> Tensor:
@@ -339,74 +337,11 @@ def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tens
     if eigenvalues is None or kept is None:
         given = M.dtype if isinstance(x, Info) else x.dtype
         seen = _ALIGNED["min"].solve(M, dtype or given)
+        assert seen.eigenvalues is not None  # nor is the rank: Aligned-MTL has both
+        assert seen.rank is not None
         eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
         kept = seen.rank if kept is None else kept
     return eigenvalues, kept
-
-
-def _smallest(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    """The smallest kept eigenvalue [...]; the largest, which is 0 or NaN then, where none is kept."""
-    return eigenvalues.gather(-1, (kept - 1).clamp_min(0)[..., None])[..., 0]
-
-
-def _condition_number(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    largest = eigenvalues[..., 0]
-    return torch.where(largest == 0, 1.0, largest / _smallest(eigenvalues, kept)).sqrt()
-
-
-def _stable_rank(eigenvalues: Tensor) -> Tensor:
-    largest = eigenvalues[..., 0]
-    return torch.where(largest == 0, 0.0, eigenvalues.sum(-1) / largest)
-
-
-def _aligned_gram(M: Tensor, eigenvalues: Tensor, kept: Tensor, scale: str) -> Tensor:
-    place = torch.arange(M.shape[-1], device=M.device)
-    inside = place < kept[..., None]
-    if scale == "min":
-        s = _smallest(eigenvalues, kept)
-    elif scale == "median":  # the lower median of the kept ones, which stand first and descend
-        s = eigenvalues.gather(-1, (kept // 2)[..., None])[..., 0]
-    else:
-        s = (eigenvalues * inside).sum(-1) / kept.clamp_min(1)
-    V = ops.eigh(M)[1].flip(-1) * inside[..., None, :]
-    P = V @ V.mT
-    return s[..., None, None] * (0.5 * P + 0.5 * P.mT)
-
-
-def _norms(M: Tensor) -> Tensor:
-    return M.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-
-
-def _cosines(M: Tensor, lengths: Tensor) -> Tensor:
-    inverse = torch.where(lengths == 0, 0.0, 1 / lengths)
-    C = (M * (inverse[..., :, None] * inverse[..., None, :])).clamp(-1.0, 1.0)
-    C.diagonal(dim1=-2, dim2=-1).copy_(torch.where(lengths == 0, 0.0, lengths / lengths))
-    return C
-
-
-def _pairs(lengths: Tensor) -> Tensor:
-    """The smaller norm of two over the larger [..., T, T]; 1 for two zeros."""
-    a, b = lengths[..., :, None], lengths[..., None, :]
-    return torch.where(a == b, 1.0, torch.minimum(a, b) / torch.maximum(a, b))
-
-
-def _similarity(ratio: Tensor) -> Tensor:
-    return 2 * ratio / (1 + ratio * ratio)
-
-
-def _max_norm_ratio(lengths: Tensor) -> Tensor:
-    largest, smallest = lengths.amax(-1), lengths.amin(-1)
-    return torch.where(largest == smallest, 1.0, largest / smallest)
-
-
-def _curvature_bound(cosine: Tensor, lengths: Tensor) -> Tensor:
-    # Both squares over the larger norm's, and the part that cancels split off.
-    ratio = _pairs(lengths)
-    apart = (1 - ratio) ** 2
-    difference, total = apart + 2 * ratio * (1 - cosine), apart + 2 * ratio * (1 + cosine)
-    bound = torch.where(total <= _NOISE, 4.0, (1 - cosine) * (1 + cosine) * difference / total)
-    bound.diagonal(dim1=-2, dim2=-1).mul_(0)
-    return bound
 
 
 def _weights(x: Tensor | Info, M: Tensor, weights: Tensor | None) -> Tensor:
@@ -417,14 +352,3 @@ def _weights(x: Tensor | Info, M: Tensor, weights: Tensor | None) -> Tensor:
     if not isinstance(weights, Tensor) or not weights.shape or weights.shape[-1] != M.shape[-1]:
         raise ValueError(f"weights: expected a tensor [..., {M.shape[-1]}], got {describe(weights)}")
     return weights.to(M).expand(M.shape[:-1])
-
-
-def _total(M: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Products G (αᵀ G) [..., T] and the norm ‖αᵀ G‖ [...]."""
-    products = (M @ alpha[..., None])[..., 0]
-    return products, (products * alpha).sum(-1).clamp_min(0.0).sqrt()
-
-
-def _total_cosines(lengths: Tensor, products: Tensor, total: Tensor) -> Tensor:
-    size = lengths * total[..., None]
-    return torch.where(size == 0, 0.0, products / size).clamp(-1.0, 1.0)

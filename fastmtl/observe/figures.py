@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 try:
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install 'fastmtl-torch[plot]'") from error
+except ImportError as _error:
+    raise ImportError("plots need matplotlib: pip install 'fastmtl-torch[plot]'") from _error
 
-if TYPE_CHECKING:
-    from fastmtl.observe.monitor import Monitor
-
-__all__ = ["fig4"]
+__all__ = ["Recorded", "fig4"]
 
 # Name, title and which end of the groups is the worst, in the order of the paper's panels.
 _PANELS = (
@@ -26,7 +23,16 @@ _PANELS = (
 )
 
 
-def fig4(monitors: Mapping[str, Monitor], target: Any = None, system: str = "initial") -> Figure:
+class Recorded(Protocol):
+    """A run: what a `fastmtl.Monitor` has recorded of it."""
+
+    @property
+    def history(self) -> Mapping[str, np.ndarray]:
+        """Measures by name, one entry a record."""
+        ...
+
+
+def fig4(monitors: Mapping[str, Recorded], target: Any = None, system: str = "initial") -> Figure:
     """Stability of several runs in the layout of the paper's Fig. 4.
 
     Three panels over the steps: the condition number (logarithmic), the smallest gradient magnitude similarity and the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,7 +14,17 @@ from fastmtl.inputs import describe
 __all__ = ["delta_m"]
 
 
-def delta_m(metrics: Any, baseline: Any, higher_is_better: Sequence[bool], tasks: Sequence[Hashable] | None = None):
+@overload
+def delta_m(
+    metrics: Tensor, baseline: Any, higher_is_better: Sequence[bool], tasks: Sequence[Hashable] | None = None
+) -> Tensor: ...
+@overload
+def delta_m(
+    metrics: Any, baseline: Any, higher_is_better: Sequence[bool], tasks: Sequence[Hashable] | None = None
+) -> Any: ...
+def delta_m(
+    metrics: Any, baseline: Any, higher_is_better: Sequence[bool], tasks: Sequence[Hashable] | None = None
+) -> Any:
     """Δm, the mean relative drop of a model's metrics against single-task baselines, in percent: negative is better.
 
         metric-weighted    Δm = 100 · mean_k d_k                     d_k = (-1)^σ_k (M_k - B_k) / B_k

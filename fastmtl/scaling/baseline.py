@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastmtl.methods.aligned import _tolerances
+from fastmtl.info import tolerances
 from fastmtl.scaling.points import DTYPES, METHODS, Point
 
-__all__ = ["Pure", "affordable", "error", "exact", "gradients", "tolerance"]
+__all__ = ["Pure", "affordable", "error", "exact", "gradients", "task_weights", "tolerance"]
 
 AFFORDABLE = 2e10  # multiply-adds: a QR decomposition in float64 takes a few times as many
 CHUNK = 1 << 22  # numbers that are converted to float64 at a time
@@ -33,29 +33,41 @@ def gradients(point: Point, device: str = "cpu") -> Tensor:
     return G
 
 
+def task_weights(M: Tensor, w: Tensor) -> Tensor:
+    """α = sqrt(λ_min) V diag(λ^-1/2) Vᵀ w from Gram matrices `M` [T, T] or [B, T, T] of full rank, in their dtype.
+
+    A chain of matrix-vector products, and never a T×T matrix but V.
+    """
+    lam: Tensor
+    V: Tensor
+    lam, V = torch.linalg.eigh(M)
+    if M.ndim == 2:
+        return lam[0].sqrt() * (V @ ((V.T @ w) * lam.rsqrt()))
+    return ((lam[:, :1].sqrt() * ((w @ V) * lam.rsqrt()))[:, None] @ V.mT)[:, 0]
+
+
 class Pure:
     """Aligned-MTL as a good user of plain PyTorch would write it.
 
-    Gram, eigenvectors and result are in the gradients' dtype (halves have no eigensolver: theirs is float32's), the
-    result is allocated once, and α is a chain of matrix-vector products. Full rank is assumed.
+    Gram, eigenvectors and result are in the gradients' dtype (halves have no eigensolver: theirs is float32's), and the
+    result is allocated once. Full rank is assumed.
     """
 
-    def __init__(self, G: Tensor) -> None:
-        """Allocates the result for gradients like `G`: [P], or [B, 1, P] of a batch."""
-        *batch, T, P = G.shape
-        self.dtype = G.dtype if G.dtype in (torch.float32, torch.float64) else torch.float32
-        self.w = torch.full((T,), 1 / T, dtype=self.dtype, device=G.device)
-        self.out = G.new_empty((*batch, 1, P) if batch else (P,))
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        """Allocates the result for gradients of this shape: [P] for [T, P], or [B, 1, P] for [B, T, P]."""
+        *batch, T, P = shape
+        self.dtype: torch.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        self.w: Tensor = torch.full((T,), 1 / T, dtype=self.dtype, device=device)
+        self.out: Tensor = torch.empty((*batch, 1, P) if batch else (P,), dtype=dtype, device=device)
 
     def __call__(self, G: Tensor) -> Tensor:
         """`G` [T, P] -> [P] or [B, T, P] -> [B, P], overwritten by the next call."""
         if G.ndim == 3:
-            lam, V = torch.linalg.eigh(torch.bmm(G, G.mT).to(self.dtype))
-            alpha = (V @ ((self.w @ V) * lam.rsqrt())[..., None]).mT * lam[:, :1, None].sqrt()
-            return torch.bmm(alpha.to(G.dtype), G, out=self.out)[:, 0]
-        lam, V = torch.linalg.eigh((G @ G.T).to(self.dtype))
-        alpha = lam[0].sqrt() * (V @ ((V.T @ self.w) * lam.rsqrt()))
-        return torch.mv(G.T, alpha.to(G.dtype), out=self.out)
+            alpha = task_weights(torch.bmm(G, G.mT).to(self.dtype), self.w)
+            return torch.bmm(alpha.to(G.dtype)[:, None], G, out=self.out)[:, 0]
+        return torch.mv(G.T, task_weights((G @ G.T).to(self.dtype), self.w).to(G.dtype), out=self.out)
 
 
 def affordable(point: Point) -> bool:
@@ -83,11 +95,12 @@ def exact(G: Tensor, point: Point) -> Tensor:
         lam, V = torch.linalg.eigh(M)
         sigma, U = lam.clamp_min(0).sqrt().flip(-1), V.flip(-1)
         judged = torch.linalg.eigvalsh(M / norms / norms.mT).clamp_min(0).sqrt().flip(-1)
-    rtol, _ = _tolerances(point.tasks, G.dtype)
+    rtol, _ = tolerances(point.tasks, G.dtype)
     kept = judged > rtol * judged[..., :1]
     smallest = sigma.gather(-1, kept.sum(-1, keepdim=True) - 1)
     inverse = torch.where(kept, smallest / sigma, 0.0) * U.mean(-2)  # Uᵀw: the mean of U's rows
-    return (U @ inverse[..., None])[..., 0]
+    alpha: Tensor = U @ inverse[..., None]
+    return alpha[..., 0]
 
 
 def error(result: Tensor, alpha: Tensor, G: Tensor) -> float:

@@ -92,7 +92,7 @@ def run(options: Namespace, fail: Callable[[str], NoReturn]) -> int:
     """
     from fastmtl.scaling import plots  # first: without it, nothing is worth measuring
     from fastmtl.scaling.fit import table
-    from fastmtl.scaling.measure import machine
+    from fastmtl.scaling.machine import machine
     from fastmtl.scaling.study import Study, columns
 
     if options.redraw:

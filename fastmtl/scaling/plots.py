@@ -13,8 +13,8 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install 'fastmtl-torch[plot]'") from error
+except ImportError as _error:
+    raise ImportError("plots need matplotlib: pip install 'fastmtl-torch[plot]'") from _error
 
 from fastmtl.scaling.study import columns
 

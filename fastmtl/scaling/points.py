@@ -16,9 +16,9 @@ from fastmtl.methods.base import GramMethod
 
 __all__ = ["DTYPES", "METHODS", "Grid", "Point", "names", "numbers"]
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 METHODS: dict[str, type[GramMethod]] = {
-    name: kind for name in methods.__all__ if issubclass(kind := getattr(methods, name), GramMethod)
+    name: getattr(methods, name) for name in methods.__all__ if issubclass(getattr(methods, name), GramMethod)
 }
 
 

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastmtl.scaling.measure import commit, measure
+from fastmtl.scaling.machine import commit
+from fastmtl.scaling.measure import measure
 from fastmtl.scaling.points import DTYPES, Point
 
 __all__ = ["Study", "columns"]
@@ -37,7 +38,7 @@ class Study:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.settings = json.loads(json.dumps(dict(settings)))
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         path = folder / "settings.json"
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +122,7 @@ def columns(record: Record) -> dict[str, Any]:
 
 def _outcome(record: Record) -> str:
     if "error" in record:
-        return record["error"].partition("\n")[0]
+        return str(record["error"]).partition("\n")[0]
     seconds = record["seconds"]
     compared = f", plain PyTorch {seconds['pure'] / seconds['fastmtl']:.2f} times as long" if "pure" in seconds else ""
     return f"{seconds['fastmtl'] * 1e3:.4g} ms{compared}"

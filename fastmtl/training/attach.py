@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastmtl import once
 from fastmtl.info import Info
-from fastmtl.inputs import describe
-from fastmtl.methods.base import Method
+from fastmtl.inputs import Losses, describe
+from fastmtl.rule import Rule, checked_scale
 from fastmtl.structure import map_tensors, tensors_of
-from fastmtl.training.fan_out import FanOut, check_method, place, watch_for_heads
+from fastmtl.training.fan_out import FanOut, Via, check_arguments, place
+from fastmtl.training.watch import watch_for_heads
 
 __all__ = ["Attached", "attach"]
 
@@ -21,8 +22,12 @@ __all__ = ["Attached", "attach"]
 def attach(
     encoder: nn.Module,
     heads: Iterable[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
-    method: Method,
-    **options: Any,
+    method: Rule,
+    *,
+    via: Via = "node",
+    info: Info | None = None,
+    process_group: Any = None,
+    grad_scale: Tensor | float | None = None,
 ) -> Attached:
     """Puts a `fan_out` between an encoder and its heads without touching their code.
 
@@ -38,10 +43,13 @@ def attach(
 
     Args:
         encoder: the module whose output is the shared representation.
-        heads: T modules, one a task, that are called with tensors of that output; of a dict or an `nn.ModuleDict` the
-            values, in its order.
+        heads: T modules, one a task, that are called with tensors of that output. The keys of a dict or an
+            `nn.ModuleDict` are the tasks' names: `handle.total({"seg": ..., "depth": ...})`.
         method: any method of this package.
-        options: passed on to `fan_out`.
+        via: as in `fan_out`.
+        info: as in `fan_out`.
+        process_group: as in `fan_out`.
+        grad_scale: as in `fan_out`, for all steps.
 
     Returns:
         A handle with `info`, `gradients`, `total` and `remove()`; as a context manager it removes itself at the end.
@@ -49,13 +57,15 @@ def attach(
     Raises:
         TypeError: `encoder` or a head is no module, or `method` is no method.
         ValueError: no head, a module twice among the heads and the encoder, one that something is attached to already,
-            weights of another length than T.
+            weights of another length than T, and as `fan_out`.
         RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
     """
     if isinstance(heads, (Mapping, nn.ModuleDict)):
+        names = tuple(heads) if all(isinstance(key, str) for key in heads) else None
         named = [(f"heads[{key!r}]", head) for key, head in heads.items()]
     elif isinstance(heads, Iterable):
         named = [(f"heads[{t}]", head) for t, head in enumerate(heads)]
+        names = None
     else:
         raise TypeError(f"heads: expected T modules, one a task, got {describe(heads)}")
     for name, module in [("encoder", encoder), *named]:
@@ -71,8 +81,9 @@ def attach(
     modules = [head for _, head in named]
     if len({id(module) for module in (encoder, *modules)}) <= len(modules):
         raise ValueError("heads: expected one module a task and none of them the encoder, got one of them twice")
-    check_method(method, len(modules))
-    return Attached(encoder, named, method, options)
+    check_arguments(names or len(modules), method, via, info)
+    options = {"via": via, "info": info, "process_group": process_group, "grad_scale": checked_scale(grad_scale)}
+    return Attached(encoder, named, names, method, options)
 
 
 class _Output:
@@ -90,12 +101,22 @@ class _Output:
 
 
 class Attached:
-    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one."""
+    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one.
+
+    Attributes:
+        names: of the tasks, the keys of the heads; None where these have none.
+    """
 
     def __init__(
-        self, encoder: nn.Module, heads: list[tuple[str, nn.Module]], method: Method, options: dict[str, Any]
+        self,
+        encoder: nn.Module,
+        heads: list[tuple[str, nn.Module]],
+        names: tuple[str, ...] | None,
+        method: Rule,
+        options: dict[str, Any],
     ) -> None:
-        self._names = [name for name, _ in heads]
+        self.names = names
+        self._heads = [name for name, _ in heads]
         self._method = method
         self._options = options
         self._site = once.caller()
@@ -109,7 +130,7 @@ class Attached:
 
     @property
     def info(self) -> Info | None:
-        """`alpha`, `gram`, `eigenvalues` and `rank` of the last backward; None before one."""
+        """What the method saw and did in the last backward; None before one."""
         fan = self._fan
         return None if fan is None else fan.info
 
@@ -119,7 +140,7 @@ class Attached:
         fan = self._fan
         return None if fan is None else fan.gradients
 
-    def total(self, losses: Any) -> Tensor:
+    def total(self, losses: Losses) -> Tensor:
         """`FanOut.total` of the last forward's fan-out."""
         output = self._last or self._beside
         if output is None:
@@ -141,7 +162,7 @@ class Attached:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to nothing: the modules' copies have no hooks either.
-        return {"_names": self._names, "_last": None, "_beside": None, "_hooks": []}
+        return {"names": self.names, "_heads": self._heads, "_last": None, "_beside": None, "_hooks": []}
 
     @property
     def _fan(self) -> FanOut | None:
@@ -149,7 +170,8 @@ class Attached:
 
     def _fanned(self, output: _Output) -> FanOut:
         if output.fan is None:
-            output.fan = place(output.structure, len(self._names), self._method, self._site, **self._options)
+            tasks = self.names or len(self._heads)
+            output.fan = place(output.structure, tasks, self._method, self._site, **self._options)
             output.called[0] = True
             if output is self._beside and output.fan.aggregates and self._may_follow():
                 self._last, self._beside = output, None
@@ -173,18 +195,18 @@ class Attached:
         if once.due("attach", self._site):
             x = next((x for x in output.tensors if x.requires_grad and not x.is_leaf), None)
             if x is not None:
-                x.register_hook(watch_for_heads(output.called, self._site, self._names))
+                x.register_hook(watch_for_heads(output.called, self._site, self._heads))
 
     def _swap(self, t: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
         if self._last is None and self._beside is None:
-            raise RuntimeError(f"attach: {self._names[t]} was called before the encoder")
+            raise RuntimeError(f"attach: {self._heads[t]} was called before the encoder")
         given = [*tensors_of(args), *tensors_of(kwargs)]
         output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
         if output is None:
             raise RuntimeError(
-                f"attach: {self._names[t]} was called with no tensor of the encoder's last output; what lies between "
+                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; what lies between "
                 "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
             )
         alias = list(tensors_of(self._fanned(output)[t]))

@@ -266,7 +266,7 @@ def test_backward_from_gradients_to_the_commit(watch, monkeypatch, weights, scal
         return [torch.empty_like(p) for p in inputs]
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
-    monkeypatch.setattr("fastmtl.training.backward._commit", lambda updates, _: committed.extend(p for p, _ in updates))
+    monkeypatch.setattr("fastmtl.training.backward.commit", lambda updates, _: committed.extend(p for p, _ in updates))
     model = Model("cuda")
     losses = model.losses(cuda(5, 4))
     method = with_weights(weights, 3)

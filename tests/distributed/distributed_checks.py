@@ -312,7 +312,7 @@ def check_random_methods_draw_alike() -> None:
                 x, y = batch(step)
                 h = model.trunk(part(x))
                 if way == "fan_out":
-                    hs = fastmtl.fan_out(h, TASKS, method, global_gram=True)
+                    hs = fastmtl.fan_out(h, TASKS, method, process_group=True)
                     hs.total(losses_of([head(z) for head, z in zip(model.heads, hs, strict=True)], part(y))).backward()
                     alpha = hs.info.alpha
                 else:
@@ -349,8 +349,8 @@ def check_losses_differ_between_ranks() -> None:
     h = p * 2
     assert_raises(
         ValueError,
-        "global_gram: expected a method that needs no losses",
-        lambda: fastmtl.fan_out(h, 2, method, global_gram=True),
+        "process_group: expected a method that needs no losses",
+        lambda: fastmtl.fan_out(h, 2, method, process_group=True),
     )
 
 
@@ -478,7 +478,7 @@ def check_an_unused_head_under_ddp() -> None:
     method = fastmtl.AlignedMTL()
 
     def fanned(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        outputs, hs = model(x, method, global_gram=True)
+        outputs, hs = model(x, method, process_group=True)
         hs.total([*losses_of(outputs, y)[:2], None]).backward()
 
     def summed(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -529,15 +529,15 @@ def check_processes_that_go_by_themselves_are_told() -> None:
     first, second = steps()
     W = dist.get_world_size()
     assert first.startswith(f"fan_out: {W} processes train"), first
-    assert "global_gram=True" in first
-    assert "global_gram=False" in first
+    assert "process_group=True" in first
+    assert "process_group=False" in first
     assert second.startswith(f"backward: {W} processes train"), second
     assert "process_group=True" in second
     assert not steps()
     for h in (True, False):
         for value in (True, False):
             once.forget()
-            assert not steps(fan_out={"global_gram": value}, backward={"process_group": value}, h=h)
+            assert not steps(fan_out={"process_group": value}, backward={"process_group": value}, h=h)
 
 
 def check_global_fan_out_under_ddp() -> None:
@@ -556,7 +556,7 @@ def _check_global_fan_out(**options) -> None:
             model.zero_grad()
             x, y = batch()
             trunk, M = encoder_truth(alone, x, y)
-            outputs, hs = model(part(x), fastmtl.AlignedMTL(), via=via, global_gram=group)
+            outputs, hs = model(part(x), fastmtl.AlignedMTL(), via=via, process_group=group)
             hs.total(losses_of(outputs, part(y))).backward()
             assert relative(grads(model.module.trunk), trunk) <= 1e-9
             assert relative(grads(model.module.heads), head_gradients(alone, x, y)) <= 1e-12
@@ -566,7 +566,7 @@ def _check_global_fan_out(**options) -> None:
 
 
 def check_local_fan_out_under_ddp() -> None:
-    """Without `global_gram`, the mean of what each rank aligns on its own."""
+    """Without `process_group`, the mean of what each rank aligns on its own."""
     model, alone = DistributedDataParallel(Model()), Model()
     x, y = batch()
     outputs, hs = model(part(x), fastmtl.AlignedMTL())
@@ -600,7 +600,7 @@ def _check_missing(via: str, kept: int, wrap=DistributedDataParallel) -> None:
     x, y = map(part, batch())
     W, rank = dist.get_world_size(), dist.get_rank()
     here = TASKS if rank < W - 1 else kept
-    hs = fastmtl.fan_out(encoder(x), TASKS, fastmtl.AlignedMTL(), via=via, global_gram=True)
+    hs = fastmtl.fan_out(encoder(x), TASKS, fastmtl.AlignedMTL(), via=via, process_group=True)
     losses = losses_of([head(h) for head, h in zip(model.heads, hs, strict=True)], y)
     hs.total([loss if t < here else None for t, loss in enumerate(losses)]).backward()
 
@@ -795,7 +795,7 @@ def check_sharded_fan_out() -> None:
         trunk, _ = encoder_truth(alone, x, y)
         heads = head_gradients(alone, x, y)
         optimizer.zero_grad()
-        outputs, hs = model(part(x), fastmtl.AlignedMTL(), global_gram=True)
+        outputs, hs = model(part(x), fastmtl.AlignedMTL(), process_group=True)
         hs.total(losses_of(outputs, part(y))).backward()
         assert relative(grads(model.trunk), trunk) <= 1e-9
         assert relative(grads(model.heads), heads) <= 1e-12

@@ -199,8 +199,8 @@ def test_what_needs_a_gram_is_refused():
     for options in ({"groups": [[a]]}, {"process_group": True, "shared": [a]}):
         with pytest.raises(ValueError, match="expected a method that works on the Gram matrix, got GradDrop"):
             GradDrop().backward(losses, **options)
-    with pytest.raises(ValueError, match="global_gram: expected a method that works on the Gram matrix"):
-        fastmtl.fan_out(a * 1, 2, GradDrop(), global_gram=True)
+    with pytest.raises(ValueError, match="process_group: expected a method that works on the Gram matrix"):
+        fastmtl.fan_out(a * 1, 2, GradDrop(), process_group=True)
     assert a.grad is None
 
 

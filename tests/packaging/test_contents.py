@@ -38,10 +38,20 @@ def released(tmp_path_factory):
 
 def test_the_sdist_is_the_whole_source_release(released):
     files = sdist_files(released[0])
-    top = {"LICENSE", "NOTICE", "CITATION.cff", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py", "Makefile"}
+    top = {
+        "LICENSE",
+        "NOTICE",
+        "CITATION.cff",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "pyproject.toml",
+        "setup.py",
+        "Makefile",
+    }
     assert top <= files.keys()
     # What tests and documents look up; untracked files of a checkout may come too.
-    for folder in ("csrc", "fastmtl", "tests", "benchmarks", "docs", "experiments", "tools"):
+    for folder in ("csrc", "fastmtl", "tests", "benchmarks", "docs", "examples", "experiments", "tools"):
         here = {str(path.relative_to(ROOT)) for kind in KINDS for path in (ROOT / folder).rglob(f"*{kind}")}
         assert here
         assert here <= files.keys(), here - files.keys()

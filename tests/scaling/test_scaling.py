@@ -17,7 +17,7 @@ import torch
 
 import fastmtl
 from fastmtl import __main__ as cli
-from fastmtl.scaling import baseline, command, fit, measure, plots, points, study
+from fastmtl.scaling import baseline, command, fit, measure, memory, plots, points, study
 from fastmtl.scaling.points import Grid, Point, names, numbers
 
 TINY = ["--params", "100,1000", "--threads", "1", "--rounds", "3", "--seconds", "0", "--quick"]
@@ -138,7 +138,7 @@ def test_the_reference_is_the_definition(point, affordable, monkeypatch):
     torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-7, atol=1e-9)
     assert baseline.error(expected.reshape(found.shape), baseline.exact(G, point), G) < 1e-7
     assert baseline.error(2 * found, baseline.exact(G, point), G) == pytest.approx(1)
-    pure = baseline.Pure(G)(G)
+    pure = baseline.Pure(G.shape)(G)
     assert baseline.error(pure, baseline.exact(G, point), G) < (1e-4 if point.kappa <= 10 else 1)
 
 
@@ -183,7 +183,7 @@ class Wrong(fastmtl.AlignedMTL):
 @pytest.mark.usefixtures("_without_memory")
 def test_a_wrong_result_is_recorded_and_not_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(points.METHODS, "AlignedMTL", Wrong)
-    monkeypatch.setattr(measure, "_interleave", None)
+    monkeypatch.setattr(measure, "interleave", None)
     swept = study.Study(tmp_path, {"rounds": 3, "seconds": 0.0, "device": "cpu", "machine": {}})
     (found,) = swept.run([Point(4, 100)], sys.stderr)
     assert found["error"] == "ArithmeticError: relative error 0.001, expected at most 2e-06"
@@ -191,34 +191,11 @@ def test_a_wrong_result_is_recorded_and_not_timed(monkeypatch, tmp_path, capsys)
     assert found["error"] in capsys.readouterr().err
 
 
-def test_disturbed_rounds_do_not_count():
-    script = {"read": [1, 1, 1, 1, 1, 1, 9, 1, 1], "fastmtl": [7, 7, 7, 2, 3, 2, 90, 4, 4]}
-    times = {name: iter(values) for name, values in script.items()}
-    functions = {name: (lambda name=name: name) for name in script}
-    found = measure._interleave(functions, 6, 1e9, lambda function, calls: next(times[function()]))
-    assert found["seconds"] == {"read": 1, "fastmtl": 3}  # of 2, 3, 2, 4, 4
-    assert (found["rounds"], found["kept"]) == (6, 5)
-
-
-def test_rounds_follow_from_the_time_there_is():
-    calls = []
-
-    def sample(function, n):
-        calls.append(n)
-        return 0.5
-
-    functions = {"read": lambda: None, "fastmtl": lambda: None}
-    assert measure._interleave(functions, 100, 7.2, sample)["rounds"] == 7
-    assert measure._interleave(functions, 100, 0.0, sample)["rounds"] == measure.LEAST
-    assert measure._interleave(functions, 5, 1e9, sample)["rounds"] == 5
-    assert set(calls) == {1}
-
-
 def test_memory_of_a_call_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="memory: the process in which it is measured has failed"):
-        measure._in_fresh_process(os._exit, 1)
+        memory.peak_extra_memory(os._exit, 1)
     with pytest.raises(ValueError, match="expected at least 3 tasks, got 2"):
-        measure._in_fresh_process(measure._peak, Point(2, 100, method="Krum"), "fastmtl")
+        memory.peak_extra_memory(measure._prepare, Point(2, 100, method="Krum"), "fastmtl")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")

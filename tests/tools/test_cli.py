@@ -83,14 +83,7 @@ def test_info_needs_no_extra(tmp_path):
     assert fields(done.stdout)["torch"] == torch.__version__
 
 
-def test_demo_without_its_extra_says_what_to_install(tmp_path):
-    done = python("-c", NO_EXTRA + "from fastmtl.__main__ import main; main(['demo'])", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "ImportError: the demo needs" in done.stderr
-    assert "pip install 'fastmtl-torch[demo]'" in done.stderr
-
-
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--seeds", "0"], ["demo", "--steps", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["scaling", "--tasks", "0"], ["methods", "x"]])
 def test_wrong_arguments_exit_2_with_a_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)

@@ -34,7 +34,7 @@ def check(modules):
 
 @pytest.fixture
 def Timing(modules):
-    return modules["measure"].Timing
+    return modules["check"].Timing
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ def attempts(check, monkeypatch, Timing, Trial):
             fast, kept = next(remaining)
             return Timing({"fast": fast, "base": 4.0, "read": 1.0}, kept, 15, 0.0)
 
-        monkeypatch.setattr(check.measure, "interleave", interleave)
+        monkeypatch.setattr(check, "interleave", interleave)
         monkeypatch.setitem(check.TRIALS, "synthetic", lambda: Trial(**defaults | trial))
         case = check.Case("case", "synthetic", [], {}, min_speedup=4.0, usual=(4.0, 1.0), slack=0.65)
         found, data = check.run(case, 15, accept, getattr(check, judge))

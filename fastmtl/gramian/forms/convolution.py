@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class _Convolution(Use):
 
     def gradient(self, cotangent: Tensor) -> Tensor:
         node = self.node
-        return torch.ops.aten.convolution_backward(
+        backward: Callable[..., tuple[Tensor, ...]] = torch.ops.aten.convolution_backward
+        return backward(
             cotangent,
             self._x,
             self._weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,4 +52,5 @@ class _Embedding(Use):
 
     def gradient(self, cotangent: Tensor) -> Tensor:
         frequencies = self.node._saved_scale_grad_by_freq
-        return torch.ops.aten.embedding_dense_backward(cotangent, self._ids, self.depth, self._padding, frequencies)
+        backward: Callable[..., Tensor] = torch.ops.aten.embedding_dense_backward
+        return backward(cotangent, self._ids, self.depth, self._padding, frequencies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ LEFT = RIGHT = Saved(*_MM)
 LEFT_OF_SUM = RIGHT_OF_SUM = Saved("beta", *_ADDMM, alpha=1)
 BIAS = Saved("alpha", *_ADDMM, beta=1)
 
-left = functools.partial(_Left, sizes="_saved_self_sym_sizes")
-left_of_sum = functools.partial(_Left, sizes="_saved_mat1_sym_sizes")
-right = functools.partial(_Right, x="_saved_self")
-right_of_sum = functools.partial(_Right, x="_saved_mat1")
+left: Callable[[Any, bool], Use] = functools.partial(_Left, sizes="_saved_self_sym_sizes")
+left_of_sum: Callable[[Any, bool], Use] = functools.partial(_Left, sizes="_saved_mat1_sym_sizes")
+right: Callable[[Any, bool], Use] = functools.partial(_Right, x="_saved_self")
+right_of_sum: Callable[[Any, bool], Use] = functools.partial(_Right, x="_saved_mat1")

@@ -29,7 +29,12 @@ class Use(ABC):
         is_indexed: whether the rows of A are unit vectors.
     """
 
-    is_indexed = False
+    is_indexed: bool = False
+    groups: int
+    rows: int
+    width: int
+    depth: int
+    side: int
 
     def __init__(self, node: Any, *, groups: int = 1, rows: int, width: int, depth: int, side: int) -> None:
         self.edge: Edge = (node, 0)
@@ -43,7 +48,7 @@ class Use(ABC):
     @property
     def shape(self) -> torch.Size:
         """Shape of one cotangent as it arrives."""
-        return self.node._input_metadata[0].shape
+        return torch.Size(self.node._input_metadata[0].shape)
 
     @property
     def elements(self) -> int:

@@ -102,7 +102,8 @@ def _solve(E: Tensor, shift: float, right: Tensor) -> Tensor:
         row = U[i, i + 1 :]
         U[i + 1 :, i + 1 :] -= row[:, None] * (row / U[i, i])
     v = torch.linalg.solve_triangular(U.triu().mT, right[:, None], upper=False)
-    return torch.linalg.solve_triangular(U.triu(), U.diagonal()[:, None] * v, upper=True)[:, 0]
+    solution: Tensor = torch.linalg.solve_triangular(U.triu(), U.diagonal()[:, None] * v, upper=True)
+    return solution[:, 0]
 
 
 def _length(power: float, rise: float, curvature: float, q: Tensor, s: Tensor) -> float:

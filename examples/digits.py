@@ -5,10 +5,13 @@ trunk serves three heads: which digit is left, which is right (cross entropies),
 (squared error, summed over the pixels, so that its gradient is one to two orders of magnitude larger). The same network
 is trained three times from the same seeds, on the same batches, with the same optimizer and learning rate: on the plain
 sum of the losses, with `fastmtl.AlignedMTL`, and with the same method as one would write it in plain PyTorch.
+
+    python examples/digits.py --help        # or `make demo`
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,8 +33,6 @@ try:
     from sklearn.datasets import load_digits
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'fastmtl-torch[demo]'") from error
-
-__all__ = ["Digits", "Net", "Run", "pure_align", "run", "train"]
 
 SIDE, SHIFT, CLASSES, WIDTH = 8, 4, 10, 256
 # Of 1e-3, 3e-3, 1e-2, 2e-2 and 4e-2 the learning rate at which the plain sum reconstructs best; Aligned-MTL classifies
@@ -111,6 +112,7 @@ def uniform_step(net: Net, losses: list[Tensor]) -> None:
 def fastmtl_step(net: Net, losses: list[Tensor]) -> Tensor:
     """The same with fastmtl; returns the kept eigenvalues of the Gram, descending."""
     info = METHOD.backward(losses, shared=net.trunk.parameters())
+    assert info.eigenvalues is not None  # which Aligned-MTL has
     return info.eigenvalues[: info.rank]
 
 
@@ -367,3 +369,27 @@ def _spectrum(rows: Rows) -> Tensor:
 def _spread(values: list[float], fmt: str) -> str:
     mean = format(statistics.fmean(values), fmt)
     return f"{mean} ± {format(statistics.stdev(values), fmt)}" if len(values) > 1 else mean
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {text}")
+        return int(text)
+
+    return count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Trains on overlaid digits, with and without Aligned-MTL.")
+    parser.add_argument("--seeds", type=_at_least(1), default=3, help="training runs per method (default: %(default)s)")
+    parser.add_argument("--steps", type=_at_least(2), default=500, help="training steps per run (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
+    options = parser.parse_args(arguments)
+    return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

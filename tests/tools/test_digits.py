@@ -1,15 +1,18 @@
 """The demo: it runs end to end, and its plain PyTorch Aligned-MTL trains as fastmtl's does."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import digits as demo
 import pytest
 import torch
-
-from fastmtl import demo
-from fastmtl.__main__ import main
 
 
 def test_quick_run_prints_the_table_and_saves_the_figure(tmp_path, capsys):
     figure = tmp_path / "new" / "curves.png"
-    assert main(["demo", "--quick", "--steps", "12", "--out", str(figure)]) == 0
+    assert demo.main(["--quick", "--steps", "12", "--out", str(figure)]) == 0
     printed = capsys.readouterr().out
     for expected in (
         "1 seed, 12 steps",
@@ -69,3 +72,21 @@ def test_a_digit_keeps_its_place():
 def test_run_rejects_nothing_to_do(arguments):
     with pytest.raises(ValueError, match="expected seeds >= 1 and steps >= 2"):
         demo.run(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["--seeds", "0"], ["--steps", "x"]])
+def test_wrong_arguments_exit_2_with_a_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_without_its_extra_it_says_what_to_install():
+    hidden = "import sys; sys.modules.update(dict.fromkeys(('rich', 'matplotlib', 'sklearn')))\nimport digits"
+    paths = [str(Path(demo.__file__).parent), *sys.path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run([sys.executable, "-c", hidden], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ImportError: the demo needs" in done.stderr
+    assert "pip install 'fastmtl-torch[demo]'" in done.stderr

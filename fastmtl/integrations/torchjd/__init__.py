@@ -1,0 +1,99 @@
+"""TorchJD's aggregators and weightings, computed by fastmtl: a change of one import line.
+
+    from torchjd.aggregation import UPGrad
+    from fastmtl.integrations.torchjd import UPGrad
+
+Every class has the name, the arguments and the attributes of TorchJD's, and is one of TorchJD's kinds: an aggregator
+for `torchjd.autojac.jac_to_grad` (with `optimize_gramian_computation` too) or a weighting for the Gramians of
+`torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `methods.method`.
+
+An aggregator that needs the Gramian of the Jacobian [m, n] computes it and the weights [m] in float64, and rounds once,
+when the result [n] is written; whoever looks at the weights sees them in the Jacobian's dtype. A weighting returns
+weights in the dtype of its Gramian [m, m].
+
+Problems are solved to rounding, at every scale of the gradients: arguments that steer an iterative solver or guard its
+divisions are accepted and have no effect. A non-finite gradient makes the weights NaN. Weights have no derivative:
+where TorchJD's class detaches what requires grad, so does this one; where TorchJD's has a derivative (`AlignedMTL`,
+`MGDA`, `Krum`), a matrix that requires grad is a ValueError. `Mean`, `Sum`, `Constant` and `Random` have it as there.
+"""
+
+try:
+    import torchjd.linalg  # noqa: F401
+except ImportError as _error:
+    raise ImportError(
+        "fastmtl.integrations.torchjd needs torchjd >= 0.18: pip install 'fastmtl-torch[torchjd]'"
+    ) from _error
+
+from fastmtl.integrations.torchjd.aggregators import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    Constant,
+    DualProj,
+    FairGrad,
+    GradDrop,
+    GradVac,
+    Krum,
+    Mean,
+    NashMTL,
+    PCGrad,
+    Random,
+    Sum,
+    UPGrad,
+)
+from fastmtl.integrations.torchjd.weightings import (
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    ConFIGWeighting,
+    ConstantWeighting,
+    DualProjWeighting,
+    FairGradWeighting,
+    GradVacWeighting,
+    IMTLGWeighting,
+    KrumWeighting,
+    MeanWeighting,
+    MGDAWeighting,
+    NashMTLWeighting,
+    PCGradWeighting,
+    RandomWeighting,
+    SumWeighting,
+    UPGradWeighting,
+)
+
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "AlignedMTL",
+    "AlignedMTLWeighting",
+    "CAGrad",
+    "CAGradWeighting",
+    "ConFIG",
+    "ConFIGWeighting",
+    "Constant",
+    "ConstantWeighting",
+    "DualProj",
+    "DualProjWeighting",
+    "FairGrad",
+    "FairGradWeighting",
+    "GradDrop",
+    "GradVac",
+    "GradVacWeighting",
+    "IMTLGWeighting",
+    "Krum",
+    "KrumWeighting",
+    "MGDAWeighting",
+    "Mean",
+    "MeanWeighting",
+    "NashMTL",
+    "NashMTLWeighting",
+    "PCGrad",
+    "PCGradWeighting",
+    "Random",
+    "RandomWeighting",
+    "Sum",
+    "SumWeighting",
+    "UPGrad",
+    "UPGradWeighting",
+]

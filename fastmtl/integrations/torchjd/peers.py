@@ -1,0 +1,94 @@
+"""Methods of `fastmtl` that take zero rows as TorchJD's do.
+
+To `fastmtl` a task whose gradient is zero is absent. To TorchJD it is a task like others: these methods give it the
+weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] does not show all of its gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import methods
+from fastmtl.info import Info
+from fastmtl.rule import NOTHING, Context
+
+__all__ = ["MGDA", "CAGrad", "DualProj", "FairGrad", "GradVac", "Krum", "PCGrad", "UPGrad"]
+
+
+def _zero_rows(M: Tensor) -> Tensor:
+    return M.diagonal(dim1=-2, dim2=-1) == 0
+
+
+class _Peer:
+    """Mixed into a method: what becomes of its weights α [..., m] where rows are zero."""
+
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        info: Info = super().solve(M, dtype, context)  # type: ignore[misc]
+        info.alpha = self._with_zero_rows(info.alpha, _zero_rows(M))
+        return info
+
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class CAGrad(_Peer, methods.CAGrad):
+    """Moves nothing: its g_w is zero."""
+
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha * ~zero.any(-1, keepdim=True)
+
+
+class FairGrad(_Peer, methods.FairGrad):
+    """Only where it is the mean do they count."""
+
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha if self.fairness else alpha + zero / zero.shape[-1]
+
+
+class MGDA(_Peer, methods.MGDA):
+    """The first of them is the shortest vector."""
+
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        first = zero & (zero.cumsum(-1) == 1)
+        return alpha * ~zero.any(-1, keepdim=True) + first
+
+
+class _Conflicts(_Peer):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        return alpha + zero
+
+
+class PCGrad(_Conflicts, methods.PCGrad):
+    """In conflict with nothing: 1."""
+
+
+class GradVac(_Conflicts, methods.GradVac):
+    """As PCGrad."""
+
+
+class _Projected(_Peer):
+    def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
+        m = zero.shape[-1]
+        preferred = self.weights  # type: ignore[attr-defined]
+        return alpha + zero * (preferred.to(alpha) if isinstance(preferred, Tensor) else 1 / m)
+
+
+class UPGrad(_Projected, methods.UPGrad):
+    """What is preferred."""
+
+
+class DualProj(_Projected, methods.DualProj):
+    """What is preferred."""
+
+
+class Krum(methods.Krum):
+    """A point like others."""
+
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        """The weights: see `Rule.solve`."""
+        # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
+        squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
+        shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
+        added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
+        return super().solve(M + added[..., None], dtype, context)

@@ -1,0 +1,38 @@
+"""Which ops have a derivative: `gram`. Of others that could be asked for one, autograd has to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor, library
+
+from fastmtl.ops.reference.rounding import rounded
+
+__all__ = ["register"]
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """d(G Gᵀ): (Ṁ + Ṁᵀ) G."""
+    (G,) = ctx.saved_tensors
+    return rounded((grad + grad.mT) @ G.to(grad.dtype), G.dtype)
+
+
+def _refuse(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(f"fastmtl::{name} has no derivative: detach its inputs")
+
+    return backward
+
+
+def register() -> None:
+    """Registers the formulas; the ops have to be defined."""
+    library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_setup)
+    # Without a formula the results would silently claim to require grad. It costs five microseconds of Python a call:
+    # the ops on a Gram matrix go without, and `GramMethod.weighting` looks in their stead.
+    for name in ("gram_rows", "balance", "eigh"):
+        library.register_autograd(f"fastmtl::{name}", _refuse(name))

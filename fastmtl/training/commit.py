@@ -1,0 +1,99 @@
+"""What becomes of gradients at the end of a step: they are added to `.grad`, at once, by autograd itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.graph import Leaves
+from fastmtl.inputs import Row
+
+__all__ = ["Updates", "check_gathered", "commit", "own_gradients", "pairs"]
+
+# Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
+Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
+
+
+def pairs(parameters: Sequence[Tensor], updates: list[Tensor | None]) -> Updates:
+    """Every parameter with its update, where it has one; empties `updates`."""
+    found = [(p, update) for p, update in zip(parameters, updates, strict=True) if update is not None]
+    updates.clear()
+    return found
+
+
+def own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`.
+
+    Args:
+        heads: these parameters.
+        own: for each task the gradients of its own parameters and of those of several.
+        alpha: task weights that the gradients are multiplied by; None for none.
+    """
+    sums: dict[int, Tensor] = {}
+    for t, parameters in enumerate(heads.private):
+        grads = own[t]
+        if alpha is not None:
+            grads = [None if g is None else g * alpha[t].to(g.dtype) for g in grads]
+        own[t] = []
+        for k, g in enumerate(grads[len(parameters) :]):
+            if g is not None:
+                sums[k] = sums[k] + g if k in sums else g
+        for k, parameter in enumerate(parameters):
+            g, grads[k] = grads[k], None
+            if g is not None:
+                yield parameter, g
+    for k in list(sums):
+        yield heads.common[k], sums.pop(k)
+
+
+def check_gathered(parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError where one of them, seen after a backward, is a buffer of `fully_shard`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from fastmtl import distributed  # here: not every torch is built with it
+
+        distributed.check_gathered(parameters)
+
+
+class _Commit(torch.autograd.Function):
+    """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it."""
+
+    @staticmethod
+    def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.updates = updates
+        # On the parameters' device, or autograd would wait for another one's stream.
+        return torch.empty(0, device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        updates, ctx.updates = ctx.updates, None
+        result = (None, *updates)
+        updates.clear()  # so that autograd finds itself the only owner and takes the buffers instead of copying them
+        return result
+
+
+def commit(updates: Updates, reached: Iterable[Tensor] = ()) -> None:
+    """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward. Empties `updates`.
+
+    As in any backward they also fire for what was `reached` without a gradient: DistributedDataParallel waits for that.
+
+    Raises:
+        ValueError: what is to get a gradient is no parameter, but a buffer of `fully_shard`. Nothing is written then.
+    """
+    check_gathered(parameter for parameter, _ in updates)
+    parameters = [parameter for parameter, _ in updates]
+    gradients: list[Tensor | None] = [update for _, update in updates]
+    updates.clear()
+    listed = {id(parameter) for parameter in parameters}
+    for parameter in reached:
+        if id(parameter) not in listed:
+            listed.add(id(parameter))
+            parameters.append(parameter)
+            gradients.append(None)
+    if not parameters:
+        return
+    with torch.enable_grad():
+        node = _Commit.apply(gradients, *parameters)
+    node.backward(torch.empty_like(node))

@@ -1,0 +1,100 @@
+"""Which tensors a step is about: the shared parameters, their groups, the tensors of a representation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.inputs import DTYPES, describe
+from fastmtl.structure import tensors_of
+
+__all__ = ["Parameters", "are_plain", "checked_cut", "checked_groups", "checked_parameters", "names_in"]
+
+Parameters: TypeAlias = "torch.nn.Module | Iterable[Tensor]"
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def checked_parameters(given: Parameters, name: str = "shared") -> list[Tensor]:
+    """Those that require grad of a module or of an iterable of parameters, each once; frozen ones are passed over.
+
+    Raises:
+        TypeError: no iterable, or an entry that is no floating tensor.
+        ValueError: an entry that is no leaf, or none that requires grad.
+    """
+    if isinstance(given, torch.nn.Module):
+        given = given.parameters()
+    elif isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}: expected a module or an iterable of parameters, got {describe(given)}")
+    parameters: dict[int, Tensor] = {}  # tied parameters are listed twice by some models
+    frozen = 0
+    for i, p in enumerate(given):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a parameter (tensor), got {describe(p)}")
+        if not p.is_leaf:
+            raise ValueError(f"{name}[{i}]: expected a leaf tensor (a parameter), got an intermediate {describe(p)}")
+        if not p.requires_grad:
+            frozen += 1
+            continue
+        if p.dtype not in DTYPES:
+            raise TypeError(f"{name}[{i}]: expected float32, float64, bfloat16 or float16, got {describe(p)}")
+        parameters[id(p)] = p
+    if not parameters:
+        got = f"{frozen} frozen" if frozen else "none"
+        raise ValueError(f"{name}: expected at least one parameter that requires grad, got {got}")
+    return list(parameters.values())
+
+
+def checked_groups(groups: Sequence[Parameters]) -> list[list[Tensor]]:
+    """The parameters of each group.
+
+    Raises:
+        TypeError: no sequence, or a group that is not as in `checked_parameters`.
+        ValueError: no group, one without parameters, or a parameter in two.
+    """
+    if isinstance(groups, Tensor) or not isinstance(groups, (list, tuple)):
+        raise TypeError(f"groups: expected a sequence of groups of parameters, got {describe(groups)}")
+    if not groups:
+        raise ValueError("groups: expected at least one group, got none")
+    parts = [checked_parameters(group, f"groups[{n}]") for n, group in enumerate(groups)]
+    seen: dict[int, int] = {}
+    for n, part in enumerate(parts):
+        for p in part:
+            if id(p) in seen:
+                raise ValueError(
+                    f"groups[{n}]: expected parameters of no other group, got one of groups[{seen[id(p)]}]"
+                )
+            seen[id(p)] = n
+    return parts
+
+
+def checked_cut(structure: Any, name: str) -> list[Tensor]:
+    """The tensors of a representation that gradients pass through, each once.
+
+    Raises:
+        TypeError: one of them is no floating tensor.
+        ValueError: there is none that requires grad.
+    """
+    cut: dict[int, Tensor] = {}
+    for x in tensors_of(structure):
+        if x.requires_grad:
+            if x.dtype not in DTYPES:
+                raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16 tensors, got {describe(x)}")
+            cut[id(x)] = x
+    if not cut:
+        raise ValueError(
+            f"{name}: expected a tensor (or a nested structure) that requires grad, got {describe(structure)}"
+        )
+    return list(cut.values())
+
+
+def names_in(shared: object) -> dict[int, str]:
+    """What the parameters are called, by their ids, where they come as a module."""
+    return {id(p): name for name, p in shared.named_parameters()} if isinstance(shared, torch.nn.Module) else {}
+
+
+def are_plain(parameters: Iterable[Tensor]) -> bool:
+    """Whether none of them is of a subclass, such as the shards of `fully_shard`."""
+    return all(type(p) in _PLAIN for p in parameters)

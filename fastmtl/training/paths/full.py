@@ -1,0 +1,47 @@
+"""T passes from the losses down to the shared parameters: what every other exact path is equal to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.inputs import Row
+from fastmtl.pipeline import aggregate_rows
+from fastmtl.rule import Context, Rule
+from fastmtl.training import passes
+from fastmtl.training.paths import averaged, groups
+from fastmtl.training.step import Outcome, Step, check_reached
+
+__all__ = ["rows_for", "run", "takes"]
+
+
+def takes(step: Step) -> bool:
+    """Every step."""
+    return True
+
+
+def run(step: Step) -> Outcome:
+    """See `Path`."""
+    step = step.uncut()
+    heads = step.heads.without(step.parameters)
+    with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
+        rows = rows_for(step)
+        own = passes.from_losses(step.losses, step.parameters, heads, step.options.retain_graph, rows)
+        updates, info = rows.combine(step.options.method, step.context)
+        del rows  # they need not live while the gradients are committed
+    return step.outcome(heads, updates, own, info)
+
+
+def rows_for(step: Step) -> Any:
+    """What takes the tasks' gradients of the shared parameters, by `append`, and aggregates them, by `combine`."""
+    if step.group is not None:
+        return averaged.Rows(step.parameters, len(step.losses), step.group)
+    return groups.Rows(step.groups) if step.groups else _Rows()
+
+
+class _Rows(list[Row]):
+    def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:
+        check_reached(self, "shared")
+        return aggregate_rows(method, self, None, context)

@@ -1,0 +1,86 @@
+"""The Gram matrix without the gradients (`fastmtl.gramian`), and one gradient of each weight."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from fastmtl import gramian
+from fastmtl.graph import edge_of, leaves_of
+from fastmtl.inputs import describe
+from fastmtl.training import passes
+from fastmtl.training.commit import own_gradients
+from fastmtl.training.parameters import are_plain
+from fastmtl.training.step import Engine, Options, Outcome, Step, check_reached
+
+__all__ = ["check", "run", "takes"]
+
+_ENGINES = get_args(Engine)
+
+
+def check(options: Options) -> None:
+    """Raises ValueError for an unknown engine, and where this one is asked for and cannot."""
+    if options.engine not in _ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(map(repr, _ENGINES))}, got {options.engine!r}")
+    obstacle = _obstacle(options)
+    if options.engine == "gramian" and obstacle is not None:
+        raise ValueError(obstacle)
+
+
+def _obstacle(options: Options) -> str | None:
+    for name in (
+        "representation",  # its Gram matrix is another one
+        "features",
+        "groups",  # one backward pass brings one combination
+        "process_group",  # averaged gradients have products across processes
+    ):
+        value = getattr(options, name)
+        if value is not None:
+            return f"{name}: expected None with engine='gramian', got {describe(value)}"
+    if not options.method.on_gram:
+        return f"engine: expected 'full' for a method that needs more than the Gram matrix, got {options.engine!r}"
+    return None
+
+
+def takes(step: Step) -> bool:
+    """Steps of several tasks where "gramian" was asked for, or "auto" and nothing stands against it."""
+    engine = step.options.engine
+    if engine == "full" or step.options.tasks == 1:
+        return False
+    automatic = engine == "auto"
+    # This engine knows no ways straight through a joint.
+    if automatic and (_obstacle(step.options) is not None or step.heads.joined):
+        return False
+    if not are_plain(step.parameters):
+        if automatic:
+            return False
+        other = next(p for p in step.parameters if not are_plain([p]))
+        raise ValueError(f"shared: expected plain parameters with engine='gramian', got a {type(other).__name__}")
+    return True
+
+
+def run(step: Step) -> Outcome | None:
+    """See `Path`."""
+    options = step.options
+    reached = step.reached()
+    if step.heads.joined:
+        step = step._replace(heads=leaves_of(step.losses, [], joints=False))
+    if not any(edge_of(p)[0] in step.heads.owner for p in step.parameters):
+        check_reached([], "shared")
+    with passes.without_tensor_hooks([*step.parameters, *step.heads.all()]):
+        found = gramian.update(
+            options.method,
+            step.losses,
+            [(p, step.names.get(id(p), f"shared[{k}]")) for k, p in enumerate(step.parameters)],
+            step.heads,
+            step.context,
+            automatic=options.engine == "auto",
+            scale_heads=options.scale_heads,
+            retain_graph=options.retain_graph,
+        )
+    if found is None:
+        return None
+    updates, own, info = found
+    del found
+    alpha = info.alpha if options.scale_heads else None
+    updates += own_gradients(step.heads.without(step.parameters), own, alpha)
+    return Outcome(updates, info, reached)

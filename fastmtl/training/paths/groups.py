@@ -1,0 +1,40 @@
+"""Groups of shared parameters that are aggregated each on its own: for the paths that form the tasks' gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmtl.info import Info
+from fastmtl.inputs import Row, describe
+from fastmtl.pipeline import aggregate_groups
+from fastmtl.rule import Context, Rule
+from fastmtl.training.step import Options, check_reached
+
+__all__ = ["Rows", "check"]
+
+
+def check(options: Options) -> None:
+    """Raises ValueError for what does not go with groups."""
+    if options.groups is None:
+        return
+    if options.shared is not None:
+        raise ValueError(f"shared: expected None where groups is given, got {describe(options.shared)}")
+    if options.scale_heads:
+        raise ValueError("scale_heads: expected False with groups, got True: each group has task weights of its own")
+    if options.process_group is not None:
+        raise ValueError("process_group: expected None with groups, got a process group")
+    if not options.method.on_gram:
+        raise ValueError(f"groups: expected a method that works on the Gram matrix, got {describe(options.method)}")
+
+
+class Rows(list[Row]):
+    """The tasks' gradients of all groups, one group after the other."""
+
+    def __init__(self, groups: list[list[Tensor]]) -> None:
+        super().__init__()
+        self._groups = groups
+
+    def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:
+        """The updates, and an info with one entry a group."""
+        check_reached(self, "shared")
+        return aggregate_groups(method, self, self._groups, context)

@@ -1,0 +1,44 @@
+"""Parameters of `fully_shard` (FSDP2), of which only whole backward calls bring gradients."""
+
+from __future__ import annotations
+
+from fastmtl.inputs import describe
+from fastmtl.training.commit import pairs
+from fastmtl.training.parameters import are_plain
+from fastmtl.training.step import Outcome, Step
+
+__all__ = ["run", "takes"]
+
+
+def takes(step: Step) -> bool:
+    """Steps whose shared parameters are sharded."""
+    if are_plain(step.parameters):
+        return False
+    from fastmtl import distributed  # here: not every torch is built with it
+
+    if not distributed.is_sharded(step.parameters):
+        return False
+    options = step.options
+    for name in ("features", "groups", "scale_heads", "process_group"):
+        value = getattr(options, name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: expected none with parameters of fully_shard, got {describe(value)}")
+    if options.method.needs_losses:
+        raise ValueError(
+            f"shared: expected plain parameters for {options.method!r}, which needs the losses, got shards"
+        )
+    return True
+
+
+def run(step: Step) -> Outcome:
+    """See `Path`. The other parameters get their gradients in the same passes."""
+    from fastmtl import distributed
+
+    updates, info = distributed.sharded_update(
+        step.losses,
+        step.parameters,  # type: ignore[arg-type]  # DTensors: see `takes`
+        step.options.method.solve,
+        step.context,
+        retain_graph=step.options.retain_graph,
+    )
+    return Outcome(pairs(step.parameters, updates), info, ())

@@ -1,0 +1,167 @@
+"""One call of `backward`: what was asked for, and what has been found out about it before any pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl import once
+from fastmtl.graph import Leaves, Trunk, edge_of, leaves_of, trunk_of
+from fastmtl.info import Info
+from fastmtl.inputs import Row
+from fastmtl.rule import Context, Rule, context_of
+from fastmtl.training.commit import Updates, own_gradients, pairs
+from fastmtl.training.parameters import are_plain, checked_cut, checked_groups, checked_parameters, names_in
+
+__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "prepare"]
+
+
+Engine: TypeAlias = Literal["full", "gramian", "auto"]
+
+
+class Options(NamedTuple):
+    """The arguments of `Method.backward`, as they came; `process_group` is None where it was False."""
+
+    method: Rule
+    tasks: int
+    shared: Any
+    representation: Any
+    features: Any
+    batched: bool
+    groups: Any
+    scale_heads: bool
+    retain_graph: bool
+    process_group: Any
+    engine: Engine
+
+
+class Outcome(NamedTuple):
+    """What a path has brought.
+
+    Attributes:
+        updates: what is to be added to `.grad`.
+        info: what the method saw and did.
+        reached: leaves whose hooks are to run also without a gradient.
+    """
+
+    updates: Updates
+    info: Info
+    reached: Sequence[Tensor]
+
+
+class Step(NamedTuple):
+    """What is known before the passes.
+
+    Attributes:
+        options: what was asked for.
+        losses: T losses, None for the absent.
+        parameters: the shared parameters, each once.
+        names: what they are called, by their ids, where they came as a module.
+        groups: their groups; none where they are aggregated together.
+        cut: the tensors of the representation, or of the features.
+        heads: the leaves that losses reach before the cut.
+        trunk: what lies behind the cut.
+        context: what the step brings the method besides gradients.
+        group: the processes that aggregate together; None for one process.
+    """
+
+    options: Options
+    losses: list[Tensor | None]
+    parameters: list[Tensor]
+    names: dict[int, str]
+    groups: list[list[Tensor]]
+    cut: list[Tensor]
+    heads: Leaves
+    trunk: Trunk
+    context: Context
+    group: Any
+
+    @property
+    def tied(self) -> bool:
+        """Whether a leaf lies on both sides of the cut."""
+        return self.heads.meet(self.trunk.leaves)
+
+    def uncut(self) -> Step:
+        """The same without a cut."""
+        if not self.cut:
+            return self
+        return self._replace(cut=[], heads=leaves_of(self.losses, []), trunk=trunk_of([]))
+
+    def outcome(self, heads: Leaves, updates: list[Tensor | None], own: list[Row], info: Info) -> Outcome:
+        """What the passes brought the shared parameters, and leaves of the losses' own; empties both."""
+        found = pairs(self.parameters, updates)
+        found += own_gradients(heads, own, info.alpha if self.options.scale_heads else None)
+        return Outcome(found, info, self.reached())
+
+    def reached(self) -> list[Tensor]:
+        """The leaves that any loss reaches."""
+        return [*self.trunk.leaves, *self.heads.all(), *self.heads.idle]
+
+
+def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | float | None, unsaid: bool) -> Step:
+    """Checks what was asked for, and finds the shared parameters.
+
+    Args:
+        options: what was asked for.
+        losses: T losses, None for the absent.
+        grad_scale: the factor of a loss scaler.
+        unsaid: whether nobody said if processes aggregate together.
+
+    Raises:
+        TypeError: as `Method.backward`.
+        ValueError: as `Method.backward`.
+    """
+    together, upper_bound = options.process_group is not None, options.representation is not None
+    group = agree = None
+    if together:
+        from fastmtl import distributed  # here: not every torch is built with it
+
+        group = distributed.gram_group(options.process_group)
+        agree = partial(distributed.agree, group=group)
+    cut: list[Tensor] = []
+    if upper_bound:
+        cut = checked_cut(options.representation, "representation")
+    elif options.features is not None:
+        cut = checked_cut(options.features, "features")
+    groups = [] if options.groups is None else checked_groups(options.groups)
+    parameters = [p for part in groups for p in part] if options.shared is None else checked_parameters(options.shared)
+    _check_present(losses, together, known=bool(parameters or cut))
+    context = context_of(options.method, losses, len(losses), grad_scale, agree)
+
+    heads, trunk = leaves_of(losses, cut), trunk_of(edge_of(x) for x in cut)
+    if not parameters:
+        # Everything behind a representation or features is shared; without them, what several losses reach.
+        parameters = trunk.leaves if upper_bound else _of_model(trunk.leaves if cut else heads.shared())
+        if not parameters and not upper_bound:
+            raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
+    if unsaid and are_plain(parameters):  # shards are averaged in the passes
+        once.warn_alone(None, "process_group", "backward")
+    return Step(options, losses, parameters, names_in(options.shared), groups, cut, heads, trunk, context, group)
+
+
+def check_reached(rows: Sequence[Sequence[Tensor | None]], name: str) -> None:
+    """Raises ValueError where no loss has a gradient of any of these."""
+    if all(g is None for row in rows for g in row):
+        what = "tensors" if name == "representation" else "parameters"
+        raise ValueError(f"{name}: expected {what} that a loss depends on, but no loss reaches any of them")
+
+
+def _of_model(leaves: list[Tensor]) -> list[Tensor]:
+    """The parameters among leaves: inputs may require grad too. All, where none is an `nn.Parameter`."""
+    return [p for p in leaves if isinstance(p, torch.nn.Parameter)] or leaves
+
+
+def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool) -> None:
+    """Raises ValueError where there is nothing to do; with other processes there is, if only to take part."""
+    absent = sum(loss is None for loss in losses)
+    if absent == len(losses) and not together:
+        raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(losses)}")
+    if absent and together and not known:
+        raise ValueError(
+            "shared: expected the shared parameters to be named where a loss is absent: processes with other losses "
+            "would find others"
+        )

@@ -1,0 +1,113 @@
+"""Warnings about what goes by the aliases of a fan-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import once
+from fastmtl.training.running import takes_derivative
+
+__all__ = ["Watch", "watch_for_heads"]
+
+
+class Watch:
+    """Sees in a backward what else than its aliases brings h a gradient, and says so.
+
+    Part of the graph of h, and so it holds nothing of what is made from h.
+    """
+
+    def __init__(self, site: once.Site, tasks: int, looks: bool) -> None:
+        self.site = site
+        self.tasks = tasks
+        self.looks = looks  # in this step: not in each, since it costs
+        self.watched: set[int] = set()  # tensors of h
+        self.passed = -1  # the backward in which the aliases' gradients last came by
+        self.updates: list[Tensor | None] | None = None  # what they became, until h gets it
+        self.nested: frozenset[int] = frozenset()  # tensors of h from which others of h are made
+
+    def over(self, x: Tensor, k: int) -> None:
+        """Looks at what tensor k of h gets."""
+        if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
+            return
+        self.watched.add(k)
+        others = dict(x._backward_hooks or {})
+        x.register_hook(self._looking_at(k))
+        if others:  # which may change the gradient: ours goes first
+            hooks: Any = x._backward_hooks
+            ours = {key: hook for key, hook in hooks.items() if key not in others}
+            hooks.clear()
+            hooks.update(ours | others)
+
+    def _looking_at(self, k: int) -> Callable[[Tensor | None], None]:
+        def look(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
+            if self.passed != torch._C._current_graph_task_id():
+                self._without_aliases()
+            elif self.updates is not None:
+                # Held until now, ours cannot have been added to in place: another tensor has more to it.
+                ours, self.updates[k] = self.updates[k], None
+                more = gradient is not ours and k not in self.nested
+                if more and once.first("compared", self.site) and not _same(gradient, ours):
+                    self.warn_beside("h has got a gradient")
+
+        return look
+
+    def _without_aliases(self) -> None:
+        if not takes_derivative():
+            self.warn_missing(range(self.tasks), False)
+
+    def warn_missing(self, tasks: Sequence[int], given: bool, others: Sequence[int] = ()) -> None:
+        """Warns of aliases that bring nothing; `given`: although `total` was given their losses."""
+        names = ", ".join(f"hs[{t}]" for t in tasks)
+        if len(tasks) == self.tasks:
+            what = f"none of the {self.tasks} aliases has got a gradient"
+        elif others:
+            what = f"losses[{tasks[0]}] depends on {', '.join(f'hs[{u}]' for u in others)} and not on its alias {names}"
+        else:
+            what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
+        absent = (
+            "For a task whose loss does not depend on h in this step, give total None and add the loss to the total"
+            if given
+            else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
+        )
+        once.warn(
+            "alias without gradient",
+            self.site,
+            f"fan_out: {what}. Head t has to read hs[t]: what it brings h in another way is not aggregated as the "
+            f"gradient of its task. {absent}",
+        )
+
+    def warn_beside(self, what: str) -> None:
+        """Warns of a use of h beside its aliases."""
+        once.warn(
+            "h beside its aliases",
+            self.site,
+            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. What comes by there is added plainly, "
+            "not aggregated: head t has to read hs[t], and h has to have all that heads read",
+            most=1,
+        )
+
+
+def watch_for_heads(called: list[bool], site: once.Site, names: Sequence[str]) -> Callable[[Tensor], None]:
+    """A hook for what an encoder returned: warns where it gets a gradient although no head was called with it."""
+
+    def look(_: Tensor) -> None:
+        if not called[0] and not takes_derivative():
+            once.warn(
+                "no head called",
+                site,
+                f"attach: the encoder has got a gradient, but none of {', '.join(names)} was called with what it "
+                "returned, so nothing was aggregated",
+            )
+
+    return look
+
+
+def _same(x: Tensor, y: Tensor | None) -> bool:
+    """Whether all that was added to y was zero. This waits for the device."""
+    return y is not None and torch.equal(x, y)

@@ -1,0 +1,268 @@
+"""One meaning a word: what `losses`, `tasks`, `shared`, `groups` and `grad_scale` may be is the same in every call."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastmtl
+from fastmtl import AlignedMTL, NashMTL
+
+NAMES = ("seg", "depth", "normals")
+
+
+class Model(nn.Module):
+    """A trunk with a frozen layer, and heads of three tasks, as an encoder-decoder network has them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        self.trunk[2].requires_grad_(False)
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 2).double() for name in NAMES})
+        self.x = torch.randn(7, 5, dtype=torch.float64)
+
+    def losses(self, hs):
+        return [head(h).square().mean() * (t + 1) for t, (head, h) in enumerate(zip(self.heads.values(), hs))]  # noqa: B905
+
+    def grads(self):
+        return [None if p.grad is None else p.grad.clone() for p in self.parameters()]
+
+
+FORMS = {
+    "list": list,
+    "tuple": tuple,
+    "dict": lambda losses: dict(zip(NAMES, losses, strict=True)),
+    "tensor": torch.stack,
+    "entries": lambda losses: list(torch.stack(losses)),
+    "entries from the end": lambda losses: [torch.stack(losses)[t - 3] for t in range(3)],
+}
+WAYS = {
+    "default": lambda model, h: {},
+    "module": lambda model, h: {"shared": model.trunk},
+    "representation": lambda model, h: {"representation": h},
+    "features": lambda model, h: {"features": h},
+    "batched": lambda model, h: {"features": h, "batched": True},
+    "groups": lambda model, h: {"groups": [model.trunk[:2], model.trunk[2:]]},
+    "gramian": lambda model, h: {"engine": "gramian"},
+    "auto": lambda model, h: {"engine": "auto"},
+    "scaled heads": lambda model, h: {"scale_heads": True},
+}
+
+
+def step(form, way, method=None):
+    model = Model()
+    h = model.trunk(model.x)
+    info = (method or AlignedMTL()).backward(FORMS[form](model.losses([h] * 3)), **WAYS[way](model, h))
+    return model.grads(), info
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "list"])
+def test_losses_in_every_form(form, way):
+    expected, plain = step("list", way)
+    found, info = step(form, way)
+    assert_close(found, expected)
+    assert torch.equal(info.alpha, plain.alpha)
+    assert plain.names is None
+    assert info.names == (NAMES if form == "dict" else None)
+
+
+def test_heads_of_stacked_losses_are_not_shared():
+    """Each entry of a stack reaches, by zeros, all heads."""
+    model = Model()
+    method = AlignedMTL()
+    method.backward(torch.stack(model.losses([model.trunk(model.x)] * 3)))
+    found = model.grads()
+    model = Model()
+    sum(model.losses([model.trunk(model.x)] * 3)).backward()
+    heads = {id(p) for p in model.heads.parameters()}
+    for p, g in zip(model.parameters(), found, strict=True):
+        if id(p) in heads:
+            torch.testing.assert_close(g, p.grad)
+
+
+def test_a_representation_that_is_a_stack():
+    """Losses read entries of it, and it is where gradients are aggregated all the same."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(3, 3).double()
+
+    def forward():
+        h = torch.stack([x.square() for x in trunk(torch.ones(3, dtype=torch.float64))])
+        return h, [h[0] * 2, h[1] - h[2], *h[:1]]
+
+    h, losses = forward()
+    G = torch.stack([torch.autograd.grad(loss, h, retain_graph=True)[0] for loss in losses])
+    expected = torch.autograd.grad(h, trunk.weight, AlignedMTL()(G))[0]
+    h, losses = forward()
+    info = AlignedMTL().backward(losses, representation=h)
+    torch.testing.assert_close(info.gram, G @ G.T)
+    torch.testing.assert_close(trunk.weight.grad, expected)
+
+
+def test_a_column_of_losses_of_one_head():
+    """What all entries really have in common is shared: here, everything."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    AlignedMTL().backward(net(x).square().mean(0))
+    found = net.weight.grad
+    net.weight.grad = None
+    AlignedMTL().backward([net(x).square().mean(0)[t] for t in range(2)], shared=net)
+    torch.testing.assert_close(net.weight.grad, found)
+
+
+def test_aliases_by_name():
+    def run(tasks):
+        model = Model()
+        hs = fastmtl.fan_out(model.trunk(model.x), tasks, AlignedMTL())
+        named = len(model.heads) if hs.names is None else hs.names
+        if hs.names is None:
+            hs.total(model.losses(hs)).backward()
+        else:
+            losses = dict(zip(named, model.losses([hs[name] for name in named]), strict=True))
+            hs.total(dict(reversed(losses.items()))).backward()
+        return model.grads(), hs
+
+    expected, plain = run(3)
+    found, hs = run(NAMES)
+    assert_close(found, expected)
+    assert hs.names == hs.info.names == NAMES
+    assert plain.names is None
+    assert all(hs[name] is alias for name, alias in zip(NAMES, hs, strict=True))
+
+
+@pytest.mark.parametrize("make", [dict, nn.ModuleDict])
+def test_attached_heads_by_name(make):
+    def run(heads, form):
+        model = Model()
+        with fastmtl.attach(model.trunk, heads(model), AlignedMTL()) as handle:
+            handle.total(FORMS[form](model.losses([model.trunk(model.x)] * 3))).backward()
+            return model.grads(), handle.info, handle.names
+
+    expected, _, names = run(lambda model: model.heads.values(), "list")
+    assert names is None
+    found, info, names = run(lambda model: make(model.heads), "dict")
+    assert_close(found, expected)
+    assert info.names == names == NAMES
+
+
+def test_absent_tasks_by_name():
+    model = Model()
+    seg, _, normals = model.losses([model.trunk(model.x)] * 3)
+    info = AlignedMTL().backward({"seg": seg, "depth": None, "normals": normals}, shared=model.trunk)
+    assert info.alpha[1] == 0
+    assert model.heads["depth"].weight.grad is None
+
+
+WRONG = {
+    "a missing name": (lambda hs, L: hs.total({"seg": L, "depth": L}), ValueError, "none for 'normals' (None says"),
+    "an unknown name": (
+        lambda hs, L: hs.total({"seg": L, "depth": L, "normals": L, "edges": L}),
+        ValueError,
+        "losses: expected one for each of 'seg', 'depth', 'normals', got an unknown 'edges'",
+    ),
+    "an unknown alias": (lambda hs, L: hs["edges"], KeyError, "expected one of ('seg', 'depth', 'normals')"),
+    "an alias where there are no names": (
+        lambda hs, L: fastmtl.fan_out(L.detach(), 2, AlignedMTL())["seg"],
+        KeyError,
+        "the tasks have no names",
+    ),
+    "losses by name where there are none": (
+        lambda hs, L: fastmtl.fan_out(L.clone(), 2, AlignedMTL()).total({"seg": L, "depth": L}),
+        TypeError,
+        "losses: expected a list, tuple or tensor [T] for tasks without names, got dict",
+    ),
+    "no losses": (lambda hs, L: AlignedMTL().backward({}), ValueError, "losses: expected at least one loss"),
+    "a name twice": (
+        lambda hs, L: fastmtl.fan_out(L, ("seg", "seg"), AlignedMTL()),
+        ValueError,
+        "tasks: expected different names, got 'seg', 'seg'",
+    ),
+    "names that are none": (
+        lambda hs, L: fastmtl.fan_out(L, ("seg", 1), AlignedMTL()),
+        ValueError,
+        "tasks: expected an integer >= 1 or T names, got ('seg', 1)",
+    ),
+    "a word": (lambda hs, L: fastmtl.fan_out(L, "seg", AlignedMTL()), ValueError, "or T names, got 'seg'"),
+    "a bool": (lambda hs, L: fastmtl.fan_out(L, True, AlignedMTL()), ValueError, "tasks: expected an integer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_names(name):
+    call, kind, message = WRONG[name]
+    model = Model()
+    hs = fastmtl.fan_out(model.trunk(model.x), NAMES, AlignedMTL())
+    with pytest.raises(kind, match=re.escape(message)):
+        call(hs, model.losses(hs)[0])
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [lambda trunk: list(trunk.parameters()), lambda trunk: trunk.parameters(), lambda trunk: [*trunk.parameters()] * 2],
+    ids=["list", "generator", "twice"],
+)
+def test_frozen_parameters_are_passed_over(shared):
+    expected, _ = step("list", "module")
+    model = Model()
+    AlignedMTL().backward(model.losses([model.trunk(model.x)] * 3), shared=shared(model.trunk))
+    assert_close(model.grads(), expected)
+    assert model.trunk[2].weight.grad is None
+
+
+def test_groups_are_modules_or_parameters_too():
+    expected, _ = step("list", "groups")
+    model = Model()
+    groups = [model.trunk[:2].parameters(), list(model.trunk[2:].parameters())]
+    AlignedMTL().backward(model.losses([model.trunk(model.x)] * 3), groups=groups)
+    assert_close(model.grads(), expected)
+
+
+CALLS = {
+    "matrix": lambda model, S: NashMTL()(torch.eye(2, 3), grad_scale=S),
+    "weighting": lambda model, S: NashMTL().weighting(torch.eye(2), grad_scale=S),
+    "backward": lambda model, S: NashMTL().backward(model.losses([model.trunk(model.x)] * 3), grad_scale=S),
+    "fan_out": lambda model, S: fastmtl.fan_out(model.trunk(model.x), 3, NashMTL(), grad_scale=S),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("S", "kind"),
+    [
+        (0.0, ValueError),
+        (-1, ValueError),
+        (math.inf, ValueError),
+        (torch.ones(2), ValueError),
+        ("2", TypeError),
+        (True, TypeError),
+        (torch.tensor(2), TypeError),
+        (2j, TypeError),
+    ],
+    ids=str,
+)
+def test_a_wrong_grad_scale(call, S, kind):
+    with pytest.raises(kind, match=r"^grad_scale: expected"):
+        CALLS[call](Model(), S)
+
+
+@pytest.mark.parametrize("S", [np.float32(8), np.int64(8), 8, torch.tensor(8.0), torch.tensor([8.0])], ids=repr)
+def test_numbers_of_any_kind(S):
+    def run(S, tasks):
+        model = Model()
+        hs = fastmtl.fan_out(model.trunk(model.x), tasks, NashMTL(), grad_scale=S)
+        (hs.total(model.losses(hs)) * 8.0).backward()
+        return model.grads()
+
+    assert_close(run(S, np.int64(3)), run(8.0, 3))
