@@ -14,10 +14,8 @@ from fastmtl.inputs import (
     DTYPES,
     Losses,
     Rows,
-    check_apart,
-    check_matrix,
-    check_out,
     check_tangent,
+    checked_out,
     describe,
     transforming,
 )
@@ -26,7 +24,7 @@ from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
-__all__ = ["GradScale", "GramMethod", "Method", "checked_out"]
+__all__ = ["GradScale", "GramMethod", "Method"]
 
 GradScale: TypeAlias = Tensor | float | None  # None for 1
 
@@ -398,14 +396,3 @@ def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
     if eager and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
     return alpha.detach().to(torch.float64).contiguous()
-
-
-def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
-    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
-    check_matrix(G)
-    *batch, _, P = G.shape
-    if out is None:
-        return G.new_empty((*batch, P))
-    check_out(out, G, (*batch, P))
-    check_apart([out], [G])
-    return out
