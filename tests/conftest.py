@@ -1,4 +1,8 @@
-"""Shared fixtures: every test starts from the same seed and leaves the thread count as it found it; `--slow`."""
+"""Shared fixtures: every test starts from the same seed and leaves the thread count as it found it.
+
+`--slow` (make test-all) runs all there is. Without, tests marked `slow` are skipped, and of tests over products of
+parameters run the cases that thinning.py picks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from thinning import thinned
 
 from fastmtl import once
 
@@ -39,12 +44,18 @@ def no_collector() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too (make test-all)")
+    text = "run the tests marked slow too, and full products of parameters (make test-all)"
+    parser.addoption("--slow", action="store_true", help=text)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow"):
         return
+    everything = list(items)
+    items[:] = thinned(everything)
+    kept = set(items)
+    config.hook.pytest_deselected(items=[item for item in everything if item not in kept])
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs under `make test-all` (--slow)"))
