@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import describe
+from fastmtl.inputs import Losses, check_losses, describe
 from fastmtl.options import check_number
 
 __all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
@@ -82,7 +82,7 @@ class Rule(Protocol):
 
 def context_of(
     rule: Rule,
-    losses: Sequence[Tensor | None] | Tensor | None,
+    losses: Losses | None,
     T: int,
     grad_scale: Tensor | float | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
@@ -115,26 +115,23 @@ def checked_scale(grad_scale: Any) -> Tensor | float | None:
     return grad_scale.detach().reshape(()) if grad_scale.requires_grad or grad_scale.ndim else grad_scale
 
 
-def checked_losses(losses: Sequence[Tensor | None] | Tensor, T: int) -> Tensor:
+def checked_losses(losses: Losses, T: int, names: tuple[str, ...] | None = None) -> Tensor:
     """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
-        TypeError: no tensor [T] or sequence of tensors, or no real numbers.
-        ValueError: not T of them.
+        TypeError: as `check_losses`, or no real numbers.
+        ValueError: as `check_losses`, or not T of them.
     """
     if isinstance(losses, Tensor):
-        values = losses.detach()
-    elif isinstance(losses, (list, tuple)) and all(isinstance(loss, (Tensor, type(None))) for loss in losses):
-        like = next((loss for loss in losses if loss is not None), torch.empty((), device="cpu"))
-        each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in losses]
-        values = torch.stack(each) if each else torch.empty(0, device="cpu")
-    else:
-        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
-    if values.is_complex() or values.layout is not torch.strided:
-        raise TypeError(f"losses: expected real numbers, got {describe(values)}")
-    if values.shape != (T,):
-        raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(values)}")
-    return values.to(torch.float64)
+        if losses.is_complex() or losses.layout is not torch.strided:
+            raise TypeError(f"losses: expected real numbers, got {describe(losses)}")
+        if losses.shape != (T,):
+            raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(losses)}")
+        return losses.detach().to(torch.float64)
+    parts = check_losses(losses, T, names)
+    like = next((loss for loss in parts if loss is not None), torch.empty((), device="cpu"))
+    each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in parts]
+    return torch.stack(each).to(torch.float64)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:

@@ -145,8 +145,8 @@ class Method(nn.Module):
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
                 whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
-            groups: parts of the shared parameters, each as `shared`, that are aggregated on their own, for example one a layer; all their
-                T × T problems are solved as one batch. `shared` then has to be None.
+            groups: parts of the shared parameters, each as `shared`, that are aggregated on their own, for example one a
+                layer; all their T × T problems are solved as one batch. `shared` then has to be None.
             scale_heads: multiply the gradients of head t by α_t.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import describe
+from fastmtl.inputs import Losses, describe
 from fastmtl.observe import diagnostics
 from fastmtl.rule import checked_losses
 
@@ -83,13 +83,13 @@ class Monitor:
         self._history: list[dict[str, np.ndarray]] = []
         self._written = 0
 
-    def record(self, info: Info, losses: Sequence[Tensor] | Tensor | None = None, step: int | None = None) -> None:
+    def record(self, info: Info, losses: Losses | None = None, step: int | None = None) -> None:
         """Records one step. Neither reads a value nor waits for the device, but for every `buffer`-th record.
 
         Args:
             info: of this step; with `groups=` its diagnostics have a leading dimension, one entry a group. What it
                 does not have is not recorded: a method without a Gram matrix leaves no more than α and the losses.
-            losses: the T losses, to be kept beside it.
+            losses: the T losses, to be kept beside it; by name, where the info has names.
             step: the number of the step; default: how many calls there were before.
 
         Raises:
@@ -105,7 +105,7 @@ class Monitor:
         fields = {name: value for name in _FIELDS if (value := getattr(info, name)) is not None}
         if losses is not None:
             like = info.gram if info.alpha is None else info.alpha
-            fields["losses"] = checked_losses(losses, len(losses) if like is None else like.shape[-1])
+            fields["losses"] = checked_losses(losses, len(losses) if like is None else like.shape[-1], info.names)
         shapes = {name: list(value.shape) for name, value in fields.items()}
         if self._shapes is None:
             self._shapes = shapes

@@ -292,7 +292,8 @@ class FanOut(Sequence[Any]):
             capture.take(here)
         if once.first("losses", capture.watch.site):
             self._examine(here)
-        return _Total.apply(capture, [loss is not None for loss in here], *summands)
+        total: Tensor = _Total.apply(capture, [loss is not None for loss in here], *summands)
+        return total
 
     def _examine(self, losses: Sequence[Tensor | None]) -> None:
         """Warns of losses that do not depend on their alias, and of ways around the aliases."""

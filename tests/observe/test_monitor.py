@@ -412,10 +412,10 @@ def test_bad_records():
         with pytest.raises(TypeError, match="info: expected an Info, got"):
             monitor(bad)
     for bad in (losses(0)[:3], torch.ones(5)):
-        with pytest.raises(ValueError, match=r"losses: expected 4 \(the number of tasks\), got"):
+        with pytest.raises(ValueError, match=r"losses: expected 4"):
             monitor(aligned_info(0), bad)
     for bad in ([1.0, 2.0, 3.0, 4.0], 3.0):
-        with pytest.raises(TypeError, match="losses: expected a tensor"):
+        with pytest.raises(TypeError, match=r"losses(\[0\])?: expected a"):
             monitor(aligned_info(0), bad)
     for info, given in ((aligned_info(0), None), (other_info(0), losses(0)), (aligned_info(0, 5), losses(0, 5))):
         with pytest.raises(ValueError, match=r"info: expected the fields of the first record, .*, got"):

@@ -1,0 +1,171 @@
+"""LibMTL's weightings that look at gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastmtl
+from fastmtl import scalarization
+from fastmtl.info import Info
+from fastmtl.integrations.libmtl.weighting import Weighting, one_by_one
+from fastmtl.methods.aligned import RankRule, Scale
+from fastmtl.methods.base import Method
+from fastmtl.methods.mgda import Normalization
+from fastmtl.rule import NOTHING, Context
+
+__all__ = [
+    "IMTL",
+    "MGDA",
+    "RGW",
+    "Aligned_MTL",
+    "CAGrad",
+    "FairGrad",
+    "GradDrop",
+    "GradVac",
+    "Nash_MTL",
+    "PCGrad",
+    "UPGrad",
+]
+
+
+class Aligned_MTL(Weighting):
+    """`fastmtl.AlignedMTL` with task weights one, as LibMTL has it; `rank_rule="gram"` is LibMTL's rank rule."""
+
+    @staticmethod
+    def make(tasks: int, scale: Scale = "min", rank_rule: RankRule = "normalized") -> Method:
+        """See the class."""
+        return fastmtl.AlignedMTL(weights="sum", scale=scale, rank_rule=rank_rule)
+
+
+class MGDA(Weighting):
+    """`fastmtl.MGDA`; `mgda_gn` is its normalization. The weights are applied to the gradients as they are."""
+
+    @staticmethod
+    def make(tasks: int, mgda_gn: Normalization = "none") -> Method:
+        """See the class."""
+        return fastmtl.MGDA(normalization=mgda_gn)
+
+
+class PCGrad(Weighting):
+    """`fastmtl.PCGrad`."""
+
+    @staticmethod
+    def make(tasks: int) -> Method:
+        """See the class."""
+        return fastmtl.PCGrad()
+
+
+class GradVac(Weighting):
+    """`fastmtl.GradVac`; `beta` is what earlier versions of LibMTL call `GradVac_beta`.
+
+    `GradVac_group_type`: 0, the whole model; 1, every layer of `encoder` has targets of its own; 2, every tensor of the
+    shared parameters. With `rep_grad=True` it has to be 0.
+    """
+
+    @staticmethod
+    def make(tasks: int, GradVac_beta: float = 0.5, beta: float | None = None) -> Method:
+        """See the class."""
+        return fastmtl.GradVac(beta=GradVac_beta if beta is None else beta)
+
+    def backward(self, losses: Tensor | Sequence[Tensor], GradVac_group_type: int = 0, **kwargs: Any) -> Any:
+        """See `Weighting.backward`."""
+        if GradVac_group_type not in (0, 1, 2) or (GradVac_group_type and self.rep_grad):
+            expected = "0 with rep_grad=True" if self.rep_grad else "0, 1 or 2"
+            raise ValueError(f"GradVac_group_type: expected {expected}, got {GradVac_group_type!r}")
+        self._configure(kwargs)
+        groups = self._groups(by_layer=GradVac_group_type == 1) if GradVac_group_type else None
+        return self._step(one_by_one(losses), groups)
+
+    def _groups(self, by_layer: bool) -> list[list[Tensor]]:
+        shared = {id(p): p for p in self.get_share_params() if p.requires_grad}
+        groups: list[list[Tensor]] = []
+        if by_layer:
+            encoder: Any = self.encoder
+            for layer in encoder.modules():
+                groups.append([p for p in layer.parameters(recurse=False) if shared.pop(id(p), None) is not None])
+        return [*(group for group in groups if group), *([p] for p in shared.values())]
+
+
+class CAGrad(Weighting):
+    """`fastmtl.CAGrad`; `calpha` is its c. LibMTL's third `rescale`, 2, divides by 1 + c."""
+
+    @staticmethod
+    def make(tasks: int, calpha: float = 0.5, rescale: Literal[0, 1, 2] = 1) -> Method:
+        """See the class."""
+        return _LinearlyRescaled(c=calpha, rescale=0) if rescale == 2 else fastmtl.CAGrad(c=calpha, rescale=rescale)
+
+
+class _LinearlyRescaled(fastmtl.CAGrad):
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        info = super().solve(M, dtype, context)
+        info.alpha = info.alpha / (1 + self.c)
+        return info
+
+
+class IMTL(Weighting):
+    """`fastmtl.IMTL` on losses scaled by `fastmtl.scalarization.IMTLL`: both halves of the method."""
+
+    @staticmethod
+    def make(tasks: int) -> Method:
+        """See the class."""
+        return fastmtl.IMTL()
+
+    def init_param(self) -> None:
+        """See `Weighting.init_param`."""
+        super().init_param()
+        self.scales = scalarization.IMTLL(self.task_num)
+
+    def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
+        """See `Weighting.backward`; the weights are those of the scaled losses."""
+        self._configure(kwargs)
+        return self._step(self.scales.scaled(one_by_one(losses)))  # type: ignore[arg-type]
+
+
+class Nash_MTL(Weighting):
+    """`fastmtl.NashMTL`; heads get their own gradients unweighted. `optim_niter` has no effect: α is exact."""
+
+    @staticmethod
+    def make(tasks: int, update_weights_every: int = 1, optim_niter: int = 20, max_norm: float = 1.0) -> Method:
+        """See the class."""
+        return fastmtl.NashMTL(max_norm=max_norm, every=update_weights_every)
+
+
+class GradDrop(Weighting):
+    """`fastmtl.GradDrop`, coordinate by coordinate on the gradients as they are; returns no task weights."""
+
+    @staticmethod
+    def make(tasks: int, leak: float = 0.0) -> Method:
+        """See the class."""
+        return fastmtl.GradDrop(leak=leak)
+
+
+class RGW(Weighting):
+    """`fastmtl.RLW`."""
+
+    @staticmethod
+    def make(tasks: int) -> Method:
+        """See the class."""
+        return fastmtl.RLW()
+
+
+class UPGrad(Weighting):
+    """`fastmtl.UPGrad`. `UPGrad_norm_eps` and `UPGrad_reg_eps` have no effect: nothing has to be regularized."""
+
+    @staticmethod
+    def make(tasks: int, UPGrad_norm_eps: float = 0.0, UPGrad_reg_eps: float = 0.0) -> Method:
+        """See the class."""
+        return fastmtl.UPGrad()
+
+
+class FairGrad(Weighting):
+    """`fastmtl.FairGrad`; heads get their own gradients unweighted."""
+
+    @staticmethod
+    def make(tasks: int, FairGrad_alpha: float = 1.0) -> Method:
+        """See the class."""
+        return fastmtl.FairGrad(fairness=FairGrad_alpha)
