@@ -23,6 +23,7 @@ from torch import Tensor
 import fastmtl
 from fastmtl import scalarization
 from fastmtl.scaling.timing import interleave
+from fastmtl.training.fan_out import Via
 
 pytest.importorskip("pytest_benchmark")
 
@@ -51,7 +52,7 @@ def plain(model: workloads.MultiTask) -> Callable[[], object]:
     return model.step
 
 
-def fan_out(model: workloads.MultiTask, via: str = "node") -> Callable[[], object]:
+def fan_out(model: workloads.MultiTask, via: Via = "node") -> Callable[[], object]:
     """One backward of the summed losses, aggregation where the aliases of the representation meet."""
     method = fastmtl.AlignedMTL()
     return lambda: model.step(lambda h: fastmtl.fan_out(h, model.tasks, method, via=via))

@@ -1,6 +1,6 @@
-"""Which methods there are: `python -m fastmtl methods`, and the table of the README.
+"""Which methods there are: `make` makes one by its name, `python -m fastmtl methods` lists them, as does the README.
 
-What a method needs, keeps and takes as options is read from its class; what its peers call it stands here.
+What a method needs, keeps and takes as options is read from its class; its names stand here.
 """
 
 from __future__ import annotations
@@ -8,49 +8,53 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from fastmtl import methods, scalarization
-from fastmtl.methods.base import GramMethod
+from fastmtl.methods.base import GramMethod, Method
 from fastmtl.methods.state import StatefulMethod
+from fastmtl.scalarization import Scalarization
 
-__all__ = ["Entry", "entries", "table"]
+__all__ = ["Entry", "entries", "make", "table"]
 
-# What TorchJD 0.18, LibMTL and the official code of Aligned-MTL call it.
-_PEERS: dict[type, tuple[str, str, str]] = {
-    methods.AlignedMTL: ("AlignedMTL", "Aligned_MTL", "amtl, amtlub"),
-    methods.MGDA: ("MGDA", "MGDA", "mgda, mgdaub"),
-    methods.PCGrad: ("PCGrad", "PCGrad", "pcgrad"),
-    methods.GradVac: ("GradVac", "GradVac", "gradvac"),
-    methods.CAGrad: ("CAGrad", "CAGrad", "cagrad"),
-    methods.IMTL: ("IMTLG", "IMTL", "imtl"),
-    methods.NashMTL: ("NashMTL", "Nash_MTL", "nash"),
-    methods.GradDrop: ("GradDrop", "GradDrop", "graddrop"),
-    methods.Uniform: ("Mean, Sum, Constant", "EW", "ls"),
-    methods.RLW: ("Random", "RGW", ""),
-    methods.UPGrad: ("UPGrad", "UPGrad", ""),
-    methods.DualProj: ("DualProj", "", ""),
-    methods.FairGrad: ("FairGrad", "FairGrad", ""),
-    methods.ConFIG: ("ConFIG", "", ""),
-    methods.Krum: ("Krum", "", ""),
-    scalarization.LS: ("Mean, Sum, Constant", "EW", "ls"),
-    scalarization.RLW: ("Random", "RLW", "rlw"),
-    scalarization.DWA: ("DWA", "DWA", "dwa"),
-    scalarization.Uncertainty: ("UW", "UW", "uncertainty"),
-    scalarization.IMTLL: ("IMTLL", "IMTL", ""),
-    scalarization.GradNorm: ("", "GradNorm", "gradnorm"),
-    scalarization.GLS: ("GeometricMean", "GLS", ""),
-    scalarization.STCH: ("STCH", "STCH", ""),
-    scalarization.FAMO: ("FAMO", "FAMO", ""),
+_Kind: TypeAlias = type[Method] | type[Scalarization]
+
+# The name for `make`, and what TorchJD 0.18, LibMTL and the official code of Aligned-MTL call it.
+_NAMES: dict[_Kind, tuple[str, str, str, str]] = {
+    methods.AlignedMTL: ("aligned", "AlignedMTL", "Aligned_MTL", "amtl, amtlub"),
+    methods.MGDA: ("mgda", "MGDA", "MGDA", "mgda, mgdaub"),
+    methods.PCGrad: ("pcgrad", "PCGrad", "PCGrad", "pcgrad"),
+    methods.GradVac: ("gradvac", "GradVac", "GradVac", "gradvac"),
+    methods.CAGrad: ("cagrad", "CAGrad", "CAGrad", "cagrad"),
+    methods.IMTL: ("imtl", "IMTLG", "IMTL", "imtl"),
+    methods.NashMTL: ("nash", "NashMTL", "Nash_MTL", "nash"),
+    methods.GradDrop: ("graddrop", "GradDrop", "GradDrop", "graddrop"),
+    methods.Uniform: ("constant", "Mean, Sum, Constant", "EW", "ls"),
+    methods.RLW: ("rgw", "Random", "RGW", ""),
+    methods.UPGrad: ("upgrad", "UPGrad", "UPGrad", ""),
+    methods.DualProj: ("dualproj", "DualProj", "", ""),
+    methods.FairGrad: ("fairgrad", "FairGrad", "FairGrad", ""),
+    methods.ConFIG: ("config", "ConFIG", "", ""),
+    methods.Krum: ("krum", "Krum", "", ""),
+    scalarization.LS: ("uniform", "Mean, Sum, Constant", "EW", "ls"),
+    scalarization.RLW: ("rlw", "Random", "RLW", "rlw"),
+    scalarization.DWA: ("dwa", "DWA", "DWA", "dwa"),
+    scalarization.Uncertainty: ("uncertainty", "UW", "UW", "uncertainty"),
+    scalarization.IMTLL: ("imtl-l", "IMTLL", "IMTL", ""),
+    scalarization.GradNorm: ("gradnorm", "", "GradNorm", "gradnorm"),
+    scalarization.GLS: ("gls", "GeometricMean", "GLS", ""),
+    scalarization.STCH: ("stch", "STCH", "STCH", ""),
+    scalarization.FAMO: ("famo", "FAMO", "FAMO", ""),
 }
-_HEADINGS = ("method", "paper", "needs", "state", "options", "TorchJD", "LibMTL", "official")
+_HEADINGS = ("method", "make", "paper", "needs", "state", "options", "TorchJD", "LibMTL", "official")
 
 
 class Entry(NamedTuple):
     """A method as users look for it.
 
     Attributes:
-        name: under `fastmtl`.
+        name: of the class, under `fastmtl`.
+        make: its name for `make`.
         paper: where it comes from.
         needs: what it looks at.
         state: what it remembers from step to step; empty for most.
@@ -59,6 +63,7 @@ class Entry(NamedTuple):
     """
 
     name: str
+    make: str
     paper: str
     needs: str
     state: str
@@ -70,10 +75,51 @@ class Entry(NamedTuple):
 
 def entries() -> Iterator[Entry]:
     """Every method: those on gradients first, then those on losses."""
-    for kind, peers in _PEERS.items():
+    for kind, (name, *peers) in _NAMES.items():
         module = kind.__module__.rpartition(".")[0]
         prefix = "scalarization." if module == "fastmtl.scalarization" else ""
-        yield Entry(prefix + kind.__name__, _paper(kind), _needs(kind), _state(kind), _options(kind), *peers)
+        yield Entry(prefix + kind.__name__, name, _paper(kind), _needs(kind), _state(kind), _options(kind), *peers)
+
+
+def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Scalarization:
+    """A method by its name, whether it works on gradients or on losses.
+
+        method = fastmtl.catalog.make("cagrad", tasks=3, c=0.4)
+        method.backward(losses, shared=model.encoder)
+
+    Args:
+        name: as `python -m fastmtl methods` lists them ("uniform" is the plain mean of the losses, "rlw" draws weights
+            of the losses), or that of a class; upper and lower case, hyphens and underscores make no difference.
+        tasks: number of tasks T. Some methods on losses need it; for the others it is checked that T tasks go with
+            their options.
+        options: of the method's constructor.
+
+    Raises:
+        ValueError: no method of this name, options that do not go with T tasks or with each other, no `tasks` where
+            they are needed.
+        TypeError: an option that the method does not have, or of another kind.
+    """
+    kinds = {_plain(kind.__name__): kind for kind in _NAMES} | {_plain(key): kind for kind, (key, *_) in _NAMES.items()}
+    if not isinstance(name, str) or _plain(name) not in kinds:
+        raise ValueError(f"name: expected one of {', '.join(key for key, *_ in _NAMES.values())}, got {name!r}")
+    kind = kinds[_plain(name)]
+    parameters = inspect.signature(kind).parameters
+    for option in options:
+        if option not in parameters:
+            there = ", ".join(p for p in parameters if p != "tasks") or "no options"
+            raise TypeError(f"{option}: expected an option of {kind.__name__} ({there}), got another")
+    if "tasks" in parameters:
+        if tasks is None and parameters["tasks"].default is inspect.Parameter.empty:
+            raise ValueError(f"tasks: expected the number of tasks, which {kind.__name__} needs, got None")
+        options["tasks"] = tasks
+    method: Method | Scalarization = kind(**options)
+    if tasks is not None:
+        method.check_tasks(tasks)
+    return method
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def table(markdown: bool = False) -> str:
@@ -92,23 +138,21 @@ def _paper(kind: type) -> str:
     return summary.rpartition("(")[2].removesuffix(".").removesuffix(")") if "(" in summary else ""
 
 
-def _needs(kind: type) -> str:
+def _needs(kind: _Kind) -> str:
     if kind is scalarization.GradNorm:
         return "losses, gradients of a layer"
-    if issubclass(kind, scalarization.Scalarization):
+    if issubclass(kind, Scalarization):
         return "losses"
     if kind is methods.MGDA:
         return "Gram (losses to normalize by them)"
     return "Gram" if issubclass(kind, GramMethod) else "gradients"
 
 
-def _state(kind: type) -> str:
+def _state(kind: _Kind) -> str:
+    method = make(_NAMES[kind][0], tasks=4)
     if issubclass(kind, StatefulMethod):
-        return ", ".join(kind()._buffers)
-    if issubclass(kind, scalarization.Scalarization):
-        takes_tasks = "tasks" in inspect.signature(kind).parameters
-        return ", ".join(name for name in (kind(2) if takes_tasks else kind()).state_dict() if name[0] != "_")
-    return ""
+        return ", ".join(method._buffers)
+    return ", ".join(name for name in method.state_dict() if name[0] != "_")
 
 
 def _options(kind: type) -> str:

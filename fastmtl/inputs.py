@@ -31,6 +31,7 @@ __all__ = [
     "present_losses",
     "repeats",
     "requires_grad_outside",
+    "stack_losses",
     "transforming",
 ]
 
@@ -251,15 +252,18 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
     Raises:
         TypeError: something else, a dict for tasks without names, or an entry that is neither a floating tensor nor
             None.
-        ValueError: none, another number than T, names that are missing or not known, or an entry of several elements.
+        ValueError: a tensor of another shape, no loss, another number than T, names that are missing or not known, or
+            an entry of several elements.
     """
     if isinstance(losses, Mapping):
         losses = _by_name(losses, names)
-    elif isinstance(losses, Tensor) and losses.ndim == 1:
+    elif isinstance(losses, Tensor):
+        if losses.ndim != 1:
+            raise ValueError(f"losses: expected T scalars or a tensor of shape [T], got {describe(losses)}")
         losses = losses.unbind()
     elif not isinstance(losses, (list, tuple)):
         raise TypeError(
-            f"losses: expected a sequence of T scalar tensors, a tensor [T] or a dict by task, got {describe(losses)}"
+            f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
         )
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
@@ -271,11 +275,36 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
     for t, loss in enumerate(losses):
         if loss is None:
             continue
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        if not isinstance(loss, Tensor) or loss.dtype not in DTYPES:
             raise TypeError(f"losses[{t}]: expected a floating scalar tensor, or None, got {describe(loss)}")
         if loss.numel() != 1:
             raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
     return list(losses)
+
+
+def stack_losses(
+    losses: Any, tasks: int | None = None, names: tuple[str, ...] | None = None, absent: float = 0.0
+) -> Tensor:
+    """The losses as one tensor [T] with their graph, `absent` for None.
+
+    Raises:
+        TypeError: as `check_losses`.
+        ValueError: as `check_losses`, or losses on several devices.
+    """
+    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES:  # noqa: SIM102
+        if losses.numel() and tasks in (None, losses.shape[0]):
+            return losses
+    parts = check_losses(losses, tasks, names)
+    first = next(((t, loss) for t, loss in enumerate(parts) if loss is not None), None)
+    if first is None:
+        return torch.full((len(parts),), absent, device="cpu")
+    for t, loss in enumerate(parts):
+        if loss is not None and loss.device != first[1].device:
+            raise ValueError(
+                f"losses[{t}]: expected a loss on {first[1].device} as losses[{first[0]}], got {describe(loss)}"
+            )
+    filler = first[1].new_full((), absent, requires_grad=False)  # made on the device, not copied there
+    return torch.stack([filler if loss is None else loss.reshape(()) for loss in parts])
 
 
 def _by_name(losses: Mapping[Any, Any], names: tuple[str, ...] | None) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, check_losses, describe
+from fastmtl.inputs import Losses, describe, stack_losses
 from fastmtl.options import check_number
 
 __all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
@@ -51,6 +51,8 @@ class Rule(Protocol):
         on_gram: whether it needs no more of the gradients than their Gram matrix: whether there is a `solve`.
         needs_losses: whether it needs the T losses, in `context`.
         remembers: whether a step depends on those before it.
+        on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
+            gradients to aggregate.
     """
 
     @property
@@ -59,6 +61,8 @@ class Rule(Protocol):
     def needs_losses(self) -> bool: ...
     @property
     def remembers(self) -> bool: ...
+    @property
+    def on_losses(self) -> bool: ...
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
@@ -119,19 +123,10 @@ def checked_losses(losses: Losses, T: int, names: tuple[str, ...] | None = None)
     """The losses as one detached float64 tensor [T], 0 for None.
 
     Raises:
-        TypeError: as `check_losses`, or no real numbers.
-        ValueError: as `check_losses`, or not T of them.
+        TypeError: as `check_losses`.
+        ValueError: as `check_losses`.
     """
-    if isinstance(losses, Tensor):
-        if losses.is_complex() or losses.layout is not torch.strided:
-            raise TypeError(f"losses: expected real numbers, got {describe(losses)}")
-        if losses.shape != (T,):
-            raise ValueError(f"losses: expected {T} (the number of tasks), got {describe(losses)}")
-        return losses.detach().to(torch.float64)
-    parts = check_losses(losses, T, names)
-    like = next((loss for loss in parts if loss is not None), torch.empty((), device="cpu"))
-    each = [like.new_zeros(()) if loss is None else loss.detach().reshape(()) for loss in parts]
-    return torch.stack(each).to(torch.float64)
+    return stack_losses(losses, T, names).detach().to(torch.float64)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:

@@ -246,8 +246,8 @@ BACKWARD = {
     ),
     "losses a matrix": (
         lambda trunk, heads, losses, h, table: (torch.stack(losses)[None], trunk.parameters()),
-        TypeError,
-        ("losses", "sequence", "tensor of shape [1, 2]"),
+        ValueError,
+        ("losses", "shape [T]", "tensor of shape [1, 2]"),
     ),
     "a name that is no string": (
         lambda trunk, heads, losses, h, table: (dict(enumerate(losses)), trunk.parameters()),
@@ -708,6 +708,16 @@ FAN_OUT = {
         lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(weights=[1.0, 2.0])),
         ValueError,
         ("weights", "length 1", "2"),
+    ),
+    "attach with an unknown via": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), via="graph"),
+        ValueError,
+        ("via", "node", "graph"),
+    ),
+    "attach with a wrong scale": (
+        lambda: fastmtl.attach(nn.Tanh(), [nn.ReLU()], M(), grad_scale=-1.0),
+        ValueError,
+        ("grad_scale", "> 0", "-1.0"),
     ),
 }
 

@@ -8,38 +8,26 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl import scalarization
+from fastmtl import catalog
 
-__all__ = ["METHODS", "Balancer"]
+__all__ = ["METHODS", "Balancer", "method_of"]
 
-# How each is made for T tasks, with its authors' options. The first are the paper's rows, in its order.
-METHODS: dict[str, Callable[[int], Any]] = {
-    "uniform": lambda tasks: scalarization.LS(),
-    "dwa": scalarization.DWA,
-    "uncertainty": scalarization.Uncertainty,
-    "gradnorm": scalarization.GradNorm,
-    "rlw": lambda tasks: scalarization.RLW(),
-    "mgda": lambda tasks: fastmtl.MGDA(),
-    "mgda-ub": lambda tasks: fastmtl.MGDA(),
-    "graddrop": lambda tasks: fastmtl.GradDrop(),
-    "pcgrad": lambda tasks: fastmtl.PCGrad(),
-    "gradvac": lambda tasks: fastmtl.GradVac(),
-    "cagrad": lambda tasks: fastmtl.CAGrad(c=0.4),
-    "imtl": lambda tasks: fastmtl.IMTL(),
-    "nash": lambda tasks: fastmtl.NashMTL(),
-    "aligned": lambda tasks: fastmtl.AlignedMTL(),
-    "aligned-ub": lambda tasks: fastmtl.AlignedMTL(),
-    # Not in the paper.
-    "imtl-l": scalarization.IMTLL,
-    "gls": lambda tasks: scalarization.GLS(),
-    "stch": scalarization.STCH,
-    "famo": scalarization.FAMO,
-    "rgw": lambda tasks: fastmtl.RLW(),
-    "upgrad": lambda tasks: fastmtl.UPGrad(),
-    "dualproj": lambda tasks: fastmtl.DualProj(),
-    "fairgrad": lambda tasks: fastmtl.FairGrad(),
-    "config": lambda tasks: fastmtl.ConFIG(),
-}
+_PAPER = "uniform dwa uncertainty gradnorm rlw mgda mgda-ub graddrop pcgrad gradvac cagrad imtl nash aligned aligned-ub"
+_MORE = "imtl-l gls stch famo rgw upgrad dualproj fairgrad config"
+# The paper's rows, in its order, and others: the library's names; `-ub` aggregates gradients of the representation.
+METHODS = (*_PAPER.split(), *_MORE.split())
+_OPTIONS = {"cagrad": {"c": 0.4}}  # the authors', where the library's defaults are others
+
+
+def method_of(name: str, tasks: int) -> Any:
+    """The method of this name for T tasks.
+
+    Raises:
+        ValueError: a name that is not one of `METHODS`.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    return catalog.make(name.removesuffix("-ub"), tasks=tasks, **_OPTIONS.get(name, {}))
 
 
 class Balancer(nn.Module):
@@ -57,19 +45,15 @@ class Balancer(nn.Module):
 
     def __init__(self, name: str, tasks: int) -> None:
         super().__init__()
-        if name not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
         self.name, self.tasks = name, tasks
         self.upper_bound = name.endswith("-ub")
-        self.method = METHODS[name](tasks)
+        self.method = method_of(name, tasks)
 
     def extra_repr(self) -> str:
         """Name, number of tasks and options."""
         return f"{self.name!r}, tasks={self.tasks}, method={self.method!r}"
 
-    def backward(
-        self, losses: Sequence[Tensor], shared: Iterable[Tensor], representation: Any = None
-    ) -> fastmtl.Info | None:
+    def backward(self, losses: Sequence[Tensor], shared: Iterable[Tensor], representation: Any = None) -> fastmtl.Info:
         """Adds to `.grad`: the aggregated gradient to shared parameters, each loss's own to the others.
 
         Args:
@@ -78,23 +62,15 @@ class Balancer(nn.Module):
             representation: what the encoder returned, for the methods that need it.
 
         Returns:
-            What a method on gradients saw and did; None for the methods on losses.
+            What the method saw and did; of a method on losses, the task weights.
         """
-        shared = list(shared)
-        if self.upper_bound:
-            return self.method.backward(losses, representation=representation)
-        if not isinstance(self.method, scalarization.Scalarization):
-            return self.method.backward(losses, shared=shared)
-        layer = [next(p for p in reversed(shared) if p.ndim > 1)] if self.name == "gradnorm" else []
-        self.method(losses, *layer).backward()
-        return None
+        where: dict[str, Any] = {"representation": representation} if self.upper_bound else {"shared": shared}
+        return self.method.backward(losses, **where)
 
     def after_step(self, losses: Callable[[], Sequence[Tensor]]) -> None:
         """After the optimizer's step; `losses` computes those of the same batch again, for the one that asks (FAMO)."""
-        if isinstance(self.method, scalarization.FAMO):
-            self.method.update(losses())
+        self.method.after_step(losses)
 
     def end_epoch(self) -> None:
         """After an epoch: DWA compares epochs."""
-        if isinstance(self.method, scalarization.DWA):
-            self.method.epoch()
+        self.method.end_epoch()

@@ -36,7 +36,7 @@ SINGLE = "single"  # the network without shared parameters, which there is nothi
 
 
 class Update(NamedTuple):
-    """What an update saw: losses before it [T], and what the methods on gradients did (None for those on losses)."""
+    """What an update saw: losses before it [T], and what the methods did."""
 
     critic: Tensor
     actor: Tensor
@@ -209,7 +209,7 @@ class Agent(nn.Module):
             representation = list(run(network.encode, self.all).split(1, 1))
             outputs = [network.decode(h, t) for h, t in zip(representation, self.each, strict=True)]
             losses = [losses_of(out, t)[0] for out, t in zip(outputs, self.each, strict=True)]
-        elif isinstance(self.balancers[part].method, fastmtl.scalarization.Scalarization):
+        elif self.balancers[part].method.on_losses:  # type: ignore[union-attr]
             losses = list(losses_of(run(network, self.all), self.all).unbind())
         else:
             losses = [losses_of(run(network, t), t)[0] for t in self.each]

@@ -28,20 +28,19 @@ from torch.func import functional_call, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastmtl
-from experiments.harness import METHODS
+from experiments.harness import METHODS, method_of
 from fastmtl import scalarization
 
 __all__ = ["NAMES", "OnGradients", "OnLosses", "batched"]
 
 TASKS = 2
 
-_ALIGNED: dict[str, Callable[[int], Any]] = {
-    "aligned": lambda tasks: fastmtl.AlignedMTL(weights="sum"),
-    "aligned-gram": lambda tasks: fastmtl.AlignedMTL(weights="sum", rank_rule="gram"),
-    "aligned-tight": lambda tasks: fastmtl.AlignedMTL(weights="sum", rtol=tasks * torch.finfo(torch.float32).eps),
+_ALIGNED: dict[str, dict[str, Any]] = {
+    "aligned": {},
+    "aligned-gram": {"rank_rule": "gram"},
+    "aligned-tight": {"rtol": TASKS * torch.finfo(torch.float32).eps},
 }
-_METHODS = {name: make for name, make in METHODS.items() if not name.endswith("-ub")} | _ALIGNED
-NAMES = tuple(_METHODS)
+NAMES = tuple(dict.fromkeys([name for name in METHODS if not name.endswith("-ub")] + list(_ALIGNED)))
 
 
 class OnGradients:
@@ -65,13 +64,11 @@ class OnGradients:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on."""
-        state = self.method.state_dict() if isinstance(self.method, nn.Module) else {}
-        return {"method": dict(state), "generator": self.generator.get_state()}
+        return {"method": dict(self.method.state_dict()), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores it."""
-        if isinstance(self.method, nn.Module):
-            self.method.load_state_dict(state["method"])
+        self.method.load_state_dict(state["method"])
         self.generator.set_state(state["generator"])
 
 
@@ -139,13 +136,11 @@ class _Step(nn.Module):
         self.method = method
 
     def forward(self, L: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.method, scalarization.FAMO):
-            self.method.update(L)  # the problem has no batches: these are the losses after the step before
+        self.method.after_step(lambda: L)  # the problem has no batches: these are the losses after the step before
         value = self._norms(L, G) if isinstance(self.method, scalarization.GradNorm) else self.method(L)
-        if isinstance(self.method, scalarization.DWA):
-            self.method.epoch()
-        assert self.method.weights is not None  # set by the call
-        return value, self.method.weights
+        self.method.end_epoch()
+        assert self.method.last_weights is not None  # set by the call
+        return value, self.method.last_weights
 
     def _norms(self, L: Tensor, G: Tensor) -> Tensor:
         """GradNorm wants a graph from the losses to x: that of the linear functions with these values and gradients."""
@@ -154,10 +149,10 @@ class _Step(nn.Module):
         def at(x: Tensor) -> tuple[Tensor, Any]:
             inner = {k: b.clone() for k, b in state.items()}  # a derivative allows no writing to what is outside of it
             value = functional_call(self.method, inner, ((L + G @ x).unbind(), x))
-            return value, (value.detach(), self.method.weights, inner)
+            return value, (value.detach(), self.method.last_weights, inner)
 
         result: Any = vjp(at, torch.zeros_like(L), has_aux=True)
-        value, self.method.weights, inner = result[-1]
+        value, self.method.last_weights, inner = result[-1]
         for k, b in state.items():
             b.copy_(inner[k])
         return value
@@ -187,9 +182,11 @@ def batched(name: str, problems: int, seed: int) -> OnGradients | OnLosses:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in _METHODS:
+    if name not in NAMES:
         raise ValueError(f"method: expected one of {', '.join(NAMES)}, got {name!r}")
-    method, generator = _METHODS[name](TASKS), torch.Generator().manual_seed(seed)
-    if isinstance(method, scalarization.Scalarization):
+    options = _ALIGNED.get(name)
+    method: Any = method_of(name, TASKS) if options is None else fastmtl.AlignedMTL(weights="sum", **options)
+    generator = torch.Generator().manual_seed(seed)
+    if method.on_losses:
         return OnLosses(method, generator, problems)
     return OnGradients(method, generator)

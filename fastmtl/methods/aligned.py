@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl.info import Info, tolerances
-from fastmtl.inputs import Rows
+from fastmtl.inputs import Losses, Rows
 from fastmtl.methods.base import GramMethod, checked_out
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, choice, number, option, show_weights
@@ -82,7 +82,7 @@ class AlignedMTL(Weighted, GramMethod):
         gradients: Tensor,
         out: Tensor | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor: ...
     @overload
@@ -91,10 +91,17 @@ class AlignedMTL(Weighted, GramMethod):
         gradients: Rows,
         out: Sequence[Tensor | None] | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aligned gradient αᵀ G: see `Method.__call__`."""
         if grad_scale is not None or losses is not None or not isinstance(gradients, Tensor):
             return super().__call__(gradients, out, losses=losses, grad_scale=grad_scale)

@@ -48,6 +48,7 @@ class Method(nn.Module):
     on_gram: ClassVar[bool] = False
     needs_losses: bool = False
     remembers: bool = False
+    on_losses: ClassVar[bool] = False  # as a scalarization is
 
     @overload
     def __call__(
@@ -55,7 +56,7 @@ class Method(nn.Module):
         gradients: Tensor,
         out: Tensor | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor: ...
     @overload
@@ -64,10 +65,17 @@ class Method(nn.Module):
         gradients: Rows,
         out: Sequence[Tensor | None] | None = None,
         *,
-        losses: Sequence[Tensor | None] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> list[Tensor | None]: ...
-    def __call__(self, gradients, out=None, *, losses=None, grad_scale=None):
+    def __call__(
+        self,
+        gradients: Any,
+        out: Any = None,
+        *,
+        losses: Losses | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
         Args:
@@ -145,8 +153,8 @@ class Method(nn.Module):
                 T passes from there to `shared` (default: all parameters behind the features).
             batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
                 whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
-            groups: parts of the shared parameters, each as `shared`, that are aggregated on their own, for example one a
-                layer; all their T × T problems are solved as one batch. `shared` then has to be None.
+            groups: parts of the shared parameters, each as `shared`, aggregated on their own, for example one a layer;
+                all their T × T problems are solved as one batch. `shared` then has to be None.
             scale_heads: multiply the gradients of head t by α_t.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
@@ -185,7 +193,7 @@ class Method(nn.Module):
             engine=engine,
         )
 
-    def after_step(self, losses: Callable[[], Sequence[Tensor | None] | Tensor]) -> None:
+    def after_step(self, losses: Callable[[], Losses]) -> None:
         """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
 
         Args:
@@ -308,7 +316,7 @@ class GramMethod(Method):
         M: Tensor,
         dtype: torch.dtype | None = None,
         *,
-        losses: Sequence[Tensor] | Tensor | None = None,
+        losses: Losses | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
@@ -385,11 +393,12 @@ def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
     """
     name, shape = f"{method!r}.weigh", list(M.shape[:-1])
     expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
-    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or alpha.layout is not torch.strided:
+    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
         raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
     if alpha.shape != M.shape[:-1] or alpha.device != M.device:
         raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
-    if alpha.requires_grad and torch.is_grad_enabled():
+    if eager and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
     return alpha.detach().to(torch.float64).contiguous()
 

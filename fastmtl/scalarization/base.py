@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, describe, has_numbers
-from fastmtl.options import check_number, integer, option
+from fastmtl.inputs import Losses, check_losses, describe, has_numbers, names_of, stack_losses
+from fastmtl.options import integer, option
+from fastmtl.rule import checked_scale
 
-__all__ = ["Losses", "Scalarization", "divided", "masked", "number_of", "present"]
-
-Losses = Tensor | Sequence[Tensor | None]
+__all__ = ["Scalarization", "divided", "masked", "number_of", "present"]
 
 
 class Scalarization(nn.Module):
     """One differentiable scalar from T task losses, for methods that look at the losses rather than at gradients.
 
-    Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too. State lies in
-    buffers and parameters, so that `state_dict()` restores a run exactly; it changes in training mode only, not under
-    `.eval()`. Nothing waits for a GPU. The state follows the losses it is given: where several processes train one
-    model, average the losses over them first.
+    Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too, and stands where
+    another method's `backward` stands; so does `fan_out(h, T, method)`, whose `total(losses)` is then the scalar. State
+    lies in buffers and parameters, so that `state_dict()` restores a run exactly; it changes in training mode only, not
+    under `.eval()`. Nothing waits for a GPU. The state follows the losses it is given: where several processes train
+    one model, average the losses over them first.
 
     A task is absent if its loss is None, or needs no gradient beside others that do. The scalar is then that of the
     others, its task weight is 0, default weights stay 1/T, and what the method remembers of it stays as it was.
@@ -38,28 +38,36 @@ class Scalarization(nn.Module):
         tasks: number of tasks T that is expected; None for any.
 
     Attributes:
-        weights: the task weights of the last call, [T]: the derivative of the result with respect to each loss,
+        last_weights: the task weights of the last call, [T]: the derivative of the result with respect to each loss,
             detached; None before the first call.
+        names: the tasks' names, once losses have come by names; the same names in another order are put in this one.
 
     Raises:
         TypeError: `tasks` is not an int.
         ValueError: `tasks` is less than 1.
     """
 
+    on_losses: ClassVar[bool] = True
+    on_gram: ClassVar[bool] = False
+    needs_losses: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
+
     tasks: int | None = option(integer(1, optional=True), fixed=True)
-    weights: Tensor | None
+    last_weights: Tensor | None
+    names: tuple[str, ...] | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()
         self.tasks = tasks
-        self.weights = None
+        self.last_weights = None
+        self.names = None
 
-    def forward(self, losses: Losses, *, grad_scale: Tensor | float = 1.0) -> Tensor:
+    def forward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> Tensor:
         """The scalarization f(L) of T losses.
 
         Args:
-            losses: T scalar tensors, None for those of absent tasks, or a tensor [T]; float32, float64, bfloat16 or
-                float16.
+            losses: T scalar tensors (a list, a tuple, or a dict by task), None for those of absent tasks, or a tensor
+                [T]; float32, float64, bfloat16 or float16.
             grad_scale: the factor S by which the losses come scaled, a loss scaler's: a positive number or a tensor
                 with one element. The result is S · f(L / S), whose gradient is S times the one of unscaled losses, and
                 what the method remembers are the unscaled losses.
@@ -68,46 +76,118 @@ class Scalarization(nn.Module):
             A scalar tensor [], float64 for float64 losses, else float32.
 
         Raises:
-            TypeError: a loss is no floating tensor, or `grad_scale` is neither a number nor a tensor.
+            TypeError: a loss is no floating tensor, or `grad_scale` is neither a number nor a floating tensor.
             ValueError: losses that are not scalars, none, another number than T, on another device than the state, or
                 (on the CPU) outside of the method's domain; a `grad_scale` of several elements, or a number that is not
                 positive and finite.
         """
+        S = checked_scale(grad_scale)
         L, here = self._stacked(losses)
-        L = divided(L, grad_scale)
+        L = divided(L, S)
         valid = L.detach().isfinite().all() & self._within(L.detach())
         value, weights = self._scalarize(L, here)
-        self.weights = weights.detach().to(L.dtype)
+        self.last_weights = weights.detach().to(L.dtype)
         valid = valid & value.detach().isfinite()
         if self.training:
             with torch.no_grad():
                 self._remember(L.detach(), valid if here is None else valid & here)
         # A factor, not a choice: it makes the gradient NaN as well, so that a loss scaler skips the step.
-        return (value * torch.where(valid, 1.0, math.nan) * _scalar(grad_scale)).to(L.dtype)
+        value = value * torch.where(valid, 1.0, math.nan)
+        return (value if S is None else value * S).to(L.dtype)
 
-    def backward(self, losses: Losses, *args: Any, retain_graph: bool = False, **options: Any) -> Info:
-        """The backward pass of `self(losses, ...)`, to stand where another method's `backward` stands.
+    def backward(
+        self,
+        losses: Losses,
+        shared: nn.Module | Iterable[Tensor] | None = None,
+        *,
+        representation: Any = None,
+        features: Any = None,
+        batched: bool = False,
+        groups: Sequence[Iterable[Tensor]] | None = None,
+        scale_heads: bool = False,
+        retain_graph: bool = False,
+        process_group: Any = None,
+        grad_scale: Tensor | float | None = None,
+        engine: Literal["full", "gramian", "auto"] = "full",
+    ) -> Info:
+        """The one backward pass of `self(losses)`, to stand where another method's `backward` stands.
+
+        All parameters that a loss reaches get the gradient of the scalar, those of head t too: α_t times that of its
+        loss, with or without `scale_heads`.
 
         Args:
             losses: as in `forward`.
-            *args: further arguments of `forward`.
+            shared: the shared parameters, a module or parameters: the pass finds them by itself, and GradNorm takes its
+                layer from them.
+            representation: as `features`, taken and not needed: the one pass goes through it.
+            features: see there.
+            batched: has to be False: one pass has nothing to batch.
+            groups: has to be None: the losses have one set of weights.
+            scale_heads: of no effect: heads are always scaled.
             retain_graph: keep the graph for another backward.
-            **options: keyword arguments of `forward`.
+            process_group: has to be None or False: average the losses over processes, and gradients by
+                DistributedDataParallel.
+            grad_scale: as in `forward`.
+            engine: "full" or "auto".
 
         Returns:
             An info with `alpha`, the task weights.
 
         Raises:
-            TypeError: as `forward`.
-            ValueError: as `forward`.
+            TypeError: as `forward`, or `shared` of another kind.
+            ValueError: as `forward`, or an option that has no meaning here.
         """
-        result: Tensor = self(losses, *args, **options)
-        result.backward(retain_graph=retain_graph)
-        assert self.weights is not None  # set by forward
-        return Info.of(alpha=self.weights.to(torch.float64))
+        refused = {
+            "batched": batched,
+            "groups": groups is not None,
+            "process_group": process_group is not None and process_group is not False,
+            "engine": engine not in ("full", "auto"),
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(f"{name}: expected none for {self!r}, which makes one backward pass of the losses")
+        if shared is not None and (isinstance(shared, Tensor) or not isinstance(shared, (nn.Module, Iterable))):
+            raise TypeError(f"shared: expected a module or an iterable of parameters, got {describe(shared)}")
+        self._value(losses, shared, grad_scale).backward(retain_graph=retain_graph)
+        assert self.info is not None  # after a call
+        return self.info
+
+    @property
+    def info(self) -> Info | None:
+        """What the last call did: `alpha`, float64 [T], and the tasks' names; None before one."""
+        if self.last_weights is None:
+            return None
+        info = Info.of(alpha=self.last_weights.to(torch.float64))
+        info.names = self.names
+        return info
+
+    def check_tasks(self, T: int) -> None:
+        """Raises ValueError where the options do not fit T tasks."""
+        if self.tasks not in (None, T):
+            raise ValueError(
+                f"losses: expected {self.tasks} (the number of tasks), got {T}; "
+                "pass None for a task that is absent, so that the others keep their places"
+            )
+
+    def after_step(self, losses: Callable[[], Losses]) -> None:
+        """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
+
+        Args:
+            losses: computes the T losses of the same batch again; called only by a method that asks for them.
+        """
+
+    def end_epoch(self) -> None:
+        """To be called at the end of an epoch, for methods that count them; most take no notice."""
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
+
+    def _value(
+        self, losses: Losses, shared: nn.Module | Iterable[Tensor] | None, grad_scale: Tensor | float | None
+    ) -> Tensor:
+        """`self(losses)`, where the shared parameters may be known."""
+        result: Tensor = self(losses, grad_scale=grad_scale)
+        return result
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         """The result [] and its derivative [T] for losses [T].
@@ -142,23 +222,29 @@ class Scalarization(nn.Module):
             raise ValueError(f"losses[{t}]: expected {self._needs(t)}, got {L[t].item():.6g}")
         return ~outside.any()
 
+    def _parts(self, losses: Losses) -> list[Tensor | None]:
+        """The checked losses one by one."""
+        if isinstance(losses, Mapping):
+            self.names = self.names or names_of(losses)
+        parts = check_losses(losses, None, self.names)
+        self.check_tasks(len(parts))
+        return parts
+
     def _stacked(self, losses: Losses) -> tuple[Tensor, Tensor | None]:
         """The checked losses as one tensor [T] of at least float32, and which tasks are there (see `_scalarize`)."""
         here = None
         if isinstance(losses, Tensor):
-            if losses.dtype not in DTYPES:
-                raise TypeError(f"losses: expected float32, float64, bfloat16 or float16, got {describe(losses)}")
-            if losses.ndim != 1 or losses.shape[0] == 0:
-                raise ValueError(f"losses: expected T scalars or shape [T] with T >= 1, got {describe(losses)}")
-            L = losses
+            L = stack_losses(losses)
+            self.check_tasks(L.shape[0])
         else:
-            L, here = _stack(losses)
-        T = L.shape[0]
-        if self.tasks is not None and self.tasks != T:
-            raise ValueError(
-                f"losses: expected {self.tasks} (the number of tasks), got {T}; "
-                "pass None for a task that is absent, so that the others keep their places"
-            )
+            parts = self._parts(losses)
+            there = present(parts)
+            if not any(there):
+                raise ValueError(f"losses: expected at least one task that is there, got None for all {len(parts)}")
+            L = stack_losses([loss if known else None for loss, known in zip(parts, there, strict=True)], absent=1.0)
+            if not all(there):
+                none = L.new_zeros((), dtype=torch.bool)  # made on the device, not copied there
+                here = torch.stack([~none if known else none for known in there])
         state = next(chain(self.buffers(), self.parameters()), None)
         if state is not None and state.device != L.device:
             place = f"{state.device}, where this {type(self).__name__} is (.to(device) moves it)"
@@ -185,45 +271,6 @@ def present(losses: Sequence[Tensor | None]) -> list[bool]:
     return learning if any(learning) else [loss is not None for loss in losses]
 
 
-def _stack(losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(losses, (list, tuple)):
-        raise TypeError(f"losses: expected a tensor [T] or a sequence of T scalar tensors, got {describe(losses)}")
-    if not losses:
-        raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
-    first = None
-    for t, loss in enumerate(losses):
-        if loss is None:
-            continue
-        if not isinstance(loss, Tensor) or loss.dtype not in DTYPES:
-            raise TypeError(f"losses[{t}]: expected a floating scalar tensor or None, got {describe(loss)}")
-        if loss.numel() != 1:
-            raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
-        if first is None:
-            first = t, loss
-        elif loss.device != first[1].device:
-            raise ValueError(
-                f"losses[{t}]: expected a loss on {first[1].device} as losses[{first[0]}], got {describe(loss)}"
-            )
-    if first is None:
-        raise ValueError(f"losses: expected at least one task that is there, got None for all {len(losses)}")
-    there = present(losses)
-    one, none = first[1].new_ones(()), first[1].new_zeros((), dtype=torch.bool)
-    L = torch.stack([loss.reshape(()) if here else one for loss, here in zip(losses, there, strict=True)])
-    # Made on the device, not copied there, for which the host would wait.
-    return L, None if all(there) else torch.stack([~none if here else none for here in there])
-
-
-def divided(x: Tensor, grad_scale: Tensor | float) -> Tensor:
+def divided(x: Tensor, scale: Tensor | float | None) -> Tensor:
     """`x` without the factor of a loss scaler, in x's dtype."""
-    S = _scalar(grad_scale)
-    return x if isinstance(S, float) and S == 1.0 else (x / S).to(x.dtype)
-
-
-def _scalar(grad_scale: Tensor | float) -> Tensor | float:
-    if isinstance(grad_scale, Tensor):
-        if grad_scale.numel() != 1:
-            raise ValueError(f"grad_scale: expected a number or a tensor with one element, got {describe(grad_scale)}")
-        return grad_scale.detach().reshape(())
-    S = check_number(grad_scale, "grad_scale", above=0)
-    assert S is not None
-    return S
+    return x if scale is None else (x / scale).to(x.dtype)

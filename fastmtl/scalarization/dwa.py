@@ -18,7 +18,7 @@ class DWA(Scalarization):
 
         w = T · softmax(r / τ)        r_t = L_t(k-1) / L_t(k-2)
 
-    where L_t(k) is the loss of task t averaged over epoch k, of which the user tells by calling `epoch()` at its end,
+    where L_t(k) is the loss of task t averaged over epoch k, of which the user tells by calling `end_epoch()`,
     or over the k-th window of n steps. The first two epochs (windows) have weights 1.
 
     The losses must not be negative. A loss that rises from zero has r = ∞: it gets all the weight. One that stays zero
@@ -50,11 +50,11 @@ class DWA(Scalarization):
         super().__init__(tasks)
         self.temperature = temperature
         self.window = window
-        self.register_buffer("total", torch.zeros(tasks, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros(tasks, dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(self.tasks, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(self.tasks, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         for name in ("newer", "older"):
-            self.register_buffer(name, torch.full((tasks,), math.nan, dtype=torch.float64))
+            self.register_buffer(name, torch.full((self.tasks,), math.nan, dtype=torch.float64))
 
     def reset(self) -> None:
         """Forgets all losses."""
@@ -62,15 +62,10 @@ class DWA(Scalarization):
             buffer.fill_(math.nan) if name in ("newer", "older") else buffer.zero_()
 
     @torch.no_grad()
-    def epoch(self) -> None:
-        """Ends an epoch; one without any (finite) step does not count.
-
-        Raises:
-            RuntimeError: this instance averages over windows, which end by themselves.
-        """
-        if self.window is not None:
-            raise RuntimeError(f"epoch: {self} averages over windows of {self.window} steps, not over epochs")
-        self._end(self.steps > 0)
+    def end_epoch(self) -> None:
+        """Ends an epoch; one without any (finite) step does not count. Windows end by themselves."""
+        if self.window is None:
+            self._end(self.steps > 0)
 
     def _end(self, when: Tensor) -> None:
         seen = when & (self.count > 0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastmtl import options
-from fastmtl.options import integer, number, numbers, option
+from fastmtl.inputs import Losses
+from fastmtl.options import Numbers, integer, number, numbers, option
+from fastmtl.rule import checked_scale
 from fastmtl.scalarization.adam import Adam
-from fastmtl.scalarization.base import Losses, Scalarization, divided, masked
+from fastmtl.scalarization.base import Scalarization, divided, masked
 
 __all__ = ["FAMO"]
 
@@ -67,16 +69,18 @@ class FAMO(Scalarization):
         *,
         lr: float = 0.025,
         weight_decay: float = 1e-3,
-        min_losses: Tensor | Sequence[float] | None = None,
+        min_losses: Numbers | None = None,
     ) -> None:
         super().__init__(tasks)
         self.lr = lr
         self.weight_decay = weight_decay
-        self.min_losses = numbers([0.0] * tasks if min_losses is None else min_losses, "min_losses", tasks=tasks)
+        self.min_losses = numbers(
+            [0.0] * self.tasks if min_losses is None else min_losses, "min_losses", tasks=self.tasks
+        )
         self._copies = options.Copies()
-        self.register_buffer("logits", torch.zeros(tasks, dtype=torch.float64))
-        self.register_buffer("previous", torch.full((tasks,), math.nan, dtype=torch.float64))
-        self.adam = Adam(tasks)
+        self.register_buffer("logits", torch.zeros(self.tasks, dtype=torch.float64))
+        self.register_buffer("previous", torch.full((self.tasks,), math.nan, dtype=torch.float64))
+        self.adam = Adam(self.tasks)
 
     def reset(self) -> None:
         """Back to equal weights; forgets the losses and Adam's state."""
@@ -84,8 +88,12 @@ class FAMO(Scalarization):
         self.previous.fill_(math.nan)
         self.adam.reset()
 
+    def after_step(self, losses: Callable[[], Losses]) -> None:
+        """`update(losses())`."""
+        self.update(losses())
+
     @torch.no_grad()
-    def update(self, losses: Losses, *, grad_scale: Tensor | float = 1.0) -> None:
+    def update(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> None:
         """Learns from how the losses of the last call changed; once for every call, else it changes nothing.
 
         Args:
@@ -98,7 +106,7 @@ class FAMO(Scalarization):
             ValueError: as `forward`.
         """
         L, here = self._stacked(losses)
-        L = divided(L, grad_scale)
+        L = divided(L, checked_scale(grad_scale))
         self._within(L)
         # NaN before the first call and after an update: there is nothing to compare with.
         both = masked(~self.previous.isnan(), here, False)

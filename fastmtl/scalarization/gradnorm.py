@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmtl.inputs import describe
-from fastmtl.options import integer, number, numbers, option
+from fastmtl.inputs import Losses, describe
+from fastmtl.options import Numbers, integer, number, numbers, option
+from fastmtl.rule import checked_scale
 from fastmtl.scalarization.adam import Adam
-from fastmtl.scalarization.base import Losses, Scalarization, divided, masked
+from fastmtl.scalarization.base import Scalarization, divided, masked
 
 __all__ = ["GradNorm"]
 
@@ -28,7 +29,9 @@ class GradNorm(Scalarization):
     through the heads, down to W and no further. The losses must not be negative. Absent tasks keep their w, and are in
     no mean.
 
-        gradnorm.backward(losses, model.encoder.last.weight); optimizer.step()
+        gradnorm.backward(losses, model.encoder); optimizer.step()
+
+    In `backward` W is the last of the shared parameters that has more than one dimension: `shared=[W]` names another.
 
     Source: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
     Multitask Networks", ICML 2018, Algorithm 1.
@@ -60,17 +63,17 @@ class GradNorm(Scalarization):
         *,
         alpha: float = 1.5,
         lr: float = 0.025,
-        initial_losses: Tensor | Sequence[float] | None = None,
+        initial_losses: Numbers | None = None,
     ) -> None:
         super().__init__(tasks)
         self.alpha = alpha
         self.lr = lr
         if initial_losses is not None:
-            initial_losses = numbers(initial_losses, "initial_losses", tasks=tasks)
+            initial_losses = numbers(initial_losses, "initial_losses", tasks=self.tasks)
         self.initial_losses = initial_losses
-        self.register_buffer("initial", torch.empty(tasks, dtype=torch.float64))
-        self.register_buffer("w", torch.ones(tasks, dtype=torch.float64))
-        self.adam = Adam(tasks)
+        self.register_buffer("initial", torch.empty(self.tasks, dtype=torch.float64))
+        self.register_buffer("w", torch.ones(self.tasks, dtype=torch.float64))
+        self.adam = Adam(self.tasks)
         self.reset()
 
     def reset(self) -> None:
@@ -83,7 +86,11 @@ class GradNorm(Scalarization):
         self.adam.reset()
 
     def forward(
-        self, losses: Losses, layer: Tensor | Iterable[Tensor] | None = None, *, grad_scale: Tensor | float = 1.0
+        self,
+        losses: Losses,
+        layer: Tensor | Iterable[Tensor] | None = None,
+        *,
+        grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """The weighted sum Σ_t w_t L_t; in training mode w then takes its step.
 
@@ -108,9 +115,16 @@ class GradNorm(Scalarization):
         result = super().forward(losses, grad_scale=grad_scale)
         if not result.requires_grad:
             raise ValueError("losses: expected losses that require grad (for their norms), got constants")
+        S, parts = checked_scale(grad_scale), self._parts(losses)
         L, here = self._stacked(losses)
         here = torch.ones_like(L, dtype=torch.bool) if here is None else here
-        self._learn(divided(L.detach(), grad_scale), divided(_norms(losses, W), grad_scale), here)
+        self._learn(divided(L.detach(), S), divided(_norms(parts, W), S), here)
+        return result
+
+    def _value(
+        self, losses: Losses, shared: nn.Module | Iterable[Tensor] | None, grad_scale: Tensor | float | None
+    ) -> Tensor:
+        result: Tensor = self(losses, _last_layer(shared) if self.training else None, grad_scale=grad_scale)
         return result
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -154,6 +168,18 @@ def _positive(value: object, name: str) -> Tensor | None:
     return x
 
 
+def _last_layer(shared: nn.Module | Iterable[Tensor] | None) -> Tensor:
+    """The weight of the last shared layer."""
+    parameters = [] if shared is None else list(shared.parameters() if isinstance(shared, nn.Module) else shared)
+    weights = [p for p in parameters if isinstance(p, Tensor) and p.ndim > 1 and p.requires_grad]
+    if not weights:
+        raise ValueError(
+            "shared: expected the shared parameters in training mode, the last weight of which is the layer that "
+            f"GradNorm looks at, got {'None' if shared is None else f'{len(parameters)} parameters without a weight'}"
+        )
+    return weights[-1]
+
+
 def _tensors(layer: object) -> list[Tensor]:
     if layer is None:
         raise ValueError("layer: expected the weight of the last shared layer in training mode, got None")
@@ -170,7 +196,7 @@ def _tensors(layer: object) -> list[Tensor]:
     return W
 
 
-def _norms(losses: Losses, W: list[Tensor]) -> Tensor:
+def _norms(losses: Sequence[Tensor | None], W: list[Tensor]) -> Tensor:
     """‖∇_W L_t‖ for each task, 0 for absent ones, float64 [T]."""
     norms = []
     for loss in losses:

@@ -34,7 +34,7 @@ class IMTLL(Scalarization):
 
     def __init__(self, tasks: int) -> None:
         super().__init__(tasks)
-        self.s = nn.Parameter(torch.zeros(tasks))
+        self.s = nn.Parameter(torch.zeros(self.tasks))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -62,9 +62,10 @@ class IMTLL(Scalarization):
             raise TypeError(f"losses: expected a sequence of T scalar tensors, got {describe(losses)}")
         L, _ = self._stacked(losses)
         self._within(L.detach())
+        parts = self._parts(losses)
         return [
             self.s[t].exp() * loss.reshape(()) - self.s[t] if loss is not None and here else None
-            for t, (loss, here) in enumerate(zip(losses, present(losses), strict=True))
+            for t, (loss, here) in enumerate(zip(parts, present(parts), strict=True))
         ]
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:

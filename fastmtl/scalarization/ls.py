@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,22 +23,25 @@ class LS(Scalarization):
         ValueError: an unknown word, or numbers that are not one-dimensional or not finite.
     """
 
-    fixed: Tensor | str = option(lambda value, _: options.weights(value, "weights"), fixed=True)
+    weights: Tensor | str = option(options.weights)
 
-    def __init__(self, weights: Tensor | Sequence[float] | str | None = None) -> None:
-        fixed = options.weights(weights, "weights")
-        super().__init__(None if isinstance(fixed, str) else fixed.shape[0])
-        self.fixed = fixed
+    def __init__(self, weights: options.Weights = None) -> None:
+        super().__init__()
+        self.weights = weights  # type: ignore[assignment]
         self._copies = options.Copies()
 
+    def check_tasks(self, T: int) -> None:
+        """Raises ValueError where the weights are of another number of tasks."""
+        options.check_weights(self.weights, T)
+
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        if isinstance(self.fixed, str):
-            w = torch.full_like(L, 1.0 if self.fixed == "sum" else 1 / L.shape[0], requires_grad=False)
+        if isinstance(self.weights, str):
+            w = torch.full_like(L, 1.0 if self.weights == "sum" else 1 / L.shape[0], requires_grad=False)
         else:
-            w = self._copies.get(self.fixed, L).to(L.dtype)
+            w = self._copies.get(self.weights, L).to(L.dtype)
         w = masked(w, here)
         return (w * L).sum(), w
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"weights={self.fixed!r}" if isinstance(self.fixed, str) else f"weights={self.fixed.tolist()}"
+        return f"weights={options.show_weights(self.weights)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from fastmtl.options import choice, option
 from fastmtl.scalarization.base import Scalarization, masked
 
 __all__ = ["RLW"]
+
+Distribution: TypeAlias = Literal["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"]
 
 
 class RLW(Scalarization):
@@ -35,10 +39,10 @@ class RLW(Scalarization):
             the reverse.
     """
 
-    distribution: str = option(choice("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"))
+    distribution: Distribution = option(choice(*get_args(Distribution)))
     generator: torch.Generator | None = option(options.generator)
 
-    def __init__(self, *, distribution: str = "normal", generator: torch.Generator | None = None) -> None:
+    def __init__(self, *, distribution: Distribution = "normal", generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.distribution = distribution
         self.generator = generator

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastmtl import options
-from fastmtl.options import integer, number, numbers, option
+from fastmtl.options import Numbers, Weights, integer, number, numbers, option, show_weights
 from fastmtl.scalarization.base import Scalarization, masked, number_of
 
 __all__ = ["STCH"]
@@ -26,8 +25,8 @@ class STCH(Scalarization):
 
         T μ log Σ_t exp(log(L_t / n_t) / μ)
 
-    The user calls `epoch()` at the end of every epoch; the losses must then be positive. A task without a loss in the
-    epoch of the average has its first one as n_t. Of tasks that are there, T is the number.
+    The user calls `end_epoch()` after every epoch; the losses must then be positive. A task without a loss in the epoch
+    of the average has its first one as n_t. Of tasks that are there, T is the number.
 
     Source: Lin, Zhang, Yang, Liu, Wang, Zhang, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
     ICML 2024, and the authors' code.
@@ -52,28 +51,28 @@ class STCH(Scalarization):
     epochs: Tensor  # []
     mu: float = option(number(above=0))
     warmup: int | None = option(integer(0, optional=True), fixed=True)
-    preference: Tensor | str = option(lambda value, _: options.weights(value, "weights"), fixed=True)
-    reference: Tensor | None = option(lambda value, name: None if value is None else numbers(value, name), fixed=True)
+    weights: Tensor | str = option(options.weights, fixed=True)
+    reference: Tensor | None = option(lambda x, name: None if x is None else numbers(x, name), fixed=True)
 
     def __init__(
         self,
         tasks: int | None = None,
         *,
         mu: float = 0.1,
-        weights: Tensor | Sequence[float] | str | None = None,
-        reference: Tensor | Sequence[float] | None = None,
+        weights: Weights = None,
+        reference: Numbers | None = None,
         warmup: int | None = None,
     ) -> None:
-        preference = options.weights(weights, "weights")
+        given_weights = options.weights(weights, "weights")
         lengths = {"tasks": integer(1, optional=True)(tasks, "tasks")}
-        for name, given in (("weights", preference), ("reference", reference)):
+        for name, given in (("weights", given_weights), ("reference", reference)):
             if given is not None and not isinstance(given, str):
                 expected = next((n for n in lengths.values() if n is not None), None)
                 lengths[name] = numbers(given, name, tasks=expected).shape[0]
         super().__init__(next((n for n in lengths.values() if n is not None), None))
         self.mu = mu
         self.warmup = warmup
-        self.preference = preference
+        self.weights = weights  # type: ignore[assignment]
         self.reference = reference  # type: ignore[assignment]
         self._copies = options.Copies()
         if warmup is None:
@@ -92,23 +91,18 @@ class STCH(Scalarization):
             for buffer in (self.total, self.count, self.epochs):
                 buffer.zero_()
 
-    def epoch(self) -> None:
-        """Ends an epoch.
-
-        Raises:
-            RuntimeError: there is no warm-up to count epochs for.
-        """
-        if self.warmup is None:
-            raise RuntimeError(f"epoch: {self} has no warm-up and counts no epochs")
-        self.epochs += 1
+    def end_epoch(self) -> None:
+        """Ends an epoch, which the warm-up counts."""
+        if self.warmup is not None:
+            self.epochs += 1
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.warmup is not None:
             return self._scalarize_logs(L, here, self.warmup)
-        if isinstance(self.preference, str):
-            preference: Tensor | float = 1.0 if self.preference == "sum" else 1 / L.shape[0]
+        if isinstance(self.weights, str):
+            preference: Tensor | float = 1.0 if self.weights == "sum" else 1 / L.shape[0]
         else:
-            preference = self._copies.get(self.preference, L).to(L.dtype)
+            preference = self._copies.get(self.weights, L).to(L.dtype)
         y = preference * (L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype))
         value, shares = self._smooth_maximum(y, here)
         return value, shares * preference
@@ -147,6 +141,5 @@ class STCH(Scalarization):
         """The options, for `repr`."""
         if self.warmup is not None:
             return f"mu={self.mu}, warmup={self.warmup}, tasks={self.tasks}"
-        weights = repr(self.preference) if isinstance(self.preference, str) else self.preference.tolist()
-        reference = None if self.reference is None else self.reference.tolist()
+        weights, reference = show_weights(self.weights), show_weights(self.reference)
         return f"mu={self.mu}, weights={weights}, reference={reference}, tasks={self.tasks}"

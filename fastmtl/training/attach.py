@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastmtl import once
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, describe
-from fastmtl.rule import Rule
+from fastmtl.rule import Rule, checked_scale
 from fastmtl.structure import map_tensors, tensors_of
-from fastmtl.training.fan_out import FanOut, check_method, place
+from fastmtl.training.fan_out import FanOut, Via, check_arguments, place
 from fastmtl.training.watch import watch_for_heads
 
 __all__ = ["Attached", "attach"]
@@ -23,7 +23,11 @@ def attach(
     encoder: nn.Module,
     heads: Iterable[nn.Module] | Mapping[str, nn.Module] | nn.ModuleDict,
     method: Rule,
-    **options: Any,
+    *,
+    via: Via = "node",
+    info: Info | None = None,
+    process_group: Any = None,
+    grad_scale: Tensor | float | None = None,
 ) -> Attached:
     """Puts a `fan_out` between an encoder and its heads without touching their code.
 
@@ -42,7 +46,10 @@ def attach(
         heads: T modules, one a task, that are called with tensors of that output. The keys of a dict or an
             `nn.ModuleDict` are the tasks' names: `handle.total({"seg": ..., "depth": ...})`.
         method: any method of this package.
-        options: passed on to `fan_out`.
+        via: as in `fan_out`.
+        info: as in `fan_out`.
+        process_group: as in `fan_out`.
+        grad_scale: as in `fan_out`, for all steps.
 
     Returns:
         A handle with `info`, `gradients`, `total` and `remove()`; as a context manager it removes itself at the end.
@@ -50,7 +57,7 @@ def attach(
     Raises:
         TypeError: `encoder` or a head is no module, or `method` is no method.
         ValueError: no head, a module twice among the heads and the encoder, one that something is attached to already,
-            weights of another length than T.
+            weights of another length than T, and as `fan_out`.
         RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
     """
     if isinstance(heads, (Mapping, nn.ModuleDict)):
@@ -74,7 +81,8 @@ def attach(
     modules = [head for _, head in named]
     if len({id(module) for module in (encoder, *modules)}) <= len(modules):
         raise ValueError("heads: expected one module a task and none of them the encoder, got one of them twice")
-    check_method(method, len(modules))
+    check_arguments(names or len(modules), method, via, info)
+    options = {"via": via, "info": info, "process_group": process_group, "grad_scale": checked_scale(grad_scale)}
     return Attached(encoder, named, names, method, options)
 
 

@@ -13,7 +13,7 @@ from fastmtl.rule import Rule
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
 from fastmtl.training.parameters import Parameters
-from fastmtl.training.step import Options, Outcome, Step, prepare
+from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
 
@@ -31,7 +31,7 @@ def backward(
     retain_graph: bool = False,
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
-    engine: str = "full",
+    engine: Engine = "full",
 ) -> Info:
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
     names = names_of(losses)

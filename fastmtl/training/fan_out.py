@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -35,9 +35,10 @@ from fastmtl.training.nodes import _Node, _Total, _TracedNode, aliases_of, with_
 from fastmtl.training.running import probe_like
 from fastmtl.training.watch import Watch
 
-__all__ = ["FanOut", "check_method", "fan_out", "place"]
+__all__ = ["FanOut", "Via", "check_arguments", "fan_out", "place"]
 
-_VIAS = ("node", "hooks")
+Via: TypeAlias = Literal["node", "hooks"]
+_VIAS = get_args(Via)
 _OfTensor: TypeAlias = "Callable[[Tensor], Tensor] | None"
 
 
@@ -46,7 +47,7 @@ def fan_out(
     tasks: int | Sequence[str],
     method: Rule,
     *,
-    via: str = "node",
+    via: Via = "node",
     info: Info | None = None,
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
@@ -117,19 +118,15 @@ def place(
     method: Rule,
     site: once.Site | None,
     *,
-    via: str = "node",
+    via: Via = "node",
     info: Info | None = None,
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
     """`fan_out`, with warnings that name `site`, which is there except within `torch.compile`."""
-    tasks, names = _checked_tasks(tasks)
-    check_method(method, tasks)
-    if via not in _VIAS:
-        raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
-    if info is not None:
-        _check_info(info, tasks)
-    grad_scale = checked_scale(grad_scale)
+    tasks, names = check_arguments(tasks, method, via, info)
+    if grad_scale is not None:
+        grad_scale = checked_scale(grad_scale)
     sources = _sources(h)
     if not sources:
         return FanOut([h] * tasks, names, None, info, None)
@@ -186,18 +183,26 @@ def _sources(h: Any) -> list[Tensor]:
     return sources
 
 
+def check_arguments(tasks: Any, method: Rule, via: str, info: Info | None) -> tuple[int, tuple[str, ...] | None]:
+    """How many tasks there are, and their names, where they have some. Raises for what does not fit, as `fan_out`."""
+    names = None
+    if type(tasks) is not int or tasks < 1:
+        tasks, names = _checked_tasks(tasks)
+    if isinstance(method, type) or not hasattr(method, "check_tasks"):
+        raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
+    method.check_tasks(tasks)
+    if via not in _VIAS:
+        raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
+    if info is not None:
+        _check_info(info, tasks)
+    return tasks, names
+
+
 def _check_info(info: Any, tasks: int) -> None:
     if not isinstance(info, Info):
         raise TypeError(f"info: expected None or fastmtl.Info({tasks}), got {describe(info)}")
     if info.alpha.shape != (tasks,):
         raise ValueError(f"info: expected fastmtl.Info({tasks}), got one with alpha of shape {list(info.alpha.shape)}")
-
-
-def check_method(method: Rule, tasks: int) -> None:
-    """Raises TypeError for what is no method, ValueError for a method of another number of tasks."""
-    if isinstance(method, type) or not hasattr(method, "check_tasks"):
-        raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
-    method.check_tasks(tasks)
 
 
 class FanOut(Sequence[Any]):

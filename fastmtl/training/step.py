@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from fastmtl.rule import Context, Rule, context_of
 from fastmtl.training.commit import Updates, own_gradients, pairs
 from fastmtl.training.parameters import are_plain, checked_cut, checked_groups, checked_parameters, names_in
 
-__all__ = ["Options", "Outcome", "Step", "check_reached", "prepare"]
+__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "prepare"]
+
+
+Engine: TypeAlias = Literal["full", "gramian", "auto"]
 
 
 class Options(NamedTuple):
@@ -32,7 +35,7 @@ class Options(NamedTuple):
     scale_heads: bool
     retain_graph: bool
     process_group: Any
-    engine: str
+    engine: Engine
 
 
 class Outcome(NamedTuple):

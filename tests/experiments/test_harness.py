@@ -188,7 +188,7 @@ def test_every_method_trains(name):
         if step % 50 == 49:
             balancer.end_epoch()
     assert sum(losses()).item() < 0.7 * first
-    assert (info is None) == isinstance(balancer.method, scalarization.Scalarization)
+    assert (info.gram is None) == (isinstance(balancer.method, scalarization.Scalarization) or name == "graddrop")
     Balancer(name, 3).load_state_dict(balancer.state_dict())
 
 

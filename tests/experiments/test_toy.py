@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fastmtl
-from fastmtl import scalarization
 
 for package in ("typer", "rich", "matplotlib", "PIL"):
     pytest.importorskip(package, reason="needs the experiments extra: pip install 'fastmtl-torch[experiments]'")
@@ -19,7 +18,7 @@ from PIL import Image  # noqa: E402
 from processes import kill_in, start  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from experiments.harness import METHODS  # noqa: E402
+from experiments.harness import METHODS, method_of  # noqa: E402
 from experiments.toy import INITS, NAMES, losses, optimum, pareto_front  # noqa: E402
 from experiments.toy.__main__ import app  # noqa: E402
 from experiments.toy.methods import batched  # noqa: E402
@@ -28,7 +27,7 @@ from experiments.toy.problem import BOUND, gradients, task_weights  # noqa: E402
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "toy"
 PAPER_A = (0.1, 0.25, 0.5, 0.75, 0.9)
-LOSSES = [name for name, make in METHODS.items() if isinstance(make(2), scalarization.Scalarization)]
+LOSSES = [name for name in METHODS if method_of(name, 2).on_losses]
 
 
 def toy(*arguments, check=True):
@@ -155,7 +154,7 @@ def test_a_batch_is_its_problems_one_by_one(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_balanced_as_by_an_instance_a_problem(name):
     """The trace of stacked states against the plain use of the library's modules."""
-    whole, instances = batched(name, 4, seed=5), [METHODS[name](2) for _ in range(4)]
+    whole, instances = batched(name, 4, seed=5), [method_of(name, 2) for _ in range(4)]
     for step in range(6):
         L, G = problems(4, seed=step)
         got = whole(L, G)
@@ -168,12 +167,13 @@ def test_losses_are_balanced_as_by_an_instance_a_problem(name):
         for b, method in enumerate(instances):
             x = torch.zeros(2, requires_grad=True)
             both = (L[b] + G[b] @ x).unbind()
-            if isinstance(method, scalarization.FAMO):
-                method.update(L[b])
+            method.after_step(lambda x=L[b]: x)
             method.zero_grad()
-            method.backward(both, *([x] if name == "gradnorm" else []))
-            if isinstance(method, scalarization.DWA):
-                method.epoch()
+            if name == "gradnorm":
+                method(both, x).backward()  # a layer of one dimension
+            else:
+                method.backward(both)
+            method.end_epoch()
             torch.testing.assert_close(got[b], x.grad, rtol=1e-5, atol=1e-6)
             for all_of_them, p in zip(whole.learned, method.parameters(), strict=True):
                 torch.testing.assert_close(all_of_them.grad[b], p.grad)

@@ -200,7 +200,7 @@ def test_training_is_that_of_the_method_called_directly(name, rep_grad):
                     direct.method.update(direct.losses(batch)[1])
                     trainer.model.update_w(trainer.losses(batch))
         if name in ("DWA", "STCH"):
-            direct.method.epoch()
+            direct.method.end_epoch()
 
 
 @both

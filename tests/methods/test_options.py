@@ -81,7 +81,7 @@ OPTIONS = {
         "selected": (2, INTEGERS),
         "squared": (False, [(0, TypeError, "expected True or False, got int")]),
     },
-    S.LS: {},
+    S.LS: {"weights": (FOUR, WEIGHTS)},
     S.RLW: {"distribution": ("uniform", CHOICE), "generator": (generator(1), GENERATOR)},
     S.DWA: {
         "temperature": (1.0, [*NUMBERS, (0, ValueError, "> 0")]),
@@ -96,7 +96,6 @@ OPTIONS = {
 }
 # What the state depends on is given once.
 FIXED = {
-    S.LS: {"weights": (FOUR, WEIGHTS)},
     S.GLS: {"tasks": (4, INTEGERS)},
     S.STCH: {
         "tasks": (4, INTEGERS),
@@ -208,11 +207,10 @@ def test_set_later_as_given_at_once(kind, name, value):
 @pytest.mark.parametrize(("kind", "name", "value"), [*cases(FIXED, False)])
 def test_what_the_state_depends_on_stays(kind, name, value):
     method = make(kind, **{name: value})
-    attribute = {"weights": "fixed" if kind is S.LS else "preference"}.get(name, name)
-    kept = getattr(method, attribute)
-    with pytest.raises(AttributeError, match=f"^{attribute}: expected to stay .*: make a new one"):
-        setattr(method, attribute, value)
-    assert getattr(method, attribute) is kept
+    kept = getattr(method, name)
+    with pytest.raises(AttributeError, match=f"^{name}: expected to stay .*: make a new one"):
+        setattr(method, name, value)
+    assert getattr(method, name) is kept
 
 
 def test_weights_of_another_length():
@@ -232,6 +230,24 @@ def test_numbers_of_numpy():
     assert methods.NashMTL(every=np.int64(3)).every == 3
     assert type(methods.NashMTL(every=np.int64(3)).every) is int
     assert S.DWA(np.int32(2), temperature=np.float64(1.5)).temperature == 1.5
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [*cases(OPTIONS, False), *cases(FIXED, False)])
+def test_numbers_and_arrays_of_numpy(kind, name, value):
+    if not isinstance(value, (bool, int, float, list)):
+        pytest.skip("no number")
+    given, array = make(kind, **{name: value}), np.asarray(value)
+    for of_numpy in (array[()], array, array[..., ::-1][..., ::-1] if array.ndim else array):
+        other = make(kind, **{name: of_numpy})
+        assert repr(other) == repr(given)
+        assert type(getattr(other, name)) is type(getattr(given, name))
+        assert same(outcome(other), outcome(copy.deepcopy(given)))
+
+
+@pytest.mark.parametrize("value", [np.array(["a"]), np.array([None]), np.array([[1.0]]), np.array(1.0)], ids=str)
+def test_arrays_that_are_none(value):
+    with pytest.raises((TypeError, ValueError), match=r"^weights: expected (None|shape \[T\])"):
+        methods.AlignedMTL(weights=value)
 
 
 # ------------------------------------------------------------------------------------------------ default devices

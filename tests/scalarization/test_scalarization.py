@@ -75,14 +75,14 @@ class Run:
     def steps(self, n):
         for _ in range(n):
             self.optimizer.zero_grad()
-            self.method.backward(self.losses(self.done), *self.layer())
+            self.method.backward(self.losses(self.done), self.layer())
             self.optimizer.step()
             if isinstance(self.method, FAMO):
                 with torch.no_grad():
                     self.method.update(self.losses(self.done))
             self.done += 1
             if self.done % 4 == 0 and self.counts_epochs:
-                self.method.epoch()
+                self.method.end_epoch()
         return self
 
     @property
@@ -138,7 +138,7 @@ def test_resumes_bit_for_bit(name):
     fresh = Run(name).restored(file).steps(8)
     same(fresh.model.state_dict(), run.model.state_dict())
     same(state_of(fresh.method), state_of(run.method))
-    same(fresh.method.weights, run.method.weights)
+    same(fresh.method.last_weights, run.method.last_weights)
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -184,9 +184,9 @@ def test_weights_are_the_derivative(name, dtype):
     (derivative,) = torch.autograd.grad(value, L)
     assert value.shape == ()
     assert value.dtype is (F64 if dtype is F64 else F32)
-    assert run.method.weights.dtype is value.dtype
-    assert not run.method.weights.requires_grad
-    torch.testing.assert_close(run.method.weights.to(dtype), derivative)
+    assert run.method.last_weights.dtype is value.dtype
+    assert not run.method.last_weights.requires_grad
+    torch.testing.assert_close(run.method.last_weights.to(dtype), derivative)
 
 
 @methods
@@ -203,12 +203,12 @@ def test_a_tensor_or_scalars(name):
 def test_backward_is_the_backward_pass_of_the_call(name):
     run, twin = Run(name), Run(name)
     torch.manual_seed(1)
-    info = run.method.backward(run.losses(), *run.layer(), retain_graph=True)
+    info = run.method.backward(run.losses(), run.layer(), retain_graph=True)
     torch.manual_seed(1)
     twin.scalar(twin.losses()).backward()
     for p, q in zip(run.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
-    same(info.alpha, twin.method.weights.to(F64))
+    same(info.alpha, twin.method.last_weights.to(F64))
 
 
 @methods
@@ -240,22 +240,22 @@ def test_grad_scale(name, S):
             r.optimizer.zero_grad()
             if r is run:
                 r.method.backward([S * loss.reshape(S.shape if torch.is_tensor(S) else ()) for loss in r.losses(k)],
-                                  *r.layer(), grad_scale=S)  # fmt: skip
+                                  r.layer(), grad_scale=S)  # fmt: skip
                 for p in [*r.model.parameters(), *r.method.parameters()]:
                     if p.grad is not None:
                         p.grad /= S
             else:
-                r.method.backward(r.losses(k), *r.layer())
+                r.method.backward(r.losses(k), r.layer())
             r.optimizer.step()
             if isinstance(r.method, FAMO):
                 factor = float(S) if r is run else 1.0
                 r.method.update([factor * loss.detach() for loss in r.losses(k)], grad_scale=factor)
             if r.counts_epochs and k % 2:
-                r.method.epoch()
+                r.method.end_epoch()
         torch.testing.assert_close(run.model.state_dict(), twin.model.state_dict(), rtol=1e-6, atol=1e-9)
     ours, its = state_of(run.method), state_of(twin.method)
     torch.testing.assert_close(ours, its, rtol=1e-6, atol=1e-9, equal_nan=True)
-    torch.testing.assert_close(run.method.weights, twin.method.weights, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(run.method.last_weights, twin.method.last_weights, rtol=1e-6, atol=1e-9)
 
 
 @methods
@@ -309,8 +309,8 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
                 if isinstance(method, FAMO):
                     method.update(losses, grad_scale=S)
                 if isinstance(method, DWA) and method.window is None:
-                    method.epoch()
-            assert value.device.type == method.weights.device.type == "cuda"
+                    method.end_epoch()
+            assert value.device.type == method.last_weights.device.type == "cuda"
         assert recorder.ops
 
 
@@ -329,7 +329,7 @@ def test_on_a_gpu(name):
     host.scalar(host.losses(6))
     # What is learned is float32, and its last bit may differ.
     close = {"rtol": 1e-6, "atol": 1e-7} if list(host.method.parameters()) else {"rtol": 1e-8, "atol": 1e-10}
-    torch.testing.assert_close(gpu.method.weights.cpu(), host.method.weights, **close)
+    torch.testing.assert_close(gpu.method.last_weights.cpu(), host.method.last_weights, **close)
     state = {key: value.cpu() for key, value in state_of(gpu.method).items()}
     torch.testing.assert_close(state, state_of(host.method), **close, equal_nan=True)
 
@@ -343,21 +343,25 @@ def test_repr_and_shape_of_the_class(name):
         same(state_of(twin), state_of(method))
         assert repr(twin) == repr(method)
     assert "Source:" in type(method).__doc__ or isinstance(method, LS)
-    assert method.weights is None
+    assert method.last_weights is None
     assert "grad_scale" in inspect.signature(method.forward).parameters
 
 
 BAD_LOSSES = [
     ([], ValueError, "losses: expected at least one loss"),
-    (3.0, TypeError, "losses: expected a tensor .* got float"),
-    ([1.0, 2.0], TypeError, r"losses\[0\]: expected a floating scalar tensor or None, got float"),
+    (3.0, TypeError, "losses: expected a sequence .* got float"),
+    ([1.0, 2.0], TypeError, r"losses\[0\]: expected a floating scalar tensor, or None, got float"),
     ([torch.ones(()), torch.ones((), dtype=torch.int64)], TypeError, r"losses\[1\]: .* got int64 tensor"),
     ([torch.ones(()), torch.ones(2)], ValueError, r"losses\[1\]: expected a scalar .* shape \[2\]"),
     ([torch.ones(()), torch.ones((), device="meta")], ValueError, r"losses\[1\]: expected a loss on cpu .* on meta"),
-    (torch.ones(2, dtype=torch.int32), TypeError, "losses: expected float32, .* got int32"),
-    (torch.ones(()), ValueError, r"losses: expected T scalars or shape \[T\]"),
-    (torch.ones(2, 2), ValueError, r"losses: expected T scalars or shape \[T\]"),
-    (torch.ones(0), ValueError, "losses: expected T scalars or shape .* T >= 1"),
+    (
+        torch.ones(2, dtype=torch.int32),
+        TypeError,
+        r"losses\[0\]: expected a floating scalar tensor, or None, got int32",
+    ),
+    (torch.ones(()), ValueError, r"losses: expected T scalars or a tensor of shape \[T\]"),
+    (torch.ones(2, 2), ValueError, r"losses: expected T scalars or a tensor of shape \[T\]"),
+    (torch.ones(0), ValueError, r"losses: expected at least one loss \(T >= 1\)"),
 ]
 
 
@@ -373,7 +377,7 @@ def test_losses_that_are_none(losses, error, message):
 @pytest.mark.parametrize("name", ["LS numbers", "DWA", "Uncertainty", "STCH numbers", "STCH warm-up", "IMTLL", "FAMO"])
 def test_another_number_of_tasks_or_device(name):
     method = METHODS[name](3)
-    with pytest.raises(ValueError, match=r"losses: expected 3 .*, got 2; pass None for a task that is absent"):
+    with pytest.raises(ValueError, match=r"expected (3|length 2) .*, got [23]; pass None for a task that is absent"):
         method(torch.ones(2))
     if not method.state_dict():  # nothing is on a device
         assert method(torch.ones(3, device="meta")).is_meta
@@ -477,8 +481,8 @@ def drive(method, losses_of, steps):
         if isinstance(method, FAMO):
             method.update([None if loss is None else loss.detach() * (0.9 + 0.01 * k) for loss in losses])
         if k % 2 and ((type(method) is DWA and method.window is None) or getattr(method, "warmup", None) is not None):
-            method.epoch()
-        record.append((value.detach(), p.grad, method.weights))
+            method.end_epoch()
+        record.append((value.detach(), p.grad, method.last_weights))
     return record
 
 
@@ -522,7 +526,7 @@ def test_what_is_remembered_of_a_task_stays(name):
     drive(method, losses, 5)
     if name in ("DWA", "DWA window"):
         while method.count.any():  # to the end of an epoch
-            method.window or method.epoch()
+            method.window or method.end_epoch()
             drive(method, losses, 1 if method.count.any() else 0)
     before = {key: value.clone() for key, value in state_of(method).items()}
     record = drive(method, lambda p, k: losses(p, 20 + k, away=2), 2)
@@ -540,24 +544,24 @@ def test_dwa_of_a_task_that_comes_later():
 
     def epoch(*losses):
         method([None if x is None else tensor(x) for x in losses])
-        method.epoch()
+        method.end_epoch()
 
     epoch(1.0, 2.0, None)
     epoch(0.5, 2.0, None)
     epoch(0.25, 2.0, 7.0)
     assert method([tensor(1.0)] * 3).isfinite()
     ratios = torch.tensor([0.5, 1.0, 1.0], dtype=F64)
-    torch.testing.assert_close(method.weights, 3 * ratios.softmax(0))
+    torch.testing.assert_close(method.last_weights, 3 * ratios.softmax(0))
     method.reset()
     epoch(1.0, 2.0, None)
     epoch(0.5, 2.0, None)
     epoch(0.25, 2.0, 7.0)
     epoch(0.25, 2.0, 14.0)
     method([tensor(1.0)] * 3)
-    torch.testing.assert_close(method.weights, 3 * torch.tensor([1.0, 1.0, 2.0], dtype=F64).softmax(0))
+    torch.testing.assert_close(method.last_weights, 3 * torch.tensor([1.0, 1.0, 2.0], dtype=F64).softmax(0))
     method([tensor(1.0), None, tensor(1.0)])
     shares = torch.tensor([1.0, 2.0], dtype=F64).softmax(0)
-    torch.testing.assert_close(method.weights[[0, 2]], 2 * shares)
+    torch.testing.assert_close(method.last_weights[[0, 2]], 2 * shares)
 
 
 def test_dwa_of_losses_that_rise_from_zero():
@@ -565,23 +569,23 @@ def test_dwa_of_losses_that_rise_from_zero():
     for values in ([0.0, 0.0, 1.0, 2.0], [1.0, 0.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0]):
         method(tensor(*values))
     # Of 0 -> 1, 0 -> 0, 1 -> 1, 2 -> 2, at the third call, the first has all the weight.
-    torch.testing.assert_close(method.weights, torch.tensor([4.0, 0.0, 0.0, 0.0], dtype=F64))
+    torch.testing.assert_close(method.last_weights, torch.tensor([4.0, 0.0, 0.0, 0.0], dtype=F64))
     method(tensor(1.0, 1.0, 1.0, 1.0))  # 1 -> 1, 0 -> 1, 1 -> 1, 2 -> 1
-    torch.testing.assert_close(method.weights, torch.tensor([0.0, 4.0, 0.0, 0.0], dtype=F64))
+    torch.testing.assert_close(method.last_weights, torch.tensor([0.0, 4.0, 0.0, 0.0], dtype=F64))
 
 
 def test_stch_of_a_task_without_an_average():
     """Its first loss stands for it; and a warm-up that ends without a step is no division by zero."""
     method = STCH(2, mu=1.0, warmup=0)
     method([tensor(4.0), None])
-    method.epoch()
+    method.end_epoch()
     value = method([tensor(4.0), tensor(9.0)])
     assert value.item() == pytest.approx(2 * math.log(2))  # both are as they were
     assert method.total.tolist() == [4.0, 9.0]
     value = method([tensor(4.0), tensor(18.0)])
     assert value.item() == pytest.approx(2 * math.log(1 + 2))
     hasty = STCH(2, mu=1.0, warmup=0)
-    hasty.epoch()
+    hasty.end_epoch()
     assert hasty(tensor(3.0, 5.0)).item() == pytest.approx(2 * math.log(2))
 
 
@@ -645,7 +649,7 @@ def test_rlw_is_the_softmax_of_normal_numbers():
 @pytest.mark.parametrize("distribution", ["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"])
 def test_rlw_draws(distribution):
     method, L, n = RLW(distribution=distribution, generator=generator(0)), torch.ones(3, dtype=F64), 4000
-    w = torch.stack([method(L) * 0 + method.weights for _ in range(n)])
+    w = torch.stack([method(L) * 0 + method.last_weights for _ in range(n)])
     assert len({tuple(row.tolist()) for row in w}) == {"bernoulli": 7, "constrained_bernoulli": 3}.get(distribution, n)
     assert (w >= 0).all()
     if distribution == "bernoulli":
@@ -663,7 +667,7 @@ def test_rlw_draws(distribution):
 @pytest.mark.parametrize("T", [1, 2, 70])
 def test_rlw_bernoulli_is_never_all_zero(T):
     method = RLW(distribution="bernoulli", generator=generator(1))
-    w = torch.stack([method(torch.ones(T, dtype=F64)) * 0 + method.weights for _ in range(500)])
+    w = torch.stack([method(torch.ones(T, dtype=F64)) * 0 + method.last_weights for _ in range(500)])
     assert (w.sum(1) >= 1).all()
     assert w.mean().item() == pytest.approx(0.5 / (1 - 0.5**T), abs=0.08)
 
@@ -698,10 +702,10 @@ def test_dwa(window, tau):
             L = tensor(*step)
             value = method(L)
             expected = torch.tensor(dwa_by_hand(epochs, tau, k), dtype=F64)
-            torch.testing.assert_close(method.weights, expected)
+            torch.testing.assert_close(method.last_weights, expected)
             torch.testing.assert_close(value, expected @ L)
         if window is None:
-            method.epoch()
+            method.end_epoch()
 
 
 def test_dwa_skips_what_is_not_finite_and_empty_epochs():
@@ -712,18 +716,19 @@ def test_dwa_skips_what_is_not_finite_and_empty_epochs():
             m(L)
         method(torch.tensor([1.0, math.nan], dtype=F64))
         if k % 3 == 2:
-            method.epoch()
-            method.epoch()
-            twin.epoch()
+            method.end_epoch()
+            method.end_epoch()
+            twin.end_epoch()
     same(state_of(method), state_of(twin))
     assert not method.older.isnan().any()
 
 
-def test_only_what_counts_epochs_has_them():
-    with pytest.raises(RuntimeError, match=r"epoch: .* windows of 3 steps"):
-        DWA(2, window=3).epoch()
-    with pytest.raises(RuntimeError, match=r"epoch: .* no warm-up"):
-        STCH().epoch()
+@pytest.mark.parametrize("name", METHODS)
+def test_epochs_are_counted_by_those_that_count_them(name):
+    run = Run(name).steps(5)
+    before = state_of(run.method)
+    run.method.end_epoch()
+    assert equal(state_of(run.method), before) != run.counts_epochs
 
 
 # ------------------------------------------------------------------------------------------------ learned scales, GLS
@@ -844,7 +849,7 @@ def test_zero_losses_have_finite_weights(name):
             if isinstance(method, FAMO):
                 method.update([loss.detach() + 0.1 for loss in model])
         if name in ("DWA", "STCH warm-up"):
-            method.epoch()
+            method.end_epoch()
 
 
 # ------------------------------------------------------------------------------------------------ STCH
@@ -886,7 +891,7 @@ def test_stch_with_warmup(warmup):
         for step in epoch:
             expected = stch_by_hand(epochs, warmup, 0.5, k, step)
             assert method(tensor(*step)).item() == pytest.approx(expected, rel=1e-9)
-        method.epoch()
+        method.end_epoch()
 
 
 # ------------------------------------------------------------------------------------------------ FAMO
@@ -924,7 +929,7 @@ def test_famo(lr, gamma, bounds):
         value, expected = method(L), naive.loss(L)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(torch.autograd.grad(value, L), torch.autograd.grad(expected, L))
-        assert method.weights.sum().item() == pytest.approx(1.0)
+        assert method.last_weights.sum().item() == pytest.approx(1.0)
         method.update(after)
         naive.update(after)
         torch.testing.assert_close(method.logits, naive.xi.detach(), rtol=1e-9, atol=1e-12)
@@ -997,5 +1002,5 @@ def test_parity_with_torchjd(name):
             for method in (ours, theirs):
                 method.update(L.detach() * 0.9 + 0.02 * k)
         if name == "DWA" and k % 3 == 2:
-            ours.epoch()
+            ours.end_epoch()
             theirs.step()

@@ -26,7 +26,7 @@ class RLW(Weighting):
     @staticmethod
     def make(tasks: int, dist: str = "Normal") -> Scalarization:
         """See the class."""
-        return scalarization.RLW(distribution=dist.lower())
+        return scalarization.RLW(distribution=dist.lower())  # type: ignore[arg-type]  # which checks it
 
 
 class DWA(Weighting):

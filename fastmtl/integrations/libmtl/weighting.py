@@ -108,7 +108,7 @@ class Weighting(nn.Module):
         """Tells the method of the epochs that have ended since the last step."""
         now = getattr(self, "epoch", 0)
         for _ in range(0 if self._epoch is None else now - self._epoch):
-            self.method.epoch()
+            self.method.end_epoch()
         self._epoch = now
 
     def _through_representation(self, losses: list[Tensor]) -> Info:
@@ -131,7 +131,7 @@ class Weighting(nn.Module):
 
     def _on_losses(self, rows: Sequence[Tensor | None], several: bool) -> tuple[Sequence[Tensor | None], Info]:
         """Cotangents of the representation where the gradients are those of weighted losses."""
-        info = Info.of(alpha=self.method.weights.to(torch.float64))
+        info = self.method.info
         if several:
             return rows, info
         reached = [g for g in rows if g is not None]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from fastmtl import gramian
 from fastmtl.graph import edge_of, leaves_of
 from fastmtl.inputs import describe
 from fastmtl.training import passes
 from fastmtl.training.commit import own_gradients
 from fastmtl.training.parameters import are_plain
-from fastmtl.training.step import Options, Outcome, Step, check_reached
+from fastmtl.training.step import Engine, Options, Outcome, Step, check_reached
 
 __all__ = ["check", "run", "takes"]
 
-_ENGINES = ("full", "gramian", "auto")
+_ENGINES = get_args(Engine)
 
 
 def check(options: Options) -> None:
