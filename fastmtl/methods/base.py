@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
-__all__ = ["GramMethod", "Method"]
+__all__ = ["GradScale", "GramMethod", "Method"]
+
+GradScale: TypeAlias = Tensor | float | None  # None for 1
 
 
 class Method(nn.Module):
@@ -48,7 +50,7 @@ class Method(nn.Module):
         out: Tensor | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -57,15 +59,10 @@ class Method(nn.Module):
         out: Sequence[Tensor | None] | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> list[Tensor | None]: ...
     def __call__(
-        self,
-        gradients: Any,
-        out: Any = None,
-        *,
-        losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        self, gradients: Any, out: Any = None, *, losses: Losses | None = None, grad_scale: GradScale = None
     ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
@@ -114,7 +111,7 @@ class Method(nn.Module):
         scale_heads: bool = False,
         retain_graph: bool = False,
         process_group: Any = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
@@ -308,7 +305,7 @@ class GramMethod(Method):
         dtype: torch.dtype | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
 
