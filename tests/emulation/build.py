@@ -26,10 +26,11 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-x", "c++", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 # Without contraction a result does not depend on the mode; kernels ask for fma where they want it.
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DFASTMTL_EMULATE"]
+# Lines of reports are all that debug information is for: -g takes a third longer.
 MODES = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
 # What a sanitizer needs at run time. Libraries that were there before Python started, or the sanitizer misses calls;
 # the C++ one because the sanitizers look up its functions for exceptions at the start.

@@ -56,6 +56,7 @@ def test_parity_of_lesser_instruction_sets(isa):
         str(HERE / "test_adversaries.py"),
         "-k",
         "not opcheck and not derivative",
+        "--cover=1",
     )
     assert reported == isa
     assert status == 0, output[-5000:]
