@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 TREE, RESULTS = WORK / "tree", WORK / "results.json"
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 TABLE = ROOT / "docs" / "mutants.md"
 LIMIT = {"short": 1800, "long": 7200}  # seconds; a mutant that hangs is found, too
 
@@ -222,7 +223,7 @@ def build_kernels() -> None:
 def run(tree: Path, limit: int, *arguments: str) -> tuple[str | None, str]:
     """The first test that fails, or None, and what pytest said."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(tree)}
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -249,9 +250,9 @@ def check(mutant: Mutant) -> dict[str, Any]:
         else:
             shutil.copyfile(ROOT / "fastmtl" / "_C.so", TREE / "fastmtl" / "_C.so")
         folders = [f"tests/{name}" for name in mutant.tests.split()]
-        result: dict[str, Any] = {"short": run(TREE, LIMIT["short"], *folders)[0]}
+        result: dict[str, Any] = {"short": run(TREE, LIMIT["short"], *PARALLEL, *folders)[0]}
         if result["short"] is None:
-            result["long"] = run(TREE, LIMIT["long"], "--slow", *folders)[0]
+            result["long"] = run(TREE, LIMIT["long"], *PARALLEL, "--slow", *folders)[0]
     finally:
         path.write_text(text)
     found = result["short"] or result["long"]
