@@ -21,7 +21,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 .PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
