@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -101,11 +102,12 @@ def _made(command: Sequence[str], mode: str, stem: str, suffix: str) -> Path:
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
-    # Another process may build the same: both write their own file, and the last to finish wins.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / made.name
-        _compile([*command, "-o", str(output)])
-        output.replace(made)
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who wants the same waits for it, as files of tests do that run side by side
+        if not made.exists():
+            output = Path(scratch) / made.name
+            _compile([*command, "-o", str(output)])
+            output.replace(made)
     return made
 
 
