@@ -21,7 +21,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 .PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -62,7 +62,7 @@ AVX2_TESTS := ops/test_adversaries methods/test_aligned ops/test_determinism obs
 	ops/test_many_tasks ops/test_qp ops/test_raw_ops ops/test_tridiagonal
 
 test-avx2: develop ## a part of the tests as on a processor without AVX-512
-	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) $(AVX2_TESTS:%=tests/%.py) $(PYTEST_ARGS)
+	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) --cover 1 $(AVX2_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 test-all: develop ## all of these on every combination of parameters, and the slow ones: wheel, sanitizers, 2^31 parameters
 	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)

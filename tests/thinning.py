@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -40,8 +40,8 @@ def covering(cases: Sequence[Case], strength: int) -> list[int]:
     return sorted(taken)
 
 
-def thinned(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """The items of the short suite, in order. `@pytest.mark.cover(1)`: every value once, not every pair."""
+def thinned(items: Sequence[pytest.Item], strength: int) -> list[pytest.Item]:
+    """The items of the short suite, in order: see `covering`. `@pytest.mark.cover(1)` is less for one test."""
     tests = defaultdict(list)
     for item in items:
         tests[getattr(item, "originalname", None), item.parent].append(item)
@@ -56,5 +56,5 @@ def thinned(items: Iterable[pytest.Item]) -> list[pytest.Item]:
         cover = group[0].get_closest_marker("cover")
         cases = [item.callspec._idlist for item in shown]  # pytest has no public name for it
         if shown:
-            kept.update(shown[k] for k in covering(cases, cover.args[0] if cover else 2))
+            kept.update(shown[k] for k in covering(cases, min(strength, cover.args[0]) if cover else strength))
     return [item for item in items if item in kept]

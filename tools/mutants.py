@@ -2,9 +2,9 @@
 
     python tools/mutants.py [NAME ...]     # those without a result yet, or these; writes docs/mutants.md
 
-Each mutant is one small replacement in a copy of the tree in build/mutants (C++ is rebuilt there), on which the short
-suite of the folders that concern it runs up to the first failure. That test must pass on the tree without the fault, or
-it has found something else. What the short suite lets pass is put before the long one. Results are kept in
+Each mutant is one small replacement in a copy of the tree in build/mutants (C++ is rebuilt there), on which the files
+of tests that concern it run as in the short suite, up to the first failure. That test must pass on the tree without the
+fault, or it has found something else. What they let pass is put before them with --slow. Results are kept in
 build/mutants/results.json until the fault is another; a run that was stopped goes on where it was.
 """
 
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 TREE, RESULTS = WORK / "tree", WORK / "results.json"
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 TABLE = ROOT / "docs" / "mutants.md"
 LIMIT = {"short": 1800, "long": 7200}  # seconds; a mutant that hangs is found, too
 
@@ -36,7 +37,7 @@ class Mutant(NamedTuple):
         file: where.
         old: a snippet that occurs there once.
         new: what stands there in its place.
-        tests: the folders or files under tests/ that concern it.
+        tests: the files or folders under tests/ that concern it.
     """
 
     name: str
@@ -53,42 +54,42 @@ MUTANTS = [
         "csrc/cpu/gram.h",
         "__builtin_memcpy(tail[r], rows[r] + k, size_t(n - k) * sizeof(E));",
         "__builtin_memcpy(tail[r], rows[r] + k, size_t(n - k - 1) * sizeof(E));",
-        "ops methods",
+        "ops/test_ops.py ops/test_raw_ops.py methods",
     ),
     Mutant(
         "combine: half a vector of the wrong columns",
         "csrc/cpu/combine.h",
         "total.b += weight[r] * g.b;",
         "total.b += weight[r] * g.a;",
-        "ops methods",
+        "ops/test_ops.py ops/test_raw_ops.py methods",
     ),
     Mutant(
         "Aligned-MTL: the upper median eigenvalue",
         "csrc/math/balance.h",
         "return eigenvalues[rank / 2];",
         "return eigenvalues[(rank - 1) / 2];",
-        "ops methods",
+        "ops/test_ops.py methods/test_aligned.py",
     ),
     Mutant(
         "MGDA: weights of unit rows, not of the gradients",
         "csrc/math/mgda.h",
         "alpha[t] = b[t] * x[t] / along;",
         "alpha[t] = x[t] / along;",
-        "ops methods",
+        "ops/test_mgda.py methods",
     ),
     Mutant(
         "PCGrad: projects where there is no conflict",
         "csrc/math/conflicts.h",
         "product >= 0.0 ||",
         "product > 0.1 * square ||",
-        "ops methods",
+        "ops/test_conflicts.py methods",
     ),
     Mutant(
         "GradVac: the new target forgets the old one",
         "csrc/math/conflicts.h",
         "(1.0 - beta) * target + beta * cosine",
         "(1.0 - beta) * cosine + beta * target",
-        "ops methods",
+        "ops/test_conflicts.py methods",
     ),
     # CUDA kernels, by the host emulation
     Mutant(
@@ -125,28 +126,28 @@ MUTANTS = [
         "fastmtl/pipeline.py",
         "if EPS[x.dtype] > EPS[found]:",
         "if EPS[x.dtype] < EPS[found]:",
-        "methods training",
+        "methods/test_aligned.py ops/test_ops.py training",
     ),
     Mutant(
         "Gramian engine: blocks beside the diagonal count once",
         "fastmtl/gramian/contraction.py",
         "M += X if last == end else X + X.T",
         "M += X",
-        "gramian",
+        "gramian/test_gramian.py gramian/test_gramian_ops.py",
     ),
     Mutant(
         "Gramian engine: a weight transposed twice is read as once",
         "fastmtl/gramian/survey.py",
         "flipped ^ turns",
         "flipped or turns",
-        "gramian",
+        "gramian/test_gramian.py gramian/test_gramian_ops.py",
     ),
     Mutant(
         "Gramian engine: uses on both sides have no products with each other",
         "fastmtl/gramian/contraction.py",
         "M += X + X.T\n        return M / scale",
         "M += X\n        return M / scale",
-        "gramian",
+        "gramian/test_gramian.py gramian/test_gramian_ops.py",
     ),
     Mutant(
         "averaged gradients: the processes' sum of Grams is divided once",
@@ -161,35 +162,35 @@ MUTANTS = [
         "fastmtl/training/fan_out.py",
         "if not x.requires_grad or any(x is y for y in sources):",
         "if not x.requires_grad:",
-        "training",
+        "training/test_fan_out.py training/test_attach.py",
     ),
     Mutant(
         "attach: every tensor of a structure becomes the first alias",
         "fastmtl/training/attach.py",
         "return x if i is None else alias[i]",
         "return x if i is None else alias[0]",
-        "training",
+        "training/test_attach.py training/test_stacks.py",
     ),
     Mutant(
         "backward: hooks of a parameter run on every task's gradient",
         "fastmtl/training/backward.py",
         "for hooks, _ in silenced:\n        hooks.clear()",
         "for hooks, _ in silenced[1:]:\n        hooks.clear()",
-        "training",
+        "training/test_backward.py training/test_traps.py",
     ),
     Mutant(
         "NashMTL: an absent task's weight is not kept",
         "fastmtl/methods/nash.py",
         "torch.where(due[..., None] & there, alpha,",
         "torch.where(due[..., None], alpha,",
-        "methods",
+        "methods/test_absent.py ops/test_nash.py methods/test_catalog.py",
     ),
     Mutant(
         "options: a bound that is excluded is allowed",
         "fastmtl/options.py",
         "above < x and",
         "above <= x and",
-        "methods scalarization",
+        "methods/test_options.py scalarization",
     ),
 ]
 
@@ -222,7 +223,7 @@ def build_kernels() -> None:
 def run(tree: Path, limit: int, *arguments: str) -> tuple[str | None, str]:
     """The first test that fails, or None, and what pytest said."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(tree)}
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -249,9 +250,9 @@ def check(mutant: Mutant) -> dict[str, Any]:
         else:
             shutil.copyfile(ROOT / "fastmtl" / "_C.so", TREE / "fastmtl" / "_C.so")
         folders = [f"tests/{name}" for name in mutant.tests.split()]
-        result: dict[str, Any] = {"short": run(TREE, LIMIT["short"], *folders)[0]}
+        result: dict[str, Any] = {"short": run(TREE, LIMIT["short"], *PARALLEL, *folders)[0]}
         if result["short"] is None:
-            result["long"] = run(TREE, LIMIT["long"], "--slow", *folders)[0]
+            result["long"] = run(TREE, LIMIT["long"], *PARALLEL, "--slow", *folders)[0]
     finally:
         path.write_text(text)
     found = result["short"] or result["long"]
@@ -269,7 +270,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "# Seeded faults, and the tests that find them",
         "",
         "`python tools/mutants.py` seeds one fault after the other and runs the short suite (`make test`) of the",
-        "folders that concern it up to the first failure; on what it lets pass, the long one (`make test-all`).",
+        "files that concern it up to the first failure; on what it lets pass, the long one (`make test-all`).",
         f"{len(known)} of {len(MUTANTS)} faults were tried: the short suite finds {short}, the long one {either}.",
         "",
         "| fault | file | found by |",
