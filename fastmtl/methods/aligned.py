@@ -11,9 +11,8 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl.info import Info, tolerances
-from fastmtl.inputs import Losses, Rows
+from fastmtl.inputs import Losses, Rows, checked_out
 from fastmtl.methods.base import GradScale, GramMethod
-from fastmtl.methods.checked import checked_out
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, choice, number, option, show_weights
 from fastmtl.rule import NOTHING, Context

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, describe, transforming
-from fastmtl.methods.checked import checked_out, checked_weights
+from fastmtl.inputs import (
+    DTYPES,
+    Losses,
+    Rows,
+    check_tangent,
+    checked_out,
+    describe,
+    transforming,
+)
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
@@ -296,7 +303,7 @@ class GramMethod(Method):
         Returns:
             An info with `alpha`, float64 [..., T], and `gram`.
         """
-        alpha = checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
+        alpha = _checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
         return Info.of(ops.constant(M, alpha), M)
 
     def weighting(
@@ -370,3 +377,22 @@ class _OfFunction(GramMethod):
 
 def _missing(method: Method, what: str) -> str:
     return f"{type(method).__name__}: expected it to define {what}"
+
+
+def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
+    """What `weigh` returned for M, float64 and contiguous.
+
+    Raises:
+        TypeError: no tensor of a floating dtype.
+        ValueError: of another shape or device, or one that requires grad.
+    """
+    name, shape = f"{method!r}.weigh", list(M.shape[:-1])
+    expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
+    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
+        raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
+    if alpha.shape != M.shape[:-1] or alpha.device != M.device:
+        raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
+    if eager and alpha.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
+    return alpha.detach().to(torch.float64).contiguous()
