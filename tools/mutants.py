@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     Mutant(
         "averaged gradients: the processes' sum of Grams is divided once",
-        "fastmtl/distributed/__init__.py",
+        "fastmtl/distributed/collectives.py",
         "dist.get_world_size(group) ** 2",
         "dist.get_world_size(group)",
         "distributed",
@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "backward: hooks of a parameter run on every task's gradient",
-        "fastmtl/training/backward.py",
+        "fastmtl/training/passes.py",
         "for hooks, _ in silenced:\n        hooks.clear()",
         "for hooks, _ in silenced[1:]:\n        hooks.clear()",
         "training/test_backward.py training/test_traps.py",
