@@ -106,11 +106,13 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
             edge, reader = stack.pop()
             node, output = edge
             kind = type(node).__name__
-            if joints and kind in _PARTS and (stacked := _stacked(node, output)) is not None:
-                straight = True
-                if stacked[0] is not None and stacked not in closed:
-                    stack.append((stacked, reader))
-                continue
+            if joints and kind in _PARTS and node.next_functions[0] not in closed:
+                one = _one_of_stack(node, output, begins=not reader)
+                if one is not None:
+                    straight = True
+                    if one[0] is not None and one not in closed:
+                        stack.append((one, reader))
+                    continue
             joint = joints and kind in _JOINTS
             known = passed.get(edge) if joint else owner.get(node)
             if kind == _LEAF:
@@ -150,13 +152,18 @@ def is_leaf(node: Any) -> bool:
     return type(node).__name__ == _LEAF
 
 
-def _stacked(node: Any, output: int) -> Edge | None:
-    """What an entry was before all were stacked, where a node takes it out of a stack: a tensor [T] of T losses."""
+def _one_of_stack(node: Any, output: int, begins: bool) -> Edge | None:
+    """What one loss was before T of them were stacked, where a node takes it out of that tensor [T]; else None.
+
+    `begins`: whether it is a loss that the node makes. Of other `unbind`s the shape is not known.
+    """
     source = node.next_functions[0][0]
     if type(source).__name__ != "StackBackward0" or node._saved_dim or source._saved_dim:
         return None
     edges: Sequence[Edge] = source.next_functions
-    return edges[output if type(node).__name__ == "UnbindBackward0" else _unsigned(node._saved_index, len(edges))]
+    if type(node).__name__ == "UnbindBackward0":
+        return edges[output] if begins else None
+    return edges[_unsigned(node._saved_index, len(edges))] if len(node._saved_self_sym_sizes) == 1 else None
 
 
 def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:

@@ -267,16 +267,17 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
         ValueError: a tensor of another shape, no loss, another number than T, names that are missing or not known, or
             an entry of several elements.
     """
-    if isinstance(losses, Mapping):
-        losses = _by_name(losses, names)
-    elif isinstance(losses, Tensor):
-        if losses.ndim != 1:
+    if not isinstance(losses, (list, tuple)):
+        if isinstance(losses, Mapping):
+            losses = _by_name(losses, names)
+        elif not isinstance(losses, Tensor):
+            raise TypeError(
+                f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
+            )
+        elif losses.ndim != 1:
             raise ValueError(f"losses: expected T scalars or a tensor of shape [T], got {describe(losses)}")
-        losses = losses.unbind()
-    elif not isinstance(losses, (list, tuple)):
-        raise TypeError(
-            f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
-        )
+        else:
+            losses = losses.unbind()
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
     if tasks is not None and len(losses) != tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -119,8 +120,8 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
     if together:
         from fastmtl import distributed  # here: not every torch is built with it
 
-        own = group = distributed.gram_group(options.process_group)
-        agree = lambda x: distributed.agree(x, own)  # noqa: E731
+        group = distributed.gram_group(options.process_group)
+        agree = partial(distributed.agree, group=group)
     cut: list[Tensor] = []
     if upper_bound:
         cut = checked_cut(options.representation, "representation")

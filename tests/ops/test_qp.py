@@ -399,7 +399,7 @@ def test_ridge(kind, scale):
     assert relative(got, exact) > 1e-3
     M = G[0] @ G[0].T
     assert torch.equal(kind(ridge=0.0).weighting(M), kind().weighting(M))
-    info = kind([1, 2, 3, 4, 5], ridge=1.0).solve(M, F64)
+    info = kind(weights=[1, 2, 3, 4, 5], ridge=1.0).solve(M, F64)
     assert info.converged
     assert torch.equal(info.gram, M)
     for ridge in (-1e-3, math.inf, math.nan):

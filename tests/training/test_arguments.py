@@ -92,6 +92,24 @@ def test_heads_of_stacked_losses_are_not_shared():
             torch.testing.assert_close(g, p.grad)
 
 
+def test_a_representation_that_is_a_stack():
+    """Losses read entries of it, and it is where gradients are aggregated all the same."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(3, 3).double()
+
+    def forward():
+        h = torch.stack([x.square() for x in trunk(torch.ones(3, dtype=torch.float64))])
+        return h, [h[0] * 2, h[1] - h[2], *h[:1]]
+
+    h, losses = forward()
+    G = torch.stack([torch.autograd.grad(loss, h, retain_graph=True)[0] for loss in losses])
+    expected = torch.autograd.grad(h, trunk.weight, AlignedMTL()(G))[0]
+    h, losses = forward()
+    info = AlignedMTL().backward(losses, representation=h)
+    torch.testing.assert_close(info.gram, G @ G.T)
+    torch.testing.assert_close(trunk.weight.grad, expected)
+
+
 def test_a_column_of_losses_of_one_head():
     """What all entries really have in common is shared: here, everything."""
     torch.manual_seed(0)

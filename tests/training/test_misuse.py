@@ -437,7 +437,7 @@ def test_an_absent_task_of_a_method_that_needs_the_losses():
         ),
         (lambda losses: [losses[0], losses[1].expand(2), losses[2]], ValueError, r"losses\[1\]: expected a scalar"),
         (lambda losses: iter(losses), TypeError, r"losses: expected a sequence of T scalar tensors"),
-        (lambda losses: losses[0], TypeError, r"losses: expected a sequence of T scalar tensors"),
+        (lambda losses: losses[0], ValueError, r"losses: expected T scalars or a tensor of shape \[T\]"),
         (lambda losses: torch.stack(losses)[:2], ValueError, r"losses: expected 3, .* got 2"),
     ],
 )

@@ -131,7 +131,7 @@ class Weighting(nn.Module):
 
     def _on_losses(self, rows: Sequence[Tensor | None], several: bool) -> tuple[Sequence[Tensor | None], Info]:
         """Cotangents of the representation where the gradients are those of weighted losses."""
-        info = self.method.info
+        info: Info = self.method.info
         if several:
             return rows, info
         reached = [g for g in rows if g is not None]

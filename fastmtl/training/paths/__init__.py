@@ -1,7 +1,8 @@
 """The ways from T losses to the shared parameters' gradients. One file is one path, and says itself what it cannot do.
 
-A path of one's own is a module with the three functions of `Path`, in its place in `PATHS`: the first that takes a
-step runs it. How the tasks' rows are aggregated, where a path forms them, is a matter of `groups` and `averaged`.
+A path is a module with the two functions of `Path`, in its place in `PATHS`: the first that takes a step runs it. Where
+options exclude each other whatever the losses are, it says so in a `check`. How the tasks' rows are aggregated, where a
+path forms them, is a matter of `groups` and `averaged`.
 """
 
 from __future__ import annotations
