@@ -6,8 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
+# pytest compiles the tests, and does so once: with this set, each process for itself.
+unexport PYTHONDONTWRITEBYTECODE
 # Without reordering: files of few tests, which would come last, are long ones.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
@@ -16,10 +18,10 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp 
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-avx2 test-all sanitize fuzz wheel experiments-smoke emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -43,8 +45,15 @@ develop: $(VENV)/.dev ## the same, and what tests, benchmarks and experiments ne
 demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; writes demo.png
 	$(BIN)/python examples/digits.py
 
-test: develop ## all tests, files in parallel (PYTEST_ARGS="-k gram" for some)
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+# Of products of parameters the cases that show every pair of values (tests/thinning.py), here and wherever --slow is not given.
+test: develop ## the tests of the library, files in parallel (PYTEST_ARGS="-k gram" for some)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/tools --ignore tests/experiments $(PYTEST_ARGS)
+
+test-tools: develop ## those of the build, the command line, docs, examples, benchmarks and the wheel's contents
+	$(BIN)/python -m pytest $(PARALLEL) tests/tools $(PYTEST_ARGS)
+
+test-experiments: develop ## those of the experiments, and each of them end to end at tiny size, killed and resumed
+	$(BIN)/python -m pytest $(PARALLEL) tests/experiments $(PYTEST_ARGS)
 
 # What a processor without AVX-512 runs of PyTorch, its libraries and the kernels.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTMTL_CPU=avx2
@@ -53,9 +62,9 @@ AVX2_TESTS := ops/test_adversaries methods/test_aligned ops/test_determinism obs
 	ops/test_many_tasks ops/test_qp ops/test_raw_ops ops/test_tridiagonal
 
 test-avx2: develop ## a part of the tests as on a processor without AVX-512
-	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) $(AVX2_TESTS:%=tests/%.py) $(PYTEST_ARGS)
+	$(AVX2) $(BIN)/python -m pytest $(PARALLEL) --cover 1 $(AVX2_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
-test-all: develop ## the same and the slow ones: wheel on an older torch, sanitizers, more than 2^31 parameters
+test-all: develop ## all of these on every combination of parameters, and the slow ones: wheel, sanitizers, 2^31 parameters
 	$(BIN)/python -m pytest $(PARALLEL) --slow $(PYTEST_ARGS)
 
 sanitize: develop ## the CPU kernels and solvers under AddressSanitizer, UBSan and ThreadSanitizer, every instruction set
@@ -69,9 +78,6 @@ wheel: develop ## dist/: sdist and, built from it in isolation, the wheel with C
 	echo 'torch==$(WHEEL_TORCH)' > $(VENV)/wheel-constraint.txt
 	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
-
-experiments-smoke: develop ## every experiment end to end at tiny size, killed and resumed (part of test)
-	$(BIN)/python -m pytest $(PARALLEL) -m smoke tests/experiments $(PYTEST_ARGS)
 
 emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (part of test)
 	$(BIN)/python -m pytest tests/emulation $(PYTEST_ARGS)

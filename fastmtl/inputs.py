@@ -25,6 +25,7 @@ __all__ = [
     "check_out",
     "check_rows",
     "check_tangent",
+    "checked_out",
     "describe",
     "has_numbers",
     "names_of",
@@ -175,6 +176,17 @@ def _extent(x: Tensor) -> tuple[int, int]:
     begin = torch._C._data_address(x) + x.storage_offset() * x.element_size()  # type: ignore[attr-defined]
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return begin, begin + (last + 1) * x.element_size()
+
+
+def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
+    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
+    check_matrix(G)
+    *batch, _, P = G.shape
+    if out is None:
+        return G.new_empty((*batch, P))
+    check_out(out, G, (*batch, P))
+    check_apart([out], [G])
+    return out
 
 
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:

@@ -1,4 +1,8 @@
-"""Shared fixtures: every test starts from the same seed and leaves the thread count as it found it; `--slow`."""
+"""Shared fixtures: every test starts from the same seed and leaves the thread count as it found it.
+
+`--slow` (make test-all) runs all there is. Without, tests marked `slow` are skipped, and of tests over products of
+parameters run the cases that thinning.py picks: with every pair of values, or every value once (`--cover 1`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from thinning import thinned
 
 from fastmtl import once
 
@@ -16,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers that run at the same time share the cores: with all of them each, they mostly wait for each other."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what they start
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +46,20 @@ def no_collector() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too (make test-all)")
+    text = "run the tests marked slow too, and full products of parameters (make test-all)"
+    parser.addoption("--slow", action="store_true", help=text)
+    text = "without --slow: of products of parameters, cases with every value once (1) or every pair of them (2)"
+    parser.addoption("--cover", type=int, default=2, choices=(1, 2), help=text)
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow"):
         return
+    everything = list(items)
+    items[:] = thinned(everything, config.getoption("--cover"))
+    kept = set(items)
+    config.hook.pytest_deselected(items=[item for item in everything if item not in kept])
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs under `make test-all` (--slow)"))

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl.info import Info, tolerances
-from fastmtl.inputs import Losses, Rows
-from fastmtl.methods.base import GramMethod, checked_out
+from fastmtl.inputs import Losses, Rows, checked_out
+from fastmtl.methods.base import GradScale, GramMethod
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, choice, number, option, show_weights
 from fastmtl.rule import NOTHING, Context
@@ -83,7 +83,7 @@ class AlignedMTL(Weighted, GramMethod):
         out: Tensor | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -92,15 +92,10 @@ class AlignedMTL(Weighted, GramMethod):
         out: Sequence[Tensor | None] | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> list[Tensor | None]: ...
     def __call__(
-        self,
-        gradients: Any,
-        out: Any = None,
-        *,
-        losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        self, gradients: Any, out: Any = None, *, losses: Losses | None = None, grad_scale: GradScale = None
     ) -> Any:
         """The aligned gradient αᵀ G: see `Method.__call__`."""
         if grad_scale is not None or losses is not None or not isinstance(gradients, Tensor):

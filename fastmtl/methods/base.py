@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,8 @@ from fastmtl.inputs import (
     DTYPES,
     Losses,
     Rows,
-    check_apart,
-    check_matrix,
-    check_out,
     check_tangent,
+    checked_out,
     describe,
     transforming,
 )
@@ -26,7 +24,9 @@ from fastmtl.rule import NOTHING, Context, context_of
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
-__all__ = ["GramMethod", "Method", "checked_out"]
+__all__ = ["GradScale", "GramMethod", "Method"]
+
+GradScale: TypeAlias = Tensor | float | None  # None for 1
 
 
 class Method(nn.Module):
@@ -57,7 +57,7 @@ class Method(nn.Module):
         out: Tensor | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -66,15 +66,10 @@ class Method(nn.Module):
         out: Sequence[Tensor | None] | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> list[Tensor | None]: ...
     def __call__(
-        self,
-        gradients: Any,
-        out: Any = None,
-        *,
-        losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        self, gradients: Any, out: Any = None, *, losses: Losses | None = None, grad_scale: GradScale = None
     ) -> Any:
         """The aggregated gradient αᵀ G, accumulated in float64 and rounded once to the gradients' dtype.
 
@@ -123,7 +118,7 @@ class Method(nn.Module):
         scale_heads: bool = False,
         retain_graph: bool = False,
         process_group: Any = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
@@ -317,7 +312,7 @@ class GramMethod(Method):
         dtype: torch.dtype | None = None,
         *,
         losses: Losses | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: GradScale = None,
     ) -> Tensor:
         """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
 
@@ -401,14 +396,3 @@ def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
     if eager and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
     return alpha.detach().to(torch.float64).contiguous()
-
-
-def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
-    """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
-    check_matrix(G)
-    *batch, _, P = G.shape
-    if out is None:
-        return G.new_empty((*batch, P))
-    check_out(out, G, (*batch, P))
-    check_apart([out], [G])
-    return out

@@ -32,6 +32,7 @@ class GradNorm(Scalarization):
         gradnorm.backward(losses, model.encoder); optimizer.step()
 
     In `backward` W is the last of the shared parameters that has more than one dimension: `shared=[W]` names another.
+    Not with `fan_out`, whose `total` knows no layer.
 
     Source: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
     Multitask Networks", ICML 2018, Algorithm 1.

@@ -142,7 +142,7 @@ def others_busy() -> Iterator[Callable[[], float]]:
 def _used_by_others() -> float:
     """Processor seconds that processes other than this one and its children, or other guests of the same host, used."""
     try:
-        ticks = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+        ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()[1:9]]
     except OSError:
         return 0.0
     idle, waiting = ticks[3:5]

@@ -48,6 +48,7 @@ class Capture:
         self.watch = watch
         self.info = info
         self.gradients: Sequence[Tensor | None] | None = None
+        self._of_losses: Info | None = None  # what a method on losses did with them
         self.derived = -1  # the backward that has come by a derivative through the aliases
         self._marked = -1  # the backward that started at a total, and the tasks it said were there
         self._expected: Sequence[bool] = ()
@@ -56,6 +57,13 @@ class Capture:
     def take(self, losses: Sequence[Tensor | None]) -> None:
         """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
         self.context = self.context._replace(losses=context_of(self.method, losses, self.tasks).losses)
+
+    def scalarize(self, losses: Sequence[Tensor | None]) -> Tensor:
+        """The one loss that a method on losses makes of them; they are not scaled yet either."""
+        method: Any = self.method
+        value: Tensor = method(losses)
+        self._of_losses = method.info
+        return value
 
     def expect(self, tasks: Sequence[bool]) -> None:
         """Says that the running backward is to aggregate, and that it brings gradients of these tasks."""
@@ -155,12 +163,17 @@ class Capture:
             if reached_by(call[1], ends, trunk_of(behind).nodes, FAN_OUTS)[1]:
                 watch.warn_beside("a loss depends on h, or on what h is made of,")
 
-    def _derivative(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _sums(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The plain sums over tasks."""
         sums: list[Tensor | None] = []
         for k in range(self.tensors):
             parts = [g for g in grads[k :: self.tensors] if g is not None]
             sums.append(sum(parts[1:], parts[0]) if parts else None)
+        return sums
+
+    def _derivative(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The plain sums over tasks, as part of a graph."""
+        sums = self._sums(grads)
         if not torch.is_grad_enabled():
             return sums
         here = [g for g in sums if g is not None]
@@ -178,7 +191,14 @@ class Capture:
 
     def _aggregate(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         updates: Sequence[Tensor | None]
-        if self.reduce is not None:
+        if self.method.on_losses:
+            if self._marked != torch._C._current_graph_task_id() or self._of_losses is None:
+                raise RuntimeError(
+                    f"fan_out: {self.method!r} works on the losses: pass them to the fan-out's total(losses), and call "
+                    "backward on what it returns, not on a sum"
+                )
+            updates, info = self._sums(grads), self._of_losses
+        elif self.reduce is not None:
             updates, info = aggregate_part(self.method, grads, self._sources, self.reduce, self.context)
         elif any(g is not None for g in grads):
             if self.method.needs_losses and self.context.losses is None:

@@ -91,7 +91,9 @@ def fan_out(
         grad_scale: the factor S by which a loss scaler multiplies the losses (`scaler.get_scale()`), for methods that
             are not homogeneous: see `Method.__call__`.
 
-    Methods that need the losses take them from `hs.total(losses)`.
+    Methods that need the losses take them from `hs.total(losses)`. A method on losses (`fastmtl.scalarization`) makes
+    the total of them there, the encoder gets the plain sum of what the aliases bring, and a backward of any other sum
+    is a RuntimeError.
 
     Returns:
         A sequence of T aliases, each of the structure of `h`, with `info`, `gradients` and `total`.
@@ -264,7 +266,7 @@ class FanOut(Sequence[Any]):
         return [map_tensors(lambda x: of.get(id(x)), h) for h in self._aliases]
 
     def total(self, losses: Losses) -> Tensor:
-        """The sum of the T losses, for the one backward of a step.
+        """The sum of the T losses, or what a method on losses makes of them, for the one backward of a step.
 
         It says which tasks there are: that all losses are there, that they are summed and not averaged, and which are
         absent. With `process_group` it is tied to the aliases even where no loss uses one: every process has to take
@@ -293,7 +295,9 @@ class FanOut(Sequence[Any]):
             raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
         if capture is None or torch.compiler.is_compiling():
             return sum(summands)  # type: ignore[return-value]
-        if capture.method.needs_losses:
+        if capture.method.on_losses:
+            summands = [capture.scalarize(parts)]
+        elif capture.method.needs_losses:
             capture.take(here)
         if once.first("losses", capture.watch.site):
             self._examine(here)

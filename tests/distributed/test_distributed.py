@@ -1,5 +1,6 @@
 """More than one process, for real: worlds of 2 and 4 processes over gloo run the checks of `distributed_checks.py`."""
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -20,8 +21,12 @@ def world(request, tmp_path_factory):
     """The folder where every rank of a world that ran all checks left its reports, and the number of ranks."""
     size = request.param
     folder = tmp_path_factory.mktemp(f"world{size}")
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():  # which imports torch once, not in every rank
+        multiprocessing.set_forkserver_preload(["distributed_checks"])
+        method = "forkserver"
     context = torch.multiprocessing.start_processes(
-        distributed_checks.run, (size, str(folder)), nprocs=size, join=False, start_method="spawn"
+        distributed_checks.run, (size, str(folder)), nprocs=size, join=False, start_method=method
     )
     try:
         # Joins the processes one by one as they end; a rank that hangs costs its own time-out and then its reports.

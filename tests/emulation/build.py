@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -26,10 +27,11 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-x", "c++", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 # Without contraction a result does not depend on the mode; kernels ask for fma where they want it.
 FLAGS += ["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DFASTMTL_EMULATE"]
+# Lines of reports are all that debug information is for: -g takes a third longer.
 MODES = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
 # What a sanitizer needs at run time. Libraries that were there before Python started, or the sanitizer misses calls;
 # the C++ one because the sanitizers look up its functions for exceptions at the start.
@@ -100,11 +102,12 @@ def _made(command: Sequence[str], mode: str, stem: str, suffix: str) -> Path:
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
-    # Another process may build the same: both write their own file, and the last to finish wins.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / made.name
-        _compile([*command, "-o", str(output)])
-        output.replace(made)
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who wants the same waits for it, as files of tests do that run side by side
+        if not made.exists():
+            output = Path(scratch) / made.name
+            _compile([*command, "-o", str(output)])
+            output.replace(made)
     return made
 
 

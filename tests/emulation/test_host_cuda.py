@@ -218,7 +218,7 @@ x = np.ones(256, np.float32)
 """
 
 
-@pytest.mark.parametrize("mode", ["address", "thread"])
+@pytest.mark.parametrize("mode", [pytest.param("address", marks=pytest.mark.slow), "thread"])  # it takes a compilation
 def test_right_kernels_are_clean(mode: str) -> None:
     """All of the above once more: what is right raises no alarm, and errors still are found without one."""
     result = build.run(mode, [__file__, str(build.build(mode))])
@@ -226,6 +226,7 @@ def test_right_kernels_are_clean(mode: str) -> None:
     assert result.stdout.endswith("done\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_address_sanitizer_finds(name: str) -> None:
     code = f"{USE_TOYS}toys.defective(toys.Defect.{name})"

@@ -41,6 +41,8 @@ from helpers import (
 from fastmtl import ops
 from fastmtl.ops import reference
 
+pytestmark = pytest.mark.cover(1)  # an emulated kernel takes its time
+
 ORDERS = ("sequential", "reversed", "shuffled")
 SCALES = ("min", "median", "rmse")
 TASKS = (1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 31, 32, 33, 48, 63, 64)
@@ -901,12 +903,20 @@ def test_small_eigenvalues_of_graded_matrices(T):
 # ------------------------------------------------------------------------------------------------ sanitizers
 
 
-@pytest.mark.parametrize(("mode", "order_of_threads"), [("address", "sequential"), ("thread", "reversed")])
-def test_under_a_sanitizer(mode, order_of_threads):
+ONLY_F32 = ("FASTMTL_EMULATE_ONLY_F32",)
+
+
+@pytest.mark.parametrize(
+    ("mode", "order_of_threads", "defines"),
+    [
+        ("address", "sequential", ONLY_F32),
+        ("thread", "reversed", ONLY_F32),  # races do not depend on the type
+        pytest.param("address", "sequential", (), marks=pytest.mark.slow),
+    ],
+)
+def test_under_a_sanitizer(mode, order_of_threads, defines):
     """Accesses outside of arrays, undefined behaviour and races, over a smaller matrix of cases."""
     matrix = str(harness.KERNELS.with_name("matrix.py"))
-    # Races do not depend on the type, and finding them is slow.
-    only = ["FASTMTL_EMULATE_ONLY_F32"] if mode == "thread" else []
-    result = build.run(mode, [matrix, str(harness.built(mode, only)), order_of_threads])
+    result = build.run(mode, [matrix, str(harness.built(mode, defines)), order_of_threads])
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("cases hold\n")

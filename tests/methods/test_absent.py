@@ -449,6 +449,7 @@ def test_mgda_by_losses(normalization):
 # ------------------------------------------------------------------------------------------------ the Gram matrix
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=dtype_id)
 @pytest.mark.parametrize("T", [2, 3, 6, 16, 17, 64, 100, 128, 129, 150, 200])
 def test_a_missing_row_is_not_multiplied(T, dtype):

@@ -518,3 +518,136 @@ def test_draws_follow_the_generator():
         state = torch.get_rng_state()
         assert all(torch.equal(one.weighting(M), other.weighting(M)) for _ in range(3))
         assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+EVERY = [entry.make for entry in catalog.entries()]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_made_by_name(name):
+    method = catalog.make(name, tasks=T)
+    for other in (name.upper(), name.replace("-", "_"), name.replace("-", "").title()):
+        assert repr(catalog.make(other, tasks=T)) == repr(method)
+    assert isinstance(method, scalarization.Scalarization if method.on_losses else fastmtl.Method)
+
+
+def test_made_with_options():
+    assert repr(catalog.make("cagrad", c=0.4)) == "CAGrad(c=0.4, rescale=1)"
+    assert catalog.make("stch", tasks=3, mu=0.5).tasks == 3
+    assert catalog.make("stch", tasks=3, mu=0.5).mu == 0.5
+    assert isinstance(catalog.make("NashMTL"), fastmtl.NashMTL)
+    assert isinstance(catalog.make("uniform", tasks=3), scalarization.LS)
+    assert len(set(EVERY)) == len(EVERY)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: catalog.make("agrad"), ValueError, "name: expected one of aligned, mgda, .*famo, got 'agrad'"),
+        (lambda: catalog.make(None), ValueError, "name: expected one of .*, got None"),
+        (lambda: catalog.make("cagrad", d=1), TypeError, r"d: expected an option of CAGrad \(c, rescale\)"),
+        (lambda: catalog.make("famo"), ValueError, "tasks: expected the number of tasks, which FAMO needs, got None"),
+        (lambda: catalog.make("krum", tasks=2), ValueError, "expected at least 3 tasks, got 2"),
+        (lambda: catalog.make("aligned", tasks=2, weights=[1.0] * 3), ValueError, "weights: expected length 2"),
+        (lambda: catalog.make("uniform", tasks=2, weights=[1.0] * 3), ValueError, "weights: expected length 2"),
+    ],
+)
+def test_what_cannot_be_made_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_loop_trains_all(name):
+    """No question of what kind a method is."""
+    torch.manual_seed(0)
+    encoder, heads = nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.ModuleList(nn.Linear(8, 2) for _ in range(T))
+    method = catalog.make(name, tasks=T).to("cpu").train()
+    modules = nn.ModuleDict({"encoder": encoder, "heads": heads, "method": method})
+    optimizer = torch.optim.Adam(modules.parameters(), 1e-2)
+    x, y = randn(16, 6), randn(T, 16, 2, seed=1)
+
+    def losses():
+        h = encoder(x)
+        return {f"task {t}": (head(h) - y[t]).square().mean() for t, head in enumerate(heads)}
+
+    first = sum(losses().values()).item()
+    for step in range(40):
+        optimizer.zero_grad()
+        info = method.backward(losses(), shared=encoder)
+        optimizer.step()
+        method.after_step(losses)
+        if step % 10 == 9:
+            method.end_epoch()
+    assert sum(losses().values()).item() < first
+    assert info.names == ("task 0", "task 1", "task 2", "task 3")
+    if name != "graddrop":
+        assert info.as_dict()["alpha/task 2"] == info.alpha[2].item()
+    state = {key: value.clone() for key, value in modules.state_dict().items() if torch.is_tensor(value)}
+    method.eval()
+    method.backward(losses(), shared=encoder)
+    drawn = "_extra_state"
+    for key, value in modules.state_dict().items():
+        if torch.is_tensor(value) and not key.endswith(drawn):
+            assert torch.equal(value.nan_to_num(), state[key].nan_to_num()), key
+    other = catalog.make(name, tasks=T)
+    other.load_state_dict(method.state_dict())
+    method.reset()
+    assert repr(copy.deepcopy(method)) == repr(catalog.make(name, tasks=T))
+
+
+@pytest.mark.parametrize("name", [entry.make for entry in catalog.entries() if entry.name.startswith("scalar")])
+@pytest.mark.parametrize(
+    "option", [{"batched": True}, {"groups": []}, {"process_group": True}, {"engine": "gramian"}], ids=str
+)
+def test_what_one_backward_cannot_do_is_refused(name, option):
+    p = torch.ones(T, requires_grad=True)
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected none for .*, which makes one backward pass"):
+        catalog.make(name, tasks=T).backward([p[t] * 2 for t in range(T)], **option)
+    assert p.grad is None
+    with pytest.raises(TypeError, match="shared: expected a module or an iterable of parameters, got float32 tensor"):
+        catalog.make(name, tasks=T).backward([p[t] * 2 for t in range(T)], p)
+
+
+# ------------------------------------------------------------------------------------------------ what a step saw
+
+
+def test_info_as_numbers():
+    G = randn(T, 9, dtype=F64) * torch.tensor([1.0, 0.0, 3.0, 1.0], dtype=F64)[:, None]
+    p = nn.Parameter(torch.ones(9, dtype=F64))
+    info = fastmtl.AlignedMTL().backward({k: g @ p for k, g in zip("abcd", G, strict=True)}, [p])
+    numbers = info.as_dict()
+    assert set(numbers) == {f"{f}/{k}" for f in ("alpha", "norm") for k in "abcd"} | {"rank", "condition_number"}
+    assert all(type(x) is float for x in numbers.values())
+    assert numbers["norm/c"] == pytest.approx(G[2].norm().item())
+    assert numbers["alpha/b"] == 0.0
+    assert numbers["rank"] == 3
+    s = torch.linalg.svdvals(G)
+    assert numbers["condition_number"] == pytest.approx((s[0] / s[2]).item())
+    assert repr(info).startswith("Info(alpha=[a: ")
+    assert len(repr(info)) < 100
+
+
+@pytest.mark.parametrize("name", ["MGDA", "UPGrad", "Uniform", "AlignedMTL"])
+def test_the_condition_number_is_that_of_the_diagnostics(name):
+    M = randn(5, T, 9, dtype=F64)
+    M = M @ M.mT
+    info = GRAM[name]().solve(M, F64)
+    assert torch.equal(info.condition_number, fastmtl.diagnostics.condition_number(info))
+    assert torch.equal(info.condition_number, fastmtl.diagnostics.condition_number(M))
+    numbers = info.as_dict()
+    assert numbers["alpha/4/2"] == info.alpha[4, 2].item()
+    assert numbers["condition_number/3"] == info.condition_number[3].item()
+    assert "tensor of shape [5, 4]" in repr(info)
+
+
+def test_an_info_without_a_gram_matrix():
+    info = fastmtl.Info.of()
+    assert info.condition_number is None
+    assert info.converged is None
+    assert info.as_dict() == {}
+    assert repr(info) == "Info()"
+    assert repr(fastmtl.Info(12)).count("nan") < 12

@@ -44,19 +44,16 @@ def run(environment, *arguments):
 
 @needs_extension
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_parity_of_lesser_instruction_sets(isa):
+def test_parity_of_lesser_instruction_sets(isa, pytestconfig):
     if RANK[isa] > RANK[CAPABILITY]:
         pytest.skip(f"this processor has no {isa}")
     if isa == torch.ops.fastmtl.cpu_isa():
         pytest.skip(f"{isa} is what all other tests run on already")
-    status, output, reported = run(
-        {"FASTMTL_CPU": isa},
-        str(HERE / "test_ops.py"),
-        str(HERE / "test_eigh.py"),
-        str(HERE / "test_adversaries.py"),
-        "-k",
-        "not opcheck and not derivative",
-    )
+    files = [str(HERE / name) for name in ("test_ops.py", "test_eigh.py", "test_adversaries.py")]
+    subset, depth = "not opcheck and not derivative", "--slow"
+    if not pytestconfig.getoption("--slow"):
+        subset, depth = f"{subset} and not mislead and not uneven", "--cover=1"
+    status, output, reported = run({"FASTMTL_CPU": isa}, *files, "-k", subset, depth)
     assert reported == isa
     assert status == 0, output[-5000:]
     assert " passed" in output

@@ -142,7 +142,9 @@ def test_what_this_process_and_its_children_use_is_not_that_of_others(monkeypatc
     if ticks is None:
         pytest.skip("only Linux says what other processes use")
     user, system, idle = (seconds * ticks for seconds in (200, 100, 5000))
-    monkeypatch.setattr(timing.Path, "read_text", lambda path: f"cpu  {user} 0 {system} {idle} 0 0 0 0 0 0\ncpu0 ...\n")
+    monkeypatch.setattr(
+        timing.Path, "read_text", lambda path, **options: f"cpu  {user} 0 {system} {idle} 0 0 0 0 0 0\ncpu0 ...\n"
+    )
     monkeypatch.setattr(timing.os, "times", lambda: (30.0, 10.0, 50.0, 10.0, 999.0))
     assert timing._used_by_others() == pytest.approx(200.0)
 
