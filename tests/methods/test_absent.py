@@ -280,7 +280,7 @@ def test_compiled(name):
     wanted = METHODS[name][0](task_weights(5)).weighting(G @ G.T)
     method = METHODS[name][0](task_weights(5))
     if "every" in name:
-        method._prepare((5, 5), torch.device("cpu"))  # a compiled step finds its state
+        method._state((5, 5), torch.device("cpu"))  # a compiled step finds its state
     got = torch.compile(method.weighting, backend="aot_eager", fullgraph=True)(G @ G.T)
     check(got, wanted, there, 1e-12)
 
@@ -357,7 +357,7 @@ def test_nash_between_solutions():
     assert torch.equal(away[1:], returned[1:])
     again = method.weighting(without(Gs[4], 1))  # the fourth step after the first: solved, without task 1
     assert torch.equal(again, plain.weighting(without(Gs[4], 1)))
-    assert method.weights[1] == returned[1]
+    assert method.solution[1] == returned[1]
     back = method.weighting(without(Gs[5]))  # which has its old weight
     assert back[1] == returned[1]
     assert torch.equal(back[[0, 2, 3]], again[[0, 2, 3]])

@@ -33,21 +33,21 @@ class _Peer:
 
 
 class CAGrad(_Peer, methods.CAGrad):
-    """Moves nothing: its g_w is zero."""
+    """A zero row stops it: its g_w is zero."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha * ~zero.any(-1, keepdim=True)
 
 
 class FairGrad(_Peer, methods.FairGrad):
-    """Only where it is the mean do they count."""
+    """Zero rows have no weight, but where it is the mean."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha if self.fairness else alpha + zero / zero.shape[-1]
 
 
 class MGDA(_Peer, methods.MGDA):
-    """The first of them is the shortest vector."""
+    """The first zero row is the shortest vector, and has all the weight."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         first = zero & (zero.cumsum(-1) == 1)
@@ -60,11 +60,11 @@ class _Conflicts(_Peer):
 
 
 class PCGrad(_Conflicts, methods.PCGrad):
-    """In conflict with nothing: 1."""
+    """A zero row is in conflict with nothing: its weight is 1."""
 
 
 class GradVac(_Conflicts, methods.GradVac):
-    """As PCGrad."""
+    """A zero row is in conflict with nothing: its weight is 1."""
 
 
 class _Projected(_Peer):
@@ -75,15 +75,15 @@ class _Projected(_Peer):
 
 
 class UPGrad(_Projected, methods.UPGrad):
-    """What is preferred."""
+    """A zero row keeps the weight that is preferred."""
 
 
 class DualProj(_Projected, methods.DualProj):
-    """What is preferred."""
+    """A zero row keeps the weight that is preferred."""
 
 
 class Krum(methods.Krum):
-    """A point like others."""
+    """A zero row is a point like others."""
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """The weights: see `Rule.solve`."""
