@@ -80,7 +80,7 @@ class FAMO(Scalarization):
         self._copies = options.Copies()
         self.register_buffer("logits", torch.zeros(self.tasks, dtype=torch.float64))
         self.register_buffer("previous", torch.full((self.tasks,), math.nan, dtype=torch.float64))
-        self.adam = Adam(self.tasks)
+        self.adam: Adam = Adam(self.tasks)
 
     def reset(self) -> None:
         """Back to equal weights; forgets the losses and Adam's state."""

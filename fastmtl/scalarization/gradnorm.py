@@ -74,7 +74,7 @@ class GradNorm(Scalarization):
         self.initial_losses = initial_losses
         self.register_buffer("initial", torch.empty(self.tasks, dtype=torch.float64))
         self.register_buffer("w", torch.ones(self.tasks, dtype=torch.float64))
-        self.adam = Adam(self.tasks)
+        self.adam: Adam = Adam(self.tasks)
         self.reset()
 
     def reset(self) -> None:

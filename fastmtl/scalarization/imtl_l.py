@@ -34,7 +34,7 @@ class IMTLL(Scalarization):
 
     def __init__(self, tasks: int) -> None:
         super().__init__(tasks)
-        self.s = nn.Parameter(torch.zeros(self.tasks))
+        self.s: nn.Parameter = nn.Parameter(torch.zeros(self.tasks))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -35,7 +35,7 @@ class Uncertainty(Scalarization):
     def __init__(self, tasks: int, *, initial: float = 0.0) -> None:
         super().__init__(tasks)
         self.initial = initial
-        self.s = nn.Parameter(torch.full((self.tasks,), self.initial))
+        self.s: nn.Parameter = nn.Parameter(torch.full((self.tasks,), self.initial))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -39,10 +39,10 @@ class Capture:
         watch: Watch,
     ) -> None:
         self.method = method
-        self.context = context
+        self.context: Context = context
         self.tasks = tasks
         self.names = names
-        self.tensors = len(sources)
+        self.tensors: int = len(sources)
         self.buffers = info
         self.reduce = reduce
         self.watch = watch

@@ -118,7 +118,7 @@ class IMTL(Weighting):
     def init_param(self) -> None:
         """See `Weighting.init_param`."""
         super().init_param()
-        self.scales = scalarization.IMTLL(self.task_num)
+        self.scales: scalarization.IMTLL = scalarization.IMTLL(self.task_num)
 
     def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
         """See `Weighting.backward`; the weights are those of the scaled losses."""
