@@ -298,7 +298,7 @@ def ragged(T: int, layers: int, kappa: float) -> Trial:
 def aliases(T: int, batch: int, kappa: float) -> Trial:
     """`fan_out` of a representation [batch, 512] and the backward through it against the same in plain PyTorch."""
     torch.manual_seed(0)
-    h, gradients = torch.randn(batch, 512, requires_grad=True), torch.randn(T, batch, 512)
+    h, gradients = torch.nn.Parameter(torch.randn(batch, 512)), torch.randn(T, batch, 512)
     method, base = fastmtl.AlignedMTL(), pure.FanOut(T, h.shape)
 
     def backward(outputs: Sequence[Tensor]) -> Tensor:
