@@ -274,6 +274,8 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
             raise TypeError(
                 f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
             )
+        elif losses.layout is not torch.strided:
+            raise TypeError(f"losses: expected a dense tensor of shape [T], got {describe(losses)}")
         elif losses.ndim != 1:
             raise ValueError(f"losses: expected T scalars or a tensor of shape [T], got {describe(losses)}")
         else:
@@ -288,7 +290,7 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
     for t, loss in enumerate(losses):
         if loss is None:
             continue
-        if not isinstance(loss, Tensor) or loss.dtype not in DTYPES:
+        if not isinstance(loss, Tensor) or loss.dtype not in DTYPES or loss.layout is not torch.strided:
             raise TypeError(f"losses[{t}]: expected a floating scalar tensor, or None, got {describe(loss)}")
         if loss.numel() != 1:
             raise ValueError(f"losses[{t}]: expected a scalar (one element), got {describe(loss)}")
@@ -304,9 +306,10 @@ def stack_losses(
         TypeError: as `check_losses`.
         ValueError: as `check_losses`, or losses on several devices.
     """
-    if isinstance(losses, Tensor) and losses.ndim == 1 and losses.dtype in DTYPES:  # noqa: SIM102
-        if losses.numel() and tasks in (None, losses.shape[0]):
-            return losses
+    plain = isinstance(losses, Tensor) and losses.dtype in DTYPES and losses.layout is torch.strided
+    if plain and losses.ndim == 1 and losses.numel() and tasks in (None, losses.shape[0]):
+        result: Tensor = losses
+        return result
     parts = check_losses(losses, tasks, names)
     first = next(((t, loss) for t, loss in enumerate(parts) if loss is not None), None)
     if first is None:

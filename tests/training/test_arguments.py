@@ -184,6 +184,26 @@ WRONG = {
         "losses: expected a list, tuple or tensor [T] for tasks without names, got dict",
     ),
     "no losses": (lambda hs, L: AlignedMTL().backward({}), ValueError, "losses: expected at least one loss"),
+    "a sparse tensor": (
+        lambda hs, L: AlignedMTL().backward(torch.stack([L, L]).to_sparse()),
+        TypeError,
+        "losses: expected a dense tensor of shape [T], got float64 sparse_coo tensor of shape [2]",
+    ),
+    "a sparse loss": (
+        lambda hs, L: AlignedMTL().backward([L, L.reshape(1).to_sparse()]),
+        TypeError,
+        "losses[1]: expected a floating scalar tensor, or None, got float64 sparse_coo",
+    ),
+    "sparse losses of a method that needs them": (
+        lambda hs, L: fastmtl.MGDA(normalization="loss")(torch.ones(2, 3), losses=torch.ones(2).to_sparse()),
+        TypeError,
+        "losses: expected a dense tensor of shape [T], got float32 sparse_coo tensor of shape [2]",
+    ),
+    "sparse losses of a method on losses": (
+        lambda hs, L: fastmtl.scalarization.LS()(torch.ones(2).to_sparse()),
+        TypeError,
+        "losses: expected a dense tensor of shape [T], got float32 sparse_coo tensor of shape [2]",
+    ),
     "a name twice": (
         lambda hs, L: fastmtl.fan_out(L, ("seg", "seg"), AlignedMTL()),
         ValueError,
