@@ -43,12 +43,15 @@ class Method(nn.Module):
         on_gram: whether it needs no more of the gradients than their Gram matrix.
         needs_losses: whether it needs the T losses.
         remembers: whether a step depends on those before it. Such a method is not for `torch.compile`.
+        names: the tasks' names, once losses have come by names: their order is that of the weights and of the state,
+            also where the same names come in another.
     """
 
     on_gram: ClassVar[bool] = False
     needs_losses: bool = False
     remembers: bool = False
     on_losses: ClassVar[bool] = False  # as a scalarization is
+    names: tuple[str, ...] | None = None
 
     @overload
     def __call__(
@@ -136,8 +139,9 @@ class Method(nn.Module):
 
         Args:
             losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by the
-                tasks' names, which `info.names` then has. A task is absent in this step if its loss is None or requires
-                no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left alone.
+                tasks' names, which `info.names` then has, always in the order of the first step. A task is absent in
+                this step if its loss is None or requires no grad (as is one whose gradient is zero): its row of G is
+                missing, its α 0, its head left alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -200,6 +204,7 @@ class Method(nn.Module):
 
     def reset(self) -> None:
         """Back to the state of a new instance: buffers become None, as they are before the first step."""
+        self.names = None
         for name in self._buffers:
             setattr(self, name, None)
 
@@ -362,7 +367,7 @@ class _OfFunction(GramMethod):
     """What `GramMethod.of` returns."""
 
     def __init__(self, f: Callable[[Tensor], Tensor], name: str | None) -> None:
-        if not callable(f) or isinstance(f, (type, Method)):
+        if not callable(f) or isinstance(f, (type, Method)) or getattr(f, "on_losses", False):
             raise TypeError(f"f: expected a function of a Gram matrix, got {f!r}")
         super().__init__()
         self.f = f
