@@ -43,8 +43,7 @@ class Method(nn.Module):
         on_gram: whether it needs no more of the gradients than their Gram matrix.
         needs_losses: whether it needs the T losses.
         remembers: whether a step depends on those before it. Such a method is not for `torch.compile`.
-        names: the tasks' names, once losses have come by names: their order is that of the weights and of the state,
-            also where the same names come in another.
+        names: the tasks' names, in the order of weights and state; None until losses have come by names.
     """
 
     on_gram: ClassVar[bool] = False
@@ -138,10 +137,9 @@ class Method(nn.Module):
         `.grad` as it was.
 
         Args:
-            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by the
-                tasks' names, which `info.names` then has, always in the order of the first step. A task is absent in
-                this step if its loss is None or requires no grad (as is one whose gradient is zero): its row of G is
-                missing, its α 0, its head left alone.
+            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
+                name, whatever its order: `info.names` has that of the first step. A task is absent if its loss is None
+                or requires no grad (as is one whose gradient is zero): its row of G is missing, α 0, its head alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -205,8 +203,7 @@ class Method(nn.Module):
     def reset(self) -> None:
         """Back to the state of a new instance: buffers become None, as they are before the first step."""
         self.names = None
-        for name in self._buffers:
-            setattr(self, name, None)
+        self._buffers.update(dict.fromkeys(self._buffers))
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
