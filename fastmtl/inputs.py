@@ -279,7 +279,7 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
         elif losses.ndim != 1:
             raise ValueError(f"losses: expected T scalars or a tensor of shape [T], got {describe(losses)}")
         else:
-            losses = losses.unbind()
+            losses = _entries(losses)
     if not losses:
         raise ValueError("losses: expected at least one loss (T >= 1), got an empty sequence")
     if tasks is not None and len(losses) != tasks:
@@ -321,6 +321,16 @@ def stack_losses(
             )
     filler = first[1].new_full((), absent, requires_grad=False)  # made on the device, not copied there
     return torch.stack([filler if loss is None else loss.reshape(()) for loss in parts])
+
+
+def _entries(losses: Tensor) -> list[Tensor]:
+    """The entries of losses [T]; one that was a constant before they were stacked requires no grad."""
+    parts = losses.unbind()
+    if torch.compiler.is_compiling() or type(losses.grad_fn).__name__ != "StackBackward0":
+        return list(parts)
+    stacked: Any = losses.grad_fn
+    edges = stacked.next_functions
+    return [part.detach() if node is None else part for part, (node, _) in zip(parts, edges, strict=True)]
 
 
 def _by_name(losses: Mapping[Any, Any], names: tuple[str, ...] | None) -> list[Any]:

@@ -12,7 +12,16 @@ from fastmtl.info import Info
 from fastmtl.inputs import Losses, describe, stack_losses
 from fastmtl.options import check_number
 
-__all__ = ["NOTHING", "Context", "Rule", "checked_losses", "checked_scale", "context_of", "draw_seed"]
+__all__ = [
+    "NOTHING",
+    "Context",
+    "Rule",
+    "checked_losses",
+    "checked_scale",
+    "context_of",
+    "draw_seed",
+    "names_in_order",
+]
 
 
 class Context(NamedTuple):
@@ -53,7 +62,10 @@ class Rule(Protocol):
         remembers: whether a step depends on those before it.
         on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
             gradients to aggregate.
+        names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
     """
+
+    names: tuple[str, ...] | None
 
     @property
     def on_gram(self) -> bool: ...
@@ -99,6 +111,27 @@ def context_of(
         raise ValueError(f"losses: expected the {T} task losses, which {rule!r} needs, got none")
     context = Context(None, grad_scale, agree)
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
+
+
+def names_in_order(rule: Rule, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names in the order that the method knows them in, whatever the order of this step's; it keeps new ones.
+
+    Raises:
+        ValueError: it remembers other tasks.
+    """
+    known = rule.names
+    if names is None or names == known:
+        return names
+    if known is not None:
+        if set(names) == set(known):
+            return known
+        if rule.remembers:
+            raise ValueError(
+                f"losses: expected one for each of {', '.join(map(repr, known))} (None for one that is absent), which "
+                f"{rule!r} remembers, got those of {', '.join(map(repr, names))}; reset() begins anew"
+            )
+    rule.names = names
+    return names
 
 
 def checked_scale(grad_scale: Any) -> Tensor | float | None:

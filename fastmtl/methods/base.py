@@ -43,12 +43,14 @@ class Method(nn.Module):
         on_gram: whether it needs no more of the gradients than their Gram matrix.
         needs_losses: whether it needs the T losses.
         remembers: whether a step depends on those before it. Such a method is not for `torch.compile`.
+        names: the tasks' names, in the order of weights and state; None until losses have come by names.
     """
 
     on_gram: ClassVar[bool] = False
     needs_losses: bool = False
     remembers: bool = False
     on_losses: ClassVar[bool] = False  # as a scalarization is
+    names: tuple[str, ...] | None = None
 
     @overload
     def __call__(
@@ -135,9 +137,9 @@ class Method(nn.Module):
         `.grad` as it was.
 
         Args:
-            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by the
-                tasks' names, which `info.names` then has. A task is absent in this step if its loss is None or requires
-                no grad (as is one whose gradient is zero): its row of G is missing, its α 0, its head left alone.
+            losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
+                name, whatever its order: `info.names` has that of the first step. A task is absent if its loss is None
+                or requires no grad (as is one whose gradient is zero): its row of G is missing, α 0, its head alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -200,8 +202,8 @@ class Method(nn.Module):
 
     def reset(self) -> None:
         """Back to the state of a new instance: buffers become None, as they are before the first step."""
-        for name in self._buffers:
-            setattr(self, name, None)
+        self.names = None
+        self._buffers.update(dict.fromkeys(self._buffers))
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError where the options do not fit T tasks."""
@@ -362,7 +364,7 @@ class _OfFunction(GramMethod):
     """What `GramMethod.of` returns."""
 
     def __init__(self, f: Callable[[Tensor], Tensor], name: str | None) -> None:
-        if not callable(f) or isinstance(f, (type, Method)):
+        if not callable(f) or isinstance(f, (type, Method)) or getattr(f, "on_losses", False):
             raise TypeError(f"f: expected a function of a Gram matrix, got {f!r}")
         super().__init__()
         self.f = f

@@ -181,6 +181,7 @@ class Scalarization(nn.Module):
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
+        self.names = self.last_weights = None
 
     def _value(
         self, losses: Losses, shared: nn.Module | Iterable[Tensor] | None, grad_scale: Tensor | float | None
@@ -233,12 +234,11 @@ class Scalarization(nn.Module):
     def _stacked(self, losses: Losses) -> tuple[Tensor, Tensor | None]:
         """The checked losses as one tensor [T] of at least float32, and which tasks are there (see `_scalarize`)."""
         here = None
-        if isinstance(losses, Tensor):
-            L = stack_losses(losses)
-            self.check_tasks(L.shape[0])
+        parts = self._parts(losses)
+        there = present(parts)
+        if isinstance(losses, Tensor) and all(there):
+            L = losses
         else:
-            parts = self._parts(losses)
-            there = present(parts)
             if not any(there):
                 raise ValueError(f"losses: expected at least one task that is there, got None for all {len(parts)}")
             L = stack_losses([loss if known else None for loss, known in zip(parts, there, strict=True)], absent=1.0)

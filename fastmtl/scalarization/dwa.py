@@ -58,6 +58,7 @@ class DWA(Scalarization):
 
     def reset(self) -> None:
         """Forgets all losses."""
+        super().reset()
         for name, buffer in self.named_buffers():
             buffer.fill_(math.nan) if name in ("newer", "older") else buffer.zero_()
 

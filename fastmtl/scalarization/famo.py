@@ -84,6 +84,7 @@ class FAMO(Scalarization):
 
     def reset(self) -> None:
         """Back to equal weights; forgets the losses and Adam's state."""
+        super().reset()
         self.logits.zero_()
         self.previous.fill_(math.nan)
         self.adam.reset()

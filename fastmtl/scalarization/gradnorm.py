@@ -79,6 +79,7 @@ class GradNorm(Scalarization):
 
     def reset(self) -> None:
         """Back to weights 1 and the given initial losses; forgets Adam's state."""
+        super().reset()
         self.w.fill_(1.0)
         if self.initial_losses is None:
             self.initial.fill_(math.nan)

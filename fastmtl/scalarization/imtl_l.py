@@ -39,6 +39,7 @@ class IMTLL(Scalarization):
     @torch.no_grad()
     def reset(self) -> None:
         """Puts s back to zero."""
+        super().reset()
         self.s.zero_()
 
     def scaled(self, losses: Sequence[Tensor | None]) -> list[Tensor | None]:

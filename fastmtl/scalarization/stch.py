@@ -87,6 +87,7 @@ class STCH(Scalarization):
 
     def reset(self) -> None:
         """Back to the first epoch."""
+        super().reset()
         if self.warmup is not None:
             for buffer in (self.total, self.count, self.epochs):
                 buffer.zero_()

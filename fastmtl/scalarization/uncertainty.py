@@ -40,6 +40,7 @@ class Uncertainty(Scalarization):
     @torch.no_grad()
     def reset(self) -> None:
         """Puts s back to `initial`."""
+        super().reset()
         self.s.fill_(self.initial)
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:

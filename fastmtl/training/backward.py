@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, check_losses, names_of, present_losses
-from fastmtl.rule import Rule
+from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
 from fastmtl.training.parameters import Parameters
@@ -34,7 +34,7 @@ def backward(
     engine: Engine = "full",
 ) -> Info:
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
-    names = names_of(losses)
+    names = names_in_order(method, names_of(losses))
     tasks = present_losses(check_losses(losses, names=names))
     method.check_tasks(len(tasks))
     group = None if process_group is False else process_group

@@ -28,7 +28,7 @@ from fastmtl.inputs import (
     requires_grad_outside,
     transforming,
 )
-from fastmtl.rule import Context, Rule, checked_scale
+from fastmtl.rule import Context, Rule, checked_scale, names_in_order
 from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture
 from fastmtl.training.nodes import _Node, _Total, _TracedNode, aliases_of, with_hooks
@@ -131,7 +131,7 @@ def place(
         grad_scale = checked_scale(grad_scale)
     sources = _sources(h)
     if not sources:
-        return FanOut([h] * tasks, names, None, info, None)
+        return FanOut([h] * tasks, names, None, info, None, method if method.on_losses else None)
 
     reduce, agree = _reduction(method, process_group)
     if site is None:
@@ -193,6 +193,8 @@ def check_arguments(tasks: Any, method: Rule, via: str, info: Info | None) -> tu
     if isinstance(method, type) or not hasattr(method, "check_tasks"):
         raise TypeError(f"method: expected a method such as fastmtl.AlignedMTL(), got {describe(method)}")
     method.check_tasks(tasks)
+    if names is not None and method.remembers and (known := names_in_order(method, names)) != names:
+        raise ValueError(f"tasks: expected the names in the order that {method!r} remembers, {known}, got {names}")
     if via not in _VIAS:
         raise ValueError(f"via: expected one of {_VIAS}, got {via!r}")
     if info is not None:
@@ -221,12 +223,14 @@ class FanOut(Sequence[Any]):
         capture: Capture | None,
         info: Info | None,
         anchor: Tensor | None,
+        plain: Rule | None = None,
     ) -> None:
         self._aliases = aliases
         self.names = names
         self._capture = capture
         self._info = info
         self._anchor = anchor
+        self._plain = plain  # a method on losses, where there is nothing to capture
 
     def __len__(self) -> int:
         return len(self._aliases)
@@ -293,6 +297,8 @@ class FanOut(Sequence[Any]):
             summands.append(self._anchor)
         elif not summands or (capture is not None and all(loss is None for loss in here)):
             raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
+        if self._plain is not None and any(loss is not None for loss in here):
+            return self._scalarized(parts)
         if capture is None or torch.compiler.is_compiling():
             return sum(summands)  # type: ignore[return-value]
         if capture.method.on_losses:
@@ -303,6 +309,14 @@ class FanOut(Sequence[Any]):
             self._examine(here)
         total: Tensor = _Total.apply(capture, [loss is not None for loss in here], *summands)
         return total
+
+    def _scalarized(self, losses: Sequence[Tensor | None]) -> Tensor:
+        """What a method on losses makes of them where h requires no grad, as behind a frozen encoder: heads train."""
+        method: Any = self._plain
+        value: Tensor = method(losses)
+        self._info = method.info if self._info is None else self._info.copy_(method.info)
+        self._info.names = self.names
+        return value
 
     def _examine(self, losses: Sequence[Tensor | None]) -> None:
         """Warns of losses that do not depend on their alias, and of ways around the aliases."""
@@ -337,7 +351,7 @@ class FanOut(Sequence[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies: of a graph there is none, so a copy holds nothing.
-        nothing = {"_capture": None, "_info": None, "_anchor": None}
+        nothing = {"_capture": None, "_info": None, "_anchor": None, "_plain": None}
         return {"_aliases": [None] * len(self), "names": self.names, **nothing}
 
     def __repr__(self) -> str:

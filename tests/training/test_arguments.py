@@ -67,6 +67,111 @@ def assert_close(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+ORDERS = {"as before": NAMES, "turned": NAMES[1:] + NAMES[:1], "reversed": NAMES[::-1]}
+ORDERED = {
+    "weights": lambda: AlignedMTL(weights=[1, 2, 5]),
+    "NashMTL": lambda: NashMTL(every=2),
+    "GradVac": lambda: fastmtl.GradVac(generator=torch.Generator().manual_seed(0)),
+    "DWA": lambda: fastmtl.scalarization.DWA(3, window=1),
+    "FAMO": lambda: fastmtl.scalarization.FAMO(3),
+}
+
+
+@pytest.mark.parametrize("make", ORDERED.values(), ids=ORDERED)
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_names_in_another_order_are_the_same_tasks(make, order):
+    def steps(order):
+        model, method, seen = Model(), make(), []
+        for n in range(3):
+            losses = dict(zip(NAMES, model.losses([model.trunk(model.x * (n + 1))] * 3), strict=True))
+            info = method.backward({name: losses[name] for name in (order if n else NAMES)}, model.trunk)
+            assert info.names == NAMES
+            seen.append(info.alpha)
+        return model.grads(), seen
+
+    (expected, alphas), (found, others) = steps(NAMES), steps(order)
+    assert_close(found, expected)
+    for a, b in zip(alphas, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_names_are_other_tasks():
+    model, method, stateful = Model(), AlignedMTL(), NashMTL(every=2)
+    for one in (method, stateful):
+        one.backward(dict(zip(NAMES, model.losses([model.trunk(model.x)] * 3), strict=True)), model.trunk)
+    others = ("a", "b", "c")
+
+    def losses():
+        return dict(zip(others, model.losses([model.trunk(model.x)] * 3), strict=True))
+
+    assert method.backward(losses(), model.trunk).names == others  # remembers nothing
+    with pytest.raises(ValueError, match=r"^losses: expected one for each of 'seg', 'depth', 'normals' .*reset"):
+        stateful.backward(losses(), model.trunk)
+    with pytest.raises(ValueError, match=r"^tasks: expected the names in the order that NashMTL"):
+        fastmtl.fan_out(model.trunk(model.x), NAMES[::-1], stateful)
+    fastmtl.fan_out(model.trunk(model.x), NAMES[::-1], method)
+    stateful.reset()
+    assert stateful.backward(losses(), model.trunk).names == others
+
+
+@pytest.mark.parametrize("name", ["dwa", "uncertainty", "imtl-l", "famo"])
+def test_reset_forgets_names_of_methods_on_losses(name):
+    method = fastmtl.catalog.make(name, tasks=2)
+    for names in (("a", "b"), ("c", "d")):
+        method.reset()
+        assert method.backward({n: torch.ones((), requires_grad=True) for n in names}).names == names
+
+
+@pytest.mark.parametrize("name", ["aligned", "dwa", "stch"])
+@pytest.mark.parametrize("entry", ["backward", "fan_out"])
+def test_an_entry_that_was_constant_before_the_stack_is_absent(name, entry, recwarn):
+    def run(form):
+        model, method = Model(), fastmtl.catalog.make(name, tasks=3)
+        h = model.trunk(model.x)
+        hs = fastmtl.fan_out(h, 3, method) if entry == "fan_out" else [h] * 3
+        losses = model.losses(hs)
+        losses[1] = losses[1].detach()
+        if entry == "fan_out":
+            hs.total(FORMS[form](losses)).backward()
+            return model.grads(), hs.info, method
+        return model.grads(), method.backward(FORMS[form](losses), model.trunk), method
+
+    (expected, plain, one), (found, info, other) = run("list"), run("tensor")
+    assert plain.alpha[1] == 0
+    assert torch.equal(info.alpha, plain.alpha)
+    assert_close(found, expected)
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=0, equal_nan=True)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "dwa", "imtl-l", "rlw", "uniform"])
+def test_a_method_on_losses_behind_a_frozen_encoder(name):
+    model, method = Model(), fastmtl.catalog.make(name, tasks=3)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.fill_(0.7)
+    hs = fastmtl.fan_out(model.trunk(model.x).detach(), NAMES, method)
+    torch.manual_seed(1)
+    total = hs.total(model.losses(hs))
+    total.backward()
+    assert hs.info.names == NAMES
+    found, learned = model.grads(), [p.grad.clone() for p in method.parameters()]
+    other = Model()
+    for p in method.parameters():
+        p.grad = None
+    method.reset()
+    with torch.no_grad():
+        for p in method.parameters():
+            p.fill_(0.7)
+    torch.manual_seed(1)
+    value = method(other.losses([other.trunk(other.x).detach()] * 3))
+    value.backward()
+    torch.testing.assert_close(total, value, rtol=0, atol=0)
+    assert_close(found, other.grads())
+    assert_close(learned, [p.grad for p in method.parameters()])
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "list"])
 def test_losses_in_every_form(form, way):
