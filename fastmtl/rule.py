@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, describe, stack_losses
@@ -15,6 +15,7 @@ from fastmtl.options import check_number
 __all__ = [
     "NOTHING",
     "Context",
+    "Named",
     "Rule",
     "checked_losses",
     "checked_scale",
@@ -111,6 +112,25 @@ def context_of(
         raise ValueError(f"losses: expected the {T} task losses, which {rule!r} needs, got none")
     context = Context(None, grad_scale, agree)
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
+
+
+class Named(nn.Module):
+    """A module that keeps the tasks' names: in its `state_dict()` too, where it has a state, whose order they are."""
+
+    names: tuple[str, ...] | None = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.names is not None and any(key.startswith(prefix) for key in destination):
+            destination[prefix + _EXTRA] = {"names": self.names}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        extra = state_dict.pop(prefix + _EXTRA, None)  # a copy of the user's; here, or it would not be expected
+        self.names = None if extra is None else tuple(extra["names"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_EXTRA = "_extra_state"  # torch's key for what is no tensor
 
 
 def names_in_order(rule: Rule, names: tuple[str, ...] | None) -> tuple[str, ...] | None:

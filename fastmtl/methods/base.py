@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
@@ -20,7 +20,7 @@ from fastmtl.inputs import (
     transforming,
 )
 from fastmtl.pipeline import aggregate_rows
-from fastmtl.rule import NOTHING, Context, context_of
+from fastmtl.rule import NOTHING, Context, Named, context_of
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -29,7 +29,7 @@ __all__ = ["GradScale", "GramMethod", "Method"]
 GradScale: TypeAlias = Tensor | float | None  # None for 1
 
 
-class Method(nn.Module):
+class Method(Named):
     """One direction from T task gradients.
 
     A method on the Gram matrix, as most are, derives from `GramMethod` and writes `weigh`. One that needs more of the
@@ -50,7 +50,6 @@ class Method(nn.Module):
     needs_losses: bool = False
     remembers: bool = False
     on_losses: ClassVar[bool] = False  # as a scalarization is
-    names: tuple[str, ...] | None = None
 
     @overload
     def __call__(

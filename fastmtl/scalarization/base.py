@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, check_losses, describe, has_numbers, names_of, stack_losses
 from fastmtl.options import integer, option
-from fastmtl.rule import checked_scale
+from fastmtl.rule import Named, checked_scale
 
 __all__ = ["Scalarization", "divided", "masked", "number_of", "present"]
 
 
-class Scalarization(nn.Module):
+class Scalarization(Named):
     """One differentiable scalar from T task losses, for methods that look at the losses rather than at gradients.
 
     Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too, and stands where
@@ -54,7 +54,6 @@ class Scalarization(nn.Module):
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
     last_weights: Tensor | None
-    names: tuple[str, ...] | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmtl import once
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, check_losses, names_of, present_losses
 from fastmtl.rule import Rule, names_in_order
@@ -16,6 +17,8 @@ from fastmtl.training.parameters import Parameters
 from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
+
+_NEAR = 8  # operations behind the losses that are looked at
 
 
 def backward(
@@ -42,10 +45,30 @@ def backward(
         method, len(tasks), shared, representation, features, batched, groups, scale_heads, retain_graph, group, engine
     )
     paths.check(options)
+    if isinstance(losses, Tensor) and shared is representation is groups is None:
+        _warn_of_arithmetic(losses)
     updates, info, reached = _run(prepare(options, tasks, grad_scale, unsaid=process_group is None))
     info.names = names
     commit(updates, reached)
     return info
+
+
+def _warn_of_arithmetic(losses: Tensor) -> None:
+    """Warns of losses that were stacked and then computed with: every entry reaches all that was stacked."""
+    nodes, seen = [losses.grad_fn], 0
+    while nodes and seen < _NEAR:
+        node, seen = nodes.pop(0), seen + 1
+        following = [] if node is None else [edge[0] for edge in node.next_functions]
+        if type(node).__name__ in ("StackBackward0", "CatBackward0") and len(following) == len(losses) > 1:
+            if node is not losses.grad_fn:
+                once.warn(
+                    "losses computed with",
+                    once.caller(),
+                    "losses: autograd cannot tell these losses apart, since they were stacked and then computed with: "
+                    "each reaches every head, and all parameters count as shared. Name the shared ones, or pass a list",
+                )
+            return
+        nodes += following
 
 
 def _run(step: Step) -> Outcome:

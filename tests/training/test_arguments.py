@@ -391,3 +391,63 @@ def test_numbers_of_any_kind(S):
         return model.grads()
 
     assert_close(run(S, np.int64(3)), run(8.0, 3))
+
+
+MEMORIES = {
+    "NashMTL": lambda: NashMTL(every=3),
+    "GradVac": lambda: fastmtl.GradVac(beta=0.5),
+    "DWA": lambda: fastmtl.scalarization.DWA(3, window=1),
+    "FAMO": lambda: fastmtl.scalarization.FAMO(3),
+    "Uncertainty": lambda: fastmtl.scalarization.Uncertainty(3),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_names_are_saved_with_the_state(name):
+    """A run that goes on from a checkpoint with a dict in another order gives each task its own weight."""
+    once, again = MEMORIES[name](), MEMORIES[name]()
+
+    def backward(method, order):
+        model = Model()
+        losses = dict(zip(NAMES, model.losses([model.trunk(model.x)] * 3), strict=True))
+        info = method.backward({key: losses[key] for key in order}, shared=model.trunk)
+        return dict(zip(info.names, info.alpha.tolist(), strict=True))
+
+    torch.manual_seed(0)
+    backward(once, NAMES)
+    saved = once.state_dict()
+    again.load_state_dict(saved)
+    assert again.names == NAMES
+    torch.manual_seed(1)
+    wanted = backward(once, NAMES)
+    torch.manual_seed(1)
+    assert backward(again, NAMES[::-1]) == wanted
+
+    # A state without names, as before there were any, and as part of a model.
+    model, other = nn.ModuleDict({"method": once}), nn.ModuleDict({"method": again})
+    other.load_state_dict(model.state_dict())
+    assert again.names == NAMES
+    other.load_state_dict({key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)})
+    assert again.names is None
+
+
+def test_a_method_without_state_saves_no_names():
+    method = AlignedMTL()
+    model = Model()
+    method.backward(dict(zip(NAMES, model.losses([model.trunk(model.x)] * 3), strict=True)), shared=model.trunk)
+    assert method.names == NAMES
+    assert not method.state_dict()
+
+
+@pytest.mark.parametrize("scaled", [lambda L: L * torch.tensor([1.0, 2.0, 3.0]), lambda L: (L + 1).log()])
+def test_losses_that_were_computed_with_in_a_stack(scaled):
+    """Autograd cannot tell them apart: a warning says so, and naming the shared parameters is right."""
+    model = Model()
+    h = model.trunk(model.x)
+    with pytest.warns(UserWarning, match="losses: autograd cannot tell these losses apart"):
+        AlignedMTL().backward(scaled(torch.stack(model.losses([h] * 3))))
+    named, listed = Model(), Model()
+    AlignedMTL().backward(scaled(torch.stack(named.losses([named.trunk(named.x)] * 3))), shared=named.trunk)
+    AlignedMTL().backward(list(scaled(torch.stack(listed.losses([listed.trunk(listed.x)] * 3)))), shared=listed.trunk)
+    for p, q in zip(named.trunk.parameters(), listed.trunk.parameters(), strict=True):
+        assert p.grad is None if q.grad is None else torch.allclose(p.grad, q.grad)
