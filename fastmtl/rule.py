@@ -122,15 +122,12 @@ class Named(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.names is not None and any(key.startswith(prefix) for key in destination):
-            destination[prefix + _EXTRA] = {"names": self.names}
+            destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        extra = state_dict.pop(prefix + _EXTRA, None)  # a copy of the user's; here, or it would not be expected
-        self.names = None if extra is None else tuple(extra["names"])
+        names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
+        self.names = None if names is None else tuple(names)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-_EXTRA = "_extra_state"  # torch's key for what is no tensor
 
 
 def names_in_order(rule: Rule, names: tuple[str, ...] | None) -> tuple[str, ...] | None:

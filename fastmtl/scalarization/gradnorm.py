@@ -185,8 +185,8 @@ def _last_layer(shared: nn.Module | Iterable[Tensor] | None) -> Tensor:
 def _tensors(layer: object) -> list[Tensor]:
     if layer is None:
         raise ValueError(
-            "layer: expected the weight of the last shared layer in training mode, got None; backward(losses, shared=…) "
-            "takes it from the shared parameters, a fan_out does not know it"
+            "layer: expected the weight of the last shared layer in training mode, got None; "
+            "backward(losses, shared=…) takes it from the shared parameters, a fan_out does not know it"
         )
     if not isinstance(layer, (Tensor, Iterable)):
         raise TypeError(f"layer: expected a tensor or an iterable of tensors, got {describe(layer)}")
