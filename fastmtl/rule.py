@@ -15,7 +15,7 @@ from fastmtl.options import check_number
 __all__ = [
     "NOTHING",
     "Context",
-    "Named",
+    "MethodModule",
     "Rule",
     "checked_losses",
     "checked_scale",
@@ -114,10 +114,23 @@ def context_of(
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
-class Named(nn.Module):
-    """A module that keeps the tasks' names: in its `state_dict()` too, where it has a state, whose order they are."""
+class MethodModule(nn.Module):
+    """What every method is as a module: it knows the tasks' names, and what it has learned and remembers of them.
+
+    The names are in its `state_dict()` too, where it has a state, whose order they are. As part of a model that is cast
+    to 16 bits it keeps its precision, and only moves.
+    """
 
     names: tuple[str, ...] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def no_coarser(x: Tensor) -> Tensor:
+            moved = fn(x)
+            if not x.is_floating_point() or torch.finfo(moved.dtype).eps <= torch.finfo(x.dtype).eps:
+                return moved
+            return x.to(moved.device)
+
+        return super()._apply(no_coarser, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -20,7 +20,7 @@ from fastmtl.inputs import (
     transforming,
 )
 from fastmtl.pipeline import aggregate_rows
-from fastmtl.rule import NOTHING, Context, Named, context_of
+from fastmtl.rule import NOTHING, Context, MethodModule, context_of
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -29,7 +29,7 @@ __all__ = ["GradScale", "GramMethod", "Method"]
 GradScale: TypeAlias = Tensor | float | None  # None for 1
 
 
-class Method(Named):
+class Method(MethodModule):
     """One direction from T task gradients.
 
     A method on the Gram matrix, as most are, derives from `GramMethod` and writes `weigh`. One that needs more of the

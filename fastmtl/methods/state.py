@@ -40,7 +40,7 @@ class StatefulMethod(GramMethod):
                     "that the others keep their places; reset() begins anew"
                 )
             else:
-                value = value.to(device, dtype)  # a `model.half()` reaches these buffers too
+                value = value.to(device, dtype)  # as it was loaded
             if self.training:
                 self._buffers[name] = value
             state.append(value if self.training else value.clone())

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, check_losses, describe, has_numbers, names_of, stack_losses
 from fastmtl.options import integer, option
-from fastmtl.rule import Named, checked_scale
+from fastmtl.rule import MethodModule, checked_scale
 
 __all__ = ["Scalarization", "divided", "masked", "number_of", "present"]
 
 
-class Scalarization(Named):
+class Scalarization(MethodModule):
     """One differentiable scalar from T task losses, for methods that look at the losses rather than at gradients.
 
     Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too, and stands where

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmtl import GradVac, NashMTL
 from fastmtl.scalarization import DWA, FAMO, GLS, IMTLL, LS, RLW, STCH, GradNorm, Scalarization, Uncertainty
 
 METHODS = {
@@ -1004,3 +1005,41 @@ def test_parity_with_torchjd(name):
         if name == "DWA" and k % 3 == 2:
             ours.end_epoch()
             theirs.step()
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, lambda m: m.to(torch.bfloat16)], ids=["half", "bfloat16"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DWA(3, window=1),
+        lambda: FAMO(3),
+        lambda: STCH(3, warmup=1),
+        lambda: Uncertainty(3, initial=0.1),
+        lambda: IMTLL(3),
+        lambda: GradNorm(3),
+        GradVac,
+        lambda: NashMTL(every=2),
+    ],
+    ids=lambda make: type(make()).__name__,
+)
+def test_a_model_that_is_cast_leaves_a_methods_precision(make, cast):
+    """As part of a model in 16 bits a method goes on as it would by itself; widened, it is widened."""
+
+    def step(method, weight):
+        x = torch.linspace(-1, 1, 12, dtype=weight.dtype).reshape(3, 4)
+        return method.backward(list((x @ weight).exp().mean(1).unbind()), shared=[weight])
+
+    plain, part = make(), make()
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(2, 2), "method": part})
+    for k in range(3):
+        weights = [torch.nn.Parameter(torch.linspace(0.1, 0.8, 8).reshape(4, 2)) for _ in range(2)]
+        torch.manual_seed(k)
+        wanted = step(plain, weights[0])
+        cast(model)
+        torch.manual_seed(k)
+        assert torch.equal(step(part, weights[1]).alpha, wanted.alpha)
+        assert torch.equal(weights[0].grad, weights[1].grad)
+    assert model["trunk"].weight.dtype is not torch.float32
+    assert all(torch.equal(x, y) for x, y in zip(part.state_dict().values(), plain.state_dict().values(), strict=True))
+    model.double()
+    assert all(x.dtype is torch.float64 for x in part.state_dict().values() if x.is_floating_point())
