@@ -59,7 +59,10 @@ def _check_gradient(g: object, name: str) -> None:
     if not isinstance(g, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {describe(g)}")
     if g.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {describe(g)}; call .to_dense() first, or make the layer with sparse=False")
+        raise TypeError(
+            f"{name}: expected a dense (strided) tensor, got {describe(g)}; call .to_dense() first, or make the layer "
+            "with sparse=False"
+        )
     if g.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {describe(g)}")
     if g.requires_grad and torch.is_grad_enabled():
