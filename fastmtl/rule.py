@@ -123,6 +123,10 @@ class MethodModule(nn.Module):
 
     names: tuple[str, ...] | None = None
 
+    def reset(self) -> None:
+        """Back to the state of a new instance."""
+        self.names = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def no_coarser(x: Tensor) -> Tensor:
             moved = fn(x)

@@ -59,7 +59,6 @@ class Scalarization(MethodModule):
         super().__init__()
         self.tasks = tasks
         self.last_weights = None
-        self.names = None
 
     def forward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> Tensor:
         """The scalarization f(L) of T losses.
