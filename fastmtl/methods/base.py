@@ -201,7 +201,7 @@ class Method(MethodModule):
 
     def reset(self) -> None:
         """Back to the state of a new instance: buffers become None, as they are before the first step."""
-        self.names = None
+        super().reset()
         self._buffers.update(dict.fromkeys(self._buffers))
 
     def check_tasks(self, T: int) -> None:

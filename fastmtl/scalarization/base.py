@@ -54,6 +54,7 @@ class Scalarization(MethodModule):
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
     last_weights: Tensor | None
+    names: tuple[str, ...] | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()
@@ -179,7 +180,8 @@ class Scalarization(MethodModule):
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
-        self.names = self.last_weights = None
+        super().reset()
+        self.last_weights = None
 
     def _value(
         self, losses: Losses, shared: nn.Module | Iterable[Tensor] | None, grad_scale: Tensor | float | None
