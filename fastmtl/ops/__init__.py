@@ -32,7 +32,7 @@ from fastmtl.ops.contracts import (
     sign_drop_rows,
     unit_solve,
 )
-from fastmtl.ops.library import load_kernels
+from fastmtl.ops.registry import load_kernels
 
 __all__ = [
     "EXTENSIONS",

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastmtl.inputs import describe
 from fastmtl.ops import arguments
 from fastmtl.ops.arguments import Gradients
-from fastmtl.ops.library import define
+from fastmtl.ops.registry import define
 
 __all__ = [
     "align",

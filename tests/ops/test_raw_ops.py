@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import fastmtl
 from fastmtl import ops
 from fastmtl.ops import reference
-from fastmtl.ops.library import CONTRACTS
+from fastmtl.ops.registry import CONTRACTS
 
 CASES = [(name, (*args, *kwargs.values())) for name, args, kwargs in OP_CASES]
 CASE_IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CASES)]
