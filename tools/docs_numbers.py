@@ -270,6 +270,8 @@ def float32_blocks(results: Results) -> str:
         ]
         of = run["machine"]
         said = f"{path.parent.name}, commit {of['commit'][:7]}, torch {of['torch']}, {of['date'][:10]}"
+        busy = max(case["others"] for case in run["blocks"])
+        said += f"; other processes kept up to {busy:.1f} processors busy meanwhile"
         text.append(table(["case", "exact, ms", "step, ms", "×"], rows) + f"\nMeasured on {said}.\n")
     return "\n".join(text) or absent(f"python benchmarks/blocks.py --json benchmarks/results/{MACHINE}/blocks.json")
 
