@@ -12,6 +12,7 @@
 #include "../math/mgda.h"
 #include "../math/nash.h"
 #include "kernels.h"
+#include "projections.h"
 #include "threads.h"
 
 namespace fastmtl::cpu {
@@ -144,6 +145,36 @@ void dual_cone(
     bool each,
     double* alpha,
     double* residual) {
+  if (T >= kMinProjections) {
+    const std::vector<double> even(static_cast<size_t>(T), 1.0 / double(T));
+    const auto range = [&](int64_t begin, int64_t end) {
+      std::vector<double> scratch(static_cast<size_t>(present_scratch(T) + T * T));
+      for (int64_t b = begin; b < end; ++b) {
+        const double* one = M + b * T * T;
+        if (!all_finite(one, T * T)) {
+          std::fill_n(alpha + b * T, T, kNan);
+          residual[b] = kNan;
+          continue;
+        }
+        residual[b] = for_present(
+            Serial{},
+            one,
+            T,
+            weights ? weights : even.data(),
+            alpha + b * T,
+            scratch.data(),
+            [&](const double* N, int64_t n, const double* u, double* v, double*) {
+              return projections(N, n, u, each, v);
+            });
+      }
+    };
+    if (B >= kEnoughMatrices) {
+      parallel_for(0, B, 1, range);
+    } else { // one at a time, on several threads
+      range(0, B);
+    }
+    return;
+  }
   const int64_t size = dual_cone_scratch(T);
   const double even = 1.0 / double(T);
   if (each) {
