@@ -151,7 +151,7 @@ void set_solve(const double* U, int64_t n, int64_t stride, const double* inverse
     y[i] = a * inverse[i];
   }
   for (i = tail - 4; i >= 0; i -= 4) {
-    const double *r0 = U + i * stride, *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
+    const double *r0 = U + i * stride, *r1 = r0 + stride, *r2 = r1 + stride;
     double s[4];
     row_group<4>(r0 + i + 4, stride, y + i + 4, n - i - 4, s);
     y[i + 3] = (y[i + 3] - s[3]) * inverse[i + 3];

@@ -151,6 +151,20 @@ struct Kernels {
       const double* inverses, // [panels, cholesky_panel, cholesky_panel]
       double* x);             // [T]
 
+  // out -= X P over rows [begin, end), for columns [first, last) of X, or what of them is not left of X's diagonal; P has
+  // row `first` first.
+  void (*subtract_panel)(
+      const double* X, // [rows, stride]
+      int64_t stride,
+      int64_t first,
+      int64_t last,
+      const double* P, // [last - first, cholesky_panel]
+      bool upper,      // X is triangular
+      int64_t begin,
+      int64_t end,
+      double* out, // [rows, out_stride]
+      int64_t out_stride,
+      int64_t width); // columns of `out`
   // y = A x, rows [begin, end); and y += Aᵀ x
   void (*row_products)(
       const double* A, // [rows, stride]

@@ -9,6 +9,7 @@
 #include "../common.h"
 #include "../math/probe.h"
 #include "definite.h"
+#include "spectral.h"
 #include "tridiagonal.h"
 #include "threads.h"
 
@@ -519,13 +520,31 @@ bool graded_weights_hold(
          !is_positive_definite(M, T, (1.0 + kGradedError) * smallest);
 }
 
+// Whether no row is much longer than another: then a tridiagonalisation is as accurate as M is.
+bool even_rows(const double* M, int64_t T) {
+  double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < T; ++i) {
+    largest = std::max(largest, M[i * T + i]);
+    smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
+  }
+  return largest <= kTridiagonalMaxDiagonalRatio * smallest;
+}
+
 // One Gram matrix, by the most accurate solver that its size affords.
 void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
   if (!all_finite(M, T * T)) {
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  if (T > kJacobiTasks) {
+  if (T > kJacobiTasks && !even_rows(M, T)) {
+    Spectral solver(T);
+    if (solver.solve(M, eigenvalues)) {
+      *rank = decide_rank(M, eigenvalues, T, policy);
+      if (solver.weights(eigenvalues, *rank, policy, alpha)) {
+        return;
+      }
+    }
+  } else if (T > kJacobiTasks) {
     Tridiagonal solver(M, T);
     const bool solved = solver.solve(eigenvalues, true);
     const Accuracy accuracy = solved ? tridiagonal_accuracy(M, eigenvalues, T) : Accuracy::poor;
