@@ -32,16 +32,11 @@ constexpr double kBlocksMinSquare = 1e-20;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Above this many tasks tridiagonalisation is faster than Jacobi and is used where it is accurate enough: its error is
-// about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
-// where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
-// often solved to a relative precision while the row-normalised Gram is this far from singular; that is then checked.
+// Above this many tasks Jacobi rotations are the last resort. Where the squared norms of rows are this even the Gram
+// itself carries an error of about eps λ_max, and so may a tridiagonalisation of M; elsewhere it is one of Lᵀ L
+// (spectral.h).
 constexpr int64_t kJacobiTasks = 32;
-constexpr double kTridiagonalMinRatio = 1e-8;
-constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
-constexpr double kGradedMinEigenvalue = 1e-8;
-constexpr double kGradedMaxDiagonalRatio = 1e16;
-constexpr double kGradedError = 1e-8; // relative, of λ_min and of αᵀ M α
+constexpr double kEvenRows = 1e2;
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Results are written past the cache when G is larger than this: they would only push out what is read next.
@@ -473,53 +468,6 @@ void task_weights(
   solver.apply(factors.data(), alpha, alpha);
 }
 
-enum class Accuracy { poor, graded, full };
-
-// How accurate a tridiagonalisation of M is.
-Accuracy tridiagonal_accuracy(const double* M, const double* eigenvalues, int64_t T) {
-  const double largest = largest_diagonal(M, T);
-  double smallest = largest;
-  bool empty = false;
-  for (int64_t i = 0; i < T; ++i) {
-    empty = empty || !(M[i * T + i] > 0.0);
-    smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
-  }
-  if (largest <= kTridiagonalMaxDiagonalRatio * smallest ||
-      eigenvalues[T - 1] > kTridiagonalMinRatio * eigenvalues[0]) {
-    return Accuracy::full;
-  }
-  if (empty || !(largest <= kGradedMaxDiagonalRatio * smallest)) {
-    return Accuracy::poor;
-  }
-  std::vector<double> C(static_cast<size_t>(T * T));
-  normalize_rows(M, T, 0.0, C.data());
-  return is_positive_definite(C.data(), T, kGradedMinEigenvalue) ? Accuracy::graded : Accuracy::poor;
-}
-
-// Whether the weights of full rank fulfil αᵀ M α = s wᵀ w, and λ_min lies where it is said to: Cholesky factors of
-// graded matrices are accurate.
-bool graded_weights_hold(
-    const double* M,
-    int64_t T,
-    const Policy& policy,
-    const double* eigenvalues,
-    const double* alpha) {
-  double form = 0.0, squares = 0.0;
-  for (int64_t i = 0; i < T; ++i) {
-    double along = 0.0;
-    for (int64_t j = 0; j < T; ++j) {
-      along += M[i * T + j] * alpha[j];
-    }
-    form += alpha[i] * along;
-    const double w = policy.weights ? policy.weights[i] : 1.0 / double(T);
-    squares += w * w;
-  }
-  const double expected = squared_scale(eigenvalues, T, policy.scale) * squares, smallest = eigenvalues[T - 1];
-  return std::fabs(form - expected) <= kGradedError * expected &&
-         is_positive_definite(M, T, (1.0 - kGradedError) * smallest) &&
-         !is_positive_definite(M, T, (1.0 + kGradedError) * smallest);
-}
-
 // Whether no row is much longer than another: then a tridiagonalisation is as accurate as M is.
 bool even_rows(const double* M, int64_t T) {
   double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
@@ -527,7 +475,7 @@ bool even_rows(const double* M, int64_t T) {
     largest = std::max(largest, M[i * T + i]);
     smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
   }
-  return largest <= kTridiagonalMaxDiagonalRatio * smallest;
+  return largest <= kEvenRows * smallest;
 }
 
 // One Gram matrix, by the most accurate solver that its size affords.
@@ -536,25 +484,21 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  if (T > kJacobiTasks && !even_rows(M, T)) {
-    Spectral solver(T);
-    if (solver.solve(M, eigenvalues)) {
-      *rank = decide_rank(M, eigenvalues, T, policy);
-      if (solver.weights(eigenvalues, *rank, policy, alpha)) {
-        return;
-      }
-    }
-  } else if (T > kJacobiTasks) {
+  if (T > kJacobiTasks && even_rows(M, T)) {
     Tridiagonal solver(M, T);
-    const bool solved = solver.solve(eigenvalues, true);
-    const Accuracy accuracy = solved ? tridiagonal_accuracy(M, eigenvalues, T) : Accuracy::poor;
-    if (accuracy != Accuracy::poor) {
+    if (solver.solve(eigenvalues, true)) {
       for (int64_t j = 0; j < T; ++j) {
         eigenvalues[j] = std::max(eigenvalues[j], 0.0);
       }
       *rank = decide_rank(M, eigenvalues, T, policy);
       task_weights(solver, eigenvalues, *rank, T, policy, alpha);
-      if (accuracy == Accuracy::full || (*rank == T && graded_weights_hold(M, T, policy, eigenvalues, alpha))) {
+      return;
+    }
+  } else if (T > kJacobiTasks) {
+    Spectral solver(T);
+    if (solver.solve(M, eigenvalues)) {
+      *rank = decide_rank(M, eigenvalues, T, policy);
+      if (solver.weights(eigenvalues, *rank, policy, alpha)) {
         return;
       }
     }

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
 
@@ -17,10 +15,11 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kMaxGrowth = 3e2;
-constexpr double kMaxGrowthTruncated = 3e3;
-constexpr double kSmallestError = 1e-6; // relative, proved, of λ_min
-constexpr double kError = 1e-8;         // of αᵀ M α, and of residuals in units of the rows
-constexpr double kMaxRatio = 0x1p100;   // of the diagonal's entries: squares stay in range
+constexpr double kMaxGrowthTruncated = 3e3; // rows far below the cut do not count
+constexpr double kSmallestError = 1e-6;     // relative, proved, of λ_min
+constexpr double kFormError = 1e-7;         // relative, of αᵀ M α
+constexpr double kError = 1e-10;            // of residuals, in units of the rows
+constexpr double kMaxRatio = 0x1p100;       // of the diagonal's entries: squares stay in range
 constexpr int64_t kMaxPanel = kMaxCholeskyPanel;
 
 // f(block) for blocks of columns of a triangle, the long with the short ones.
@@ -169,8 +168,7 @@ bool Spectral::solve(const double* M, double* eigenvalues) {
   if (n_ < 2 || !(largest <= kMaxRatio * smallest)) {
     return false;
   }
-  std::stable_sort(
-      order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return M[a * T_ + a] > M[b * T_ + b]; });
+  std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return M[a * T_ + a] > M[b * T_ + b]; });
   std::frexp(largest, &exponent_);
   exponent_ = (exponent_ + (exponent_ & 1)) / 2;
   const double half = std::ldexp(1.0, -exponent_);
@@ -234,17 +232,13 @@ bool Spectral::certified_smallest(double smallest) const {
   }
   std::vector<double> f(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
   f[size_t(n_ - 1)] = 1.0;
-  uint64_t state = 0;
-  for (int64_t i = 0; i < n_; ++i) { // SplitMix64
-    uint64_t z = state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    x[size_t(i)] = double(int64_t(z ^ (z >> 31)));
+  for (int64_t i = 0; i < n_; ++i) { // no eigenvector is orthogonal to it but by accident
+    x[size_t(i)] = 1.0 / double(1 + i % 7) - (i % 2 ? 0.6 : 0.0);
   }
   tri_->apply(f.data(), x.data(), x.data());
   const double above = squares(x.data(), n_);
   unscale(x.data());
-  return above <= (1.0 + kSmallestError) * smallest * squares(x.data(), n_);
+  return above > 0.0 && above <= (1.0 + kSmallestError) * smallest * squares(x.data(), n_);
 }
 
 // Whether x = (A + t)⁻¹ y, as the eigenvalues and rotations have it, solves that in units of each row.
@@ -265,9 +259,6 @@ bool Spectral::certified(int64_t R, const double* y, double size) const {
       }
       worst = std::max(worst, std::fabs(left) / std::max(lengths_[size_t(i)], R == n_ ? 0.0 : std::sqrt(low)));
     }
-  }
-  if (getenv("SPECTRAL")) {
-    fprintf(stderr, "  residual %.1e", worst / size);
   }
   return worst <= kError * size;
 }
@@ -290,21 +281,14 @@ bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& polic
   }
   const double growth = tri_->growth(lengths_.data(), full ? 0.0 : std::sqrt(lam_[size_t(R - 1)]));
   const double size = std::sqrt(squares(w.data(), n_));
-  if (getenv("SPECTRAL")) {
-    fprintf(stderr, "n %ld found %ld R %ld growth %.1e", n_, found_, R, growth);
-    certified(R, y.data(), size);
-    if (full) fprintf(stderr, " smallest %d", int(certified_smallest(lam_[size_t(n_ - 1)])));
-  }
-  if (!(growth <= (full ? kMaxGrowth : kMaxGrowthTruncated)) || !certified(R, y.data(), size)) {
+  if (!(growth <= (full ? kMaxGrowth : kMaxGrowthTruncated)) || !certified(R, y.data(), size) ||
+      (full && !certified_smallest(lam_[size_t(n_ - 1)]))) {
     return false;
   }
   for (int64_t j = 0; j < R; ++j) {
     f[size_t(j)] = 1.0 / std::sqrt(lam_[size_t(j)]);
   }
   tri_->apply(f.data(), y.data(), y.data());
-  if (full && (!certified_smallest(lam_[size_t(n_ - 1)]))) {
-    return false;
-  }
   const double along = squares(y.data(), n_);
   unscale(y.data());
   double form = 0.0;
@@ -316,10 +300,7 @@ bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& polic
     form += y[size_t(i)] * sum;
   }
   const double expected = full ? size * size : along;
-  if (getenv("SPECTRAL")) {
-    fprintf(stderr, " form %.1e\n", std::fabs(form / expected - 1));
-  }
-  if (!(std::fabs(form - expected) <= kError * expected)) {
+  if (!(std::fabs(form - expected) <= kFormError * expected)) {
     return false;
   }
   const double root = std::sqrt(squared_scale(eigenvalues, R, policy.scale)) * std::ldexp(1.0, -exponent_);

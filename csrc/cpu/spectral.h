@@ -1,12 +1,13 @@
-// Eigenvalues and task weights of a Gram matrix whose rows may be of any lengths, at the price of one tridiagonalisation.
+// Eigenvalues and task weights of a Gram matrix whose rows may be of any lengths, at the price of one
+// tridiagonalisation.
 //
-// M = L Lᵀ with pivoting, and A = Lᵀ L, which has the same eigenvalues; A = Q S Qᵀ with S tridiagonal, largest row first
-// (tridiagonal.h). As Lᵀ f(L Lᵀ) = f(Lᵀ L) Lᵀ,
+// M = L Lᵀ with pivoting, and A = Lᵀ L, which has the same eigenvalues; A = Q S Qᵀ with S tridiagonal, largest row
+// first (tridiagonal.h). As Lᵀ f(L Lᵀ) = f(Lᵀ L) Lᵀ,
 //
 //     f(M) w = L⁻ᵀ z,  z = f(A) Lᵀ w,
 //
-// and the error of g = αᵀ G is that of z in the 2-norm, since ‖Gᵀ L⁻ᵀ z‖ = ‖z‖. All that makes M ill-conditioned is now in
-// the scaling of A's rows a_i = √A_ii, in descending order, and D_a⁻¹ A D_a⁻¹ is closer to 1 than C is (Demmel and
+// and the error of g = αᵀ G is that of z in the 2-norm, since ‖Gᵀ L⁻ᵀ z‖ = ‖z‖. All that makes M ill-conditioned is now
+// in the scaling of A's rows a_i = √A_ii, in descending order, and D_a⁻¹ A D_a⁻¹ is closer to 1 than C is (Demmel and
 // Veselić 1992: one step of the LR algorithm). Householder's reflections from the top keep small rows apart from large
 // ones, but for what `growth` measures: rounding errors of A are about eps growth² a_i a_j.
 //
