@@ -35,17 +35,9 @@ def per_example(tasks: int, params: int = PARAMS, steps: int = 200, seed: int = 
     if tasks > EXAMPLES:
         raise ValueError(f"tasks: expected at most {EXAMPLES} examples of digits, got {tasks}")
     images, labels = _digits()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        width = next(h for h in itertools.count(1) if (64 + h + 12) * h + 10 >= params)
-        net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for _ in range(steps):
-            some = torch.randint(0, EXAMPLES, (BATCH,))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(images[some]), labels[some]).backward()
-            optimizer.step()
-        some = torch.randperm(EXAMPLES)[:tasks]
+    width = next(h for h in itertools.count(1) if (64 + h + 12) * h + 10 >= params)
+    net = _trained(width, steps, seed)
+    some = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(seed))[:tasks]
     state = {name: p.detach() for name, p in net.named_parameters()}
 
     def loss(state: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
@@ -53,6 +45,21 @@ def per_example(tasks: int, params: int = PARAMS, steps: int = 200, seed: int = 
 
     found = vmap(grad(loss), (None, 0, 0))(state, images[some], labels[some])
     return torch.cat([g.flatten(1) for g in found.values()], 1)[:, :params].contiguous()
+
+
+@cache
+def _trained(width: int, steps: int, seed: int) -> nn.Module:
+    images, labels = _digits()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for _ in range(steps):
+            some = torch.randint(0, EXAMPLES, (BATCH,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images[some]), labels[some]).backward()
+            optimizer.step()
+    return net
 
 
 @cache

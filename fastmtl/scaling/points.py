@@ -26,8 +26,8 @@ METHODS: dict[str, type[GramMethod]] = {
 class Point:
     """One measurement: gradients [batch, tasks, params] of this dtype, aggregated by `method`.
 
-    `gradients`: "random", of condition number `kappa`; or "real", of single examples: one matrix, with a condition number
-    of its own.
+    `gradients`: "random", of condition number `kappa`; or "real", of single examples: one matrix, as conditioned as it
+    comes.
     """
 
     tasks: int
