@@ -539,7 +539,8 @@ bool definite(
     double* alpha,
     const double* eigenvalues,
     double* smallest) {
-  return !eigenvalues && T > kJacobiTasks && all_finite(Serial{}, M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+  return !eigenvalues && T > kJacobiTasks && all_finite(Serial{}, M, T * T) &&
+         definite_weights(M, T, policy, alpha, smallest);
 }
 
 // `unit_solve` of one matrix.

@@ -21,7 +21,8 @@ def without_comments(text: str) -> str:
 
 def functions(text: str) -> Iterator[tuple[str, int]]:
     """(first line, number of lines) of the functions of a file, with what stands between name and body."""
-    code = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", lambda x: "\n" * x[0].count("\n"), without_comments(text), flags=re.M)
+    directive = re.compile(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
+    code = directive.sub(lambda found: "\n" * found[0].count("\n"), without_comments(text))
     scopes, head, line, start = [], "", 1, 1  # scopes: (first line, line number) of a function, or None for others
     for character in code:
         if character == "{":
