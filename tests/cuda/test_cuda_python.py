@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import fastmtl
 from fastmtl import inputs
 
-CUDA_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 needs_cuda_build = pytest.mark.skipif(
@@ -399,9 +399,9 @@ def waiting_calls(text):
     return found
 
 
-@pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the tests run without the source tree")
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run without the source tree")
 def test_the_sources_do_not_wait():
-    sources = [path for path in sorted(CUDA_SOURCES.iterdir()) if path.is_file()]
+    sources = [*sorted((CSRC / "cuda").iterdir()), *sorted((CSRC / "ops").glob("*cuda*"))]
     assert len(sources) > 10
     assert not [(path.name, *call) for path in sources for call in waiting_calls(path.read_text())]
 
