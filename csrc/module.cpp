@@ -79,8 +79,9 @@ Tensor gram_op(const Tensor& G) {
   return M;
 }
 
-Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
-  const RaggedRows rows(grads, tasks, nullptr);
+// Where the result will go is checked here, before a method has solved, and changed, anything.
+Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
+  const RaggedRows rows(grads, tasks, out ? &*out : nullptr);
   const Tensor M = empty_float64({tasks, tasks}, any_of(grads));
   gram(rows.gradients(), doubles(M));
   return M;

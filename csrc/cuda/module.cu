@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -25,27 +26,27 @@ Batch batch_of(const Strided& G) {
   return Batch(G.base, G.B, G.T, G.P, G.next_matrix, G.next_row, G.out, G.next_out, G.dtype);
 }
 
-void check_device(const char* name, const Tensor& x, const Tensor& like) {
-  FASTMTL_CHECK(
-      same_device(x, like),
-      name,
-      ": expected all tensors of a call on one device, ",
-      device_of(like),
-      ", got a ",
-      describe(x));
-}
-
 void check_devices(
     const std::vector<std::optional<Tensor>>& grads,
+    int64_t tasks,
     const std::vector<Tensor>* out,
     const Tensor& like) {
-  for (const auto& g : grads) {
-    if (g) {
-      check_device("grads", *g, like);
-    }
+  const size_t K = std::max<size_t>(grads.size() / size_t(std::max<int64_t>(tasks, 1)), 1);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    FASTMTL_CHECK(
+        !grads[i] || same_device(*grads[i], like),
+        "rows[" + std::to_string(i / K) + "][" + std::to_string(i % K) + "]: expected all gradients on ",
+        device_of(like),
+        ", got ",
+        describe(*grads[i]));
   }
   for (size_t k = 0; out && k < out->size(); ++k) {
-    check_device("out", (*out)[k], like);
+    FASTMTL_CHECK(
+        same_device((*out)[k], like),
+        "out[" + std::to_string(k) + "]: expected all results on ",
+        device_of(like),
+        ", got ",
+        describe((*out)[k]));
   }
 }
 
@@ -190,11 +191,12 @@ Tensor gram_op(const Tensor& G) {
   return M;
 }
 
-Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
+Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, nullptr, like);
+  const std::vector<Tensor>* const checked = out ? &*out : nullptr;
+  check_devices(grads, tasks, checked, like);
   const Call call(like);
-  const RaggedRows rows(grads, tasks, nullptr);
+  const RaggedRows rows(grads, tasks, checked);
   const Tensor M = empty_float64({tasks, tasks}, like);
   gram(Batch(rows.gradients(), call.context()), true, {}, doubles(M), call.context());
   return M;
@@ -233,7 +235,7 @@ void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
 }
 
 void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
-  check_devices(grads, &out, alpha);
+  check_devices(grads, out.empty() ? 1 : int64_t(grads.size() / out.size()), &out, alpha);
   const Call call(alpha);
   RaggedRows rows(grads, check_alpha(alpha, grads, out), &out);
   rows.start();
@@ -258,7 +260,7 @@ void sign_drop_rows_op(
     std::optional<Tensor> leak,
     std::vector<Tensor> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, &out, like);
+  check_devices(grads, tasks, &out, like);
   const Call call(like);
   RaggedRows rows(grads, tasks, &out);
   check_seed(seed, like);
@@ -304,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
     std::string rank_rule,
     std::vector<Tensor> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, &out, like);
+  check_devices(grads, tasks, &out, like);
   const Call call(like);
   RaggedRows rows(grads, tasks, &out);
   const Batch batch(rows.gradients(), call.context());

@@ -2,7 +2,8 @@
 
 Written here are contracts: functions that check the arguments and return empty results of the right shape and dtype. A
 contract is the fake of its op, and stands before the reference; what has its name afterwards is the op. The kernels
-make the same checks in csrc/tensors.h and csrc/weighing.h, with the same error. A call with a tensor on the meta device
+make the same checks in csrc/tensors.h and csrc/weighing.h, with the same error, and nobody makes them before: entry t·K
++ k of `grads` is rows[t][k] in what they say, as users of a method know it. A call with a tensor on the meta device
 ends up in a contract, wherever its other tensors are.
 
 G [T, P] or [B, T, P] is a gradient matrix in float32, float64, bfloat16 or float16; M [..., T, T] a Gram matrix in
@@ -57,10 +58,12 @@ def gram(G: Tensor) -> Tensor:
     return G.new_empty((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
 
 
-@define("(Tensor?[] grads, int tasks) -> Tensor")
-def gram_rows(grads: Gradients, tasks: int) -> Tensor:
-    """The same of rows, float64 [T, T]."""
-    arguments.rows(grads, tasks)  # without any gradient the result is zero, and no kernel is asked
+@define("(Tensor?[] grads, int tasks, Tensor[]? out=None) -> Tensor")
+def gram_rows(grads: Gradients, tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
+    """The same of rows, float64 [T, T]; `out` is only checked: whether `combine_rows` will be able to write there."""
+    arguments.rows(grads, tasks, out)
+    if out is not None:
+        arguments.any_of(grads)  # else the result is zero without any gradient, and no kernel is asked
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
     return torch.empty(tasks, tasks, dtype=torch.float64, device=device)
 

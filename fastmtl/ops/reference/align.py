@@ -31,7 +31,7 @@ def gram(G: Tensor) -> Tensor:
     return _mirrored(G @ G.mT)
 
 
-def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
+def gram_rows(grads: Sequence[Tensor | None], tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
     """M = Σ_k G_k G_kᵀ in float64 over the K tensors of each row; entry t·K + k is row t, tensor k; None is zero."""
     segments = len(grads) // tasks
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
