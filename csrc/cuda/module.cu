@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -76,8 +77,10 @@ Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int
   return {empty_float64(size, like), empty_float64(size, like), empty_int64(batch, like)};
 }
 
-// T > 64, M on the CPU: the op's CPU kernel, results on the CPU.
-Balanced balance_on_host(const Tensor& M, const Options& options) {
+// T > 64, M on the CPU: the op's CPU kernel, results on the CPU. `op` returns `results` of `balance`'s or
+// `align_gram`'s.
+template <size_t results>
+std::array<Tensor, results> on_host(const char* op, const Tensor& M, const Options& options) {
   std::optional<Tensor> weights;
   if (options.weights) {
     weights = torch::stable::to(*options.weights, kHost); // waits: T > 64
@@ -89,11 +92,17 @@ Balanced balance_on_host(const Tensor& M, const Options& options) {
       torch::stable::detail::from(options.rtol),
       torch::stable::detail::from(options.zero),
       torch::stable::detail::from(options.rank_rule)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastmtl::balance", "", stack, TORCH_ABI_VERSION));
-  return {
-      torch::stable::detail::to<Tensor>(stack[0]),
-      torch::stable::detail::to<Tensor>(stack[1]),
-      torch::stable::detail::to<Tensor>(stack[2])};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  std::array<Tensor, results> found;
+  for (size_t i = 0; i < results; ++i) {
+    found[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  }
+  return found;
+}
+
+Balanced balance_on_host(const Tensor& M, const Options& options) {
+  const auto [alpha, eigenvalues, rank] = on_host<3>("fastmtl::balance", M, options);
+  return {alpha, eigenvalues, rank};
 }
 
 void to_device(const Balanced& from, const Balanced& to) {
@@ -224,6 +233,31 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   return {result.alpha, result.eigenvalues, result.rank};
 }
 
+std::tuple<Tensor, Tensor> align_gram_op(
+    const Tensor& M,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule) {
+  if (M.dim() < 2 || M.size(-1) <= kMaxJacobiTasks) { // what is wrong with M is said there
+    const auto [alpha, eigenvalues, rank] = balance_op(M, weights, scale, rtol, zero, rank_rule);
+    return {alpha, rank};
+  }
+  check_square(M);
+  const Call call(M);
+  const Options options{weights, scale, rtol, zero, rank_rule};
+  options.policy(M.size(-1), M);
+  const Tensor wide = as_float64(M);
+  const Tensor alpha = empty_float64(leading(M, 1), wide), rank = empty_int64(leading(M, 2), wide);
+  const auto found = on_host<2>("fastmtl::align_gram", torch::stable::to(wide, kHost), options); // waits: T > 64
+  Tensor targets[] = {alpha, rank};
+  for (size_t i = 0; i < 2; ++i) {
+    torch::stable::copy_(targets[i], found[i]);
+  }
+  return {alpha, rank};
+}
+
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
   const Call call(G);
   Strided matrix(G, &out);
@@ -296,7 +330,7 @@ void align_op(
   matrix.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
+std::tuple<Tensor, Tensor, Tensor> align_rows_op(
     std::vector<std::optional<Tensor>> grads,
     int64_t tasks,
     std::optional<Tensor> weights,
@@ -321,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
     align(batch, policy, doubles(M), result.weights(), call.context());
   }
   rows.finish();
-  return {M, result.alpha, result.eigenvalues, result.rank};
+  return {M, result.alpha, result.rank};
 }
 
 std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
@@ -359,5 +393,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("sign_drop_rows", TORCH_BOX(&fastmtl::cuda::sign_drop_rows_op));
   m.impl("align", TORCH_BOX(&fastmtl::cuda::align_op));
   m.impl("align_rows", TORCH_BOX(&fastmtl::cuda::align_rows_op));
+  m.impl("align_gram", TORCH_BOX(&fastmtl::cuda::align_gram_op));
   m.impl("eigh", TORCH_BOX(&fastmtl::cuda::eigh_op));
 }

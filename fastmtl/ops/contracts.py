@@ -26,6 +26,7 @@ from fastmtl.ops.registry import define
 
 __all__ = [
     "align",
+    "align_gram",
     "align_rows",
     "balance",
     "cagrad",
@@ -88,16 +89,13 @@ def combine_rows(grads: Gradients, alpha: Tensor, out: Sequence[Tensor]) -> None
 
 @define(f"(Tensor G, {_POLICY}, Tensor(a!) out) -> ()")
 def align(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
-    """Writes the aligned gradient of G into `out` [..., P]: `gram`, `balance` and `combine` in one."""
+    """Writes the aligned gradient of G into `out` [..., P]: `gram`, `align_gram` and `combine` in one."""
     arguments.matrix(G)
     arguments.result(G, out)
     arguments.policy(G, G.shape[-2], weights, scale, rtol, zero, rank_rule)
 
 
-@define(
-    f"(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out)"
-    " -> (Tensor gram, Tensor alpha, Tensor eigenvalues, Tensor rank)"
-)
+@define(f"(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out) -> (Tensor gram, Tensor alpha, Tensor rank)")
 def align_rows(
     grads: Gradients,
     tasks: int,
@@ -107,13 +105,13 @@ def align_rows(
     zero: float,
     rank_rule: str,
     out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of rows into K tensors; returns M and what `balance` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of rows into K tensors; returns M and what `align_gram` does."""
     arguments.rows(grads, tasks, out)
     some = arguments.any_of(grads)
     arguments.policy(some, tasks, weights, scale, rtol, zero, rank_rule)
     M = torch.empty(tasks, tasks, dtype=torch.float64, device=some.device)
-    return M, M.new_empty(tasks), M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
+    return M, M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
 
 
 @define("(Tensor G, Tensor seed, Tensor? leak, Tensor(a!) out) -> ()")
@@ -160,6 +158,16 @@ def balance(
     arguments.square(M)
     arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
     return _weights_of(M), _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
+
+
+@define(f"(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor rank)")
+def align_gram(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor]:
+    """`balance` without the eigenvalues, which cost more than the weights where tasks are many."""
+    arguments.square(M)
+    arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
+    return _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
 
 
 @define("(Tensor M) -> (Tensor alpha, Tensor residual)")
