@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
 # pytest compiles the tests, and does so once: with this set, each process for itself.
@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help

@@ -259,6 +259,7 @@ def batch_threads(op: str, B: int, T: int, kappa: float) -> Trial:
     M, out = ops.gram(G), torch.empty(B, 4 * T)
     calls: dict[str, Callable[[], Any]] = {
         "align": lambda: ops.align(G, *POLICY, out),
+        "align_gram": lambda: ops.align_gram(M, *POLICY)[0],
         "balance": lambda: ops.balance(M, *POLICY)[0],
         "eigh": lambda: ops.eigh(M)[0],
         "gram": lambda: ops.gram(G),
@@ -426,6 +427,7 @@ def solver(op: str, T: int, kappa: float) -> Trial:
     grams, w = workloads.grams(T), torch.full((T,), 1 / T, dtype=torch.float64)
     arguments: dict[str, tuple[Any, ...]] = {
         "balance": POLICY,
+        "align_gram": POLICY,
         "mgda": (),
         "dual_cone": (None, True),
         "cagrad": (0.5,),

@@ -58,7 +58,7 @@ class Expected:
     shared: str = "0"
 
 
-PROLOGUE = '#include "small.cuh"\n#include "weights.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
+PROLOGUE = '#include "align_small.cuh"\n#include "weights.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
 
 KERNELS = {
     "gram_stream": Expected(loads=True, shared="kStreamShared<{1}>"),

@@ -50,14 +50,14 @@ MUTANTS = [
     # CPU kernels and the solvers
     Mutant(
         "Gram: one last column is not summed",
-        "csrc/cpu/gram.h",
+        "csrc/cpu/isa/gram.h",
         "__builtin_memcpy(tail[r], rows[r] + k, size_t(n - k) * sizeof(E));",
         "__builtin_memcpy(tail[r], rows[r] + k, size_t(n - k - 1) * sizeof(E));",
         "ops/test_ops.py ops/test_raw_ops.py methods",
     ),
     Mutant(
         "combine: half a vector of the wrong columns",
-        "csrc/cpu/combine.h",
+        "csrc/cpu/isa/combine.h",
         "total.b += weight[r] * g.b;",
         "total.b += weight[r] * g.a;",
         "ops/test_ops.py ops/test_raw_ops.py methods",

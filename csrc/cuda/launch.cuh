@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 #include "sign_drop.cuh"
-#include "small.cuh"
+#include "align_small.cuh"
 
 namespace fastmtl::cuda {
 

@@ -2,9 +2,9 @@
 
 Written here are contracts: functions that check the arguments and return empty results of the right shape and dtype. A
 contract is the fake of its op, and stands before the reference; what has its name afterwards is the op. The kernels
-make the same checks in csrc/tensors.h and csrc/weighing.h, with the same error, and nobody makes them before: entry t·K
-+ k of `grads` is rows[t][k] in what they say, as users of a method know it. A call with a tensor on the meta device
-ends up in a contract, wherever its other tensors are.
+make the same checks in csrc/ops, with the same error, and nobody makes them before: entry t·K + k of `grads` is
+rows[t][k] in what they say, as users of a method know it. A call with a tensor on the meta device ends up in a
+contract, wherever its other tensors are.
 
 G [T, P] or [B, T, P] is a gradient matrix in float32, float64, bfloat16 or float16; M [..., T, T] a Gram matrix in
 float32 or float64. `grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and

@@ -15,9 +15,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
-#include "call.h"
-#include "pipeline.h"
+#include "tensors.h"
+#include "cuda_call.h"
+#include "../cuda/pipeline.h"
 
 namespace fastmtl::cuda {
 

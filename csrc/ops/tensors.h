@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "gradients.h"
-#include "math/balance.h"
+#include "../gradients.h"
+#include "../math/balance.h"
 
 // torch 2.10 and 2.11 have only the macro that does not repeat what torch said.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK

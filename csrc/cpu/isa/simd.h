@@ -1,6 +1,6 @@
-// Vectors of one instruction set. Included once by each isa_*.cpp after it has defined FASTMTL_ISA (a namespace) and
-// FASTMTL_VECTOR_BYTES, inside the region compiled for that set; everything has internal linkage, so that no inline
-// function compiled for a newer machine can be picked by the linker for an older one.
+// Vectors of one instruction set. Included once by each the other files of this folder after it has defined FASTMTL_ISA
+// (a namespace) and FASTMTL_VECTOR_BYTES, inside the region compiled for that set; everything has internal linkage, so
+// that no inline function compiled for a newer machine can be picked by the linker for an older one.
 #pragma once
 
 #define FASTMTL_INLINE inline __attribute__((always_inline))

@@ -1,5 +1,5 @@
 // The kernels for AVX2. Everything after the pragma is compiled for it, so standard headers come before.
-#include "kernels.h"
+#include "../kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "isa.inc"
+#include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,5 +1,5 @@
 // The kernels for any machine: the vectors are the compiler's generic ones, 16 bytes wide.
-#include "kernels.h"
+#include "../kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,4 +10,4 @@
 #define FASTMTL_VECTOR_BYTES 16
 #define FASTMTL_NAME "portable"
 #define FASTMTL_TABLE portable_kernels
-#include "isa.inc"
+#include "table.inc"

@@ -8,9 +8,9 @@
 #include <optional>
 #include <tuple>
 
-#include "../weighing.h"
-#include "call.h"
-#include "weights.h"
+#include "weighing.h"
+#include "cuda_call.h"
+#include "../cuda/weights.h"
 
 namespace fastmtl::cuda {
 

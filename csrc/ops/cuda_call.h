@@ -8,8 +8,8 @@
 
 #include <vector>
 
-#include "../tensors.h"
-#include "pipeline.h"
+#include "tensors.h"
+#include "../cuda/pipeline.h"
 
 namespace fastmtl::cuda {
 

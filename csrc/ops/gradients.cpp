@@ -14,9 +14,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common.h"
-#include "cpu/pipeline.h"
-#include "cpu/threads.h"
+#include "../common.h"
+#include "../cpu/pipeline.h"
+#include "../cpu/threads.h"
 #include "tensors.h"
 
 namespace fastmtl::cpu {

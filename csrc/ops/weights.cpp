@@ -4,9 +4,9 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/pipeline.h"
-#include "cpu/threads.h"
-#include "cpu/weights.h"
+#include "../cpu/pipeline.h"
+#include "../cpu/threads.h"
+#include "../cpu/weights.h"
 #include "weighing.h"
 
 namespace fastmtl::cpu {

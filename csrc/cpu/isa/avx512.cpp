@@ -1,5 +1,5 @@
 // The kernels for AVX512. Everything after the pragma is compiled for it, so standard headers come before.
-#include "kernels.h"
+#include "../kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +19,7 @@
 #else
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
-#include "isa.inc"
+#include "table.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
