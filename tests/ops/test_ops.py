@@ -755,7 +755,7 @@ def op_cases():
     yield "gram", (randn(2, 3, 20, dtype=BF16),), {}
     yield "gram", (randn(3, 20, dtype=F64).requires_grad_(),), {}
     yield "gram_rows", (grads, 2, None), {}
-    yield "gram_rows", (grads, 2, [torch.empty(3, 2), torch.empty(7)]), {}
+    yield "gram_rows", (grads, 2, [torch.zeros(3, 2), torch.zeros(7)]), {}
     yield "balance", (M, None, *options), {}
     yield "balance", (torch.stack([M, 2 * M]), w, *options), {}
     yield "align_gram", (M, None, *options), {}
