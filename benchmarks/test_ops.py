@@ -94,7 +94,7 @@ def balance(who: str, T: int) -> Contest:
 def align_gram(who: str, T: int) -> Contest:
     contest = balance(who, T)
     M = workloads.grams(T)[0]
-    calls = contest.calls | {"fastmtl": lambda: ops.align_gram(M, *policy(T))[0]}
+    calls = {**contest.calls, "fastmtl": lambda: ops.align_gram(M, *policy(T))[0]}
     return Contest(calls, contest.error, EXACT, EXACT)
 
 

@@ -41,6 +41,8 @@ constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
 constexpr double kGradedMinEigenvalue = 1e-8;
 constexpr double kGradedMaxDiagonalRatio = 1e16;
 constexpr double kGradedError = 1e-8; // relative, of λ_min and of αᵀ M α
+// Above this many tasks Krylov spaces find the weights of a well-conditioned M for less than a tridiagonalisation.
+constexpr int64_t kKrylovTasks = 96;
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Up to so many tasks, or elements, the work on one matrix is not worth sharing while there are others.
@@ -559,7 +561,7 @@ void weigh(const double* M, int64_t T, const Policy& policy, double* alpha, int6
 
 // Whether the weights alone could be had for less: then of full rank, and with a lower bound of λ_min(M).
 bool definite(const double* M, int64_t T, const Policy& policy, double* alpha, int64_t* rank, double* smallest) {
-  const bool solved = T > kJacobiTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+  const bool solved = T > kKrylovTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
   if (solved && rank) {
     *rank = T;
   }
