@@ -111,7 +111,7 @@ class Rule(Protocol):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+        """Writes the aggregation of a ragged list (entry t·K + k) into K tensors, empty where no task has a gradient.
 
         `dtype` is the coarsest among the gradients.
         """

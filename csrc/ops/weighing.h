@@ -47,7 +47,7 @@ inline void check_targets(const Tensor& targets, const Tensor& M) {
       "targets: expected a contiguous float64 tensor of the shape ",
       shape_of(M),
       " and device of M, got ",
-      describe(targets));
+      describe_vector(targets));
   FASTMTL_CHECK(!View(targets).overlaps(View(M)), "targets: expected memory of its own, got some that overlaps M");
 }
 

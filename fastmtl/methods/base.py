@@ -210,7 +210,7 @@ class Method(MethodModule):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+        """Writes the aggregation of a ragged list (entry t·K + k) into K tensors, empty where no task has a gradient.
 
         `dtype` is the coarsest among the gradients.
         """
@@ -350,7 +350,7 @@ class GramMethod(Method):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = self.solve(ops.gram_rows(grads, T), dtype, context)
+        info = self.solve(ops.gram_rows(grads, T, out), dtype, context)  # with all checks, before a state changes
         ops.combine_rows(grads, info.alpha, out)
         return info
 
