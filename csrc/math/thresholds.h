@@ -35,6 +35,7 @@ constexpr double kGradedMaxDiagonalRatio = 1e16;     // squared norms further ap
 constexpr double kGradedError = 1e-8;                // relative, to which λ_min and αᵀ M α are then proved
 
 // Krylov spaces
+constexpr int64_t kKrylovTasks = 96; // above, weights of a well-conditioned M cost less than a tridiagonalisation
 constexpr double kKrylovMaxDiagonalRatio = 1e2; // squared norms further apart take more steps than are worth it
 constexpr int64_t kKrylovMaxSteps = 96;         // beyond, a tridiagonalisation is not dearer
 constexpr double kKrylovEnd = 1e-14;            // what is left of a new direction, relative: the space is complete

@@ -39,7 +39,7 @@ inline void check_state(const char* name, const Tensor& x, const Tensor& M) {
       ": expected a contiguous float64 tensor of the shape ",
       shape_of(M),
       " and device of M, got ",
-      describe(x));
+      describe_vector(x));
   FASTMTL_CHECK(!View(x).overlaps(View(M)), name, ": expected memory of its own, got some that overlaps M");
 }
 

@@ -43,7 +43,7 @@ Tensor constant_op(const Tensor& M, std::optional<Tensor> weights) {
       "weights: expected a contiguous float64 tensor of shape [T] or [..., T] on the device of M, a ",
       describe(M),
       "; got ",
-      describe(weights));
+      describe_vector(*weights));
   constant(to.data, to.B, to.T, const_doubles(weights), same ? 0 : to.T, doubles(to.alpha));
   return to.alpha;
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 from fastmtl.ops import derivatives
 from fastmtl.ops.contracts import (
     align,
+    align_gram,
     align_rows,
     balance,
     cagrad,
@@ -37,6 +38,7 @@ from fastmtl.ops.registry import load_kernels
 __all__ = [
     "EXTENSIONS",
     "align",
+    "align_gram",
     "align_rows",
     "balance",
     "cagrad",

@@ -523,9 +523,9 @@ void one_matrix(Matrices& G, Kind kind, bool aligning) {
   const Policy policy = policy_for(T, Scale(G.P % 3), RankRule(G.P % 2), nullptr);
   std::vector<Block> aligned;
   with_threads([&](int64_t n) {
-    Exact<double> M(T * T), weights(T), eigenvalues(T);
+    Exact<double> M(T * T), weights(T);
     Exact<int64_t> rank(1);
-    cpu::align(G.one(), policy, M, weights, eigenvalues, rank);
+    cpu::align(G.one(), policy, M, weights, rank);
     if (n > 1) {
       check(same_bits(aligned, G.take_results()), "align depends on the number of threads");
       return;
