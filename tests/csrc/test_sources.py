@@ -73,3 +73,31 @@ def test_no_function_is_long() -> None:
     assert len(found) > 300
     long = [f"{path.relative_to(ROOT)}: {name}: {n}" for path, name, n in found if n > MOST_LINES]
     assert not long, "\n".join(long)
+
+
+THRESHOLDS = CSRC / "math" / "thresholds.h"
+
+
+def test_thresholds_are_those_of_the_documentation() -> None:
+    """Name, value and reason; and each decides something."""
+    code = re.findall(r"^constexpr \w+ (k\w+) = (.*?); +// (.*)$", THRESHOLDS.read_text(), re.MULTILINE)
+    assert len(code) == THRESHOLDS.read_text().count("constexpr") - 1 >= 30  # the comment shows the form
+    section = (ROOT / "docs" / "numerics.md").read_text().partition("## Thresholds\n")[2]
+    documented = re.findall(r"^\| `(k\w+)` \| `(.*?)` \| (.*) \|$", section, re.MULTILINE)
+    assert documented == [(name, value, reason) for name, value, reason in code]
+    rest = "".join(without_comments(path.read_text()) for path in CSRC.rglob("*.*"))
+    unused = [name for name, _, _ in code if len(re.findall(rf"\b{name}\b", rest)) < 2]
+    assert not unused
+
+
+def test_nothing_is_decided_by_a_number_without_a_name() -> None:
+    """1e-6 and 0x1p-52 stand in thresholds.h, or by a name of their own beside what they are for."""
+    number = re.compile(r"\b\d[\d.]*e[+-]?\d+\b|\b0x[\da-f.]+p-\d{2,}\b")
+    random = {"0x1p-24", "0x1p-63"}  # that makes a float or a double of a random integer, or of half precision
+    found = []
+    for path in sorted(CSRC.rglob("*.*")):
+        for line, text in enumerate(without_comments(path.read_text()).splitlines(), 1):
+            if not re.match(r"\s*(static )?constexpr \w+ k\w+ = ", text):
+                unnamed = [x for x in number.findall(text) if x not in random and x.rstrip("f") not in random]
+                found += [f"{path.relative_to(ROOT)}:{line}: {x}" for x in unnamed]
+    assert not found
