@@ -7,7 +7,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../math/dual_cone.h"
+#include "../math/solvers.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -15,11 +15,10 @@ namespace fastmtl::cpu {
 
 namespace {
 
-constexpr double kEnter = 0.2;     // of a support's size may enter at once
-constexpr int64_t kEnterLeast = 4; // but these in any case
-constexpr int64_t kPatience = 8;   // exchanges that may fail to get nearer before one index enters at a time
-constexpr int64_t kMaxRounds = 60; // exchanges for a proximal point
-constexpr double kCertified = 1e-10;
+// From so many matrices on each is the work of one thread.
+constexpr int64_t kEnoughMatrices = 16;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // x > 0 on a support, the largest first.
 struct Solution {
@@ -70,7 +69,7 @@ class Solver {
       }
     }
     found.raised = raised_;
-    return found.residual <= kCertified;
+    return found.residual <= kSolutionError;
   }
 
  private:
@@ -183,30 +182,94 @@ void sort_solution(Solution& found) {
   found = std::move(sorted);
 }
 
-// What csrc/math/dual_cone.h finds for u, in the units of `Solution`: v - u on rows of unit length, over `length`.
-void solve_alone(const double* C, int64_t T, const double* u, double length, Solution& found) {
-  std::vector<double> v(static_cast<size_t>(T)), scratch(static_cast<size_t>(dual_cone_scratch(T)));
-  found.residual = kernels().dual_cone(C, T, u, v.data(), scratch.data());
+// What csrc/math/dual_cone.h finds for u, as a `Solution`: v - u on rows of unit length.
+void solve_alone(const double* C, int64_t T, const double* u, Solution& found) {
+  DualCone method;
+  method.weights = u;
+  method.each = false;
+  std::vector<double> v(static_cast<size_t>(T)), scratch(static_cast<size_t>(DualCone::scratch(T)));
+  found.residual = kernels().solvers[kSolver<DualCone>](&method, C, T, 0, 0, v.data(), scratch.data());
   found.support.clear();
   found.x.clear();
   for (int64_t j = 0; j < T; ++j) {
     if (v[size_t(j)] > u[j]) {
       found.support.push_back(j);
-      found.x.push_back((v[size_t(j)] - u[j]) / length);
+      found.x.push_back(v[size_t(j)] - u[j]);
     }
   }
 }
 
-} // namespace
+// One of the tasks whose solutions are there, [0, begin) of them, is where task t starts from.
+void start_from_nearest(
+    const double* row,
+    const double* weights,
+    int64_t begin,
+    int64_t t,
+    std::vector<Solution>& found) {
+  int64_t nearest = -1;
+  for (int64_t j = 0; j < begin; ++j) {
+    nearest = weights[j] > 0.0 && (nearest < 0 || row[j] > row[nearest]) ? j : nearest;
+  }
+  if (nearest >= 0) {
+    Solution& one = found[size_t(t)];
+    one = found[size_t(nearest)];
+    one.support.erase(std::remove(one.support.begin(), one.support.end(), t), one.support.end());
+  }
+}
 
-double projections(const double* M, int64_t T, const double* weights, bool each, double* alpha) {
-  std::vector<double> memory(static_cast<size_t>(T * T + 4 * T));
-  double *const C = memory.data(), *const norms = C + T * T, *const inverse = norms + T;
-  double *const scaled = inverse + T, *const p = scaled + T;
+// The projections of every task, for weights of 1, -1 or 0 in the place of its own.
+std::vector<Solution> project_tasks(const double* C, int64_t T, const double* weights) {
+  std::vector<Solution> found(static_cast<size_t>(T));
+  for (int64_t begin = 0, end = 1; begin < T; begin = end, end = std::min(T, 2 * end)) {
+    parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+      Solver solver(C, T);
+      std::vector<double> right(static_cast<size_t>(T));
+      for (int64_t t = first; t < last; ++t) {
+        Solution& one = found[size_t(t)];
+        bool solved = weights[t] == 0.0;
+        if (weights[t] > 0.0) {
+          start_from_nearest(C + t * T, weights, begin, t, found);
+          for (int64_t j = 0; j < T; ++j) {
+            right[size_t(j)] = -C[t * T + j];
+          }
+          solved = solver.solve(right.data(), 1.0, t, one);
+        }
+        if (!solved) {
+          std::fill(right.begin(), right.end(), 0.0);
+          right[size_t(t)] = weights[t] > 0.0 ? 1.0 : -1.0;
+          solve_alone(C, T, right.data(), one);
+        }
+        sort_solution(one);
+      }
+    });
+  }
+  return found;
+}
+
+// The projection for u / `longest` = `scaled`, on rows of unit length.
+Solution project_once(const double* C, int64_t T, const double* scaled) {
+  std::vector<double> p(static_cast<size_t>(T));
+  multiply(Serial{}, C, T, scaled, p.data());
+  double size = 0.0;
+  for (int64_t t = 0; t < T; ++t) {
+    p[size_t(t)] = -p[size_t(t)];
+    size += std::fabs(scaled[t]);
+  }
+  Solution found;
+  if (!Solver(C, T).solve(p.data(), size, -1, found)) {
+    solve_alone(C, T, scaled, found);
+  }
+  return found;
+}
+
+// One matrix, whose diagonal is positive.
+double project(const double* M, int64_t T, const double* weights, bool each, double* alpha) {
+  std::vector<double> memory(static_cast<size_t>(T * T + 3 * T));
+  double *const C = memory.data(), *const norms = C + T * T, *const inverse = norms + T, *const scaled = inverse + T;
   unit_rows(Serial{}, M, T, C, norms, inverse);
-  // Lengths of the gradients times their weights, in units of a power of two that no length leaves the range for.
+  // Lengths of the gradients times their weights, these in units of a power of two: no length leaves the range.
   int unit = 0;
-  double largest = 0.0;
+  double largest = 0.0, longest = 0.0, residual = 0.0;
   for (int64_t t = 0; t < T; ++t) {
     largest = std::max(largest, std::fabs(weights[t]));
     alpha[t] = weights[t];
@@ -214,8 +277,8 @@ double projections(const double* M, int64_t T, const double* weights, bool each,
   std::frexp(largest, &unit);
   for (int64_t t = 0; t < T; ++t) {
     scaled[t] = norms[t] * std::ldexp(weights[t], -unit);
+    longest = std::max(longest, std::fabs(scaled[t]));
   }
-  double residual = 0.0;
   const auto add = [&](const Solution& found, double length) {
     for (size_t i = 0; i < found.support.size(); ++i) {
       const int64_t j = found.support[i];
@@ -223,69 +286,54 @@ double projections(const double* M, int64_t T, const double* weights, bool each,
     }
     residual = larger(residual, found.residual);
   };
-  if (!each) {
-    double longest = 0.0, size = 0.0;
-    for (int64_t t = 0; t < T; ++t) {
-      longest = std::max(longest, std::fabs(scaled[t]));
-    }
-    if (longest > 0.0) {
-      for (int64_t t = 0; t < T; ++t) {
-        scaled[t] /= longest;
-        size += std::fabs(scaled[t]);
-      }
-      multiply(Serial{}, C, T, scaled, p);
-      for (int64_t t = 0; t < T; ++t) {
-        p[t] = -p[t];
-      }
-      Solution found;
-      if (!Solver(C, T).solve(p, size, -1, found)) {
-        solve_alone(C, T, scaled, 1.0, found);
-      }
-      add(found, longest);
-    }
-  } else {
-    std::vector<Solution> found(static_cast<size_t>(T));
-    for (int64_t begin = 0, end = 1; begin < T; begin = end, end = std::min(T, 2 * end)) {
-      parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-        Solver solver(C, T);
-        std::vector<double> right(static_cast<size_t>(T));
-        for (int64_t t = first; t < last; ++t) {
-          Solution& one = found[size_t(t)];
-          const double* row = C + t * T;
-          if (weights[t] > 0.0) {
-            int64_t nearest = -1; // of those before that have a solution of the same kind
-            for (int64_t j = 0; j < begin; ++j) {
-              nearest = weights[j] > 0.0 && (nearest < 0 || row[j] > row[nearest]) ? j : nearest;
-            }
-            if (nearest >= 0) {
-              one = found[size_t(nearest)];
-              one.support.erase(std::remove(one.support.begin(), one.support.end(), t), one.support.end());
-            }
-            for (int64_t j = 0; j < T; ++j) {
-              right[size_t(j)] = -row[j];
-            }
-            if (solver.solve(right.data(), 1.0, t, one)) {
-              sort_solution(one);
-              continue;
-            }
-          }
-          if (weights[t] != 0.0) {
-            std::fill_n(right.data(), T, 0.0);
-            right[size_t(t)] = weights[t] > 0.0 ? 1.0 : -1.0;
-            solve_alone(C, T, right.data(), 1.0, one);
-            sort_solution(one);
-          }
-        }
-      });
-    }
+  if (each) {
+    const std::vector<Solution> found = project_tasks(C, T, weights);
     for (int64_t t = 0; t < T; ++t) {
       add(found[size_t(t)], std::fabs(scaled[t]));
     }
+  } else if (longest > 0.0) {
+    for (int64_t t = 0; t < T; ++t) {
+      scaled[t] /= longest;
+    }
+    add(project_once(C, T, scaled), longest);
   }
   for (int64_t t = 0; t < T; ++t) { // as many more of that size may be summed
     residual = 0.0 * (double(T) * alpha[t]) == 0.0 ? residual : kInfinity;
   }
   return residual;
+}
+
+} // namespace
+
+void projections(
+    const double* M,
+    int64_t B,
+    int64_t T,
+    const double* weights,
+    bool each,
+    double* alpha,
+    double* residual) {
+  const std::vector<double> even(static_cast<size_t>(T), 1.0 / double(T));
+  const auto range = [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(static_cast<size_t>(present_scratch(T) + T * T));
+    const auto one = [=](const double* N, int64_t n, const double* u, double* v, double*) {
+      return project(N, n, u, each, v);
+    };
+    for (int64_t b = begin; b < end; ++b) {
+      if (all_finite(Serial{}, M + b * T * T, T * T)) {
+        residual[b] = for_present(
+            Serial{}, M + b * T * T, T, weights ? weights : even.data(), alpha + b * T, scratch.data(), one);
+      } else {
+        std::fill_n(alpha + b * T, T, kNan);
+        residual[b] = kNan;
+      }
+    }
+  };
+  if (B >= kEnoughMatrices) {
+    parallel_for(0, B, 1, range);
+  } else { // one at a time, on several threads
+    range(0, B);
+  }
 }
 
 } // namespace fastmtl::cpu

@@ -22,12 +22,14 @@ namespace fastmtl::cpu {
 
 constexpr int64_t kMinProjections = 65; // tasks: fewer are solved one by one, from signs
 
-// α = Σ_i v_i, v_i the projection for u = w_i e_i; or with `each` false the one for u = w. Returns the worst residual.
-double projections(
-    const double* M, // [T, T], finite, its diagonal > 0
+// v for u = weights (null for 1/T), or with `each` the sum of those for u = weights_i e_i; NaN where M is not finite.
+void projections(
+    const double* M, // [B, T, T]
+    int64_t B,
     int64_t T,
-    const double* weights, // w [T]
+    const double* weights, // [T]
     bool each,
-    double* alpha); // [T]
+    double* alpha,     // [B, T]
+    double* residual); // [B], the worst of a matrix
 
 } // namespace fastmtl::cpu

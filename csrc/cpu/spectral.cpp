@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../math/thresholds.h"
 #include "definite.h"
 #include "kernels.h"
 #include "threads.h"
@@ -13,13 +14,6 @@ namespace fastmtl::cpu {
 
 namespace {
 
-constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr double kMaxGrowth = 3e2;
-constexpr double kMaxGrowthTruncated = 3e3; // rows far below the cut do not count
-constexpr double kSmallestError = 1e-6;     // relative, proved, of λ_min
-constexpr double kFormError = 1e-7;         // relative, of αᵀ M α
-constexpr double kError = 1e-10;            // of residuals, in units of the rows
-constexpr double kMaxRatio = 0x1p100;       // of the diagonal's entries: squares stay in range
 constexpr int64_t kMaxPanel = kMaxCholeskyPanel;
 
 // f(block) for blocks of columns of a triangle, the long with the short ones.
@@ -64,7 +58,7 @@ void swap_rows(double* A, int64_t n, int64_t stride, int64_t j, int64_t p) { // 
 // A = L Lᵀ in place, the largest pivot first; `order` follows. Returns how many there are.
 int64_t factor(double* A, int64_t n, int64_t stride, int64_t* order) {
   const int64_t panel = kernels().cholesky_panel;
-  const double noise = 4.0 * kEps * std::sqrt(double(n));
+  const double noise = kPivotNoise * std::sqrt(double(n));
   std::vector<double> whole(static_cast<size_t>(n)), taken(static_cast<size_t>(n)), products(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     whole[size_t(i)] = A[i * stride + i];
@@ -165,7 +159,7 @@ bool Spectral::solve(const double* M, double* eigenvalues) {
     }
   }
   n_ = int64_t(order_.size());
-  if (n_ < 2 || !(largest <= kMaxRatio * smallest)) {
+  if (n_ < 2 || !(largest <= kSpectralMaxRatio * smallest)) {
     return false;
   }
   std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return M[a * T_ + a] > M[b * T_ + b]; });
@@ -186,7 +180,7 @@ bool Spectral::solve(const double* M, double* eigenvalues) {
   fill(0.0);
   found_ = factor(L_.get(), n_, stride_, order_.data());
   if (found_ < n_) { // dependent to rounding, which the rank rule leaves out
-    fill(16.0 * double(n_) * kEps);
+    fill(kLift * double(n_));
     if (factor(L_.get(), n_, stride_, order_.data()) < n_) {
       return false;
     }
@@ -227,7 +221,7 @@ void Spectral::unscale(double* x) const {
 
 // λ_min from below by a factorisation, from above by a Rayleigh quotient.
 bool Spectral::certified_smallest(double smallest) const {
-  if (!(smallest > 0.0) || !is_positive_definite(S_.get(), n_, (1.0 - kSmallestError) * smallest)) {
+  if (!(smallest > 0.0) || !is_positive_definite(S_.get(), n_, (1.0 - kCertified) * smallest)) {
     return false;
   }
   std::vector<double> f(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
@@ -238,7 +232,7 @@ bool Spectral::certified_smallest(double smallest) const {
   tri_->apply(f.data(), x.data(), x.data());
   const double above = squares(x.data(), n_);
   unscale(x.data());
-  return above > 0.0 && above <= (1.0 + kSmallestError) * smallest * squares(x.data(), n_);
+  return above > 0.0 && above <= (1.0 + kCertified) * smallest * squares(x.data(), n_);
 }
 
 // Whether x = (A + t)⁻¹ y, as the eigenvalues and rotations have it, solves that in units of each row.
@@ -260,7 +254,7 @@ bool Spectral::certified(int64_t R, const double* y, double size) const {
       worst = std::max(worst, std::fabs(left) / std::max(lengths_[size_t(i)], R == n_ ? 0.0 : std::sqrt(low)));
     }
   }
-  return worst <= kError * size;
+  return worst <= kRowError * size;
 }
 
 bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const {

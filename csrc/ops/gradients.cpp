@@ -79,8 +79,9 @@ Tensor gram_op(const Tensor& G) {
   return M;
 }
 
-Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
-  const RaggedRows rows(grads, tasks, nullptr);
+// Where the result will go is checked here, before a method has solved, and changed, anything.
+Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
+  const RaggedRows rows(grads, tasks, out ? &*out : nullptr);
   const Tensor M = empty_float64({tasks, tasks}, any_of(grads));
   gram(rows.gradients(), doubles(M));
   return M;
@@ -107,6 +108,22 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
       doubles(eigenvalues),
       static_cast<int64_t*>(rank.mutable_data_ptr()));
   return {alpha, eigenvalues, rank};
+}
+
+std::tuple<Tensor, Tensor> align_gram_op(
+    const Tensor& M,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule) {
+  check_square(M);
+  const Tensor wide = as_float64(M);
+  const int64_t T = M.size(-1), B = M.numel() / (T * T);
+  const Tensor alpha = empty_float64(leading(M, 1), wide), rank = empty_int64(leading(M, 2), wide);
+  const Policy policy = policy_of(weights, T, scale, rtol, zero, rank_rule, M);
+  align_gram(const_doubles(wide), B, T, policy, doubles(alpha), static_cast<int64_t*>(rank.mutable_data_ptr()));
+  return {alpha, rank};
 }
 
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
@@ -163,7 +180,7 @@ void align_op(
   matrix.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
+std::tuple<Tensor, Tensor, Tensor> align_rows_op(
     std::vector<std::optional<Tensor>> grads,
     int64_t tasks,
     std::optional<Tensor> weights,
@@ -177,22 +194,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
   const Policy policy = policy_of(weights, tasks, scale, rtol, zero, rank_rule, like);
   rows.start();
   const Tensor M = empty_float64({tasks, tasks}, like), alpha = empty_float64({tasks}, like),
-               eigenvalues = empty_float64({tasks}, like), rank = empty_int64({}, like);
-  align(
-      rows.gradients(),
-      policy,
-      doubles(M),
-      doubles(alpha),
-      doubles(eigenvalues),
-      static_cast<int64_t*>(rank.mutable_data_ptr()));
+               rank = empty_int64({}, like);
+  align(rows.gradients(), policy, doubles(M), doubles(alpha), static_cast<int64_t*>(rank.mutable_data_ptr()));
   rows.finish();
-  return {M, alpha, eigenvalues, rank};
+  return {M, alpha, rank};
 }
 
 std::tuple<Tensor, Tensor> call_linalg_eigh(const Tensor& M) {
   StableIValue stack[2] = {torch::stable::detail::from(M), torch::stable::detail::from(std::string("L"))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack, TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+// M [..., T, T]: of a batch, every thread has matrices of its own, each solved by one thread.
+std::tuple<Tensor, Tensor> eigh_by_lapack(const Tensor& M) {
+  const int64_t T = M.size(-1), B = M.numel() / (T * T);
+  if (B == 1) {
+    return call_linalg_eigh(M);
+  }
+  const int32_t dtype = M.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const Tensor all = torch::stable::reshape(M, {B, T, T}), lam = empty({B, T}, dtype, M),
+               V = empty({B, T, T}, dtype, M);
+  parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    const bool grad = aoti_torch_grad_mode_is_enabled(); // of this thread
+    aoti_torch_grad_mode_set_enabled(false);
+    for (int64_t b = begin; b < end; ++b) {
+      Tensor mine = lam, own = V, one = all;
+      const auto [values, vectors] = call_linalg_eigh(torch::stable::narrow(one, 0, b, 1));
+      torch::stable::copy_(mine = torch::stable::narrow(mine, 0, b, 1), values);
+      torch::stable::copy_(own = torch::stable::narrow(own, 0, b, 1), vectors);
+    }
+    aoti_torch_grad_mode_set_enabled(grad);
+  });
+  return {torch::stable::reshape(lam, leading(M, 1)), torch::stable::reshape(V, leading(M, 0))};
 }
 
 // LAPACK raises where a matrix is not finite: it sees zeros instead, and the result is NaN.
@@ -211,13 +245,13 @@ std::tuple<Tensor, Tensor> large_eigh(const Tensor& M, const Tensor& wide) {
     }
   }
   if (bad.empty()) {
-    return call_linalg_eigh(M);
+    return eigh_by_lapack(M);
   }
   const Tensor clean = torch::stable::clone(wide);
   for (const int64_t b : bad) {
     std::fill_n(doubles(clean) + b * T * T, T * T, 0.0);
   }
-  const auto [lam, V] = call_linalg_eigh(clean);
+  const auto [lam, V] = eigh_by_lapack(clean);
   const Tensor vectors = torch::stable::contiguous(V);
   for (const int64_t b : bad) {
     std::fill_n(doubles(lam) + b * T, T, kNan);
@@ -266,5 +300,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("sign_drop_rows", FASTMTL_CPU_OP(fastmtl::cpu::sign_drop_rows_op));
   m.impl("align", FASTMTL_CPU_OP(fastmtl::cpu::align_op));
   m.impl("align_rows", FASTMTL_CPU_OP(fastmtl::cpu::align_rows_op));
+  m.impl("align_gram", FASTMTL_CPU_OP(fastmtl::cpu::align_gram_op));
   m.impl("eigh", FASTMTL_CPU_OP(fastmtl::cpu::eigh_op));
 }

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -25,27 +27,27 @@ Batch batch_of(const Strided& G) {
   return Batch(G.base, G.B, G.T, G.P, G.next_matrix, G.next_row, G.out, G.next_out, G.dtype);
 }
 
-void check_device(const char* name, const Tensor& x, const Tensor& like) {
-  FASTMTL_CHECK(
-      same_device(x, like),
-      name,
-      ": expected all tensors of a call on one device, ",
-      device_of(like),
-      ", got a ",
-      describe(x));
-}
-
 void check_devices(
     const std::vector<std::optional<Tensor>>& grads,
+    int64_t tasks,
     const std::vector<Tensor>* out,
     const Tensor& like) {
-  for (const auto& g : grads) {
-    if (g) {
-      check_device("grads", *g, like);
-    }
+  const size_t K = std::max<size_t>(grads.size() / size_t(std::max<int64_t>(tasks, 1)), 1);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    FASTMTL_CHECK(
+        !grads[i] || same_device(*grads[i], like),
+        "rows[" + std::to_string(i / K) + "][" + std::to_string(i % K) + "]: expected all gradients on ",
+        device_of(like),
+        ", got ",
+        describe(*grads[i]));
   }
   for (size_t k = 0; out && k < out->size(); ++k) {
-    check_device("out", (*out)[k], like);
+    FASTMTL_CHECK(
+        same_device((*out)[k], like),
+        "out[" + std::to_string(k) + "]: expected all results on ",
+        device_of(like),
+        ", got ",
+        describe((*out)[k]));
   }
 }
 
@@ -75,8 +77,10 @@ Balanced new_balanced(const Tensor& like, const std::vector<int64_t>& batch, int
   return {empty_float64(size, like), empty_float64(size, like), empty_int64(batch, like)};
 }
 
-// T > 64, M on the CPU: the op's CPU kernel, results on the CPU.
-Balanced balance_on_host(const Tensor& M, const Options& options) {
+// T > 64, M on the CPU: the op's CPU kernel, results on the CPU. `op` returns `results` of `balance`'s or
+// `align_gram`'s.
+template <size_t results>
+std::array<Tensor, results> on_host(const char* op, const Tensor& M, const Options& options) {
   std::optional<Tensor> weights;
   if (options.weights) {
     weights = torch::stable::to(*options.weights, kHost); // waits: T > 64
@@ -88,11 +92,17 @@ Balanced balance_on_host(const Tensor& M, const Options& options) {
       torch::stable::detail::from(options.rtol),
       torch::stable::detail::from(options.zero),
       torch::stable::detail::from(options.rank_rule)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastmtl::balance", "", stack, TORCH_ABI_VERSION));
-  return {
-      torch::stable::detail::to<Tensor>(stack[0]),
-      torch::stable::detail::to<Tensor>(stack[1]),
-      torch::stable::detail::to<Tensor>(stack[2])};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  std::array<Tensor, results> found;
+  for (size_t i = 0; i < results; ++i) {
+    found[i] = torch::stable::detail::to<Tensor>(stack[i]);
+  }
+  return found;
+}
+
+Balanced balance_on_host(const Tensor& M, const Options& options) {
+  const auto [alpha, eigenvalues, rank] = on_host<3>("fastmtl::balance", M, options);
+  return {alpha, eigenvalues, rank};
 }
 
 void to_device(const Balanced& from, const Balanced& to) {
@@ -110,7 +120,7 @@ bool blocks_suffice(const double* M, const double* eigenvalues, int64_t T, doubl
     largest = std::fmax(largest, M[i * T + i]);
     smallest = std::fmin(smallest, M[i * T + i]);
   }
-  return eigenvalues[T - 1] > least * largest && smallest >= 1e-20; // false for NaN
+  return eigenvalues[T - 1] > least * largest && smallest >= kFloat32Square; // false for NaN
 }
 
 // `align` for T > 64, which waits for the device.
@@ -139,7 +149,7 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
         const double d = entries[i * T + i];
         diagonal = d > diagonal || d != d ? d : diagonal;
       }
-      if (!(diagonal > 1e-200 && diagonal < 1e200)) {
+      if (!(diagonal > kLeastSquare && diagonal < kMostSquare)) {
         rescale(bound[size_t(b)], v.half, v.rest);
         v.again = v.half != 1.0;
       }
@@ -190,11 +200,12 @@ Tensor gram_op(const Tensor& G) {
   return M;
 }
 
-Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks) {
+Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, nullptr, like);
+  const std::vector<Tensor>* const checked = out ? &*out : nullptr;
+  check_devices(grads, tasks, checked, like);
   const Call call(like);
-  const RaggedRows rows(grads, tasks, nullptr);
+  const RaggedRows rows(grads, tasks, checked);
   const Tensor M = empty_float64({tasks, tasks}, like);
   gram(Batch(rows.gradients(), call.context()), true, {}, doubles(M), call.context());
   return M;
@@ -222,6 +233,31 @@ std::tuple<Tensor, Tensor, Tensor> balance_op(
   return {result.alpha, result.eigenvalues, result.rank};
 }
 
+std::tuple<Tensor, Tensor> align_gram_op(
+    const Tensor& M,
+    std::optional<Tensor> weights,
+    std::string scale,
+    double rtol,
+    double zero,
+    std::string rank_rule) {
+  if (M.dim() < 2 || M.size(-1) <= kMaxJacobiTasks) { // what is wrong with M is said there
+    const auto [alpha, eigenvalues, rank] = balance_op(M, weights, scale, rtol, zero, rank_rule);
+    return {alpha, rank};
+  }
+  check_square(M);
+  const Call call(M);
+  const Options options{weights, scale, rtol, zero, rank_rule};
+  options.policy(M.size(-1), M);
+  const Tensor wide = as_float64(M);
+  const Tensor alpha = empty_float64(leading(M, 1), wide), rank = empty_int64(leading(M, 2), wide);
+  const auto found = on_host<2>("fastmtl::align_gram", torch::stable::to(wide, kHost), options); // waits: T > 64
+  Tensor targets[] = {alpha, rank};
+  for (size_t i = 0; i < 2; ++i) {
+    torch::stable::copy_(targets[i], found[i]);
+  }
+  return {alpha, rank};
+}
+
 void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
   const Call call(G);
   Strided matrix(G, &out);
@@ -233,7 +269,7 @@ void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
 }
 
 void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
-  check_devices(grads, &out, alpha);
+  check_devices(grads, out.empty() ? 1 : int64_t(grads.size() / out.size()), &out, alpha);
   const Call call(alpha);
   RaggedRows rows(grads, check_alpha(alpha, grads, out), &out);
   rows.start();
@@ -258,7 +294,7 @@ void sign_drop_rows_op(
     std::optional<Tensor> leak,
     std::vector<Tensor> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, &out, like);
+  check_devices(grads, tasks, &out, like);
   const Call call(like);
   RaggedRows rows(grads, tasks, &out);
   check_seed(seed, like);
@@ -294,7 +330,7 @@ void align_op(
   matrix.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
+std::tuple<Tensor, Tensor, Tensor> align_rows_op(
     std::vector<std::optional<Tensor>> grads,
     int64_t tasks,
     std::optional<Tensor> weights,
@@ -304,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
     std::string rank_rule,
     std::vector<Tensor> out) {
   const Tensor& like = any_of(grads);
-  check_devices(grads, &out, like);
+  check_devices(grads, tasks, &out, like);
   const Call call(like);
   RaggedRows rows(grads, tasks, &out);
   const Batch batch(rows.gradients(), call.context());
@@ -319,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_rows_op(
     align(batch, policy, doubles(M), result.weights(), call.context());
   }
   rows.finish();
-  return {M, result.alpha, result.eigenvalues, result.rank};
+  return {M, result.alpha, result.rank};
 }
 
 std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
@@ -357,5 +393,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) {
   m.impl("sign_drop_rows", TORCH_BOX(&fastmtl::cuda::sign_drop_rows_op));
   m.impl("align", TORCH_BOX(&fastmtl::cuda::align_op));
   m.impl("align_rows", TORCH_BOX(&fastmtl::cuda::align_rows_op));
+  m.impl("align_gram", TORCH_BOX(&fastmtl::cuda::align_gram_op));
   m.impl("eigh", TORCH_BOX(&fastmtl::cuda::eigh_op));
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <deque>
 #include <optional>
@@ -44,12 +45,17 @@ template <class... Parts>
     }                                 \
   } while (false)
 
-inline std::string shape_of(const Tensor& x) {
-  std::string s = "[";
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    s += (i ? ", " : "") + std::to_string(x.size(i));
+template <class Numbers>
+std::string list_of(const Numbers& numbers) {
+  std::string s;
+  for (const int64_t n : numbers) {
+    s += (s.empty() ? "" : ", ") + std::to_string(n);
   }
-  return s + "]";
+  return "[" + s + "]";
+}
+
+inline std::string shape_of(const Tensor& x) {
+  return list_of(x.sizes());
 }
 
 inline std::string name_of(ScalarType type) { // as Python has it
@@ -78,8 +84,11 @@ inline std::string name_of(ScalarType type) { // as Python has it
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
-    default:
-      return torch::headeronly::toString(type);
+    default: {
+      std::string name = torch::headeronly::toString(type);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+      return name;
+    }
   }
 }
 
@@ -89,12 +98,12 @@ inline std::string device_of(const Tensor& x) {
 
 // What an error message says that came.
 inline std::string describe(const Tensor& x) {
-  return name_of(x.scalar_type()) + (x.is_contiguous() ? "" : " non-contiguous") + " tensor of shape " + shape_of(x) +
-         " on " + device_of(x);
+  return name_of(x.scalar_type()) + " tensor of shape " + shape_of(x) + " on " + device_of(x);
 }
 
-inline std::string describe(const std::optional<Tensor>& x) {
-  return x ? describe(*x) : "None";
+// The same where something contiguous was expected.
+inline std::string describe_vector(const Tensor& x) {
+  return describe(x) + (x.is_contiguous() ? "" : ", not contiguous");
 }
 
 // What the ops need to know of a tensor, asked once: every question crosses the ABI. Only what is written is asked for
@@ -241,7 +250,7 @@ inline void check_vector(const char* name, const std::optional<Tensor>& x, int64
       "] on ",
       device_of(like),
       ", got ",
-      describe(x));
+      describe_vector(*x));
 }
 
 inline void check_not_negative(const char* name, double x) {
@@ -442,102 +451,130 @@ class RaggedRows {
   }
 
  private:
-  void add(const std::vector<std::optional<Tensor>>& grads, int64_t k, const std::vector<Tensor>* out) {
-    // The layout that all are read in: that of the first gradient, made dense where it is not.
-    const Tensor* first = out ? &(*out)[size_t(k)] : nullptr;
-    for (int64_t t = T_ - 1; t >= 0; --t) {
-      const auto& g = grads[size_t(t * K_ + k)];
-      first = g ? &*g : first;
+  using List = std::vector<std::optional<Tensor>>;
+
+  // Where the first gradient of tensor k is in the list, -1 where no task has one.
+  int64_t first_of(const List& grads, int64_t k) const {
+    for (int64_t i = k; i < T_ * K_; i += K_) {
+      if (grads[size_t(i)]) {
+        return i;
+      }
     }
+    return -1;
+  }
+
+  // Rows of tensor k in one layout: that of the first gradient, made dense where it is not.
+  void add(const List& grads, int64_t k, const std::vector<Tensor>* out) {
+    const int64_t from = first_of(grads, k);
+    const Tensor* first = from >= 0 ? &*grads[size_t(from)] : out ? &(*out)[size_t(k)] : nullptr;
     if (!first) {
       segments_[size_t(k)] = {rows_.data() + k * T_, nullptr, 0, Dtype::f32};
       return;
     }
     View layout(*first);
-    FASTMTL_CHECK(
-        layout.is_gradient(),
-        "grads: tensor ",
-        k,
-        " of a row: expected float32, float64, bfloat16 or float16, got ",
-        describe(*first));
+    if (!layout.is_gradient()) {
+      const std::string name = from >= 0 ? row_name(from / K_, k) : out_name(k);
+      fail(name, ": expected float32, float64, bfloat16 or float16, got ", describe(*first));
+    }
     if (!layout.dense()) {
       copies_.push_back(
           torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
       first = &copies_.back();
       layout = View(*first);
     }
-    char* result = nullptr;
-    if (out) {
-      const Tensor& target = (*out)[size_t(k)];
-      const View view = View::to_write(target);
-      FASTMTL_CHECK(
-          view.same_shape(layout) && same_device(target, *first) && !view.repeats(),
-          "out: tensor ",
-          k,
-          ": expected dtype, shape and device of its gradients, a ",
-          describe(*first),
-          ", and no element twice; got ",
-          describe(target));
-      result = view.data;
-      spans_.push_back({view.data, view.data + view.span(), k});
-      if (!view.same_layout(layout)) {
-        copies_.push_back(torch::stable::empty_like(*first));
-        copy_back_.emplace_back(target, copies_.back());
-        result = View::to_write(copies_.back()).data;
-      }
-    }
+    char* const result = out ? add_result((*out)[size_t(k)], k, *first, layout) : nullptr;
     for (int64_t t = 0; t < T_; ++t) {
-      const auto& g = grads[size_t(t * K_ + k)];
-      if (!g) {
-        continue;
-      }
-      const View row(*g);
-      FASTMTL_CHECK(
-          row.same_shape(layout), // and on one device: on the CPU the dispatcher sees to that
-          "grads: row ",
-          t,
-          ", tensor ",
-          k,
-          ": expected dtype and shape of the others, a ",
-          describe(*first),
-          "; got ",
-          describe(*g));
-      if (out) {
-        spans_.push_back({row.data, row.data + row.span(), -1});
-      }
-      if (row.same_layout(layout)) {
-        rows_[size_t(k * T_ + t)] = row.data;
-      } else {
-        copies_.push_back(torch::stable::empty_like(*first));
-        torch::stable::copy_(copies_.back(), *g);
-        rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
+      if (const auto& g = grads[size_t(t * K_ + k)]) {
+        add_row(*g, t, k, *first, layout, out);
       }
     }
     segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
   }
 
+  void add_row(const Tensor& g, int64_t t, int64_t k, const Tensor& first, const View& layout, bool apart) {
+    const View row(g);
+    FASTMTL_CHECK(
+        row.same_shape(layout), // and on one device: on the CPU the dispatcher sees to that
+        row_name(t, k),
+        ": expected the other tasks' ",
+        describe(first),
+        ", got ",
+        describe(g));
+    if (apart) {
+      spans_.push_back({row.data, row.data + row.span(), -1});
+    }
+    if (row.same_layout(layout)) {
+      rows_[size_t(k * T_ + t)] = row.data;
+    } else {
+      copies_.push_back(torch::stable::empty_like(first));
+      torch::stable::copy_(copies_.back(), g);
+      rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
+    }
+  }
+
+  // Where the result of tensor k is to be written.
+  char* add_result(const Tensor& target, int64_t k, const Tensor& first, const View& layout) {
+    const View view = View::to_write(target);
+    FASTMTL_CHECK(
+        view.same_shape(layout) && same_device(target, first),
+        out_name(k),
+        ": expected a ",
+        describe(first),
+        ", got ",
+        describe(target));
+    FASTMTL_CHECK(
+        !view.repeats(),
+        out_name(k),
+        ": expected a tensor without repeated elements, got strides ",
+        list_of(target.strides()));
+    spans_.push_back({view.data, view.data + view.span(), k});
+    if (view.same_layout(layout)) {
+      return view.data;
+    }
+    copies_.push_back(torch::stable::empty_like(first));
+    copy_back_.emplace_back(target, copies_.back());
+    return View::to_write(copies_.back()).data;
+  }
+
   // Results lie apart from all gradients and from each other.
   void check_apart() {
-    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) {
+      return a.begin < b.begin || (a.begin == b.begin && a.out < b.out);
+    });
     const char *read = nullptr, *written = nullptr; // where what began so far ends
     int64_t writer = -1;
     for (const Span& span : spans_) {
       if (span.begin == span.end) {
         continue;
       }
-      const bool meets = span.begin < written || (span.out >= 0 && span.begin < read);
+      if (span.out < 0 ? span.begin < written : span.begin < read) {
+        const int64_t k = span.out < 0 ? writer : span.out;
+        fail(
+            out_name(k),
+            ": expected memory that does not overlap the gradients, got ",
+            describe(written_[size_t(k)]),
+            " within");
+      }
       FASTMTL_CHECK(
-          !meets,
-          "out: tensor ",
-          span.out >= 0 ? span.out : writer,
-          ": expected memory of its own, got some that overlaps a gradient or another result");
+          span.out < 0 || span.begin >= written,
+          out_name(span.out),
+          ": expected memory that does not overlap other results, got that of ",
+          out_name(writer));
       if (span.out < 0) {
         read = std::max(read, span.end);
-      } else if (span.end > written) {
+      } else {
         written = span.end;
         writer = span.out;
       }
     }
+  }
+
+  // As users of a method know them.
+  std::string row_name(int64_t t, int64_t k) const {
+    return "rows[" + std::to_string(t) + "][" + std::to_string(k) + "]";
+  }
+  std::string out_name(int64_t k) const {
+    return K_ == 1 ? "out" : "out[" + std::to_string(k) + "]";
   }
 
   struct Span {
@@ -618,7 +655,7 @@ inline void check_alpha(const Tensor& alpha, const Tensor& G) {
       "alpha: expected a contiguous float64 tensor of the shape of G without columns, on its device, for G, a ",
       describe(G),
       "; got ",
-      describe(alpha));
+      describe_vector(alpha));
 }
 
 // No result may lie where α is read from meanwhile.

@@ -481,9 +481,9 @@ def test_devices_must_agree():
         method(G, out=torch.empty(10))
     with pytest.raises(ValueError, match=r"out: expected .* on cpu, got .* on cuda"):
         method(cpu, out=torch.empty(10, device="cuda"))
-    with pytest.raises(ValueError, match=r"rows\[1\]\[0\]: expected the other tasks' .* on cuda:\d, got .* on cpu"):
+    with pytest.raises(ValueError, match=r"rows\[1\]\[0\]: expected all gradients on cuda:\d, got .* on cpu"):
         method([G[0], cpu[1]])
-    with pytest.raises(ValueError, match=r"rows\[...\]\[1\]: expected all gradients on cuda:\d, got .* on cpu"):
+    with pytest.raises(ValueError, match=r"rows\[\d\]\[1\]: expected all gradients on cuda:\d, got .* on cpu"):
         method([[G[0], cpu[0]], [G[1], cpu[1]]])
     with pytest.raises(ValueError, match=r"out\[0\]: expected .* on cuda:\d, got .* on cpu"):
         method(list(G), out=[torch.empty(10)])

@@ -427,16 +427,15 @@ def check_rows(grads, T, rtol=None, limit=None, **options):
 
     settings = policy(torch.empty(T, 0, dtype=coarsest), rtol=rtol, **options)
     buffers, out = zip(*(guarded(g.shape, g.dtype) for g in like), strict=True)
-    M, alpha, lam, rank = ops.align_rows(grads, T, *settings, list(out))
-    _, want_alpha, want_lam, want_rank = reference.align_rows(grads, T, *settings, expected)
+    M, alpha, rank = ops.align_rows(grads, T, *settings, list(out))
+    _, want_alpha, want_rank = reference.align_rows(grads, T, *settings, expected)
     assert ((M - want).abs() <= gram_limit(coarsest, T) * size).all()
-    assert M.dtype is alpha.dtype is lam.dtype is F64
+    assert M.dtype is alpha.dtype is F64
     assert rank.dtype is torch.int64
     assert rank.shape == ()
     assert rank == want_rank
     limit = contract(T, 10.0) if limit is None else limit
     assert relative(alpha, want_alpha) <= limit
-    assert ((lam - want_lam).abs() <= T * gram_limit(coarsest, T) * want_lam.max()).all()
     scale = flat(expected).norm()
     for buffer, got, one in zip(buffers, out, expected, strict=True):
         check_guard(buffer, got.numel())
@@ -462,7 +461,7 @@ def test_missing_rows():
     grads, K = ragged(4)
     grads[2 * K : 3 * K] = [None] * K
     check_rows(grads, 4)
-    _, alpha, _, rank = ops.align_rows(grads, 4, *policy(torch.empty(4, 0)), [torch.empty_like(g) for g in grads[:K]])
+    _, alpha, rank = ops.align_rows(grads, 4, *policy(torch.empty(4, 0)), [torch.empty_like(g) for g in grads[:K]])
     assert rank == 3
     assert alpha[2] == 0.0
 
@@ -478,7 +477,7 @@ def test_one_tensor_a_row_equals_the_matrix():
     G = randn(7, 3000)
     out, one = torch.empty(3000), torch.empty(3000)
     ops.align(G, *policy(G), out=out)
-    M, alpha, _lam, _rank = ops.align_rows(list(G), 7, *policy(G), [one])
+    M, alpha, _rank = ops.align_rows(list(G), 7, *policy(G), [one])
     assert relative(one, out) <= 1e-7
     assert relative(M, ops.gram(G)) <= 1e-8
     assert relative(alpha, ops.balance(ops.gram(G), *policy(G))[0]) <= 1e-7
@@ -534,9 +533,8 @@ def test_non_finite_rows(bad):
         i = next(t for t in range(3) if grads[t * K + k] is not None) * K + k
         grads[i] = grads[i].clone().fill_(bad)
         out = [torch.zeros_like(next(g for g in grads[j::K] if g is not None)) for j in range(K)]
-        M, alpha, lam, rank = ops.align_rows(grads, 3, *policy(torch.empty(3, 0)), out)
+        M, alpha, rank = ops.align_rows(grads, 3, *policy(torch.empty(3, 0)), out)
         assert alpha.isnan().all()
-        assert lam.isnan().all()
         assert not M.isfinite().all()
         assert rank == 0
         for o in out:
@@ -614,7 +612,7 @@ def test_float64_scales_of_ragged_rows_and_batches():
     for scale in (1e200, 1e-200):
         rows = [g for row in G * scale for g in row.split([100, 200])]
         out, plain = torch.empty(300, dtype=F64), torch.empty(300, dtype=F64)
-        _, alpha, _, rank = ops.align_rows(rows, 4, *policy(G), list(out.split([100, 200])))
+        _, alpha, rank = ops.align_rows(rows, 4, *policy(G), list(out.split([100, 200])))
         ops.align(G, *policy(G), out=plain)
         assert rank == 4
         assert relative(out / scale, plain) <= 1e-13
@@ -630,7 +628,7 @@ def test_a_nan_beside_float64_that_is_rescaled(dtype, scale):
     for bad in (0.0, torch.nan, torch.inf):
         rows = [g for t in range(3) for g in (wide[t], torch.full((9,), bad if t == 1 else 0.0, dtype=dtype))]
         out = [torch.empty(40, dtype=F64), torch.empty(9, dtype=dtype)]
-        _, alpha, _, rank = ops.align_rows(rows, 3, *policy(wide), out)
+        _, alpha, rank = ops.align_rows(rows, 3, *policy(wide), out)
         assert rank == (3 if bad == 0.0 else 0)
         assert alpha.isfinite().all() == (bad == 0.0)
         assert all(g.isfinite().all() == (bad == 0.0) for g in out)
@@ -675,6 +673,26 @@ def test_balance(T, rank_rule):
         M = reference.gram(randn(*batch, T, 4 * T + 8, dtype=F64, seed=T + i))
         w = None if i % 2 else torch.rand(T, dtype=F64) - 0.3
         check_balance(M, w, ("min", "median", "rmse")[(T + i) % 3], default_rtol(T, F32), EPS32, rank_rule)
+
+
+@pytest.mark.parametrize("T", [1, 2, 9, 32, 33, 48, 100])
+@pytest.mark.parametrize("scale", ["min", "median", "rmse"])
+def test_align_gram(T, scale):
+    """The weights and the rank of `balance`, by whatever way; and those of each matrix are those of the batch."""
+    options = (torch.linspace(0.5, 1.5, T, dtype=F64), scale, default_rtol(T, F32), EPS32, "normalized")
+    good, dependent = (reference.gram(conditioned(T, 3 * T, kappa, dtype=F64, seed=T)) for kappa in (3.0, 1e5))
+    M = torch.stack([good, dependent, 7 * good, torch.full((T, T), torch.nan, dtype=F64)])
+    alpha, rank = ops.align_gram(M, *options)
+    want, _, want_rank = ops.balance(M, *options)
+    assert torch.equal(rank, want_rank)
+    assert rank[0] == T
+    assert all(relative(a, b) <= 1e-8 for a, b in zip(alpha[:3], want[:3], strict=True))
+    assert alpha[3].isnan().all()
+    if T > 32:
+        for one, a, r in zip(M, alpha, rank, strict=True):
+            alone = ops.align_gram(one, *options)
+            assert torch.equal(alone[0].nan_to_num(7.0), a.nan_to_num(7.0))
+            assert alone[1] == r
 
 
 def test_balance_of_many():
@@ -736,9 +754,12 @@ def op_cases():
     yield "gram", (randn(3, 20),), {}
     yield "gram", (randn(2, 3, 20, dtype=BF16),), {}
     yield "gram", (randn(3, 20, dtype=F64).requires_grad_(),), {}
-    yield "gram_rows", (grads, 2), {}
+    yield "gram_rows", (grads, 2, None), {}
+    yield "gram_rows", (grads, 2, [torch.zeros(3, 2), torch.zeros(7)]), {}
     yield "balance", (M, None, *options), {}
     yield "balance", (torch.stack([M, 2 * M]), w, *options), {}
+    yield "align_gram", (M, None, *options), {}
+    yield "align_gram", (torch.stack([M, 2 * M]).float(), w, *options), {}
     yield "eigh", (M,), {}
     yield "eigh", (torch.stack([M, M]).float(),), {}
     yield "combine", (randn(3, 20), w), {"out": torch.empty(20)}

@@ -11,7 +11,80 @@ constexpr int64_t kSetVectors = 2;
 constexpr int64_t kSetColumns = kSetVectors * kWidth;
 static_assert(kSetColumns <= kSetPadding && kSetPadding % kSetColumns == 0, "what the callers allocate");
 
-// Columns from ... n - 1 of U; false where a pivot is at most `least` (i + 2). Columns n ... of the last tile are
+// A tile of `rows` rows from i0 on, columns j and on, less what the rows above take.
+FASTMTL_INLINE void set_tile(
+    const double* C,
+    int64_t T,
+    const int64_t* set,
+    int64_t i0,
+    int64_t rows,
+    int64_t j,
+    int64_t width,
+    double* U,
+    int64_t stride) {
+  double tile[kSetRows][kSetColumns] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* c = C + set[i0 + r] * T;
+    for (int64_t k = 0; k < width; ++k) {
+      tile[r][k] = c[set[j + k]];
+    }
+  }
+  Vd s[kSetRows][kSetVectors];
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kSetRows; ++r) {
+#pragma GCC unroll 2
+    for (int64_t u = 0; u < kSetVectors; ++u) {
+      s[r][u] = read<Vd>(&tile[r][u * kWidth]);
+    }
+  }
+  const double *p = U + i0, *q = U + j;
+  for (int64_t k = 0; k < i0; ++k, p += stride, q += stride) {
+    Vd b[kSetVectors];
+#pragma GCC unroll 2
+    for (int64_t u = 0; u < kSetVectors; ++u) {
+      b[u] = read<Vd>(q + u * kWidth);
+    }
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kSetRows; ++r) {
+      const Vd a = splat(p[r]);
+#pragma GCC unroll 2
+      for (int64_t u = 0; u < kSetVectors; ++u) {
+        s[r][u] -= a * b[u];
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t u = 0; u < kSetVectors; ++u) {
+      write(U + (i0 + r) * stride + j + u * kWidth, s[r][u]);
+    }
+  }
+}
+
+// The diagonal block of `rows` rows, whose first pivot is the i0-th; false where one is too small.
+FASTMTL_INLINE bool
+set_diagonal(int64_t i0, int64_t rows, double delta, double least, double* U, int64_t stride, double* inverse) {
+  for (int64_t i = i0; i < i0 + rows; ++i) {
+    double* u = U + i * stride;
+    for (int64_t k = i0; k < i; ++k) {
+      const double* above = U + k * stride;
+      for (int64_t j = i; j < i0 + rows; ++j) {
+        u[j] -= above[i] * above[j];
+      }
+    }
+    const double pivot = u[i] + delta;
+    if (!(pivot > least * double(i + 2))) {
+      return false;
+    }
+    u[i] = __builtin_sqrt(pivot);
+    inverse[i] = 1.0 / u[i];
+    for (int64_t j = i + 1; j < i0 + rows; ++j) {
+      u[j] *= inverse[i];
+    }
+  }
+  return true;
+}
+
+// Columns from ... n - 1 of U; false where a pivot i is at most `least` (i + 2). Columns n ... of the last tile are
 // overwritten.
 bool set_factor(
     const double* C, // [T, T]
@@ -28,84 +101,27 @@ bool set_factor(
     const int64_t rows = n - i0 < kSetRows ? n - i0 : kSetRows;
     const int64_t first = i0 > from / kSetRows * kSetRows ? i0 : from / kSetRows * kSetRows;
     for (int64_t j = first; j < n; j += kSetColumns) {
-      const int64_t width = n - j < kSetColumns ? n - j : kSetColumns;
-      double tile[kSetRows][kSetColumns] = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        const double* c = C + set[i0 + r] * T;
-        for (int64_t k = 0; k < width; ++k) {
-          tile[r][k] = c[set[j + k]];
-        }
-      }
-      Vd s[kSetRows][kSetVectors];
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kSetRows; ++r) {
-#pragma GCC unroll 2
-        for (int64_t u = 0; u < kSetVectors; ++u) {
-          s[r][u] = read<Vd>(&tile[r][u * kWidth]);
-        }
-      }
-      const double *p = U + i0, *q = U + j;
-      for (int64_t k = 0; k < i0; ++k, p += stride, q += stride) {
-        Vd b[kSetVectors];
-#pragma GCC unroll 2
-        for (int64_t u = 0; u < kSetVectors; ++u) {
-          b[u] = read<Vd>(q + u * kWidth);
-        }
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kSetRows; ++r) {
-          const Vd a = splat(p[r]);
-#pragma GCC unroll 2
-          for (int64_t u = 0; u < kSetVectors; ++u) {
-            s[r][u] -= a * b[u];
-          }
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t u = 0; u < kSetVectors; ++u) {
-          write(U + (i0 + r) * stride + j + u * kWidth, s[r][u]);
-        }
-      }
+      set_tile(C, T, set, i0, rows, j, n - j < kSetColumns ? n - j : kSetColumns, U, stride);
     }
-    // The diagonal block ...
-    double L[kSetRows][kSetRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      double* u = U + (i0 + r) * stride;
-      const int64_t i = i0 + r;
-      if (i0 >= first) {
-        for (int64_t k = 0; k < r; ++k) {
-          const double* above = U + (i0 + k) * stride;
-          for (int64_t j = i; j < i0 + rows; ++j) {
-            u[j] -= above[i] * above[j];
-          }
-        }
-        const double pivot = u[i] + delta;
-        if (!(pivot > least * double(i + 2))) {
-          return false;
-        }
-        u[i] = __builtin_sqrt(pivot);
-        inverse[i] = 1.0 / u[i];
-        for (int64_t j = i + 1; j < i0 + rows; ++j) {
-          u[j] *= inverse[i];
-        }
-      }
-      for (int64_t k = 0; k < r; ++k) {
-        L[r][k] = U[(i0 + k) * stride + i];
-      }
+    if (i0 >= first && !set_diagonal(i0, rows, delta, least, U, stride, inverse)) {
+      return false;
     }
     if (rows < kSetRows) {
       return true;
     }
-    // ... and what it does to the rest of its rows.
+    // What the diagonal block does to the rest of its rows, which are padded.
     double *u0 = U + i0 * stride, *u1 = u0 + stride, *u2 = u1 + stride, *u3 = u2 + stride;
     const double v0 = inverse[i0], v1 = inverse[i0 + 1], v2 = inverse[i0 + 2], v3 = inverse[i0 + 3];
-    for (int64_t j = first > i0 ? first : i0 + kSetRows; j < n; j += kWidth) { // rows are padded
+    const double l10 = u0[i0 + 1], l20 = u0[i0 + 2], l21 = u1[i0 + 2], l30 = u0[i0 + 3], l31 = u1[i0 + 3],
+                 l32 = u2[i0 + 3];
+    for (int64_t j = first > i0 ? first : i0 + kSetRows; j < n; j += kWidth) {
       const Vd x0 = read<Vd>(u0 + j) * v0;
-      const Vd x1 = (read<Vd>(u1 + j) - L[1][0] * x0) * v1;
-      const Vd x2 = (read<Vd>(u2 + j) - L[2][0] * x0 - L[2][1] * x1) * v2;
+      const Vd x1 = (read<Vd>(u1 + j) - l10 * x0) * v1;
+      const Vd x2 = (read<Vd>(u2 + j) - l20 * x0 - l21 * x1) * v2;
       write(u0 + j, x0);
       write(u1 + j, x1);
       write(u2 + j, x2);
-      write(u3 + j, (read<Vd>(u3 + j) - L[3][0] * x0 - L[3][1] * x1 - L[3][2] * x2) * v3);
+      write(u3 + j, (read<Vd>(u3 + j) - l30 * x0 - l31 * x1 - l32 * x2) * v3);
     }
   }
   return true;
