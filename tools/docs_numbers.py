@@ -276,6 +276,23 @@ def float32_blocks(results: Results) -> str:
     return "\n".join(text) or absent(f"python benchmarks/blocks.py --json benchmarks/results/{MACHINE}/blocks.json")
 
 
+def real(results: Results) -> str:
+    """Gradients of single examples, on every machine that has measured them."""
+    text = []
+    for folder in sorted(path for path in results.folder.parent.iterdir() if path.is_dir()):
+        cases = Results(folder).named("real *")
+        if cases:
+            rows = [
+                [line["name"], f"{case['seconds']['fast'] * 1e3:.3g}", reached(line), bound(line)]
+                for case in cases
+                for line in case["lines"]
+            ]
+            said = source(cases).replace("Measured at", f"Measured on {folder.name},")
+            text.append(table(["case", "ms", "× plain PyTorch, or eigh", "target"], rows) + said)
+    command = "python benchmarks/check.py --only real --json benchmarks/results/<machine>/real.json"
+    return "\n".join(text) or absent(command)
+
+
 def engines(results: Results) -> str:
     """Steps by the engines of `backward` beside TorchJD's: ratios to the plain step, and milliseconds."""
     run = results.read("engines/steps.json")
@@ -402,7 +419,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "more": lines("flat 4x1e3", "batched *", "eigh *", "resnet50 T=*", "bfloat16 *", "backward *"),
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
-    "real": lines("real *"),
+    "real": real,
     "float32 blocks": float32_blocks,
     "steps": steps,
     "engines": engines,

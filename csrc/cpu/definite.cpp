@@ -32,6 +32,10 @@ void share_rows(int64_t first, int64_t T, int64_t work, F&& f) {
   }
 }
 
+// M^(-1/2) w may take a quarter of T steps, or so many: more in vain would cost as much as the tridiagonalisation that
+// follows.
+constexpr int64_t kKrylovLeastSteps = 48;
+
 class PanelCholesky {
  public:
   explicit PanelCholesky(int64_t T)
@@ -284,7 +288,7 @@ class Product {
 
 // M^-1/2 w, in the basis of `space`, which is grown until four more steps change nothing. False where that takes too
 // many, and where an eigenvalue is seen to be at most `cut`.
-bool inverse_root(Lanczos& space, Product& multiply, double cut, double* coefficients) {
+bool inverse_root(Lanczos& space, Product& multiply, double cut, int64_t most, double* coefficients) {
   double before[kKrylovMaxSteps] = {};
   for (bool more = true;;) {
     more = space.extend(multiply);
@@ -301,7 +305,7 @@ bool inverse_root(Lanczos& space, Product& multiply, double cut, double* coeffic
       size += coefficients[i] * coefficients[i];
       before[i] = coefficients[i];
     }
-    if (space.steps() >= kKrylovMaxSteps) {
+    if (space.steps() >= most) {
       return false;
     }
     if (!more || change <= kKrylovChange * size) {
@@ -388,7 +392,7 @@ bool definite_weights(const double* M, int64_t T, const Policy& policy, double* 
   Product multiply(M, T, unit);
   Lanczos space(w.data(), T);
   double coefficients[kKrylovMaxSteps];
-  if (!inverse_root(space, multiply, cut, coefficients)) {
+  if (!inverse_root(space, multiply, cut, std::clamp(T / 4, kKrylovLeastSteps, kKrylovMaxSteps), coefficients)) {
     return false;
   }
   space.expand(coefficients, alpha);
