@@ -92,7 +92,7 @@ def exact(G: Tensor, point: Point) -> Tensor:
         return METHODS[point.method]().weighting(_gram(G), G.dtype).cpu()
     if affordable(point):
         L = _factor(G).cpu()
-        norms = torch.linalg.vector_norm(L, dim=-1, keepdim=True)
+        norms = torch.linalg.vector_norm(L, dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         U, sigma, _ = torch.linalg.svd(L, full_matrices=False)
         judged = torch.linalg.svdvals(L / norms)
     else:

@@ -71,7 +71,8 @@ class Grid:
             max_bytes: what a point's gradients may take.
             axes: the values; T > P is left out, since plain PyTorch has no answer for dependent gradients.
         """
-        order = ("method", "batch", "dtype", "threads", "kappa", "gradients", "params", "tasks")
+        names = ("method", "batch", "dtype", "threads", "kappa", "gradients", "params", "tasks")
+        order = [name for name in names if name in axes]
         every = [
             Point(**dict(zip(order, values, strict=True)))
             for values in itertools.product(*(axes[name] for name in order))

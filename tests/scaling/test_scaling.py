@@ -178,9 +178,9 @@ def test_real_gradients_are_of_examples(tmp_path, capsys):
     assert len(found) == 12
     assert all(record["accuracy"]["fastmtl"] <= 1e-5 for record in real)
     assert (tmp_path / "speedup-k1-real.png").exists()
-    G = baseline.gradients(Point(40, 1000, gradients="real"))
+    G = baseline.gradients(Point(40, 26_000, gradients="real"))
     norms = G.norm(dim=1)
-    assert G.shape == (40, 1000)
+    assert G.shape == (40, 26_000)
     assert norms.max() > 30 * norms.min()
     with pytest.raises(ValueError, match="at most 1797 examples of digits, got 2000"):
         baseline.gradients(Point(2000, 3000, gradients="real"))
