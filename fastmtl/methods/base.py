@@ -121,6 +121,9 @@ class Method(MethodModule):
         process_group: Any = None,
         grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
+        batch_dim: int | None = None,
+        per: Literal["all", "example", "task"] = "all",
+        check: bool = True,
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -164,6 +167,16 @@ class Method(MethodModule):
                 each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
                 and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
                 faster.
+            batch_dim: the losses are those of examples, a tensor [B], or of T tasks and B examples, [T, B] or [B, T],
+                and this is their dimension of the examples. Loss b depends on example b alone, and so an ordinary
+                backward pass has all B gradients in it: their Gram matrix is exact, whichever `engine`. Shared are, by
+                default, all parameters; for methods that need no more than the Gram matrix.
+            per: with losses of T tasks and B examples, what is aggregated with each other: "all" T·B, α [T·B] in the
+                order of [T, B]; "example": the T tasks of each example, α [B, T]; "task": the B examples of each task,
+                α [T, B]. What the parts bring is summed.
+            check: see by a second pass, with losses times powers of two, that no loss depends on another's example; it
+                also finds which rows are whose, and on a GPU the host waits for it. Without: batch first, everywhere,
+                and a wrong result where that is not so.
 
         Returns:
             What the method saw and did.
@@ -187,6 +200,9 @@ class Method(MethodModule):
             process_group=process_group,
             grad_scale=grad_scale,
             engine=engine,
+            batch_dim=batch_dim,
+            per=per,
+            check=check,
         )
 
     def after_step(self, losses: Callable[[], Losses]) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from fastmtl import once
+from fastmtl.gramian.examples import Per
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, check_losses, names_of, present_losses
 from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
 from fastmtl.training.parameters import Parameters
+from fastmtl.training.paths import per_example
 from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
@@ -35,22 +37,50 @@ def backward(
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
     engine: Engine = "full",
+    batch_dim: int | None = None,
+    per: Per = "all",
+    check: bool = True,
 ) -> Info:
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
-    names = names_in_order(method, names_of(losses))
-    tasks = present_losses(check_losses(losses, names=names))
-    method.check_tasks(len(tasks))
+    names, tasks, T = _tasks(method, losses, batch_dim, per)
+    method.check_tasks(T)
     group = None if process_group is False else process_group
     options = Options(
-        method, len(tasks), shared, representation, features, batched, groups, scale_heads, retain_graph, group, engine
+        method,
+        T,
+        shared,
+        representation,
+        features,
+        batched,
+        groups,
+        scale_heads,
+        retain_graph,
+        group,
+        engine,
+        batch_dim,
+        per,
+        check,
     )
     paths.check(options)
-    if isinstance(losses, Tensor) and shared is representation is groups is None:
+    if isinstance(losses, Tensor) and batch_dim is None and shared is representation is groups is None:
         _warn_of_arithmetic(losses)
     updates, info, reached = _run(prepare(options, tasks, grad_scale, unsaid=process_group is None))
     info.names = names
     commit(updates, reached)
     return info
+
+
+def _tasks(
+    method: Rule, losses: Losses, batch_dim: int | None, per: Per
+) -> tuple[tuple[str, ...] | None, list[Tensor | None], int]:
+    """The tasks' names, the losses, and how many are aggregated with each other."""
+    if batch_dim is not None:
+        each = per_example.checked_losses(losses, batch_dim)
+        T, B = each.shape
+        return None, [each], {"example": T, "task": B}.get(per, T * B)
+    names = names_in_order(method, names_of(losses))
+    tasks = present_losses(check_losses(losses, names=names))
+    return names, tasks, len(tasks)
 
 
 def _warn_of_arithmetic(losses: Tensor) -> None:

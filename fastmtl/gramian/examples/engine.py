@@ -1,0 +1,240 @@
+"""From T · B losses of B examples to the shared parameters' aggregated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.engine import without_autocast, working_dtype
+from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, is_use
+from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
+from fastmtl.gramian.examples.passes import Brought, edges_of, one_pass, run
+from fastmtl.gramian.examples.products import Gram, Per
+from fastmtl.gramian.forms import Entrywise
+from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
+from fastmtl.gramian.plan import uses_of
+from fastmtl.gramian.saved import is_builtin
+from fastmtl.gramian.survey import Survey, parts_of
+from fastmtl.graph import Edge, Leaves, edge_of
+from fastmtl.info import Info
+from fastmtl.pipeline import coarsest
+from fastmtl.rule import Context, Rule
+
+__all__ = ["update"]
+
+# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
+_CANCELLED = 4.0
+
+
+class _Plan(NamedTuple):
+    weights: list[Weight]
+    entries: list[Entries]
+    formed: Formed | None
+    explicit: tuple[str, ...]
+
+    def parts(self) -> list[Any]:
+        return [*self.weights, *self.entries, *([self.formed] if self.formed is not None else [])]
+
+    def readings(self) -> list[Reading]:
+        found: list[Reading] = [use for weight in self.weights for use in weight.uses]
+        found += [use for entry in self.entries for use, _ in entry.uses]
+        return found + (list(self.formed.uses) if self.formed is not None else [])
+
+
+def update(
+    method: Rule,
+    losses: Tensor,
+    named: Sequence[tuple[Tensor, str]],
+    leaves: Leaves,
+    context: Context,
+    *,
+    per: Per,
+    check: bool,
+    scale_heads: bool,
+    retain_graph: bool,
+) -> tuple[list[tuple[Tensor, Tensor]], Info]:
+    """The aggregated gradients for losses [T, B], column b of which depends on example b alone.
+
+    Args:
+        method: a method that works on the Gram matrix.
+        losses: [T, B].
+        named: the shared parameters, and what to call them.
+        leaves: what the losses reach.
+        context: what the step brings besides gradients.
+        per: which losses are aggregated with each other.
+        check: whether a second pass sees to it that examples do not mix, and finds their rows; batch first without.
+        scale_heads: whether leaves that are not shared get gradients weighted by α.
+        retain_graph: whether the graph is kept.
+
+    Returns:
+        What is to be added to `.grad`, and what the method saw and did.
+
+    Raises:
+        ValueError: a loss depends on several examples.
+        NotImplementedError: hooks, or a use of a parameter that this engine does not know.
+    """
+    T, B = losses.shape
+    parameters = [p for p, _ in named]
+    heads = leaves.without(parameters).all()
+    weighted = scale_heads and bool(heads)
+    with torch.no_grad():
+        todo, brought = _resolved(
+            losses, named, leaves, heads, check=check and B > 1, retain_graph=retain_graph or weighted
+        )
+        cotangents = brought.cotangents
+        found = Arrived(cotangents, brought.layouts, B, working_dtype({c.dtype for c in cotangents.values()}))
+        with without_autocast(losses.device):
+            gram = _gram(todo, found, T, per, losses.device)
+            info = method.solve(gram.matrix, coarsest(parameters), context)
+            info.explicit = todo.explicit
+            alpha = info.alpha.view(T, B) if per == "all" else info.alpha.mT if per == "example" else info.alpha
+            updates = [pair for part in todo.parts() for pair in part.gradients(alpha, found)]
+        own = brought.heads
+        if weighted:
+            own = one_pass(losses, (), heads, alpha.to(losses.dtype), retain_graph=retain_graph)
+        updates += [(p, g) for p, g in zip(heads, own, strict=True) if g is not None]
+    return updates, info
+
+
+def _resolved(
+    losses: Tensor,
+    named: Sequence[tuple[Tensor, str]],
+    leaves: Leaves,
+    heads: Sequence[Tensor],
+    *,
+    check: bool,
+    retain_graph: bool,
+) -> tuple[_Plan, Brought]:
+    """The plan, and what passes brought for it.
+
+    Whether an operation that takes parts of a parameter, as an embedding does, takes some for each example or the same
+    for all only the check can tell.
+
+    Raises:
+        ValueError: examples mix.
+    """
+    graph, selected, B = _graph(leaves), set[Any](), losses.shape[1]
+    while True:
+        derived = Derived([p for p, _ in named], selected)
+        todo = _plan(named, graph, derived)
+        edges = [edge for reading in todo.readings() for edge in edges_of(reading)]
+        doubtful = check and any(derived.may_select(edge[0]) and _is_doubtful(edge, B) for edge in edges)
+        # What the graph saved lives on where it is needed again, or may be.
+        keep = retain_graph or todo.formed is not None or doubtful
+        brought = run(losses, todo.readings(), heads, check, keep)
+        if not brought.mixed:
+            return todo, brought
+        again = {node for node, _ in brought.mixed if derived.may_select(node)}
+        if not again or not keep:
+            raise ValueError(_mixed(brought.mixed[0], leaves))
+        selected |= again
+
+
+def _is_doubtful(edge: Edge, B: int) -> bool:
+    """Whether what a node takes of a parameter need not be for each example."""
+    shape = edge[0]._input_metadata[edge[1]].shape
+    return len(shape) < 3 or B not in shape[:2]
+
+
+def _graph(leaves: Leaves) -> Survey:
+    """The graph, all of it: nothing is cut off."""
+    users: dict[Any, list[tuple[Any, int, int]]] = {}
+    for node in leaves.owner:
+        for i, (behind, output) in enumerate(node.next_functions):
+            if behind is not None:
+                users.setdefault(behind, []).append((node, i, output))
+    nodes = [node for node in leaves.owner if node.next_functions]
+    return Survey([], frozenset(), {}, [], False, nodes, not all(map(is_builtin, nodes)), users)
+
+
+def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived) -> _Plan:
+    weights: list[Weight] = []
+    entries: list[Entries] = []
+    others: list[tuple[Tensor, str]] = []
+    readers: dict[Any, str] = {}  # operations that are passed by, with the name of what they read
+    ways: dict[Edge, str] = {}
+    for parameter, name in named:
+        parts = parts_of(edge_of(parameter)[0], graph) or []
+        if not parts:
+            continue
+        for part in parts:
+            for consumer in part.consumers:
+                readers.setdefault(consumer.node, name)
+                ways.update((edge, name) for edge in consumer.way)
+        own = [(uses_of(part.consumers, parameter.device), part) for part in parts]
+        if all(uses is not None and all(is_use(use, derived) and use.hold() for use in uses) for uses, _ in own):
+            weights += [Weight(parameter, uses, part.block) for uses, part in own if uses is not None]
+            continue
+        small = [[(Entrywise.of(c.node, c.operand), c) for c in part.consumers] for part in parts]
+        if all(
+            use is not None and c.order is None and not derived(c.node) and use.hold()
+            for row in small
+            for use, c in row
+        ):
+            for row, part in zip(small, parts, strict=True):
+                entries.append(Entries(parameter, [(u, c.flipped) for u, c in row if u is not None], part.block))
+            continue
+        others.append((parameter, name))
+    _refuse_hooks(readers, ways)
+    formed = Formed([p for p, _ in others], graph.users, derived) if others else None
+    if formed is not None:
+        for reading in formed.uses:
+            if not isinstance(reading, Operation) and not reading.hold():
+                raise NotImplementedError(f"batch_dim: {reading.node.name()} saved a tensor that is not plain")
+    return _Plan(weights, entries, formed, tuple(name for _, name in others))
+
+
+def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:
+    """Raises NotImplementedError where a closed form would pass hooks by."""
+    hooked = [
+        name
+        for node, name in [*readers.items(), *((node, name) for (node, _), name in ways.items())]
+        if has_hooks(node)
+    ]
+    hooked += [ways[edge] for edge in seen_by_hooks(ways)]
+    if hooked:
+        raise NotImplementedError(f"batch_dim: {hooked[0]} is read by an operation, or as a view, that has hooks")
+
+
+def _mixed(edge: Edge, leaves: Leaves) -> str:
+    node, output = edge
+    statistics = [
+        other.name()
+        for other in leaves.owner
+        if "BatchNorm" in other.name() and getattr(other, "_saved_training", True)
+    ]
+    why = (
+        f"; there is {statistics[0]} with statistics of the batch (GroupNorm has none, and .eval() uses none)"
+        if statistics
+        else ""
+    )
+    return (
+        f"losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
+        f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) takes "
+        "any losses"
+    )
+
+
+def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -> Gram:
+    gram = Gram(T, found.examples, per, device)
+    parts = []
+    for part in todo.parts():
+        # What may have to be added up again is kept apart.
+        own = gram.like() if isinstance(part, Weight) and part.has_rows(found.examples) else gram
+        sizes = part.add(own, found)
+        if own is not gram:
+            gram.add(own)
+            if sizes is not None:
+                parts.append((part, own, sizes))
+    if device.type == "cpu" and found.dtype is not torch.float64 and parts:  # nothing waits for a GPU
+        allowed = _CANCELLED * gram.diagonal
+        exact = found._replace(dtype=torch.float64)
+        for part, own, sizes in parts:
+            if (len(parts) * sizes > allowed).any():
+                again = gram.like()
+                part.add(again, exact)
+                gram.replace(own, again)
+    return gram
