@@ -13,7 +13,7 @@ from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading,
 from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
 from fastmtl.gramian.examples.passes import Brought, edges_of, one_pass, run
 from fastmtl.gramian.examples.products import Gram, Per
-from fastmtl.gramian.forms import Entrywise
+from fastmtl.gramian.forms import Entrywise, Use
 from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
@@ -111,32 +111,41 @@ def _resolved(
     """The plan, and what passes brought for it.
 
     Whether an operation that takes parts of a parameter, as an embedding does, takes some for each example or the same
-    for all only the check can tell.
+    for all, only the check can tell.
 
     Raises:
         ValueError: examples mix.
     """
-    graph, selected, B = _graph(leaves), set[Any](), losses.shape[1]
+    graph, B = _graph(leaves), losses.shape[1]
+    constant, odd = set[Any](), set[Any]()
     while True:
-        derived = Derived([p for p, _ in named], selected)
-        todo = _plan(named, graph, derived)
-        edges = [edge for reading in todo.readings() for edge in edges_of(reading)]
-        doubtful = check and any(derived.may_select(edge[0]) and _is_doubtful(edge, B) for edge in edges)
+        derived = Derived([p for p, _ in named], constant)
+        todo = _plan(named, graph, derived, odd)
+        readings = todo.readings()
+        doubtful = check and any(_is_doubtful(reading, derived, B) for reading in readings)
         # What the graph saved lives on where it is needed again, or may be.
         keep = retain_graph or todo.formed is not None or doubtful
-        brought = run(losses, todo.readings(), heads, check, keep)
+        brought = run(losses, readings, heads, check, keep)
         if not brought.mixed:
             return todo, brought
-        again = {node for node, _ in brought.mixed if derived.may_select(node)}
-        if not again or not keep:
-            raise ValueError(_mixed(brought.mixed[0], leaves))
-        selected |= again
+        mixed = dict(brought.mixed)
+        again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
+        formless = {edge[0] for edge, reading in mixed.items() if not isinstance(reading, Operation)} - again
+        if not keep or not (again or formless):
+            raise ValueError(_mixed(next(iter(mixed)), leaves))
+        constant |= again
+        odd |= formless
 
 
-def _is_doubtful(edge: Edge, B: int) -> bool:
-    """Whether what a node takes of a parameter need not be for each example."""
-    shape = edge[0]._input_metadata[edge[1]].shape
-    return len(shape) < 3 or B not in shape[:2]
+def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
+    """Whether rows may be others than those of the form, or none that belong to examples."""
+    if isinstance(reading, Use) and reading.groups > 1 and reading.outer > 1:
+        return True
+    for node, output in edges_of(reading):
+        shape = node._input_metadata[output].shape
+        if (len(shape) < 3 or B not in shape[:2]) and derived.may_be_constant(node, B):
+            return True
+    return False
 
 
 def _graph(leaves: Leaves) -> Survey:
@@ -150,7 +159,7 @@ def _graph(leaves: Leaves) -> Survey:
     return Survey([], frozenset(), {}, [], False, nodes, not all(map(is_builtin, nodes)), users)
 
 
-def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived) -> _Plan:
+def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived, odd: set[Any]) -> _Plan:
     weights: list[Weight] = []
     entries: list[Entries] = []
     others: list[tuple[Tensor, str]] = []
@@ -164,6 +173,9 @@ def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived) 
             for consumer in part.consumers:
                 readers.setdefault(consumer.node, name)
                 ways.update((edge, name) for edge in consumer.way)
+        if any(consumer.node in odd for part in parts for consumer in part.consumers):
+            others.append((parameter, name))
+            continue
         own = [(uses_of(part.consumers, parameter.device), part) for part in parts]
         if all(uses is not None and all(is_use(use, derived) and use.hold() for use in uses) for uses, _ in own):
             weights += [Weight(parameter, uses, part.block) for uses, part in own if uses is not None]
@@ -179,7 +191,7 @@ def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived) 
             continue
         others.append((parameter, name))
     _refuse_hooks(readers, ways)
-    formed = Formed([p for p, _ in others], graph.users, derived) if others else None
+    formed = Formed([p for p, _ in others], graph.users, derived, odd) if others else None
     if formed is not None:
         for reading in formed.uses:
             if not isinstance(reading, Operation) and not reading.hold():

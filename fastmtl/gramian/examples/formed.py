@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,13 @@ class Operation:
         node: its graph node.
         operand: which of its inputs is read.
         outputs: those of its outputs that losses depend on.
+        shape: of what is read.
     """
 
     def __init__(self, node: Any, operand: int, outputs: Sequence[int]) -> None:
         self.node, self.operand, self.outputs = node, operand, outputs
+        source, output = node.next_functions[operand]
+        self.shape = torch.Size(source._input_metadata[output].shape)
 
     @property
     def edges(self) -> list[Edge]:
@@ -65,12 +68,10 @@ class Operation:
                     grads[k] = _only(c[t], arrived.layouts[(self.node, k), 1, c[t].numel()], b, arrived.examples)
                 g = run(*grads)
                 g = g[self.operand] if isinstance(g, tuple) else g
-                rows.append(g)
-        like = next((g for g in rows if g is not None), None)
-        if like is None:
-            return next(iter(found.values())).new_zeros(())
-        stacked = torch.stack([torch.zeros_like(like) if g is None else g for g in rows])
-        return stacked.view(T, arrived.examples, *like.shape)
+                rows.append(None if g is None else g.sum_to_size(self.shape))  # as autograd does
+        like = torch.zeros(self.shape, dtype=arrived.dtype, device=next(iter(found.values())).device)
+        stacked = torch.stack([like if g is None else g.to(like.dtype) for g in rows])
+        return stacked.view(T, arrived.examples, *self.shape)
 
 
 def _only(c: Tensor, layout: Layout, b: int, B: int) -> Tensor:
@@ -84,10 +85,11 @@ def _only(c: Tensor, layout: Layout, b: int, B: int) -> Tensor:
 
 
 Reading = Use | Entrywise | Operation
+Reader: TypeAlias = "tuple[Any, int, int]"  # a node, which of its inputs, and which output of what it reads
 
 
 def _readings(
-    edge: Edge, users: Mapping[Any, Sequence[tuple[Any, int, int]]], derived: Derived, device: torch.device
+    edge: Edge, users: Mapping[Any, Sequence[Reader]], derived: Derived, odd: set[Any], device: torch.device
 ) -> Iterator[tuple[Edge, Reading]]:
     """Who reads a parameter, or what is made of parameters alone: what is read, and how."""
     for user, operand, output in users.get(edge[0], ()):
@@ -95,12 +97,12 @@ def _readings(
             continue
         use = use_of(Consumer(user, operand, False, ()), device)
         entrywise = Entrywise.of(user, operand)
-        if use is not None and is_use(use, derived):
+        if user not in odd and use is not None and is_use(use, derived):
             yield edge, use
         elif derived(user) and user in users:  # what nobody reads is the losses
             for k in range(len(user._input_metadata)):
-                yield from _readings((user, k), users, derived, device)
-        elif entrywise is not None:
+                yield from _readings((user, k), users, derived, odd, device)
+        elif user not in odd and entrywise is not None:
             yield edge, entrywise
         else:
             read = {k for _, _, k in users.get(user, ())}
@@ -117,18 +119,19 @@ class Derived:
 
     Args:
         parameters: the shared ones.
-        selected: nodes that repeat a parameter or take parts of it, the same for all examples: what they return is
-            still one. Others of their kind are taken to do so for each example.
+        constant: nodes that have been found to return the same for all examples, although they repeat a parameter,
+            take parts of it, or have inputs that are no part of the graph.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], selected: Iterable[Any] = ()) -> None:
+    def __init__(self, parameters: Sequence[Tensor], constant: Iterable[Any] = ()) -> None:
         self._known: dict[Any, bool] = {edge_of(p)[0]: True for p in parameters}
-        self._selected = set(selected)
+        self._constant = set(constant)
 
-    def may_select(self, node: Any) -> bool:
+    def may_be_constant(self, node: Any, B: int) -> bool:
         """Whether it is one of these nodes, if it does not have rows for each example."""
-        behind = [edge[0] for edge in node.next_functions if edge[0] is not None]
-        return node.name() in _SELECTIONS and node not in self._selected and all(map(self, behind))
+        if node in self._constant or not all(self(edge[0]) for edge in node.next_functions if edge[0] is not None):
+            return False
+        return node.name() in _SELECTIONS or B not in node._input_metadata[0].shape
 
     def __call__(self, node: Any) -> bool:
         """Whether this one does."""
@@ -147,9 +150,8 @@ class Derived:
                 stack += open_
                 continue
             alone = all(self._known[x] for x in behind if x is not None)
-            self._known[top] = alone and (
-                top in self._selected or (top.name() not in _SELECTIONS and _closed(top, behind))
-            )
+            closed = top in self._constant or (top.name() not in _SELECTIONS and _closed(top, behind))
+            self._known[top] = alone and closed
         return self._known[node]
 
 
@@ -170,16 +172,17 @@ class Formed:
         parameters: these.
         users: who reads what, in the graph.
         derived: which nodes compute something of parameters alone.
+        odd: nodes whose closed form is not for the order of their rows.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], users: Mapping[Any, Sequence[tuple[Any, int, int]]], derived: Derived
+        self, parameters: Sequence[Tensor], users: Mapping[Any, Sequence[Reader]], derived: Derived, odd: set[Any]
     ) -> None:
         self.parameters = list(parameters)
         self.readings: dict[Edge, list[Reading]] = {}
         seen: set[tuple[Edge, int, Any]] = set()
         for p in parameters:
-            for edge, reading in _readings(edge_of(p), users, derived, p.device):
+            for edge, reading in _readings(edge_of(p), users, derived, odd, p.device):
                 where = (edge, id(reading.node), getattr(reading, "operand", None))
                 if where not in seen:  # what is made of several parameters is met by each
                     seen.add(where)
@@ -222,7 +225,7 @@ class Formed:
         """Every parameter and Σ α_tb of its gradients; alpha [T, B]."""
         for p, rows in zip(self.parameters, self._rows, strict=True):
             if rows is not None:
-                g = alpha.to(rows.dtype).flatten() @ rows.flatten(1)
+                g = alpha.to(rows.dtype).flatten() @ rows.reshape(len(rows), -1)
                 yield p, g.view(p.shape).to(p.dtype)
 
 
@@ -234,7 +237,7 @@ def _arrives(reading: Reading, arrived: Arrived) -> bool:
 def _rows(reading: Reading, arrived: Arrived) -> Tensor:
     """The gradients [T, B, ...] of what is read."""
     if isinstance(reading, Operation):
-        return reading.rows(arrived).to(arrived.dtype)
+        return reading.rows(arrived)
     if isinstance(reading, Entrywise):
         return rows_of_entries(reading, arrived)
     A, C = factors(reading, arrived)  # of what is not flipped: in the order of what is read

@@ -168,7 +168,7 @@ class Entries:
         for use, flipped in self.uses:
             if use.edge in arrived.cotangents:
                 rows = rows_of_entries(use, arrived)
-                parts.append((rows.mT if flipped else rows).flatten(2))
+                parts.append((rows.mT if flipped else rows).reshape(gram.T, gram.B, -1))
         if parts:
             self._rows = sum(parts[1:], parts[0])
             gram.add_rows(self._rows)
@@ -182,30 +182,25 @@ class Entries:
 
 
 def rows_of_entries(use: Entrywise, arrived: Arrived) -> Tensor:
-    """The gradients [T, B, *operand] of what an operation reads entry by entry.
-
-    Raises:
-        NotImplementedError: the parameter varies along the examples, or their rows are in no order.
-    """
+    """The gradients [T, B, *operand] of what an operation reads entry by entry."""
     g, layout, B = use.products(arrived.of(use.edge)), arrived.layout(use), arrived.examples
-    T = len(g)
-    if layout.owner is not None:
-        k = len(use.shape)
-        while math.prod(use.shape[:k]) > use.lead:
-            k -= 1
-        if any(n > 1 for n in use.spread[:k]):
-            raise _unlike(use)
+    T, k = len(g), use.leading
+    dims = None if layout.owner is not None else _dims(use, layout.pre, B)
+    if dims is not None:
+        sizes, varies, at = dims
+        g = g.reshape(T, *sizes)
+        gone = [d + 1 for d, v in enumerate(varies) if not v and d != at]
+        g = g.sum(gone, keepdim=True) if gone else g
+        return g.movedim(at + 1, 1).reshape(T, B, *use.operand)
+    owner = layout.owners(use.lead, B, g.device)
+    if all(n == 1 for n in use.spread[:k]):
         out = g.new_zeros(T, B, math.prod(use.shape[k:]))
-        out.index_add_(1, layout.owner, g.reshape(T, use.lead, -1))
-        return out.view(T, B, *use.operand)
-    dims = _dims(use, layout.pre, B)
-    if dims is None:
-        raise _unlike(use)
-    sizes, varies, at = dims
-    g = g.reshape(T, *sizes)
-    gone = [k + 1 for k, v in enumerate(varies) if not v and k != at]
-    g = g.sum(gone, keepdim=True) if gone else g
-    return g.movedim(at + 1, 1).reshape(T, B, *use.operand)
+        return out.index_add_(1, owner, g.reshape(T, use.lead, -1)).view(T, B, *use.operand)
+    out = g.new_zeros(T, B, *use.spread)  # what varies along the examples
+    for b in owner.unique().tolist():
+        mine = (owner == b).view(*use.shape[:k], *[1] * (len(use.shape) - k))
+        out[:, b] = torch.where(mine, g, 0).sum_to_size(T, *use.spread)
+    return out.reshape(T, B, *use.operand)
 
 
 def _dims(use: Entrywise, pre: int, B: int) -> tuple[list[int], list[bool], int] | None:
@@ -214,6 +209,8 @@ def _dims(use: Entrywise, pre: int, B: int) -> tuple[list[int], list[bool], int]
     for n in use.shape:
         product *= n
         ends.append(product)
+    if B == 1:
+        return [1, *use.shape], [False, *(n > 1 for n in use.spread)], 0
     wanted = sorted({*ends, pre, pre * B} - {1})
     sizes: list[int] = []
     varies: list[bool] = []
@@ -231,10 +228,3 @@ def _dims(use: Entrywise, pre: int, B: int) -> tuple[list[int], list[bool], int]
         varies.append(use.spread[k] > 1)
         before = end
     return None if at is None else (sizes, varies, at)
-
-
-def _unlike(use: Entrywise) -> NotImplementedError:
-    return NotImplementedError(
-        f"batch_dim: a parameter of shape {list(use.operand)} varies along the examples, or in an order of its own, at "
-        f"{use.node.name()}: leave it out of shared, or use method.backward(losses.unbind())"
-    )

@@ -27,13 +27,13 @@ class Brought(NamedTuple):
     Attributes:
         cotangents: where they arrived, of all tasks [T, ...].
         layouts: which rows are whose.
-        mixed: edges where rows are several examples'.
+        mixed: edges where rows are several examples', with who reads there.
         heads: the gradients of other parameters, summed over all losses.
     """
 
     cotangents: dict[Edge, Tensor]
     layouts: dict[Key, Layout]
-    mixed: list[Edge]
+    mixed: list[tuple[Edge, Reading]]
     heads: Row
 
 
@@ -100,11 +100,11 @@ def _keys(reading: Reading) -> list[Key]:
 
 def _layouts(
     readings: Iterable[Reading], sums: dict[Edge, tuple[Tensor, Tensor]], w: Tensor
-) -> tuple[dict[Key, Layout], list[Edge]]:
+) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]]]:
     """The layout of every use, and where there is none."""
     found: dict[Key, Layout] = {}
     regular: dict[tuple[Edge, int], int] = {}
-    mixed: list[Edge] = []
+    mixed: list[tuple[Edge, Reading]] = []
     for reading in readings:
         for k in _keys(reading):
             edge, outer, lead = k
@@ -117,7 +117,7 @@ def _layouts(
             before, after = sums[edge]
             own = layout.find(before, after, w, outer, lead, () if isinstance(reading, Use) else before.shape)
             if own is None:
-                mixed.append(edge)
+                mixed.append((edge, reading))
                 continue
             found[k] = own
             if own.owner is None:

@@ -62,10 +62,15 @@ class Entrywise:
     @property
     def lead(self) -> int:
         """Number of entries of a cotangent over its dimensions up to the last one along which nothing varies."""
+        return math.prod(self.shape[: self.leading])
+
+    @property
+    def leading(self) -> int:
+        """How many dimensions these are; all, where the parameter varies along all."""
         k = len(self.shape)
         while k and self.spread[k - 1] > 1:
             k -= 1
-        return math.prod(self.shape[:k])
+        return k or len(self.shape)
 
     def hold(self) -> bool:
         """Keeps what the operation saved; False where the form is not for it."""
