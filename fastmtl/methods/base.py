@@ -174,9 +174,9 @@ class Method(MethodModule):
             per: with losses of T tasks and B examples, what is aggregated with each other: "all" T·B, α [T·B] in the
                 order of [T, B]; "example": the T tasks of each example, α [B, T]; "task": the B examples of each task,
                 α [T, B]. What the parts bring is summed.
-            check: see by a second pass, with losses times powers of two, that no loss depends on another's example; it
-                also finds which rows are whose, and on a GPU the host waits for it. Without: batch first, everywhere,
-                and a wrong result where that is not so.
+            check: see in each step, by a second pass with losses times powers of two, that no loss depends on another's
+                example; on a GPU the host waits for it. False: in the first step of each kind of graph (operations and
+                shapes) alone.
 
         Returns:
             What the method saw and did.

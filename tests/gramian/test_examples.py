@@ -592,3 +592,25 @@ def test_factors_are_powers_of_two_as_different_as_can_be(n, dtype):
     symbols = 9 if dtype is torch.float16 else 61
     assert len(w.unique()) == min(n, symbols)
     assert w.unique(return_counts=True)[1].max() == -(-n // symbols)
+
+
+@pytest.mark.parametrize("name", ["lenet", "transformer, sequence first", "language model with tied weights", "lora"])
+def test_a_graph_that_is_known_is_not_checked_again(name, monkeypatch):
+    torch.manual_seed(0)
+    net, losses = PRACTICE[name](F64)
+    agree(losses, net.parameters(), check=False)
+    monkeypatch.setattr(layout, "find", lambda *_: pytest.fail("checked"))
+    agree(losses, net.parameters(), check=False)
+    with pytest.raises(pytest.fail.Exception):
+        fastmtl.UPGrad().backward(losses()[:-1], batch_dim=0, check=False)  # of other shapes
+
+
+def test_a_graph_that_mixes_is_checked_also_when_it_is_not_to_be():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), randn(B, 6, seed=1)
+    net.eval()
+    for _ in range(2):
+        fastmtl.UPGrad().backward(net(x).squeeze(1), batch_dim=0, check=False)
+    net.train()
+    with pytest.raises(ValueError, match="NativeBatchNormBackward0"):
+        fastmtl.UPGrad().backward(net(x).squeeze(1), batch_dim=0, check=False)

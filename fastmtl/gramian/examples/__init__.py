@@ -4,7 +4,7 @@ Which rows of a cotangent are whose is found by a second pass (`layout`); a weig
 (`products`), those of entrywise parameters from their small gradients (`parts`), all others are formed (`formed`).
 """
 
-from fastmtl.gramian.examples.engine import update
+from fastmtl.gramian.examples.engine import gram, update
 from fastmtl.gramian.examples.products import Per
 
-__all__ = ["Per", "update"]
+__all__ = ["Per", "gram", "update"]

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from fastmtl.gramian.engine import without_autocast, working_dtype
 from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, is_use
+from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
-from fastmtl.gramian.examples.passes import Brought, edges_of, one_pass, run
+from fastmtl.gramian.examples.passes import Brought, edges_of, keys_of, one_pass, run
 from fastmtl.gramian.examples.products import Gram, Per
 from fastmtl.gramian.forms import Entrywise, Use
 from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
 from fastmtl.gramian.survey import Survey, parts_of
-from fastmtl.graph import Edge, Leaves, edge_of
+from fastmtl.graph import Edge, Leaves, edge_of, leaves_of
 from fastmtl.info import Info
 from fastmtl.pipeline import coarsest
 from fastmtl.rule import Context, Rule
 
-__all__ = ["update"]
+__all__ = ["gram", "update"]
 
 # How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
 _CANCELLED = 4.0
@@ -65,7 +66,7 @@ def update(
         leaves: what the losses reach.
         context: what the step brings besides gradients.
         per: which losses are aggregated with each other.
-        check: whether a second pass sees to it that examples do not mix, and finds their rows; batch first without.
+        check: whether a second pass sees to it that examples do not mix, in this step or once for each kind of graph.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
 
@@ -81,9 +82,7 @@ def update(
     heads = leaves.without(parameters).all()
     weighted = scale_heads and bool(heads)
     with torch.no_grad():
-        todo, brought = _resolved(
-            losses, named, leaves, heads, check=check and B > 1, retain_graph=retain_graph or weighted
-        )
+        todo, brought = _resolved(losses, named, leaves, heads, check=check, retain_graph=retain_graph or weighted)
         cotangents = brought.cotangents
         found = Arrived(cotangents, brought.layouts, B, working_dtype({c.dtype for c in cotangents.values()}))
         with without_autocast(losses.device):
@@ -97,6 +96,24 @@ def update(
             own = one_pass(losses, (), heads, alpha.to(losses.dtype), retain_graph=retain_graph)
         updates += [(p, g) for p, g in zip(heads, own, strict=True) if g is not None]
     return updates, info
+
+
+def gram(losses: Tensor, parameters: Sequence[Tensor], check: bool = True) -> Tensor:
+    """The Gram matrix [T·B, T·B] of losses [T, B], float64, with loss (t, b) at t·B + b; the graph is kept.
+
+    Raises:
+        ValueError: a loss depends on several examples.
+        NotImplementedError: as `update`.
+    """
+    T, B = losses.shape
+    leaves = leaves_of([losses], [], joints=False)
+    named = [(p, f"parameter {k}") for k, p in enumerate(parameters)]
+    with torch.no_grad():
+        todo, brought = _resolved(losses, named, leaves, [], check=check, retain_graph=True)
+        dtype = working_dtype({c.dtype for c in brought.cotangents.values()})
+        with without_autocast(losses.device):
+            found = Arrived(brought.cotangents, brought.layouts, B, dtype)
+            return _gram(todo, found, T, "all", losses.device).matrix
 
 
 def _resolved(
@@ -117,16 +134,30 @@ def _resolved(
         ValueError: examples mix.
     """
     graph, B = _graph(leaves), losses.shape[1]
-    constant, odd = set[Any](), set[Any]()
+    nodes = list(leaves.owner)
+    kind = None if check else _kind(losses, named, nodes)
+    known = _KNOWN.get(kind)
+    constant = {nodes[k] for k in known.constant} if known is not None else set[Any]()
+    odd = {nodes[k] for k in known.odd} if known is not None else set[Any]()
     while True:
         derived = Derived([p for p, _ in named], constant)
         todo = _plan(named, graph, derived, odd)
         readings = todo.readings()
-        doubtful = check and any(_is_doubtful(reading, derived, B) for reading in readings)
+        keys = list(dict.fromkeys(k for reading in readings for k in keys_of(reading)))
+        layouts = dict.fromkeys(keys, Layout()) if B == 1 else None
+        if known is not None:
+            layouts = dict(zip(keys, known.layouts, strict=True))
         # What the graph saved lives on where it is needed again, or may be.
+        doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
-        brought = run(losses, readings, heads, check, keep)
+        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep)
         if not brought.mixed:
+            if layouts is None and kind is not None and brought.sure:
+                if len(_KNOWN) >= _KINDS:
+                    _KNOWN.pop(next(iter(_KNOWN)))
+                places = {node: k for k, node in enumerate(nodes)}
+                found = [brought.layouts[k] for k in keys]
+                _KNOWN[kind] = _Known([places[x] for x in constant], [places[x] for x in odd], found)
             return todo, brought
         mixed = dict(brought.mixed)
         again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
@@ -135,6 +166,31 @@ def _resolved(
             raise ValueError(_mixed(next(iter(mixed)), leaves))
         constant |= again
         odd |= formless
+
+
+class _Known(NamedTuple):
+    """What a check has found out: places of nodes in the graph, and the layouts of all uses in their order."""
+
+    constant: list[int]
+    odd: list[int]
+    layouts: list[Layout]
+
+
+_KNOWN: dict[Any, _Known] = {}
+_KINDS = 64  # of graphs that are remembered
+_SAID = ("_saved_training", "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims")
+
+
+def _kind(losses: Tensor, named: Sequence[tuple[Tensor, str]], nodes: Sequence[Any]) -> Any:
+    """What tells graphs apart: operations, shapes, whether norms train, and what is shared."""
+    places = {node: k for k, node in enumerate(nodes)}
+    said = (
+        (node.name(), *(tuple(x.shape) for x in node._input_metadata), *(str(getattr(node, x, "")) for x in _SAID))
+        for node in nodes
+    )
+    ways = (tuple((places.get(behind), k) for behind, k in node.next_functions) for node in nodes)
+    shared = tuple(places.get(edge_of(p)[0]) for p, _ in named)
+    return losses.shape, losses.dtype, losses.device, shared, tuple(said), tuple(ways)
 
 
 def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
@@ -213,21 +269,19 @@ def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:
 
 def _mixed(edge: Edge, leaves: Leaves) -> str:
     node, output = edge
-    statistics = [
-        other.name()
-        for other in leaves.owner
-        if "BatchNorm" in other.name() and getattr(other, "_saved_training", True)
-    ]
-    why = (
-        f"; there is {statistics[0]} with statistics of the batch (GroupNorm has none, and .eval() uses none)"
-        if statistics
-        else ""
-    )
+    why = ""
+    for other in leaves.owner:  # InstanceNorm runs as one on a batch of one
+        if "BatchNorm" in other.name() and getattr(other, "_saved_training", True) and _rows(other) != 1:
+            why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
     return (
         f"losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
         f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) takes "
         "any losses"
     )
+
+
+def _rows(node: Any) -> int:
+    return int(node._input_metadata[0].shape[0])
 
 
 def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -> Gram:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "draw", "find"]
+__all__ = ["Layout", "draw", "find", "is_sure"]
 
 # Exponents of the factors: as many examples have factors of their own; the others share them.
 _EXPONENTS = {torch.float16: 4}
@@ -110,15 +110,30 @@ def find(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape:
         return Layout()
     c, got = before.reshape(outer, lead, -1), after.reshape(outer, lead, -1)
     if lead % B == 0:
-        first = c[:1, :, :_PREVIEW].contiguous(), got[:1, :, :_PREVIEW].contiguous()
-        for pre in _candidates(lead // B, shape):
-            if _fits(*first, pre, w) and _fits(c, got, pre, w):
-                return Layout(pre)
+        pre = next(_fitting(c, got, w, shape), None)
+        if pre is not None:
+            return Layout(pre)
     owner = _owners(c, got, w)
     if owner is None:
         return None
     factor = w[owner].to(c.dtype)[None, :, None]
     return Layout(owner=owner) if _agree(c * factor, got, factor) else None
+
+
+def is_sure(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape: Sequence[int] = ()) -> bool:
+    """Whether one layout alone fits: where cotangents are zero all do."""
+    if len(w) == 1:
+        return True
+    c, got = before.reshape(outer, lead, -1), after.reshape(outer, lead, -1)
+    return lead % len(w) == 0 and len(list(_fitting(c, got, w, shape))) == 1
+
+
+def _fitting(c: Tensor, got: Tensor, w: Tensor, shape: Sequence[int]) -> Iterator[int]:
+    """Those numbers of rows before the batch that fit."""
+    first = c[:1, :, :_PREVIEW].contiguous(), got[:1, :, :_PREVIEW].contiguous()
+    for pre in _candidates(c.shape[1] // len(w), shape):
+        if _fits(*first, pre, w) and _fits(c, got, pre, w):
+            yield pre
 
 
 def _candidates(S: int, shape: Sequence[int]) -> Iterator[int]:

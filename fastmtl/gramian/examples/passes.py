@@ -18,7 +18,7 @@ from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 from fastmtl.inputs import Row
 
-__all__ = ["Brought", "edges_of", "one_pass", "run"]
+__all__ = ["Brought", "edges_of", "keys_of", "one_pass", "run"]
 
 
 class Brought(NamedTuple):
@@ -28,12 +28,14 @@ class Brought(NamedTuple):
         cotangents: where they arrived, of all tasks [T, ...].
         layouts: which rows are whose.
         mixed: edges where rows are several examples', with who reads there.
+        sure: whether there is no other layout that would fit.
         heads: the gradients of other parameters, summed over all losses.
     """
 
     cotangents: dict[Edge, Tensor]
     layouts: dict[Key, Layout]
     mixed: list[tuple[Edge, Reading]]
+    sure: bool
     heads: Row
 
 
@@ -43,13 +45,21 @@ def edges_of(reading: Reading) -> list[Edge]:
 
 
 def run(
-    losses: Tensor, readings: Sequence[Reading], heads: Sequence[Tensor], check: bool, retain_graph: bool
+    losses: Tensor,
+    readings: Sequence[Reading],
+    heads: Sequence[Tensor],
+    *,
+    layouts: dict[Key, Layout] | None,
+    retain_graph: bool,
 ) -> Brought:
-    """T passes from losses [T, B], and with `check` one from the same losses times powers of two; for T > 1 two more."""
+    """T passes from losses [T, B].
+
+    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two.
+    """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
     before: Row = []
-    if check:
+    if layouts is None:
         w = layout.draw(B, losses.dtype, losses.device)
         if T > 1:  # sums of cotangents are not, bit by bit, the cotangents of sums
             before = one_pass(losses, edges, (), torch.ones_like(losses), retain_graph=True)
@@ -57,7 +67,7 @@ def run(
     for t in range(T):
         alone = torch.zeros_like(losses)
         alone[t] = 1
-        keep = retain_graph or check or t < T - 1
+        keep = retain_graph or layouts is None or t < T - 1
         rows.append(one_pass(losses, edges, heads, alone, retain_graph=keep))
     columns = list(zip(*rows, strict=True))
     rows.clear()
@@ -67,8 +77,8 @@ def run(
         if (like := next((g for g in column if g is not None), None)) is not None
     }
     own = [_sum(column) for column in columns[len(edges) :]]
-    if not check:
-        return Brought(cotangents, {k: Layout() for reading in readings for k in _keys(reading)}, [], own)
+    if layouts is not None:
+        return Brought(cotangents, layouts, [], True, own)
     if T == 1:
         before = [cotangents[edge][0] if edge in cotangents else None for edge in edges]
     after = one_pass(losses, edges, (), w.expand_as(losses), retain_graph=retain_graph)
@@ -92,7 +102,8 @@ def _sum(column: Iterable[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _keys(reading: Reading) -> list[Key]:
+def keys_of(reading: Reading) -> list[Key]:
+    """What the layouts of its rows depend on."""
     if isinstance(reading, Operation):
         return [(edge, 1, math.prod(edge[0]._input_metadata[edge[1]].shape)) for edge in reading.edges]
     return [key(reading)]
@@ -100,26 +111,30 @@ def _keys(reading: Reading) -> list[Key]:
 
 def _layouts(
     readings: Iterable[Reading], sums: dict[Edge, tuple[Tensor, Tensor]], w: Tensor
-) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]]]:
-    """The layout of every use, and where there is none."""
+) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
+    """The layout of every use; where there is none; and whether there is no other."""
     found: dict[Key, Layout] = {}
     regular: dict[tuple[Edge, int], int] = {}
     mixed: list[tuple[Edge, Reading]] = []
+    sure = True
     for reading in readings:
-        for k in _keys(reading):
+        for k in keys_of(reading):
             edge, outer, lead = k
             if k in found or edge not in sums:
+                sure &= k in found
                 continue
             pre = regular.get((edge, outer))
             if pre is not None and lead % (pre * len(w)) == 0:  # of the same cotangent, counted in finer rows
                 found[k] = Layout(pre)
                 continue
             before, after = sums[edge]
-            own = layout.find(before, after, w, outer, lead, () if isinstance(reading, Use) else before.shape)
+            shape = () if isinstance(reading, Use) else before.shape
+            own = layout.find(before, after, w, outer, lead, shape)
             if own is None:
                 mixed.append((edge, reading))
                 continue
             found[k] = own
+            sure = sure and layout.is_sure(before, after, w, outer, lead, shape)
             if own.owner is None:
                 regular[edge, outer] = own.pre
-    return found, mixed
+    return found, mixed, sure
