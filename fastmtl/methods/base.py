@@ -19,6 +19,7 @@ from fastmtl.inputs import (
     describe,
     transforming,
 )
+from fastmtl.methods.checks import checked_weights
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of
 from fastmtl.training.backward import backward
@@ -167,16 +168,13 @@ class Method(MethodModule):
                 each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
                 and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
                 faster.
-            batch_dim: the losses are those of examples, a tensor [B], or of T tasks and B examples, [T, B] or [B, T],
-                and this is their dimension of the examples. Loss b depends on example b alone, and so an ordinary
-                backward pass has all B gradients in it: their Gram matrix is exact, whichever `engine`. Shared are, by
-                default, all parameters; for methods that need no more than the Gram matrix.
-            per: with losses of T tasks and B examples, what is aggregated with each other: "all" T·B, α [T·B] in the
-                order of [T, B]; "example": the T tasks of each example, α [B, T]; "task": the B examples of each task,
-                α [T, B]. What the parts bring is summed.
-            check: see in each step, by a second pass with losses times powers of two, that no loss depends on another's
-                example; on a GPU the host waits for it. False: in the first step of each kind of graph (operations and
-                shapes) alone.
+            batch_dim: the losses are those of examples, [B], or of T tasks and B examples, [T, B] or [B, T]: this is
+                the examples' dimension. Loss b depends on example b alone: one backward pass brings all B gradients'
+                Gram matrix (docs/methods.md), whichever `engine`. Shared are, by default, all parameters.
+            per: of T tasks and B examples, what is aggregated with each other: "all", α [T·B] in the order of [T, B];
+                "example", the tasks of each, α [B, T]; "task", the examples of each, α [T, B]. The parts are summed.
+            check: see by a second pass that no loss depends on another's example, in each step (on a GPU the host waits
+                for it), or in the first of each kind of graph alone.
 
         Returns:
             What the method saw and did.
@@ -320,7 +318,7 @@ class GramMethod(Method):
         Returns:
             An info with `alpha`, float64 [..., T], and `gram`.
         """
-        alpha = _checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
+        alpha = checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
         return Info.of(ops.constant(M, alpha), M)
 
     def weighting(
@@ -394,22 +392,3 @@ class _OfFunction(GramMethod):
 
 def _missing(method: Method, what: str) -> str:
     return f"{type(method).__name__}: expected it to define {what}"
-
-
-def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
-    """What `weigh` returned for M, float64 and contiguous.
-
-    Raises:
-        TypeError: no tensor of a floating dtype.
-        ValueError: of another shape or device, or one that requires grad.
-    """
-    name, shape = f"{method!r}.weigh", list(M.shape[:-1])
-    expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
-    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
-    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
-        raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
-    if alpha.shape != M.shape[:-1] or alpha.device != M.device:
-        raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
-    if eager and alpha.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
-    return alpha.detach().to(torch.float64).contiguous()

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from gramian_models import LAYERS, MODELS, Uses, build, resnet18
+from gramian_models import LAYERS, MODELS, build, resnet18
 from helpers import BF16, F32, F64, dtype_id, randn
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, rnn
+from torch.nn.utils import rnn
 
 import fastmtl
 from fastmtl.gramian.examples import layout
@@ -35,7 +35,11 @@ def jacobian(losses, parameters):
     rows = []
     for loss in losses.flatten():
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters)]))
+        rows.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters, strict=True)]
+            )
+        )
     return torch.stack(rows).double()
 
 
@@ -279,7 +283,7 @@ def several(dtype=F64, B=6, T=3):
 
 @pytest.mark.parametrize("B", [1, 2, 6])
 def test_tasks_times_examples(B):
-    trunk, heads, losses = several(B=B)
+    trunk, _, losses = several(B=B)
     info = agree(losses, trunk.parameters())
     assert info.alpha.shape == (3 * B,)
     # The batch may come first.
@@ -414,14 +418,14 @@ def test_rows_in_any_order():
 
 
 ARGUMENTS = [
-    (dict(batch_dim=1), ValueError, "batch_dim: expected a dimension of losses"),
-    (dict(batch_dim=True), ValueError, "batch_dim: expected a dimension of losses"),
-    (dict(batch_dim=0, per="row"), ValueError, "per: expected one of 'all', 'example', 'task', got 'row'"),
-    (dict(per="example"), ValueError, "batch_dim: expected a dimension of the losses with per"),
-    (dict(check=False), ValueError, "batch_dim: expected a dimension of the losses with check"),
-    (dict(batch_dim=0, batched=True), ValueError, "batched: expected False with batch_dim"),
-    (dict(batch_dim=0, features=1), ValueError, "features: expected None with batch_dim"),
-    (dict(batch_dim=0, groups=[1]), ValueError, "groups: expected None with batch_dim"),
+    ({"batch_dim": 1}, ValueError, "batch_dim: expected a dimension of losses"),
+    ({"batch_dim": True}, ValueError, "batch_dim: expected a dimension of losses"),
+    ({"batch_dim": 0, "per": "row"}, ValueError, "per: expected one of 'all', 'example', 'task', got 'row'"),
+    ({"per": "example"}, ValueError, "batch_dim: expected a dimension of the losses with per"),
+    ({"check": False}, ValueError, "batch_dim: expected a dimension of the losses with check"),
+    ({"batch_dim": 0, "batched": True}, ValueError, "batched: expected False with batch_dim"),
+    ({"batch_dim": 0, "features": 1}, ValueError, "features: expected None with batch_dim"),
+    ({"batch_dim": 0, "groups": [1]}, ValueError, "groups: expected None with batch_dim"),
 ]
 
 
@@ -539,7 +543,7 @@ def test_the_monitor_and_diagnostics_take_it():
 
 def test_weights_that_are_kept_for_some_steps():
     torch.manual_seed(0)
-    net, losses = encoder(F64)
+    _, losses = encoder(F64)
     method = fastmtl.NashMTL(every=3)
     first, second = (method.backward(losses(), batch_dim=0) for _ in range(2))
     torch.testing.assert_close(first.alpha, second.alpha)
@@ -614,3 +618,57 @@ def test_a_graph_that_mixes_is_checked_also_when_it_is_not_to_be():
     net.train()
     with pytest.raises(ValueError, match="NativeBatchNormBackward0"):
         fastmtl.UPGrad().backward(net(x).squeeze(1), batch_dim=0, check=False)
+
+
+# ------------------------------------------------------------------------------------------------ engine="auto"
+
+
+@pytest.mark.parametrize("form", ["vector", "unbound", "list"])
+def test_auto_recognises_the_entries_of_a_vector(form, monkeypatch):
+    from fastmtl.gramian.examples import engine
+
+    torch.manual_seed(0)
+    net, losses = lenet(F64)
+    other = copy.deepcopy(net)
+    passes = []
+    monkeypatch.setattr(engine, "run", lambda *a, run=engine.run, **k: passes.append(1) or run(*a, **k))
+    for _ in range(2):
+        net.zero_grad()
+        found = losses()
+        given = {"vector": found, "unbound": found.unbind(), "list": list(found.unbind())}[form]
+        info = fastmtl.UPGrad().backward(given, shared=net, engine="auto")
+    assert len(passes) == 2
+    x = randn(9, 1, 12, 12, seed=1, dtype=F64)
+    vector = F.cross_entropy(other(x), classes(9), reduction="none")
+    expected = fastmtl.UPGrad().backward(vector, shared=other, engine="full")
+    torch.testing.assert_close(info.alpha, expected.alpha, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient(net.parameters()), gradient(other.parameters()), rtol=1e-6, atol=1e-9)
+
+
+def test_auto_takes_another_engine_where_examples_mix(monkeypatch):
+    from fastmtl.gramian.examples import engine
+
+    passes = []
+    monkeypatch.setattr(engine, "run", lambda *a, run=engine.run, **k: passes.append(1) or run(*a, **k))
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 1)).double(), randn(9, 5, dtype=F64)
+    other = copy.deepcopy(net)
+    for _ in range(2):  # the second time it is known
+        net.zero_grad()
+        info = fastmtl.UPGrad().backward(net(x).square().squeeze(1), shared=net, engine="auto")
+    assert len(passes) == 1
+    other(x)
+    expected = fastmtl.UPGrad().backward(other(x).square().squeeze(1), shared=other, engine="full")
+    torch.testing.assert_close(info.alpha, expected.alpha, rtol=1e-6, atol=1e-9)
+
+
+def test_auto_takes_tasks_for_tasks(monkeypatch):
+    """Stacked losses, entries in another order, some of them, and few."""
+    from fastmtl.gramian.examples import engine
+
+    monkeypatch.setattr(engine, "run", lambda *_, **__: pytest.fail("taken for examples"))
+    trunk, _, losses = several(T=8)
+    tasks = losses().mean(1)
+    vector = losses()[0]
+    for given in (torch.stack([x * 1 for x in tasks]), tasks.unbind()[::-1], tasks.unbind()[1:], vector[:4]):
+        fastmtl.UPGrad().backward(given, trunk, engine="auto", retain_graph=True)

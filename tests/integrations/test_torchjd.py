@@ -572,7 +572,10 @@ def test_the_engine_takes_what_torchjds_does_not():
     lstm, x = nn.LSTM(3, 4).double(), randn(6, 5, 3, dtype=F64)
     losses = lstm(x)[0].square().mean((0, 2))
     M = ours.Engine(lstm, batch_dim=0).compute_gramian(losses)
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(one, list(lstm.parameters()), retain_graph=True)]) for one in losses]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(one, list(lstm.parameters()), retain_graph=True)])
+        for one in losses
+    ]
     torch.testing.assert_close(M, torch.stack(rows) @ torch.stack(rows).T)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
     engine = ours.Engine(net, batch_dim=0)

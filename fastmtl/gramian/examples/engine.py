@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl.gramian.engine import without_autocast, working_dtype
 from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, is_use
+from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
 from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
 from fastmtl.gramian.examples.passes import Brought, edges_of, keys_of, one_pass, run
@@ -25,6 +26,10 @@ from fastmtl.pipeline import coarsest
 from fastmtl.rule import Context, Rule
 
 __all__ = ["gram", "update"]
+
+_KNOWN: Memory[Known] = Memory()
+_TRIED: Memory[bool] = Memory()
+_MIXING: Memory[bool] = Memory()
 
 # How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
 _CANCELLED = 4.0
@@ -52,11 +57,12 @@ def update(
     leaves: Leaves,
     context: Context,
     *,
-    per: Per,
-    check: bool,
+    per: Per = "all",
+    check: bool = True,
     scale_heads: bool,
     retain_graph: bool,
-) -> tuple[list[tuple[Tensor, Tensor]], Info]:
+    tentative: bool = False,
+) -> tuple[list[tuple[Tensor, Tensor]], Info] | None:
     """The aggregated gradients for losses [T, B], column b of which depends on example b alone.
 
     Args:
@@ -69,6 +75,8 @@ def update(
         check: whether a second pass sees to it that examples do not mix, in this step or once for each kind of graph.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
+        tentative: whether None is returned where examples mix, and where a graph of this kind has done so; in the first
+            step of each kind the graph is kept.
 
     Returns:
         What is to be added to `.grad`, and what the method saw and did.
@@ -81,8 +89,20 @@ def update(
     parameters = [p for p, _ in named]
     heads = leaves.without(parameters).all()
     weighted = scale_heads and bool(heads)
+    kind = kind_of(losses, parameters, leaves) if tentative else None
+    if tentative and kind in _MIXING:
+        return None
     with torch.no_grad():
-        todo, brought = _resolved(losses, named, leaves, heads, check=check, retain_graph=retain_graph or weighted)
+        try:
+            keep = retain_graph or weighted or (tentative and kind not in _TRIED)
+            todo, brought = _resolved(losses, named, leaves, heads, check=check, retain_graph=keep)
+        except (ValueError, NotImplementedError):
+            if not tentative or kind in _TRIED:
+                raise
+            _MIXING[kind] = True
+            return None
+        if tentative:
+            _TRIED[kind] = True
         cotangents = brought.cotangents
         found = Arrived(cotangents, brought.layouts, B, working_dtype({c.dtype for c in cotangents.values()}))
         with without_autocast(losses.device):
@@ -134,13 +154,13 @@ def _resolved(
         ValueError: examples mix.
     """
     graph, B = _graph(leaves), losses.shape[1]
-    nodes = list(leaves.owner)
-    kind = None if check else _kind(losses, named, nodes)
+    nodes, parameters = list(leaves.owner), [p for p, _ in named]
+    kind = None if check else kind_of(losses, parameters, leaves)
     known = _KNOWN.get(kind)
     constant = {nodes[k] for k in known.constant} if known is not None else set[Any]()
     odd = {nodes[k] for k in known.odd} if known is not None else set[Any]()
     while True:
-        derived = Derived([p for p, _ in named], constant)
+        derived = Derived(parameters, constant)
         todo = _plan(named, graph, derived, odd)
         readings = todo.readings()
         keys = list(dict.fromkeys(k for reading in readings for k in keys_of(reading)))
@@ -153,49 +173,27 @@ def _resolved(
         brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep)
         if not brought.mixed:
             if layouts is None and kind is not None and brought.sure:
-                if len(_KNOWN) >= _KINDS:
-                    _KNOWN.pop(next(iter(_KNOWN)))
                 places = {node: k for k, node in enumerate(nodes)}
                 found = [brought.layouts[k] for k in keys]
-                _KNOWN[kind] = _Known([places[x] for x in constant], [places[x] for x in odd], found)
+                _KNOWN[kind] = Known([places[x] for x in constant], [places[x] for x in odd], found)
             return todo, brought
         mixed = dict(brought.mixed)
         again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
-        formless = {edge[0] for edge, reading in mixed.items() if not isinstance(reading, Operation)} - again
+        formless = {edge[0] for edge, reading in mixed.items() if _is_batched(reading)} - again
         if not keep or not (again or formless):
             raise ValueError(_mixed(next(iter(mixed)), leaves))
         constant |= again
         odd |= formless
 
 
-class _Known(NamedTuple):
-    """What a check has found out: places of nodes in the graph, and the layouts of all uses in their order."""
-
-    constant: list[int]
-    odd: list[int]
-    layouts: list[Layout]
-
-
-_KNOWN: dict[Any, _Known] = {}
-_KINDS = 64  # of graphs that are remembered
-_SAID = ("_saved_training", "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims")
-
-
-def _kind(losses: Tensor, named: Sequence[tuple[Tensor, str]], nodes: Sequence[Any]) -> Any:
-    """What tells graphs apart: operations, shapes, whether norms train, and what is shared."""
-    places = {node: k for k, node in enumerate(nodes)}
-    said = (
-        (node.name(), *(tuple(x.shape) for x in node._input_metadata), *(str(getattr(node, x, "")) for x in _SAID))
-        for node in nodes
-    )
-    ways = (tuple((places.get(behind), k) for behind, k in node.next_functions) for node in nodes)
-    shared = tuple(places.get(edge_of(p)[0]) for p, _ in named)
-    return losses.shape, losses.dtype, losses.device, shared, tuple(said), tuple(ways)
+def _is_batched(reading: Reading) -> bool:
+    """Whether it is a batch of products, which may be that of the examples: a matrix for each."""
+    return isinstance(reading, Use) and reading.groups > 1 and reading.outer > 1
 
 
 def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
     """Whether rows may be others than those of the form, or none that belong to examples."""
-    if isinstance(reading, Use) and reading.groups > 1 and reading.outer > 1:
+    if _is_batched(reading):
         return True
     for node, output in edges_of(reading):
         shape = node._input_metadata[output].shape
@@ -274,9 +272,9 @@ def _mixed(edge: Edge, leaves: Leaves) -> str:
         if "BatchNorm" in other.name() and getattr(other, "_saved_training", True) and _rows(other) != 1:
             why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
     return (
-        f"losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
-        f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) takes "
-        "any losses"
+        "losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
+        f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) "
+        "takes any losses"
     )
 
 

@@ -46,7 +46,7 @@ class Engine:
 
         Raises:
             TypeError: no floating tensor.
-            ValueError: it has no such dimension or requires no grad, or an entry depends on other examples than its own.
+            ValueError: it has no such dimension or requires no grad, or an entry depends on other examples.
         """
         if not isinstance(output, Tensor) or output.dtype not in DTYPES:
             raise TypeError(f"output: expected a floating tensor, got {describe(output)}")

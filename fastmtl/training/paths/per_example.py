@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from fastmtl.gramian import examples
-from fastmtl.graph import edge_of
+from fastmtl.graph import edge_of, leaves_of
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.training import passes
 from fastmtl.training.parameters import are_plain
@@ -16,6 +18,7 @@ from fastmtl.training.step import Options, Outcome, Step, check_reached
 __all__ = ["check", "checked_losses", "run", "takes"]
 
 _PER = get_args(examples.Per)
+_MANY = 8  # losses from which on one backward pass of them all, twice, takes less than one each
 
 
 def checked_losses(losses: Any, batch_dim: Any) -> Tensor:
@@ -68,31 +71,58 @@ def check(options: Options) -> None:
 
 
 def takes(step: Step) -> bool:
-    """Steps with losses of examples."""
-    return step.options.batch_dim is not None
-
-
-def run(step: Step) -> Outcome:
-    """See `Path`."""
+    """Steps with losses of examples, and with "auto" those whose losses are the entries of one vector."""
+    if step.options.batch_dim is not None:
+        return True
     options = step.options
+    others = (options.representation, options.features, options.groups, options.process_group)
+    return (
+        options.engine == "auto"
+        and options.method.on_gram
+        and len(step.losses) >= _MANY
+        and all(option is None for option in others)
+        and are_plain(step.parameters)
+        and _of_vector(step.losses)
+    )
+
+
+def _of_vector(losses: Sequence[Tensor | None]) -> bool:
+    """Whether they are the entries, all and in their order, of a vector that was not stacked."""
+    node: Any = None if losses[0] is None else losses[0].grad_fn
+    if type(node).__name__ != "UnbindBackward0" or len(node._input_metadata) != len(losses):
+        return False
+    source = node.next_functions[0][0]
+    if type(source).__name__ == "StackBackward0" or source is None:
+        return False
+    return all(x is not None and x.grad_fn is node and x.ndim == 0 and x.output_nr == t for t, x in enumerate(losses))
+
+
+def run(step: Step) -> Outcome | None:
+    """See `Path`. None with "auto" where examples mix."""
+    options, heads = step.options, step.heads
+    tentative = options.batch_dim is None
     if not are_plain(step.parameters):
         other = next(p for p in step.parameters if not are_plain([p]))
         raise ValueError(f"shared: expected plain parameters with batch_dim, got a {type(other).__name__}")
-    if not any(edge_of(p)[0] in step.heads.owner for p in step.parameters):
+    if not any(edge_of(p)[0] in heads.owner for p in step.parameters):
         check_reached([], "shared")
-    losses = step.losses[0]
-    assert losses is not None
+    present = [loss for loss in step.losses if loss is not None]
     reached = step.reached()
-    with passes.without_tensor_hooks([*step.parameters, *step.heads.all()]):
-        updates, info = examples.update(
+    if tentative:
+        with torch.enable_grad():
+            present = [torch.stack(present)[None]]
+        heads = leaves_of(present, [], joints=False)
+    with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
+        found = examples.update(
             options.method,
-            losses,
+            present[0],
             [(p, step.names.get(id(p), f"shared[{k}]")) for k, p in enumerate(step.parameters)],
-            step.heads,
+            heads,
             step.context,
             per=options.per,
             check=options.check,
             scale_heads=options.scale_heads,
             retain_graph=options.retain_graph,
+            tentative=tentative,
         )
-    return Outcome(updates, info, reached)
+    return None if found is None else Outcome(*found, reached)
