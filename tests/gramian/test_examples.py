@@ -7,9 +7,11 @@ import pytest
 import torch
 from gramian_models import LAYERS, MODELS, build, resnet18
 from helpers import BF16, F32, F64, dtype_id, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import rnn
+from torch.nn.utils import parametrizations, rnn
 
 import fastmtl
 from fastmtl.gramian.examples import layout
@@ -268,6 +270,99 @@ def test_every_way_to_write_a_product_has_a_closed_form(way, dtype, monkeypatch)
     assert info.explicit == ()
     torch.testing.assert_close(info.gram, J @ J.T, rtol=100 * torch.finfo(dtype).eps, atol=100 * torch.finfo(dtype).eps)
     torch.testing.assert_close(w.grad.flatten().double(), info.alpha @ J, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ random networks
+
+WIDTH, LENGTH = 4, 3
+
+
+class Attended(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.layer, self.batch_first = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first), batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        y = self.layer(x, x, x, need_weights=False)[0]
+        return y if self.batch_first else y.transpose(0, 1)
+
+
+class Swept(nn.Module):
+    """Layers along the sequence: recurrent ones and convolutions."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0] if isinstance(self.layer, nn.RNNBase) else self.layer(x.mT).mT
+
+
+class Scaled(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return torch.einsum("bsi,oi->bso", x, self.weight) + x @ self.weight
+
+
+LAYER = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "linear without bias": lambda: nn.Linear(WIDTH, WIDTH, bias=False),
+    "layer norm": lambda: nn.LayerNorm(WIDTH),
+    "group norm": lambda: Swept(nn.GroupNorm(2, WIDTH)),
+    "instance norm": lambda: Swept(nn.InstanceNorm1d(WIDTH, affine=True)),
+    "convolution": lambda: Swept(nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2)),
+    "attention": lambda: Attended(True),
+    "attention, sequence first": lambda: Attended(False),
+    "gru": lambda: Swept(nn.GRU(WIDTH, WIDTH, batch_first=True)),
+    "scale": lambda: Scaled(WIDTH),
+    "scale of places": lambda: Scaled(LENGTH, 1),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
+    "product and its transpose": Transposed,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_random_networks(data):
+    """Layers in any order, some used again, with ways around them, on batches of any size; of one task or two."""
+    torch.manual_seed(data.draw(st.integers(0, 1000), "seed"))
+    names = data.draw(st.lists(st.sampled_from(sorted(LAYER)), min_size=1, max_size=5), "layers")
+    layers = nn.ModuleList(LAYER[name]() for name in names).double()
+    order = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=6), "order")
+    around = data.draw(st.lists(st.booleans(), min_size=6, max_size=6), "around")
+    examples, T = data.draw(st.integers(1, 9), "examples"), data.draw(st.integers(1, 2), "tasks")
+    embedded = data.draw(st.booleans(), "embedded")
+    table = nn.Embedding(5, WIDTH).double()
+    ids = torch.randint(5, (examples, LENGTH))
+    x = randn(examples, LENGTH, WIDTH, seed=1, dtype=F64)
+
+    def losses():
+        h = table(ids) if embedded else x
+        for k, skip in zip(order, around, strict=False):
+            h = layers[k](h).tanh() + (h if skip else 0)
+        if embedded:  # tied
+            h = h @ table.weight.T
+        rows = [h.sin().sum((1, 2)), h.square().mean((1, 2))][:T]
+        return rows[0] if T == 1 else torch.stack(rows)
+
+    parameters = [*layers.parameters(), *table.parameters()]
+    found = losses()
+    used = torch.autograd.grad(found.sum(), parameters, allow_unused=True)
+    parameters = [p for p, g in zip(parameters, used, strict=True) if g is not None]
+    agree(losses, parameters)
 
 
 # ------------------------------------------------------------------------------------------------ several tasks
@@ -635,8 +730,8 @@ def test_auto_recognises_the_entries_of_a_vector(form, monkeypatch):
     for _ in range(2):
         net.zero_grad()
         found = losses()
-        given = {"vector": found, "unbound": found.unbind(), "list": list(found.unbind())}[form]
-        info = fastmtl.UPGrad().backward(given, shared=net, engine="auto")
+        form_of = {"vector": found, "unbound": found.unbind(), "list": list(found.unbind())}
+        info = fastmtl.UPGrad().backward(form_of[form], shared=net, engine="auto")
     assert len(passes) == 2
     x = randn(9, 1, 12, 12, seed=1, dtype=F64)
     vector = F.cross_entropy(other(x), classes(9), reduction="none")
@@ -670,5 +765,5 @@ def test_auto_takes_tasks_for_tasks(monkeypatch):
     trunk, _, losses = several(T=8)
     tasks = losses().mean(1)
     vector = losses()[0]
-    for given in (torch.stack([x * 1 for x in tasks]), tasks.unbind()[::-1], tasks.unbind()[1:], vector[:4]):
-        fastmtl.UPGrad().backward(given, trunk, engine="auto", retain_graph=True)
+    for one in (torch.stack([x * 1 for x in tasks]), tasks.unbind()[::-1], tasks.unbind()[1:], vector[:4]):
+        fastmtl.UPGrad().backward(one, trunk, engine="auto", retain_graph=True)

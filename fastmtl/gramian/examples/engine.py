@@ -170,7 +170,7 @@ def _resolved(
         # What the graph saved lives on where it is needed again, or may be.
         doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
-        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep)
+        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep, sure=kind is not None)
         if not brought.mixed:
             if layouts is None and kind is not None and brought.sure:
                 places = {node: k for k, node in enumerate(nodes)}

@@ -51,10 +51,12 @@ def run(
     *,
     layouts: dict[Key, Layout] | None,
     retain_graph: bool,
+    sure: bool = False,
 ) -> Brought:
     """T passes from losses [T, B].
 
-    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two.
+    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two. `sure` looks whether
+    others would fit too.
     """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
@@ -83,7 +85,7 @@ def run(
         before = [cotangents[edge][0] if edge in cotangents else None for edge in edges]
     after = one_pass(losses, edges, (), w.expand_as(losses), retain_graph=retain_graph)
     sums = {edge: (c, g) for edge, c, g in zip(edges, before, after, strict=True) if c is not None and g is not None}
-    return Brought(cotangents, *_layouts(readings, sums, w), own)
+    return Brought(cotangents, *_layouts(readings, sums, w, sure), own)
 
 
 def one_pass(
@@ -110,13 +112,12 @@ def keys_of(reading: Reading) -> list[Key]:
 
 
 def _layouts(
-    readings: Iterable[Reading], sums: dict[Edge, tuple[Tensor, Tensor]], w: Tensor
+    readings: Iterable[Reading], sums: dict[Edge, tuple[Tensor, Tensor]], w: Tensor, sure: bool
 ) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
     """The layout of every use; where there is none; and whether there is no other."""
     found: dict[Key, Layout] = {}
     regular: dict[tuple[Edge, int], int] = {}
     mixed: list[tuple[Edge, Reading]] = []
-    sure = True
     for reading in readings:
         for k in keys_of(reading):
             edge, outer, lead = k

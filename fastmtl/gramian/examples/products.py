@@ -7,7 +7,6 @@ rows are less than the entries of a gradient, and the product of the gradients t
 
 from __future__ import annotations
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ Per: TypeAlias = Literal["all", "example", "task"]
 
 _F64 = torch.float64
 _ENTRIES = 1 << 17  # of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
-_NEAR = (2.0**-19, 2.0**19)  # where the largest entries need no scaling
+_NEAR = (2.0**-19, 2.0**19)  # norms of rows that need no scaling
 _PAIR = 6.0  # multiply-adds that an entry of A Aᵀ ∘ C Cᵀ takes besides the products
 
 
@@ -98,17 +97,19 @@ class Gram:
             gradients [T, B, O, I] where they were formed and are no larger than A and C.
         """
         S = A.shape[1]
-        a, c = _scale(A, 1), _scale(C, 2)
-        if a is None and c is None:
-            return _sizes(A, C) if S > 1 else None, self._add(A, C)
-        T, B = self.T, self.B
-        a = torch.ones(B, dtype=_F64, device=A.device) if a is None else a
-        scale = (torch.ones(T, B, dtype=_F64, device=A.device) if c is None else c) * a
-        A, C = times(A, a), C if c is None else times(C, c)
+        # Of rows: what they say of the sizes of sums says also where products could leave float32.
+        a, c = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(C, dim=3)
+        if _are_near(a, 1) and _are_near(c, 2):
+            return (a * c).double().square().sum(2) if S > 1 else None, self._add(A, C)
+        scale_a, scale_c = scale_of([A], 1), scale_of([C], 2)
+        scale = scale_c * scale_a
+        A, C = times(A, scale_a), times(C, scale_c)
         own = self.like()
         rows = own._add(A, C)
         self.add_scaled(own, scale)
-        return _sizes(A, C) / scale.square() if S > 1 else None, None if rows is None else times(rows, 1 / scale)
+        products = torch.linalg.vector_norm(A, dim=2).double() * torch.linalg.vector_norm(C, dim=3).double()
+        sizes = products.square().sum(2) / scale.square() if S > 1 else None
+        return sizes, None if rows is None else times(rows, 1 / scale)
 
     def _add(self, A: Tensor, C: Tensor) -> Tensor | None:
         """Adds the products, whichever way; the gradients where they were formed and are small."""
@@ -194,18 +195,12 @@ class Gram:
                         M[:, b] += x
 
 
-def _sizes(A: Tensor, C: Tensor) -> Tensor:
-    """Σ_n |A_n|² |C_n|² [T, B]."""
-    return (A.square().sum(2, dtype=_F64) * C.square().sum(3, dtype=_F64)).sum(2)
-
-
-def _scale(x: Tensor, dims: int) -> Tensor | None:
-    """`scale_of`, or None where that is known to be 1 everywhere."""
-    if x.device.type == "cpu" and x.numel():
-        largest = torch.linalg.vector_norm(x.flatten(dims), math.inf, dim=-1).aminmax()
-        if _NEAR[0] < largest[0].item() and largest[1].item() < _NEAR[1]:
-            return None
-    return scale_of([x], dims)
+def _are_near(norms: Tensor, dims: int) -> bool:
+    """Whether each example's largest row is known to be of a size near 1."""
+    if norms.device.type != "cpu" or not norms.numel():  # nothing waits for a GPU
+        return False
+    least, most = norms.amax(dims).aminmax()
+    return _NEAR[0] < least.item() and most.item() < _NEAR[1]
 
 
 def _paired(C: Tensor, E: Tensor) -> Tensor:
