@@ -96,6 +96,31 @@ def test_uses_of_parameters(name, dtype):
     agree(lambda: losses_of(model.trunk, model.x), model.shared(), dtype)
 
 
+BAGS = {
+    "mean": {},
+    "sum": {"mode": "sum"},
+    "weighted": {"mode": "sum", "per_sample_weights": randn(9, seed=4, dtype=F64)},
+    "padded": {"mode": "mean", "padding_idx": 2},
+    "ended": {"mode": "sum", "include_last_offset": True},
+}
+
+
+@pytest.mark.parametrize("name", BAGS)
+def test_bags_of_embeddings(name):
+    """Of any number of ids, none included, and ids that repeat."""
+    w, ids = nn.Parameter(randn(5, 3, dtype=F64)), torch.tensor([0, 2, 2, 4, 1, 0, 2, 2, 3])
+    offsets = torch.tensor([0, 3, 3, 4, 7] + [9] * (name == "ended"))
+    info = agree(lambda: F.embedding_bag(ids, w, offsets, **BAGS[name]).sin().sum(1), [w])
+    assert info.explicit == ()
+    # And in the gramian engine, of tasks.
+    y = F.embedding_bag(ids, w, offsets, **BAGS[name])
+    losses = [y.sin().sum() * k + (y**k).sum() for k in (1, 2, 3)]
+    J = jacobian(torch.stack(losses), [w])
+    info = fastmtl.Uniform().backward(losses, [w], engine="gramian")
+    assert info.explicit == ()
+    torch.testing.assert_close(info.gram, J @ J.T)
+
+
 # --------------------------------------------------------------------------------------------- models of practice
 
 

@@ -94,6 +94,7 @@ def _nodes():
         "bmm": (torch.bmm(randn(2, 3, 4), nn.Parameter(randn(2, 4, 5))).grad_fn, (1,)),
         "bmm from the left": (torch.bmm(nn.Parameter(randn(2, 3, 4)), randn(2, 4, 5)).grad_fn, (0,)),
         "convolution": (F.conv2d(randn(2, 2, 5, 5), kernel, b[:3]).grad_fn, (1, 2)),
+        "embedding bag": (F.embedding_bag(torch.tensor([[0, 2]]), w).grad_fn, (0,)),
         "embedding": (F.embedding(torch.tensor([0, 2]), w).grad_fn, (0,)),
     }
 

@@ -55,6 +55,7 @@ FORMS = {
     ("BmmBackward0", 1): Form(product.right_of_batch, product.RIGHT_OF_BATCH),
     ("ConvolutionBackward0", 1): Form(convolution.weight, convolution.WEIGHT),
     ("EmbeddingBackward0", 0): Form(embedding.table, embedding.TABLE),
+    ("EmbeddingBagBackward0", 0): Form(embedding.bag, embedding.BAG),
 }
 BIASES = {
     ("AddmmBackward0", 0): Bias(2, product.BIAS),
