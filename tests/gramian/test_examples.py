@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, rnn
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl.gramian.examples import layout
@@ -523,6 +524,25 @@ def test_statistics_without_a_gradient_do_not_mix():
     lin, x = nn.Linear(6, 3).double(), randn(B, 6, seed=1, dtype=F64)
     agree(lambda: (lin(x) - lin(x).mean(0).detach()).square().mean(1), lin.parameters())
     agree(lambda: lin(x - x.mean(0)).square().mean(1), lin.parameters())
+
+
+def test_nested_tensors_are_refused():
+    net, rows = nn.Linear(5, 4), [randn(k, 5) for k in (2, 3, 1)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    losses = torch.stack([y.sin().sum() for y in net(x).unbind()])
+    with pytest.raises(NotImplementedError, match="batch_dim: expected no nested tensor"):
+        fastmtl.UPGrad().backward(losses, batch_dim=0)
+    assert net.weight.grad is None
+
+
+def test_checkpoints_and_compiled_parts():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double(), randn(7, 5, dtype=F64)
+    info = agree(lambda: checkpoint(net, x, use_reentrant=False).sin().sum(1), net.parameters())
+    assert info.explicit == ()
+    compiled = torch.compile(net, backend="aot_eager")
+    info = agree(lambda: compiled(x).sin().sum(1), net.parameters())
+    assert len(info.explicit) == 4  # one operation, which is run back for each example
 
 
 def test_rows_in_any_order():

@@ -96,7 +96,16 @@ def one_pass(
     if not inputs:
         return []
     grads = torch.autograd.grad(losses, inputs, grad, retain_graph=retain_graph, allow_unused=True)
-    return [None if g is None else g if g.layout is torch.strided else g.to_dense() for g in grads]
+    return [None if g is None else _dense(g) for g in grads]
+
+
+def _dense(g: Tensor) -> Tensor:
+    if g.is_nested:
+        raise NotImplementedError(
+            "batch_dim: expected no nested tensor where a parameter is used, got one; padded tensors and packed "
+            "sequences have rows"
+        )
+    return g if g.layout is torch.strided else g.to_dense()
 
 
 def _sum(column: Iterable[Tensor | None]) -> Tensor | None:
