@@ -647,14 +647,16 @@ def test_large_batches():
     agree(lambda: net(x).square().mean(1), net.parameters(), F32)
 
 
-def test_autocast():
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("size", [1.0, 2.0**12])
+def test_autocast(dtype, size):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.LayerNorm(32)), randn(12, 16, seed=1)
 
     def losses():
-        with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", dtype):
             h = net(x)
-        return h.float().sin().sum(1)
+        return size * h.float().sin().sum(1)
 
     found = losses()
     J = jacobian(found, list(net.parameters()))

@@ -20,7 +20,7 @@ from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
 from fastmtl.gramian.survey import Survey, parts_of
-from fastmtl.graph import Edge, Leaves, edge_of, leaves_of
+from fastmtl.graph import Edge, Leaves, is_leaf, leaves_of
 from fastmtl.info import Info
 from fastmtl.pipeline import coarsest
 from fastmtl.rule import Context, Rule
@@ -157,11 +157,14 @@ def _resolved(
     nodes, parameters = list(leaves.owner), [p for p, _ in named]
     kind = None if check else kind_of(losses, parameters, leaves)
     known = _KNOWN.get(kind)
+    half = any(x.dtype is torch.float16 for node in nodes for x in node._input_metadata if not x.is_nested_tensor)
+    at = {id(node.variable): node for node in nodes if is_leaf(node)}
+    reached = [(at[id(p)], p, name) for p, name in named if id(p) in at]
     constant = {nodes[k] for k in known.constant} if known is not None else set[Any]()
     odd = {nodes[k] for k in known.odd} if known is not None else set[Any]()
     while True:
-        derived = Derived(parameters, constant)
-        todo = _plan(named, graph, derived, odd)
+        derived = Derived((node for node, _, _ in reached), constant)
+        todo = _plan(reached, graph, derived, odd)
         readings = todo.readings()
         keys = list(dict.fromkeys(k for reading in readings for k in keys_of(reading)))
         layouts = dict.fromkeys(keys, Layout()) if B == 1 else None
@@ -170,7 +173,7 @@ def _resolved(
         # What the graph saved lives on where it is needed again, or may be.
         doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
-        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep, sure=kind is not None)
+        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep, half=half, sure=kind is not None)
         if not brought.mixed:
             if layouts is None and kind is not None and brought.sure:
                 places = {node: k for k, node in enumerate(nodes)}
@@ -213,14 +216,14 @@ def _graph(leaves: Leaves) -> Survey:
     return Survey([], frozenset(), {}, [], False, nodes, not all(map(is_builtin, nodes)), users)
 
 
-def _plan(named: Sequence[tuple[Tensor, str]], graph: Survey, derived: Derived, odd: set[Any]) -> _Plan:
+def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: Derived, odd: set[Any]) -> _Plan:
     weights: list[Weight] = []
     entries: list[Entries] = []
     others: list[tuple[Tensor, str]] = []
     readers: dict[Any, str] = {}  # operations that are passed by, with the name of what they read
     ways: dict[Edge, str] = {}
-    for parameter, name in named:
-        parts = parts_of(edge_of(parameter)[0], graph) or []
+    for node, parameter, name in reached:
+        parts = parts_of(node, graph) or []
         if not parts:
             continue
         for part in parts:

@@ -118,13 +118,13 @@ class Derived:
     """Which nodes compute something of parameters alone.
 
     Args:
-        parameters: the shared ones.
+        parameters: nodes of the shared ones.
         constant: nodes that have been found to return the same for all examples, although they repeat a parameter,
             take parts of it, or have inputs that are no part of the graph.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], constant: Iterable[Any] = ()) -> None:
-        self._known: dict[Any, bool] = {edge_of(p)[0]: True for p in parameters}
+    def __init__(self, parameters: Iterable[Any], constant: Iterable[Any] = ()) -> None:
+        self._known: dict[Any, bool] = dict.fromkeys(parameters, True)
         self._constant = set(constant)
 
     def may_be_constant(self, node: Any, B: int) -> bool:
@@ -145,13 +145,15 @@ class Derived:
                 self._known[top] = isinstance(top.variable, nn.Parameter)
                 continue
             behind = [edge[0] for edge in top.next_functions]
+            closed = top in self._constant or (top.name() not in _SELECTIONS and _closed(top, behind))
+            if not closed or any(self._known.get(x) is False for x in behind):
+                self._known[top] = False
+                continue
             open_ = [x for x in behind if x is not None and x not in self._known]
             if open_:
                 stack += open_
                 continue
-            alone = all(self._known[x] for x in behind if x is not None)
-            closed = top in self._constant or (top.name() not in _SELECTIONS and _closed(top, behind))
-            self._known[top] = alone and closed
+            self._known[top] = True
         return self._known[node]
 
 

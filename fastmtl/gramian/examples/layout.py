@@ -16,9 +16,9 @@ from torch import Tensor
 
 __all__ = ["Layout", "draw", "find", "is_sure"]
 
-# Exponents of the factors: as many examples have factors of their own; the others share them.
-_EXPONENTS = {torch.float16: 4}
-_RANGE = 30
+# Exponents of the factors are -30 ... 30, or -8 ... 0 where float16 occurs, which a loss scaler has brought near its
+# largest numbers: as many examples have factors of their own, the others share them.
+_RANGE, _HALF = 30, 4
 # What may differ, in eps of an example's own rows: what leaves float32's normal range, and atomics on a GPU.
 _ROUNDING = {"cpu": 1.0}
 _ATOMICS = 100.0
@@ -73,14 +73,14 @@ def _places(owner: Tensor, B: int) -> tuple[Tensor, int]:
     return owner * S + place, S
 
 
-def draw(B: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Factors [B], powers of two of either sign of the exponent, as different as can be, from their own stream."""
-    most = _EXPONENTS.get(dtype, _RANGE)
-    symbols = 2 * most + 1
+def draw(B: int, dtype: torch.dtype, device: torch.device, half: bool = False) -> Tensor:
+    """Factors [B], powers of two, as different as can be, from their own stream."""
+    half = half or dtype is torch.float16
+    symbols = 2 * (_HALF if half else _RANGE) + 1
     generator = _generator(device)
     exponents = torch.randperm(B, generator=generator, device=device) % symbols
     shuffled = torch.randperm(symbols, generator=generator, device=device)[exponents]
-    return torch.ldexp(torch.ones(B, dtype=dtype, device=device), shuffled - most)
+    return torch.ldexp(torch.ones(B, dtype=dtype, device=device), shuffled - (symbols - 1 if half else _RANGE))
 
 
 _GENERATORS: dict[torch.device, torch.Generator] = {}

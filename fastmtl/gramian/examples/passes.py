@@ -51,18 +51,19 @@ def run(
     *,
     layouts: dict[Key, Layout] | None,
     retain_graph: bool,
+    half: bool = False,
     sure: bool = False,
 ) -> Brought:
     """T passes from losses [T, B].
 
-    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two. `sure` looks whether
-    others would fit too.
+    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two. `half` tells
+    that some cotangents are float16, whose range is small. `sure` looks whether other layouts would fit too.
     """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
     before: Row = []
     if layouts is None:
-        w = layout.draw(B, losses.dtype, losses.device)
+        w = layout.draw(B, losses.dtype, losses.device, half=half)
         if T > 1:  # sums of cotangents are not, bit by bit, the cotangents of sums
             before = one_pass(losses, edges, (), torch.ones_like(losses), retain_graph=True)
     rows = []
