@@ -287,8 +287,14 @@ def _rows(node: Any) -> int:
 
 def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -> Gram:
     gram = Gram(T, found.examples, per, device)
+    rows = [g for entry in todo.entries if (g := entry.form(found)) is not None]
+    if rows:
+        gram.add_rows(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
     parts = []
-    for part in todo.parts():
+    others: list[Weight | Formed] = [*todo.weights]
+    if todo.formed is not None:
+        others.append(todo.formed)
+    for part in others:
         # What may have to be added up again is kept apart.
         own = gram.like() if isinstance(part, Weight) and part.has_rows(found.examples) else gram
         sizes = part.add(own, found)

@@ -162,17 +162,15 @@ class Entries:
         """Where cotangents are needed."""
         return [use.edge for use, _ in self.uses]
 
-    def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
-        """Adds its part of the Gram matrix."""
+    def form(self, arrived: Arrived) -> Tensor | None:
+        """The gradients [T, B, P]; None where none arrives."""
         parts = []
         for use, flipped in self.uses:
             if use.edge in arrived.cotangents:
                 rows = rows_of_entries(use, arrived)
-                parts.append((rows.mT if flipped else rows).reshape(gram.T, gram.B, -1))
-        if parts:
-            self._rows = sum(parts[1:], parts[0])
-            gram.add_rows(self._rows)
-        return None
+                parts.append((rows.mT if flipped else rows).reshape(*rows.shape[:2], -1))
+        self._rows = sum(parts[1:], parts[0]) if parts else None
+        return self._rows
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
         """The parameter and Σ α_tb of its gradients; alpha [T, B]."""
