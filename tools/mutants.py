@@ -136,10 +136,17 @@ MUTANTS = [
     ),
     Mutant(
         "Gramian engine: a weight transposed twice is read as once",
-        "fastmtl/gramian/survey.py",
-        "flipped ^ turns",
-        "flipped or turns",
+        "fastmtl/gramian/views.py",
+        "len(self.nodes) == 1 and len(shape) == 2",
+        "len(shape) == 2",
         "gramian",
+    ),
+    Mutant(
+        "losses of examples: what mixes is taken for rounding",
+        "fastmtl/gramian/examples/layout.py",
+        "allowed**2 * size.square()",
+        "size.square()",
+        "gramian/test_examples.py",
     ),
     Mutant(
         "Gramian engine: uses on both sides have no products with each other",
