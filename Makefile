@@ -18,7 +18,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emu
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -107,6 +107,9 @@ bench-engines: develop ## the engines of backward: steps, memory, and what "auto
 
 bench-gate: develop ## the gate against regressions: quick, tolerates a busy machine (CHECK_ARGS="--repeat 10" for ten passes)
 	$(BIN)/python benchmarks/check.py --ci $(CHECK_ARGS)
+
+bench-against: develop ## what COMMIT=... and this tree take for the cases of the gate, built side by side
+	$(BIN)/python benchmarks/against.py $(COMMIT)
 
 scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in scaling-quick/
 	rm -rf scaling-quick

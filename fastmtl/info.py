@@ -40,6 +40,7 @@ class Info:
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
         explicit: names of the shared parameters whose T gradients `engine="gramian"` formed because it knows no closed
             form for their use; None without that engine.
+        age: how many steps ago the weights were computed, with `every=`; None without.
         names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """
 
@@ -50,6 +51,7 @@ class Info:
     rank: Tensor | None
     residual: Tensor | None
     explicit: tuple[str, ...] | None = None
+    age: int | None = None
     names: tuple[str, ...] | None = None
     _eigenvalues: Tensor | None
     _spectrum = False  # whether they are still to be had

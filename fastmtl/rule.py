@@ -15,6 +15,7 @@ from fastmtl.options import check_number
 __all__ = [
     "NOTHING",
     "Context",
+    "Kept",
     "MethodModule",
     "Rule",
     "checked_losses",
@@ -54,6 +55,24 @@ class Context(NamedTuple):
 NOTHING = Context()
 
 
+class Kept(NamedTuple):
+    """Task weights that steps after theirs go on with: see `every` of `Method.backward`.
+
+    Attributes:
+        alpha: float64 [T].
+        present: which tasks were there.
+        age: how many steps ago that was.
+        period: after how many the next ones are due, with `every="auto"`.
+        turn: their cosine with the weights before them, float64 []; None for the first.
+    """
+
+    alpha: Tensor
+    present: tuple[bool, ...]
+    age: int
+    period: int
+    turn: Tensor | None
+
+
 class Rule(Protocol):
     """One direction from T task gradients: all that the rest of the package needs to know of a method.
 
@@ -64,9 +83,11 @@ class Rule(Protocol):
         on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
             gradients to aggregate.
         names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
+        kept: weights of an earlier step, where it was told to keep some.
     """
 
     names: tuple[str, ...] | None
+    kept: Kept | None
 
     @property
     def on_gram(self) -> bool: ...
@@ -122,10 +143,11 @@ class MethodModule(nn.Module):
     """
 
     names: tuple[str, ...] | None = None
+    kept: Kept | None = None
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
-        self.names = None
+        self.names = self.kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def no_coarser(x: Tensor) -> Tensor:
@@ -138,12 +160,16 @@ class MethodModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kept is not None:
+            destination[f"{prefix}_kept"] = self.kept._asdict()
         if self.names is not None and any(key.startswith(prefix) for key in destination):
             destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
         self.names = None if names is None else tuple(names)
+        kept = state_dict.pop(f"{prefix}_kept", None)
+        self.kept = None if kept is None else Kept(**kept | {"present": tuple(kept["present"])})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

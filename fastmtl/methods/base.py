@@ -10,15 +10,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import (
-    DTYPES,
-    Losses,
-    Rows,
-    check_tangent,
-    checked_out,
-    describe,
-    transforming,
-)
+from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, checked_out, describe, transforming
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of
 from fastmtl.training.backward import backward
@@ -121,6 +113,7 @@ class Method(MethodModule):
         process_group: Any = None,
         grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
+        every: int | Literal["auto"] = 1,
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -164,6 +157,8 @@ class Method(MethodModule):
                 each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
                 and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
                 faster.
+            every: compute task weights in every k-th step; in between one pass brings Σ α_t g_t with the last ones, now
+                in `state_dict()`, and each head its own gradient. "auto": k grows while they hardly turn.
 
         Returns:
             What the method saw and did.
@@ -187,6 +182,7 @@ class Method(MethodModule):
             process_group=process_group,
             grad_scale=grad_scale,
             engine=engine,
+            every=every,
         )
 
     def after_step(self, losses: Callable[[], Losses]) -> None:

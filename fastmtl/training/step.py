@@ -37,6 +37,7 @@ class Options(NamedTuple):
     retain_graph: bool
     process_group: Any
     engine: Engine
+    every: int | Literal["auto"]
 
 
 class Outcome(NamedTuple):
