@@ -300,6 +300,7 @@ def test_training_inside_a_transform_is_refused():
 
 
 def interrupt():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     signal.raise_signal(signal.SIGINT)
 
 
