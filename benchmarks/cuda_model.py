@@ -51,7 +51,7 @@ CONSTANTS = {
     "kMaxJacobiTasks": 64,  # eigh.cuh
     "kMaxSmallTasks": 32,  # align_small.cuh
     "kCombineThreads": 256,  # combine.cuh
-    "kReduceValues": 32,  # kernels_weights.cu
+    "kReduceValues": 32,  # gram_reduce.cu
     "kReduceThreads": 1024,
     "kProbes": 4,  # probe.cuh
     "kSmallEntries": 1 << 15,  # pipeline.cu

@@ -15,7 +15,7 @@ from fastmtl.methods.base import GramMethod, Method
 from fastmtl.methods.state import StatefulMethod
 from fastmtl.scalarization import Scalarization
 
-__all__ = ["Entry", "entries", "make", "table"]
+__all__ = ["Entry", "entries", "make", "names", "table"]
 
 _Kind: TypeAlias = type[Method] | type[Scalarization]
 
@@ -81,6 +81,11 @@ def entries() -> Iterator[Entry]:
         yield Entry(prefix + kind.__name__, name, _paper(kind), _needs(kind), _state(kind), _options(kind), *peers)
 
 
+def names() -> tuple[str, ...]:
+    """What `make` takes, in the order of `entries`: "aligned", "mgda", ... and last the names of methods on losses."""
+    return tuple(name for name, *_ in _NAMES.values())
+
+
 def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Scalarization:
     """A method by its name, whether it works on gradients or on losses.
 
@@ -88,8 +93,9 @@ def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Sca
         method.backward(losses, shared=model.encoder)
 
     Args:
-        name: as `python -m fastmtl methods` lists them ("uniform" is the plain mean of the losses, "rlw" draws weights
-            of the losses), or that of a class; upper and lower case, hyphens and underscores make no difference.
+        name: one of `names()`, which `python -m fastmtl methods` explains ("uniform" is the plain mean of the losses,
+            "rlw" draws weights of the losses), or that of a class; upper and lower case, hyphens and underscores make
+            no difference.
         tasks: number of tasks T. Some methods on losses need it; for the others it is checked that T tasks go with
             their options.
         options: of the method's constructor.
@@ -101,7 +107,7 @@ def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Sca
     """
     kinds = {_plain(kind.__name__): kind for kind in _NAMES} | {_plain(key): kind for kind, (key, *_) in _NAMES.items()}
     if not isinstance(name, str) or _plain(name) not in kinds:
-        raise ValueError(f"name: expected one of {', '.join(key for key, *_ in _NAMES.values())}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
     kind = kinds[_plain(name)]
     parameters = inspect.signature(kind).parameters
     for option in options:

@@ -298,6 +298,7 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
         elif not isinstance(losses, Tensor):
             raise TypeError(
                 f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
+                + ("; pass the dict itself, or a list" if isinstance(losses, Iterable) else "")
             )
         elif losses.layout is not torch.strided:
             raise TypeError(f"losses: expected a dense tensor of shape [T], got {describe(losses)}")

@@ -8,6 +8,7 @@
 
 #include "../common.h"
 #include "../math/probe.h"
+#include "../math/scaling.h"
 #include "definite.h"
 #include "tridiagonal.h"
 #include "threads.h"
@@ -26,23 +27,8 @@ constexpr int64_t kBlockColumns = 2048;
 // The leading tasks, all of which must be as independent as every task must be, of which the first block judges.
 constexpr int64_t kJudgedTasks = 256;
 
-// Below this square of a row's norm its products are not left to float32.
-constexpr double kBlocksMinSquare = 1e-20;
-
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Above this many tasks tridiagonalisation is faster than Jacobi and is used where it is accurate enough: its error is
-// about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
-// where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
-// often solved to a relative precision while the row-normalised Gram is this far from singular; that is then checked.
-constexpr int64_t kJacobiTasks = 32;
-constexpr double kTridiagonalMinRatio = 1e-8;
-constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
-constexpr double kGradedMinEigenvalue = 1e-8;
-constexpr double kGradedMaxDiagonalRatio = 1e16;
-constexpr double kGradedError = 1e-8; // relative, of λ_min and of αᵀ M α
-// Above this many tasks Krylov spaces find the weights of a well-conditioned M for less than a tridiagonalisation.
-constexpr int64_t kKrylovTasks = 96;
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
 // Up to so many tasks, or elements, the work on one matrix is not worth sharing while there are others.
@@ -285,7 +271,7 @@ bool well_conditioned(const double* M, int64_t T, double least) {
 // Whether float32 products may have lost bits as subnormal numbers: where a row's entries are below 1e-15 or so.
 bool may_have_underflowed(const double* M, int64_t T) {
   for (int64_t i = 0; i < T; ++i) {
-    if (!(M[i * T + i] >= kBlocksMinSquare)) {
+    if (!(M[i * T + i] >= kFloat32Square)) {
       return true;
     }
   }
@@ -359,13 +345,10 @@ double gram_rescaled(const Gradients& G, double* M) {
       }
     }
   }
-  if (!(largest > 0.0) || !std::isfinite(largest) || (largest < 1e100 && largest > 1e-100)) {
+  double half, rest;
+  if (!rescale(largest, half, rest)) {
     return 1.0;
   }
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  // Two factors: one alone could not be represented for subnormal entries.
-  const double half = std::ldexp(1.0, -exponent / 2), rest = std::ldexp(1.0, -exponent + exponent / 2);
   // Beside entries this large nothing of another type counts, and beside entries this small nothing of another type is
   // there, or M would have been in range. But what is not finite does count.
   const Gradients narrow{others.data(), int64_t(others.size()), T};
@@ -404,15 +387,7 @@ bool out_of_range(const Gradients& G, const double* M) {
     const double d = M[i * G.tasks + i];
     largest = d > largest || std::isnan(d) ? d : largest;
   }
-  return !(largest > 1e-200 && largest < 1e200);
-}
-
-bool all_finite(const double* M, int64_t count) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    sum += M[i] * 0.0;
-  }
-  return sum == 0.0;
+  return !(largest > kLeastSquare && largest < kMostSquare);
 }
 
 double largest_diagonal(const double* M, int64_t T) {
@@ -526,7 +501,7 @@ bool graded_weights_hold(
 
 // One Gram matrix, by the most accurate solver that its size affords.
 void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
-  if (!all_finite(M, T * T)) {
+  if (!all_finite(Serial{}, M, T * T)) {
     poison(T, alpha, eigenvalues, rank);
     return;
   }
@@ -561,7 +536,8 @@ void weigh(const double* M, int64_t T, const Policy& policy, double* alpha, int6
 
 // Whether the weights alone could be had for less: then of full rank, and with a lower bound of λ_min(M).
 bool definite(const double* M, int64_t T, const Policy& policy, double* alpha, int64_t* rank, double* smallest) {
-  const bool solved = T > kKrylovTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+  const bool solved =
+      T > kKrylovTasks && all_finite(Serial{}, M, T * T) && definite_weights(M, T, policy, alpha, smallest);
   if (solved && rank) {
     *rank = T;
   }
@@ -570,7 +546,7 @@ bool definite(const double* M, int64_t T, const Policy& policy, double* alpha, i
 
 // `unit_solve` of one matrix.
 void unit_solve_one(const double* M, int64_t T, const double* weights, double rtol, double* alpha, double* cosines) {
-  if (!all_finite(M, T * T)) {
+  if (!all_finite(Serial{}, M, T * T)) {
     std::fill_n(alpha, T, kNan);
     std::fill_n(cosines, T, kNan);
     return;
@@ -656,7 +632,7 @@ void balance_lanes(
   kernels().eigh_lanes(M, T, count, eigenvalues, vectors, scratch);
   for (int64_t b = 0; b < count; ++b) {
     double* lam = eigenvalues + b * T;
-    if (!all_finite(M + b * T * T, T * T)) {
+    if (!all_finite(Serial{}, M + b * T * T, T * T)) {
       poison(T, alpha + b * T, lam, rank + b);
       continue;
     }
@@ -729,7 +705,7 @@ void gram(const Gradients& G, double* M) {
     gram_wide(G, nullptr, 0, P, M, nullptr);
     mirror(M, T);
     // Panels have zeros in the place of missing rows, whose product with infinity is none.
-    if (!has_missing(G) || all_finite(M, T * T)) {
+    if (!has_missing(G) || all_finite(Serial{}, M, T * T)) {
       return;
     }
   }

@@ -120,7 +120,7 @@ bool blocks_suffice(const double* M, const double* eigenvalues, int64_t T, doubl
     largest = std::fmax(largest, M[i * T + i]);
     smallest = std::fmin(smallest, M[i * T + i]);
   }
-  return eigenvalues[T - 1] > least * largest && smallest >= 1e-20; // false for NaN
+  return eigenvalues[T - 1] > least * largest && smallest >= kFloat32Square; // false for NaN
 }
 
 // `align` for T > 64, which waits for the device.
@@ -149,7 +149,7 @@ void align_large(const Batch& G, const Options& options, const Tensor& M, const 
         const double d = entries[i * T + i];
         diagonal = d > diagonal || d != d ? d : diagonal;
       }
-      if (!(diagonal > 1e-200 && diagonal < 1e200)) {
+      if (!(diagonal > kLeastSquare && diagonal < kMostSquare)) {
         rescale(bound[size_t(b)], v.half, v.rest);
         v.again = v.half != 1.0;
       }

@@ -12,7 +12,7 @@ from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, checked_out, describe, transforming
 from fastmtl.pipeline import aggregate_rows
-from fastmtl.rule import NOTHING, Context, MethodModule, context_of
+from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -130,8 +130,9 @@ class Method(MethodModule):
 
         Args:
             losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
-                name, whatever its order: `info.names` has that of the first step. A task is absent if its loss is None
-                or requires no grad (as is one whose gradient is zero): its row of G is missing, α 0, its head alone.
+                name, whatever its order: `info.names` has that of the first step, in which a list is read from then on.
+                A task is absent if its loss is None or requires no grad (as is one whose gradient is zero): its row of
+                G is missing, α 0, its head alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -342,15 +343,15 @@ class GramMethod(Method):
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]
         self.check_tasks(T)
-        return self.solve(M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
+        return solved(self, M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
 
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
-        ops.combine(G, self.solve(ops.gram(G), G.dtype, context).alpha, out)
+        ops.combine(G, solved(self, ops.gram(G), G.dtype, context).alpha, out)
 
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = self.solve(ops.gram_rows(grads, T, out), dtype, context)  # with all checks, before a state changes
+        info = solved(self, ops.gram_rows(grads, T, out), dtype, context)  # all is checked before a state changes
         ops.combine_rows(grads, info.alpha, out)
         return info
 

@@ -560,6 +560,11 @@ def test_what_cannot_be_made_is_named(call, error, message):
         call()
 
 
+def test_names_are_those_of_the_table():
+    assert catalog.names() == tuple(entry.make for entry in catalog.entries())
+    assert len(set(catalog.names())) == len(catalog.names())
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_one_loop_trains_all(name):
     """No question of what kind a method is."""

@@ -10,10 +10,11 @@
 // vectorised.
 #pragma once
 
+#include "../../math/jacobi.h"
+
 namespace fastmtl::cpu {
 namespace {
 
-constexpr double kEps = 0x1p-52;
 constexpr int kMaxSweeps = 40;
 
 struct Rotation {
@@ -23,10 +24,9 @@ struct Rotation {
 
 // The rotation that annihilates b of [[a, b], [b, d]], from cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two
 // inverse roots, no division.
-FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b, double tolerance = kEps) {
-  // Entries are at most one; what is smaller than kTiny is zero, and its square would underflow.
-  constexpr double kTiny = 0x1p-500;
-  const Vi active = (b * b > tolerance * tolerance * magnitude(a * d)) & (magnitude(b) > splat(kTiny));
+FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b, double tolerance = kRounding) {
+  // Entries are at most one; what is smaller than kTinyEntry is zero.
+  const Vi active = (b * b > tolerance * tolerance * magnitude(a * d)) & (magnitude(b) > splat(kTinyEntry));
   const Vd h = d - a, b2 = b + b;
   const Vd y = reciprocal_root(active ? h * h + b2 * b2 : splat(1.0));
   const Vd square = 0.5 + 0.5 * magnitude(h) * y; // cos² θ
@@ -34,16 +34,6 @@ FASTMTL_INLINE Rotation rotation(Vd a, Vd d, Vd b, double tolerance = kEps) {
   Vd s = (Vd)((Vi)b ^ ((Vi)h & INT64_MIN)) * y * secant;
   s = active ? s : Vd{};
   return {s * secant, active ? square * secant : splat(1.0), s, active};
-}
-
-// Pair k of a round of a round-robin tournament of `players` (even); indices from T on are byes.
-FASTMTL_INLINE void pairing(int64_t players, int64_t round, int64_t k, int64_t& p, int64_t& q) {
-  const int64_t others = players - 1;
-  p = k == 0 ? others : round + k < others ? round + k : round + k - others;
-  q = round >= k ? round - k : round - k + others;
-  if (p > q) {
-    std::swap(p, q);
-  }
 }
 
 // Rows of lanes are an odd number of cache lines apart: columns then fall into different cache sets.
@@ -191,6 +181,37 @@ FASTMTL_INLINE void sort_lanes(Vd* A, Vd* V, int64_t T) {
     }
   }
 }
+// What lanes [0, count) hold, in ascending order.
+FASTMTL_INLINE void write_lanes(
+    const Vd* a, // [T, lanes_stride(T)]
+    const Vd* v, // [T, lanes_stride(T)], or null
+    int64_t T,
+    int64_t count,
+    bool sorted,
+    double* eigenvalues,    // [count, T]
+    double* eigenvectors) { // [count, T, T]
+  const int64_t ld = lanes_stride(T);
+  for (int64_t l = 0; l < count; ++l) {
+    int32_t order[2 * kMaxPairs];
+    for (int64_t i = 0; i < T; ++i) {
+      const double x = a[i * ld + i][l];
+      int64_t j = i;
+      for (; !sorted && j > 0 && a[order[j - 1] * ld + order[j - 1]][l] > x; --j) {
+        order[j] = order[j - 1];
+      }
+      order[j] = int32_t(i);
+    }
+    for (int64_t j = 0; j < T; ++j) {
+      eigenvalues[l * T + j] = a[order[j] * ld + order[j]][l];
+    }
+    for (int64_t i = 0; v && i < T; ++i) {
+      const double* from = reinterpret_cast<const double*>(v + i * ld) + l;
+      for (int64_t j = 0; j < T; ++j) {
+        eigenvectors[(l * T + i) * T + j] = from[order[j] * kWidth];
+      }
+    }
+  }
+}
 
 template <int64_t kT>
 void solve_lanes(
@@ -260,26 +281,7 @@ void solve_lanes(
       v[i * ld + j] += poison;
     }
   }
-  for (int64_t l = 0; l < count; ++l) {
-    int32_t order[2 * kMaxPairs];
-    for (int64_t i = 0; i < T; ++i) {
-      const double x = a[i * ld + i][l];
-      int64_t j = i;
-      for (; !sorted && j > 0 && a[order[j - 1] * ld + order[j - 1]][l] > x; --j) {
-        order[j] = order[j - 1];
-      }
-      order[j] = int32_t(i);
-    }
-    for (int64_t j = 0; j < T; ++j) {
-      eigenvalues[l * T + j] = a[order[j] * ld + order[j]][l];
-    }
-    for (int64_t i = 0; v && i < T; ++i) {
-      const double* from = reinterpret_cast<const double*>(v + i * ld) + l;
-      for (int64_t j = 0; j < T; ++j) {
-        eigenvectors[(l * T + i) * T + j] = from[order[j] * kWidth];
-      }
-    }
-  }
+  write_lanes(a, v, T, count, sorted, eigenvalues, eigenvectors);
 }
 
 void eigh_lanes(const double* A, int64_t T, int64_t count, double* eigenvalues, double* eigenvectors, double* scratch) {
@@ -310,24 +312,11 @@ FASTMTL_INLINE double dot(const double* x, const double* y, int64_t n) { // n a 
   return sum(a + b);
 }
 
-int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, double* scratch) {
+// The rows of Lᵀ, M = L Lᵀ with the largest pivot first, for A = M / down; returns how many there are.
+int64_t pivoted_cholesky(const double* A, int64_t T, double down, double* left, double* X) {
   const int64_t ld = psd_stride(T);
-  double* left = scratch;      // [T] what Cholesky has left of the diagonal
-  double* norms = scratch + T; // [T] squared norms of the columns
-  double largest = 0.0;
-  for (int64_t i = 0; i < T; ++i) {
-    largest = std::max(largest, A[i * T + i]);
-  }
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  exponent = std::max(exponent + exponent % 2, -1000); // its root is a power of two as well
-  const double down = std::ldexp(1.0, -exponent), up = std::ldexp(1.0, exponent / 2);
-  for (int64_t i = 0; i < T; ++i) {
-    left[i] = A[i * T + i] * down;
-    eigenvalues[i] = 0.0;
-  }
   // Rows that depend on the pivots so far to rounding are done with: what is left of them is noise.
-  const double noise = 4.0 * kEps;
+  const double noise = 4.0 * kRounding;
   int64_t rank = 0;
   for (; rank < T; ++rank) {
     int64_t pivot = -1;
@@ -364,56 +353,78 @@ int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, dou
     x[pivot] = root;
     left[pivot] = 0.0;
   }
-  const double tolerance = kEps * (4.0 + std::sqrt(double(T))); // dot products round
+  return rank;
+}
+
+// A sweep of rotations over the rows of X; false where there was nothing to rotate.
+bool jacobi_rows(double* X, int64_t rank, int64_t ld, double tolerance, double* norms) {
   const int64_t players = rank + rank % 2;
-  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-    bool rotated = false;
-    for (int64_t j = 0; j < rank; ++j) {
-      norms[j] = dot(X + j * ld, X + j * ld, ld);
-    }
-    for (int64_t round = 0; round < players - 1; ++round) {
-      // The pairs of a round are disjoint: those of a vector do not wait for each other's dot products and roots.
-      for (int64_t first = 0; first < players / 2; first += kWidth) {
-        int64_t p[kWidth], q[kWidth], pairs = 0;
-        alignas(64) double at_p[kWidth] = {}, at_q[kWidth] = {}, product[kWidth] = {};
-        for (int64_t k = first; k < std::min(first + kWidth, players / 2); ++k) {
-          pairing(players, round, k, p[pairs], q[pairs]);
-          if (q[pairs] < rank) {
-            at_p[pairs] = norms[p[pairs]];
-            at_q[pairs] = norms[q[pairs]];
-            product[pairs] = dot(X + p[pairs] * ld, X + q[pairs] * ld, ld);
-            ++pairs;
-          }
+  bool rotated = false;
+  for (int64_t j = 0; j < rank; ++j) {
+    norms[j] = dot(X + j * ld, X + j * ld, ld);
+  }
+  for (int64_t round = 0; round < players - 1; ++round) {
+    // The pairs of a round are disjoint: those of a vector do not wait for each other's dot products and roots.
+    for (int64_t first = 0; first < players / 2; first += kWidth) {
+      int64_t p[kWidth], q[kWidth], pairs = 0;
+      alignas(64) double at_p[kWidth] = {}, at_q[kWidth] = {}, product[kWidth] = {};
+      for (int64_t k = first; k < std::min(first + kWidth, players / 2); ++k) {
+        pairing(players, round, k, p[pairs], q[pairs]);
+        if (q[pairs] < rank) {
+          at_p[pairs] = norms[p[pairs]];
+          at_q[pairs] = norms[q[pairs]];
+          product[pairs] = dot(X + p[pairs] * ld, X + q[pairs] * ld, ld);
+          ++pairs;
         }
-        const Vd a = read<Vd>(at_p), d = read<Vd>(at_q), b = read<Vd>(product);
-        // A power of two that brings the larger norm of each pair near one: squares of small ones would underflow.
-        const Vd scale = (Vd)(INT64_C(0x7fe0000000000000) - ((Vi)larger(a, d) & INT64_C(0x7ff0000000000000)));
-        const Rotation r = rotation(a * scale, d * scale, b * scale, tolerance);
-        if (!any(r.active)) {
+      }
+      const Vd a = read<Vd>(at_p), d = read<Vd>(at_q), b = read<Vd>(product);
+      // A power of two that brings the larger norm of each pair near one: squares of small ones would underflow.
+      const Vd scale = (Vd)(INT64_C(0x7fe0000000000000) - ((Vi)larger(a, d) & INT64_C(0x7ff0000000000000)));
+      const Rotation r = rotation(a * scale, d * scale, b * scale, tolerance);
+      if (!any(r.active)) {
+        continue;
+      }
+      rotated = true;
+      write(at_p, larger(a - r.t * b, Vd{}));
+      write(at_q, d + r.t * b);
+      for (int64_t l = 0; l < pairs; ++l) {
+        if (!r.active[l]) {
           continue;
         }
-        rotated = true;
-        write(at_p, larger(a - r.t * b, Vd{}));
-        write(at_q, d + r.t * b);
-        for (int64_t l = 0; l < pairs; ++l) {
-          if (!r.active[l]) {
-            continue;
-          }
-          norms[p[l]] = at_p[l];
-          norms[q[l]] = at_q[l];
-          double *x = X + p[l] * ld, *y = X + q[l] * ld;
-          const Vd c = splat(r.c[l]), s = splat(r.s[l]);
-          for (int64_t i = 0; i < ld; i += kWidth) {
-            const Vd u = read<Vd>(x + i), v = read<Vd>(y + i);
-            write(x + i, c * u - s * v);
-            write(y + i, s * u + c * v);
-          }
+        norms[p[l]] = at_p[l];
+        norms[q[l]] = at_q[l];
+        double *x = X + p[l] * ld, *y = X + q[l] * ld;
+        const Vd c = splat(r.c[l]), s = splat(r.s[l]);
+        for (int64_t i = 0; i < ld; i += kWidth) {
+          const Vd u = read<Vd>(x + i), v = read<Vd>(y + i);
+          write(x + i, c * u - s * v);
+          write(y + i, s * u + c * v);
         }
       }
     }
-    if (!rotated) {
-      break;
-    }
+  }
+  return rotated;
+}
+
+int64_t psd_eigh(const double* A, int64_t T, double* eigenvalues, double* X, double* scratch) {
+  const int64_t ld = psd_stride(T);
+  double* left = scratch;      // [T] what Cholesky has left of the diagonal
+  double* norms = scratch + T; // [T] squared norms of the columns
+  double largest = 0.0;
+  for (int64_t i = 0; i < T; ++i) {
+    largest = std::max(largest, A[i * T + i]);
+  }
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  exponent = std::max(exponent + exponent % 2, -1000); // its root is a power of two as well
+  const double down = std::ldexp(1.0, -exponent), up = std::ldexp(1.0, exponent / 2);
+  for (int64_t i = 0; i < T; ++i) {
+    left[i] = A[i * T + i] * down;
+    eigenvalues[i] = 0.0;
+  }
+  const int64_t rank = pivoted_cholesky(A, T, down, left, X);
+  const double tolerance = kRounding * (4.0 + std::sqrt(double(T))); // dot products round
+  for (int sweep = 0; sweep < kMaxSweeps && jacobi_rows(X, rank, ld, tolerance, norms); ++sweep) {
   }
   for (int64_t j = 0; j < rank; ++j) {
     norms[j] = dot(X + j * ld, X + j * ld, ld);

@@ -170,7 +170,6 @@ void symmetric_update(double* tiles, int64_t first, int64_t last, const double* 
 // panel's column k too. Returns τ; 0 where x is β e_{n-1} already but for what is lost beside the matrix, whose entries
 // are near one.
 double reflector(const double* x, int64_t n, double* v, double* beta, double* panel, int64_t k) {
-  constexpr double kTiny = 0x1p-930; // squares of less than 2^-465 are not all there
   const int64_t blocks = (n + kSide - 1) / kSide;
   for (int64_t i = 0; i < n - 1; ++i) {
     v[i] = x[i];
@@ -186,7 +185,7 @@ double reflector(const double* x, int64_t n, double* v, double* beta, double* pa
   const double below = sum(squares[0] + squares[1]), pivot = x[n - 1];
   double tau = 0.0, inverse = 0.0;
   *beta = pivot;
-  if (below > kTiny) {
+  if (below > kTinySquare) {
     const double norm = __builtin_sqrt(below + pivot * pivot);
     *beta = pivot > 0.0 ? -norm : norm;
     tau = (*beta - pivot) / *beta;
@@ -351,7 +350,7 @@ void ql_sweep_along(double* d, double* e, int64_t n, double* rotations) {
   for (int64_t i = n - 1; i >= 0; --i) {
     const double f = s * E(i), b = c * E(i), here = D(i), square = fused(g, g, f * f);
     r = __builtin_sqrt(square);
-    if (__builtin_expect(square < 0x1p-900, 0)) {
+    if (__builtin_expect(square < kSafeSquare, 0)) {
       r = __builtin_hypot(f, g);
     }
     c = r > 0.0 ? g / r : 1.0;

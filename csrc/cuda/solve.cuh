@@ -6,11 +6,7 @@
 // of the warp and a trip to shared memory: O(T²) of them for a factorisation of T³/3 multiply-adds.
 #pragma once
 
-#include "../math/cagrad.h"
-#include "../math/conflicts.h"
-#include "../math/dual_cone.h"
-#include "../math/mgda.h"
-#include "../math/nash.h"
+#include "../math/solvers.h"
 #include "platform.h"
 
 namespace fastmtl::cuda {
@@ -115,100 +111,6 @@ struct Warp {
 #endif
 };
 
-// The methods: how many problems a matrix is, the doubles of scratch that each needs, and problem i of matrix b, which
-// leaves the weights v [T] and returns the residual.
-
-struct Mgda {
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return mgda_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t) const {
-    return 1;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
-    return fastmtl::mgda(Warp(), M, T, v, scratch);
-  }
-};
-
-struct DualCone {
-  const double* weights; // [T], or null
-  bool each;
-
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return T + dual_cone_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t T) const {
-    return each ? T : 1;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t i, double* v, double* u) const {
-    const double* const weights = this->weights;
-    const bool all = !each;
-    Warp().each(T, [=](int64_t t) { u[t] = !all && t != i ? 0.0 : weights ? weights[t] : 1.0 / double(T); });
-    return fastmtl::dual_cone(Warp(), M, T, u, v, u + T);
-  }
-};
-
-struct Cagrad {
-  double c;
-
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return cagrad_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t) const {
-    return 1;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
-    return fastmtl::cagrad(Warp(), M, T, c, v, scratch);
-  }
-};
-
-struct Nash {
-  double power;
-
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return nash_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t) const {
-    return 1;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t, int64_t, double* v, double* scratch) const {
-    return fastmtl::nash(Warp(), M, T, power, v, scratch);
-  }
-};
-
-struct Pcgrad {
-  const int64_t* seed; // [1]
-  bool per_task;
-
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return conflicts_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t T) const {
-    return T;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t b, int64_t i, double* v, double* scratch) const {
-    pcgrad_row(Warp(), M, T, uint64_t(*seed), b, i, per_task, v, scratch);
-    return 0.0;
-  }
-};
-
-struct Gradvac {
-  const int64_t* seed; // [1]
-  double beta;
-  double* targets; // [B, T, T]
-
-  __host__ __device__ static constexpr int64_t scratch(int64_t T) {
-    return conflicts_scratch(T);
-  }
-  __host__ __device__ int64_t problems(int64_t T) const {
-    return T;
-  }
-  __device__ double operator()(const double* M, int64_t T, int64_t b, int64_t i, double* v, double* scratch) const {
-    gradvac_row(Warp(), M, T, uint64_t(*seed), b, i, beta, targets + (b * T + i) * T, v, scratch);
-    return 0.0;
-  }
-};
-
 template <class Method>
 constexpr size_t solve_shared(int64_t T) {
   return size_t(Method::scratch(T)) * sizeof(double);
@@ -231,8 +133,8 @@ __global__ __launch_bounds__(kWarp, 1) void solve(
     const double* const gram = M + b * T * T;
     double* const result = v + n * T;
     double worst = 0.0 / 0.0;
-    if (Warp().sum(T * T, [=](int64_t k) { return gram[k] * 0.0; }) == 0.0) {
-      worst = method(gram, T, b, i, result, scratch);
+    if (all_finite(Warp(), gram, T * T)) {
+      worst = method(Warp(), gram, T, Problem{b, i}, result, scratch);
     } else {
       Warp().each(T, [=](int64_t t) { result[t] = worst; });
     }

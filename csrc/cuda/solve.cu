@@ -1,8 +1,9 @@
 // Launches of the solvers: their grids and memory.
 #include <algorithm>
+#include <array>
 
-#include "weights.cuh"
-#include "weights.h"
+#include "solve.cuh"
+#include "solve.h"
 
 namespace fastmtl::cuda {
 
@@ -16,17 +17,18 @@ double* doubles_of(const Context& context, int64_t count) {
 }
 
 template <class Method>
-void launch_solve(
+void solve_by(
+    const void* functor,
     const double* M, // [B, T, T]
     int64_t B,
     int64_t T,
-    Method method,
     double* alpha,    // [B, T]
     double* residual, // [B], or null
     const Context& context) {
   if (B == 0) {
     return;
   }
+  const Method method = *static_cast<const Method*>(functor);
   const int64_t problems = method.problems(T), count = B * problems;
   const size_t shared = solve_shared<Method>(T);
   const bool fits = int64_t(shared) <= context.shared_limit;
@@ -67,58 +69,19 @@ void launch_solve(
 
 } // namespace
 
-void mgda(const double* M, int64_t B, int64_t T, double* alpha, double* residual, const Context& context) {
-  launch_solve(M, B, T, Mgda{}, alpha, residual, context);
-}
-
-void dual_cone(
+void launch_solver(
+    size_t solver,
+    const void* method,
     const double* M,
     int64_t B,
     int64_t T,
-    const double* weights,
-    bool each,
     double* alpha,
     double* residual,
     const Context& context) {
-  launch_solve(M, B, T, DualCone{weights, each}, alpha, residual, context);
-}
-
-void cagrad(const double* M, int64_t B, int64_t T, double c, double* alpha, double* residual, const Context& context) {
-  launch_solve(M, B, T, Cagrad{c}, alpha, residual, context);
-}
-
-void nash(
-    const double* M,
-    int64_t B,
-    int64_t T,
-    double power,
-    double* alpha,
-    double* residual,
-    const Context& context) {
-  launch_solve(M, B, T, Nash{power}, alpha, residual, context);
-}
-
-void pcgrad(
-    const double* M,
-    int64_t B,
-    int64_t T,
-    const int64_t* seed,
-    bool per_task,
-    double* alpha,
-    const Context& context) {
-  launch_solve(M, B, T, Pcgrad{seed, per_task}, alpha, nullptr, context);
-}
-
-void gradvac(
-    const double* M,
-    int64_t B,
-    int64_t T,
-    const int64_t* seed,
-    double beta,
-    double* targets,
-    double* alpha,
-    const Context& context) {
-  launch_solve(M, B, T, Gradvac{seed, beta, targets}, alpha, nullptr, context);
+  static constexpr auto each = []<class... Method>(std::type_identity<std::tuple<Method...>>) {
+    return std::array{solve_by<Method>...};
+  }(std::type_identity<Solvers>{});
+  each[solver](method, M, B, T, alpha, residual, context);
 }
 
 } // namespace fastmtl::cuda

@@ -3,13 +3,12 @@
 // summed again, over the tensors that both rows have.
 //
 // Reads T² 8 bytes, and nothing else while M is finite; then both rows of an entry, up to the first NaN.
-#pragma once
-
-#include "../gradients.h"
 #include "gram.cuh"
 #include "kernels.h"
 
 namespace fastmtl::cuda {
+
+namespace {
 
 constexpr int kMendThreads = 256;
 
@@ -81,6 +80,13 @@ __global__ __launch_bounds__(kMendThreads) void mend(
       M[i * T + j] = M[j * T + i] = sum;
     }
   }
+}
+
+} // namespace
+
+void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream) {
+  FASTMTL_LAUNCH(
+      mend, dim3(unsigned(T)), dim3(kMendThreads), kMendThreads / 32 * sizeof(double), stream, G, pass, T, M);
 }
 
 } // namespace fastmtl::cuda
