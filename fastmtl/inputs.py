@@ -272,9 +272,10 @@ def _are_detached(entries: Sequence[Any], *others: type) -> bool:
     """Whether all are tensors, or of `others`, and none requires grad where that counts: without a loop in Python."""
     if torch.compiler.is_compiling():
         return False
-    if not all(issubclass(kind, (Tensor, *others)) for kind in set(map(type, entries))):
-        return False
-    return not torch.is_grad_enabled() or not any(map(_REQUIRES_GRAD, filter(_IS_THERE, entries)))
+    kinds = set(map(type, entries))
+    there = filter(_IS_THERE, entries) if type(None) in kinds else entries
+    fit = all(issubclass(kind, (Tensor, *others)) for kind in kinds)
+    return fit and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, there)))
 
 
 def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] | None = None) -> list[Tensor | None]:
