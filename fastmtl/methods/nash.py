@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class NashMTL(StatefulMethod):
         """The options, for `repr`."""
         return f"max_norm={self.max_norm}, every={self.every}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         if self.every == 1:
             return {}
         return {"solution": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
