@@ -63,6 +63,11 @@ class ExcessMTL(GradientMemory):
         return present(M)
 
     def _aggregate(self, G: Pieces, context: Context) -> Info:
+        info = self._weigh(G, context)
+        G.combine(info.alpha)
+        return info
+
+    def _weigh(self, G: Pieces, context: Context) -> Info:
         M = G.gram()
         there, finite = self._present(M)
         shape, device = (*G.batch, G.T), M.device
@@ -84,7 +89,6 @@ class ExcessMTL(GradientMemory):
         steps += counted
         alpha = torch.where(there, torch.where(there, new, -torch.inf).softmax(-1), 0.0)
         alpha = torch.where(finite, alpha, torch.nan)
-        G.combine(alpha)
         return Info.of(alpha, M)
 
     def _risks(self, S: Tensor, G: Pieces, where: Tensor, grad_scale: Tensor | float | None) -> Tensor:

@@ -65,11 +65,15 @@ class MoDo(StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
+    def _there(self, M: Tensor) -> Tensor:
+        """Which tasks are there: M need not be symmetric, and so its diagonal says nothing."""
+        return (M != 0).any(-1)
+
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         (state,) = self._state(M.shape, M.device)
         finite = wide.isfinite().all(-1).all(-1)
-        there = (wide != 0).any(-1)
+        there = self._there(wide)
         w = shares_of(state, there)
         w = to_simplex(w - self.gamma * ((wide @ w[..., None]).squeeze(-1) + self.rho * w), there)
         put_back(state, w, there, finite)

@@ -70,11 +70,14 @@ class NashMTL(StatefulMethod):
         alpha, residual = ops.nash(wide, 1.0)
         if self.every > 1:
             alpha = self._kept(alpha, wide)
-        if self.max_norm:
-            squared = (alpha[..., None, :] @ wide @ alpha[..., None]).squeeze(-1)
-            # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
-            alpha = alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
-        return Info.of(alpha, M, residual=residual)
+        return Info.of(self._shortened(alpha, wide), M, residual=residual)
+
+    def _shortened(self, alpha: Tensor, M: Tensor) -> Tensor:
+        if not self.max_norm:
+            return alpha
+        squared = (alpha[..., None, :] @ M @ alpha[..., None]).squeeze(-1)
+        # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
+        return alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
 
     def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""

@@ -87,11 +87,15 @@ class SDMGrad(Weighted, StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
+    def _there(self, M: Tensor) -> Tensor:
+        """Which tasks are there: M need not be symmetric, and so its diagonal says nothing."""
+        return (M != 0).any(-1)
+
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
         (state,) = self._state(M.shape, M.device)
         finite = wide.isfinite().all(-1).all(-1)
-        there = (wide != 0).any(-1)
+        there = self._there(wide)
         norms = wide.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         scale = norms.sum(-1) / there.sum(-1).clamp_min(1)
         A = torch.where(scale > 0, 1 / scale, 0.0)[..., None, None]

@@ -6,14 +6,33 @@ weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastmtl import methods
+from fastmtl import methods, ops
 from fastmtl.info import Info
+from fastmtl.methods.memory import Pieces
 from fastmtl.rule import NOTHING, Context
 
-__all__ = ["MGDA", "CAGrad", "DualProj", "FairGrad", "GradVac", "Krum", "PCGrad", "UPGrad"]
+__all__ = [
+    "MGDA",
+    "PCD",
+    "CAGrad",
+    "DualProj",
+    "ExcessMTL",
+    "FairGrad",
+    "GradVac",
+    "Krum",
+    "MoDo",
+    "NashMTL",
+    "PCGrad",
+    "SDMGrad",
+    "TrimmedMean",
+    "UPGrad",
+]
 
 
 def _zero_rows(M: Tensor) -> Tensor:
@@ -92,3 +111,60 @@ class Krum(methods.Krum):
         shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
         added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
         return super().solve(M + added[..., None], dtype, context)
+
+
+class NashMTL(methods.NashMTL):
+    """A zero row leaves the weights as they were, at first ones: TorchJD's solver fails on it."""
+
+    remembers = True
+
+    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
+        return {"solution": (shape[:-1], torch.float64, 1.0), "steps": (shape[:-2], torch.int64)}
+
+    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
+        """The weights: see `Rule.solve`."""
+        alpha, residual = ops.nash(M, 1.0)
+        solution, steps = self._state(M.shape, M.device)
+        finite = M.isfinite().all(-1).all(-1)
+        solved = finite & (steps % self.every == 0) & ~_zero_rows(M).any(-1)
+        solution.copy_(torch.where(solved[..., None], alpha, solution))
+        steps.add_(finite)
+        alpha = torch.where(finite[..., None], solution, torch.nan)
+        return Info.of(self._shortened(alpha, M), M, residual=residual)
+
+
+class PCD(methods.PCD):
+    """A zero row counts in the averages."""
+
+    def _counted(self, M: Tensor) -> Tensor:
+        return torch.ones_like(_zero_rows(M))
+
+
+class _All:
+    """Mixed into a method on matrices: all rows are there."""
+
+    def _there(self, M: Tensor) -> Tensor:
+        return torch.ones_like(_zero_rows(M))
+
+
+class MoDo(_All, methods.MoDo):
+    """A zero row is a task like others."""
+
+
+class SDMGrad(_All, methods.SDMGrad):
+    """A zero row is a task like others."""
+
+
+class ExcessMTL(methods.ExcessMTL):
+    """A zero row is a task like others, whose excess risk is zero."""
+
+    def _present(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        there, finite = super()._present(M)
+        return torch.ones_like(there), finite
+
+
+class TrimmedMean(methods.TrimmedMean):
+    """A zero row has entries like others."""
+
+    def _there(self, G: Pieces) -> Tensor:
+        return torch.ones((*G.batch, G.T), dtype=torch.bool, device=G.out[0].device)
