@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
+from fastmtl.inputs import check_matrix
 from fastmtl.methods.memory import GradientMemory, Pieces, present
 from fastmtl.options import integer, number, option
-from fastmtl.rule import Context
+from fastmtl.rule import NOTHING, Context
 
 __all__ = ["ExcessMTL"]
 
@@ -61,6 +62,16 @@ class ExcessMTL(GradientMemory):
 
     def _present(self, M: Tensor) -> tuple[Tensor, Tensor]:
         return present(M)
+
+    def weighting(self, G: Tensor) -> Tensor:
+        """The task weights, float64 [T] or [B, T], from gradients [T, P] or [B, T, P]: a step, without its result.
+
+        Raises:
+            TypeError: as `__call__`.
+            ValueError: as `__call__`.
+        """
+        check_matrix(G)
+        return self._weigh(Pieces(G, G.shape[-2], G.new_empty((*G.shape[:-2], G.shape[-1]))), NOTHING).alpha
 
     def _aggregate(self, G: Pieces, context: Context) -> Info:
         info = self._weigh(G, context)

@@ -10,13 +10,11 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.aggregation import Weighting
 
-from fastmtl.inputs import check_matrix, describe
+from fastmtl.inputs import describe
 from fastmtl.integrations.torchjd import peers
 from fastmtl.integrations.torchjd.configured import Configured, argument, naming
 from fastmtl.integrations.torchjd.tasks import vector
-from fastmtl.methods.memory import Pieces
 from fastmtl.options import check_number
-from fastmtl.rule import NOTHING
 
 __all__ = ["CRMOGMWeighting", "ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"]
 
@@ -138,12 +136,10 @@ class ExcessMTLWeighting(_MatrixWeighting):
         """The weights [m]."""
         if matrix.ndim == 2 and not matrix.shape[0]:
             return matrix.new_zeros(0)
-        check_matrix(matrix.detach())
         method = self.method
         if method.squares is not None and method.squares.shape != matrix.shape:
             self.reset()
-        G = Pieces(matrix.detach(), matrix.shape[0], matrix.new_empty(matrix.shape[1]))
-        alpha: Tensor = method._weigh(G, NOTHING).alpha
+        alpha: Tensor = method.weighting(matrix.detach())
         return alpha.to(matrix.dtype)
 
 

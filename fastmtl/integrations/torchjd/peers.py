@@ -6,13 +6,10 @@ weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastmtl import methods, ops
+from fastmtl import methods
 from fastmtl.info import Info
 from fastmtl.methods.memory import Pieces
 from fastmtl.rule import NOTHING, Context
@@ -117,20 +114,10 @@ class NashMTL(methods.NashMTL):
     """A zero row leaves the weights as they were, at first ones: TorchJD's solver fails on it."""
 
     remembers = True
+    _first = 1.0
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"solution": (shape[:-1], torch.float64, 1.0), "steps": (shape[:-2], torch.int64)}
-
-    def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        """The weights: see `Rule.solve`."""
-        alpha, residual = ops.nash(M, 1.0)
-        solution, steps = self._state(M.shape, M.device)
-        finite = M.isfinite().all(-1).all(-1)
-        solved = finite & (steps % self.every == 0) & ~_zero_rows(M).any(-1)
-        solution.copy_(torch.where(solved[..., None], alpha, solution))
-        steps.add_(finite)
-        alpha = torch.where(finite[..., None], solution, torch.nan)
-        return Info.of(self._shortened(alpha, M), M, residual=residual)
+    def _solvable(self, M: Tensor) -> Tensor:
+        return super()._solvable(M) & ~_zero_rows(M).any(-1)
 
 
 class PCD(methods.PCD):
