@@ -61,7 +61,7 @@ class Bloop(GradientMemory):
         mean = self._kept("mean", (*G.batch, G.P), G.kept, M.device)
         steps = self._kept("steps", G.batch, torch.int64, M.device)
         scale: Tensor | float = 1.0 if context.grad_scale is None else context.grad_scale
-        others = torch.where(there, self.lam, 0.0).to(torch.float64)
+        others = self.lam * there.to(torch.float64)
         others[..., 0] = 0
         auxiliary = mean.new_zeros(mean.shape)
         main = mean.new_zeros(mean.shape)

@@ -101,7 +101,7 @@ class SDMGrad(Weighted, StatefulMethod):
         A = torch.where(scale > 0, 1 / scale, 0.0)[..., None, None]
         A = wide * A * A
         preferred = self._task_weights(M.shape[-1], M)
-        preferred = torch.where(there, 1 / M.shape[-1] if preferred is None else preferred, 0.0)
+        preferred = there.to(torch.float64) * (1 / M.shape[-1] if preferred is None else preferred)
         w, velocity = shares_of(state, there), torch.zeros_like(preferred)
         for _ in range(self.iterations):
             velocity = self.momentum * velocity + (A @ (w + self.lam * preferred)[..., None]).squeeze(-1)

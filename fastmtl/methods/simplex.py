@@ -22,7 +22,8 @@ def shares_of(w: Tensor, there: Tensor) -> Tensor:
     """Remembered weights w [..., T] of the tasks that are there, as shares of one; equal ones where all are 0."""
     some = torch.where(there, w, 0.0)
     total = some.sum(-1, keepdim=True)
-    return torch.where(total > 0, some / total, there / there.sum(-1, keepdim=True).clamp_min(1))
+    equal = there.to(w.dtype) / there.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(total > 0, some / total, equal)
 
 
 def put_back(w: Tensor, shares: Tensor, there: Tensor, when: Tensor) -> None:

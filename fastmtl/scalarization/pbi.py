@@ -60,7 +60,8 @@ class PBI(Scalarization):
         along = (F * u).sum()
         apart = F - along * u
         squared = apart.square().sum()
-        off = squared > 0
+        # Not what rounding makes of losses in this very direction.
+        off = squared.detach() > (8 * torch.finfo(L.dtype).eps) ** 2 * F.detach().square().sum()
         distance = torch.where(off, torch.where(off, squared, 1.0).sqrt(), 0.0)
         slope = u + self.theta * torch.where(off, apart / distance, 0.0).detach()
         return along + self.theta * distance, masked(slope, here)

@@ -70,7 +70,7 @@ class ReLoBRaLo(Scalarization):
             current = L.detach().to(torch.float64)
             rho = (torch.rand((), dtype=torch.float64, device=L.device) < self.lookback).to(torch.float64)
             rho = torch.where(self.steps <= 1, 1.0, rho)
-            alpha = torch.where(self.steps == 1, 0.0, self.alpha)
+            alpha = self.alpha * (self.steps != 1).to(torch.float64)
             history = rho * w + (1 - rho) * self._relative(current, self.first, here)
             mixed = alpha * history + (1 - alpha) * self._relative(current, self.last, here)
             w = self._new = torch.where(self.steps == 0, w, masked(mixed, here, 1.0))

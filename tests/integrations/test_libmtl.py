@@ -473,7 +473,7 @@ def test_representations_of_different_shapes():
     for t, task in enumerate(TASKS):
         losses[t] = trainer.model(randn(3 + t, 5), task)[task].square().mean()
     with pytest.raises(ValueError, match=r"rep: expected representations of one shape.*\[\[3, 6\], \[4, 6\]\]"):
-        trainer.model.backward(losses)
+        trainer.model.backward(losses, **trainer.weight_args)
 
 
 @pytest.mark.parametrize("name", ["Aligned_MTL", "MGDA", "CAGrad", "UPGrad"])
