@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.methods.memory import GradientMemory, Pieces, combined, move, present
-from fastmtl.methods.simplex import put_back, shares_of
+from fastmtl.methods.simplex import Shares
 from fastmtl.options import flag, number, option
 from fastmtl.rule import Context
 
@@ -99,12 +99,10 @@ class MoCo(GradientMemory):
             factor = torch.where(there, context.losses.to(device) / norms, 0.0)
         move(y, G, there & finite, (self.beta / k**self.beta_decay).expand_as(w), factor)
         N = ops.gram(y)
-        shares = shares_of(w, there)
-        step = (self.gamma / k**self.gamma_decay) * ((N @ shares[..., None]).squeeze(-1) + self.rho * shares)
-        alpha = torch.where(there, shares - step, -torch.inf).softmax(-1)
-        alpha = torch.where(there, alpha, 0.0)
-        put_back(w, alpha, there, finite[..., 0])
-        alpha = torch.where(finite, alpha, torch.nan)
+        shares = Shares(w, there)
+        now = shares.now
+        step = (self.gamma / k**self.gamma_decay) * ((N @ now[..., None]).squeeze(-1) + self.rho * now)
+        alpha = shares.put_back((now - shares.keep_out(step)).softmax(-1), finite[..., 0])
         flat = combined(y, alpha)
         G.write(flat if context.grad_scale is None else flat * scale)
         return Info.of(alpha, M)

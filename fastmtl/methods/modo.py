@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.methods.simplex import put_back, shares_of, to_simplex
+from fastmtl.methods.simplex import Shares, to_simplex
 from fastmtl.methods.state import StatefulMethod
 from fastmtl.options import number, option
 from fastmtl.rule import NOTHING, Context
@@ -72,9 +72,9 @@ class MoDo(StatefulMethod):
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         (state,) = self._state(M.shape, M.device)
-        finite = wide.isfinite().all(-1).all(-1)
-        there = self._there(wide)
-        w = shares_of(state, there)
-        w = to_simplex(w - self.gamma * ((wide @ w[..., None]).squeeze(-1) + self.rho * w), there)
-        put_back(state, w, there, finite)
-        return Info.of(torch.where(finite[..., None], w, torch.nan), M)
+        shares = Shares(state, self._there(wide))
+        w = shares.now
+        slope = (wide @ w[..., None]).squeeze(-1).add_(w, alpha=self.rho)
+        finite = slope.isfinite().all(-1)
+        w = to_simplex(torch.sub(w, shares.keep_out(slope), alpha=self.gamma))
+        return Info.of(shares.put_back(w, finite), M)

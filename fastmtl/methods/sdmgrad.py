@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.methods.simplex import put_back, shares_of, to_simplex
+from fastmtl.methods.simplex import Shares, to_simplex
 from fastmtl.methods.state import StatefulMethod
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, integer, number, option, show_weights
@@ -102,10 +102,13 @@ class SDMGrad(Weighted, StatefulMethod):
         A = wide * A * A
         preferred = self._task_weights(M.shape[-1], M)
         preferred = there.to(torch.float64) * (1 / M.shape[-1] if preferred is None else preferred)
-        w, velocity = shares_of(state, there), torch.zeros_like(preferred)
+        shares = Shares(state, there)
+        w = shares.now
+        pull = shares.keep_out(self.lam * (A @ preferred[..., None]).squeeze(-1))[..., None]
+        velocity = torch.zeros_like(pull)
         for _ in range(self.iterations):
-            velocity = self.momentum * velocity + (A @ (w + self.lam * preferred)[..., None]).squeeze(-1)
-            w = to_simplex(w - self.lr * velocity, there)
-        put_back(state, w, there, finite)
-        alpha = (w + self.lam * preferred) / (1 + self.lam)
-        return Info.of(torch.where(finite[..., None], alpha, torch.nan), M)
+            slope = torch.addmm(pull, A, w[:, None]) if A.ndim == 2 else torch.baddbmm(pull, A, w[..., None])
+            velocity = slope.add_(velocity, alpha=self.momentum)
+            w = to_simplex(torch.sub(w, velocity[..., 0], alpha=self.lr))
+        w = shares.put_back(w, finite)
+        return Info.of((w + self.lam * preferred) / (1 + self.lam), M)

@@ -5,28 +5,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["put_back", "shares_of", "to_simplex"]
+from fastmtl.inputs import has_numbers
+
+__all__ = ["Shares", "to_simplex"]
 
 
-def to_simplex(x: Tensor, there: Tensor) -> Tensor:
-    """The point nearest to x [..., T] with w >= 0 and Σ w = 1, of those that are 0 where `there` [..., T] is false."""
-    descending = torch.where(there, x, -torch.inf).sort(-1, descending=True).values
-    beyond = descending.cumsum(-1) - 1
-    counts = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    kept = (descending * counts > beyond).sum(-1, keepdim=True).clamp_min(1)
-    shift = beyond.gather(-1, kept - 1) / kept
-    return torch.where(there, (x - shift).clamp_min(0), 0.0)
+def to_simplex(x: Tensor) -> Tensor:
+    """The point nearest to x [..., T] with w >= 0 and Σ w = 1; 0 where x is -∞."""
+    sums = x.sort(-1, descending=True).values.cumsum(-1)
+    # (Σ_{i <= k} x_i - 1) / k is largest for the k that are not cut off.
+    counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return x.sub_(((sums - 1) / counts).amax(-1, keepdim=True)).clamp_min_(0)
 
 
-def shares_of(w: Tensor, there: Tensor) -> Tensor:
-    """Remembered weights w [..., T] of the tasks that are there, as shares of one; equal ones where all are 0."""
-    some = torch.where(there, w, 0.0)
-    total = some.sum(-1, keepdim=True)
-    equal = there.to(w.dtype) / there.sum(-1, keepdim=True).clamp_min(1)
-    return torch.where(total > 0, some / total, equal)
+class Shares:
+    """Remembered weights, as shares of one of the tasks that are there; absent ones keep what they have.
 
+    Args:
+        w: the weights [..., T], whose sum is one.
+        there: which tasks are there, bool [..., T].
+    """
 
-def put_back(w: Tensor, shares: Tensor, there: Tensor, when: Tensor) -> None:
-    """Keeps new shares in w, where `when` [...] is true: absent tasks keep theirs, and the others their sum."""
-    total = torch.where(there, w, 0.0).sum(-1, keepdim=True)
-    w.copy_(torch.where(when[..., None] & there, shares * total, w))
+    def __init__(self, w: Tensor, there: Tensor) -> None:
+        self.w, self.there = w, there
+        # On a CPU one can see, without waiting, that nobody is absent.
+        self.all = has_numbers(there) and bool(there.all())
+        if not self.all:
+            some = torch.where(there, w, 0.0)
+            self.total = some.sum(-1, keepdim=True)
+            equal = there.to(w.dtype) / there.sum(-1, keepdim=True).clamp_min(1)
+            self.now = torch.where(self.total > 0, some / self.total, equal)
+        else:
+            self.now = w
+
+    def keep_out(self, slope: Tensor) -> Tensor:
+        """`slope` [..., T], along which no step leads to an absent task; overwritten."""
+        return slope if self.all else slope.masked_fill_(~self.there, torch.inf)
+
+    def put_back(self, shares: Tensor, when: Tensor) -> Tensor:
+        """Keeps new shares where `when` [...] is true, and returns them: 0 for absent tasks, NaN elsewhere."""
+        when = when[..., None]
+        if self.all:
+            self.w.copy_(torch.where(when, shares, self.w))
+        else:
+            shares = torch.where(self.there, shares, 0.0)
+            self.w.copy_(torch.where(when & self.there, shares * self.total, self.w))
+        return torch.where(when, shares, torch.nan)

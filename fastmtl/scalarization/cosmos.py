@@ -49,10 +49,13 @@ class COSMOS(Scalarization):
         w = masked(preferred(self.weights, self._copies, L), here)
         L = masked(L, here)
         length = w.norm() * L.norm()
-        cosine = torch.where(length > 0, (w * L).sum() / length, 0.0)
+        some = length.detach() > 0
+        length = torch.where(some, length, 1.0)
+        cosine = torch.where(some, (w * L).sum() / length, 0.0)
         fixed = L.detach()
-        slope = w / length.detach() - cosine.detach() * fixed / fixed.square().sum()
-        slope = torch.where(length > 0, slope, 0.0)
+        squared = torch.where(some, fixed.square().sum(), 1.0)
+        slope = w / length.detach() - cosine.detach() * fixed / squared
+        slope = torch.where(some, slope, 0.0)
         return (w * L).sum() - self.lam * cosine, w - self.lam * slope
 
     def extra_repr(self) -> str:

@@ -98,7 +98,7 @@ def _group_means(x: Tensor, here: Tensor | None, groups: int) -> Tensor:
         cuts.append(torch.where(with_cut.amin(0) <= best, cut, 0))
     label, j = torch.zeros_like(order), torch.full((), T, device=x.device)
     for cut in reversed(cuts):
-        j = cut[j]
+        j = cut.gather(0, j[None])[0]  # an index on the device, for which nothing waits
         label += ends[:-1] >= j
     means = torch.zeros_like(y).index_add(0, label, y) / torch.zeros_like(y).index_add(0, label, counted).clamp_min(1)
     return torch.empty_like(x).scatter(0, order, means[label])

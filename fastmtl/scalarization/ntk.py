@@ -42,19 +42,19 @@ class NTK(Scalarization):
         ValueError: one of them is less than 1.
     """
 
-    traces: Tensor  # Tr(K_t), float64 [T]; NaN before they are known
+    traces: Tensor  # Tr(K_t), float64 [T]; infinite before they are known
     tasks: int = option(integer(1), fixed=True)
     probes: int | None = option(integer(1, optional=True))
 
     def __init__(self, tasks: int, *, probes: int | None = 16) -> None:
         super().__init__(tasks)
         self.probes = probes
-        self.register_buffer("traces", torch.full((self.tasks,), torch.nan, dtype=torch.float64))
+        self.register_buffer("traces", torch.full((self.tasks,), torch.inf, dtype=torch.float64))
 
     def reset(self) -> None:
         """Forgets the traces."""
         super().reset()
-        self.traces.fill_(torch.nan)
+        self.traces.fill_(torch.inf)
 
     def update(
         self,
@@ -111,7 +111,7 @@ class NTK(Scalarization):
         return total if exact else total / passes
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        known = ~self.traces.isnan()
+        known = self.traces.isfinite()
         there = known if here is None else known & here
         total = torch.where(there, self.traces, 0.0).sum()
         w = torch.where(self.traces > 0, total / self.traces, 0.0)
