@@ -232,6 +232,21 @@ def graddrop(T: int, P: int, kappa: float) -> Trial:
     )
 
 
+def coordinates(method: str, T: int, P: int, kappa: float) -> Trial:
+    """A method that looks at every coordinate of [T, P], or keeps something of its size, against TorchJD's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    options = {"TrimmedMean": ({"trim": 2}, (2,)), "ExcessMTL": ({}, ())}[method]
+    fast, other = (getattr(fastmtl, method)(**options[0]) for _ in range(2))
+    base, wide = (getattr(peers.torchjd(), method)(*options[1]) for _ in range(2))
+    return Trial(
+        fast=lambda: fast(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.error(other(G), wide(G.double())),
+        tolerance=peers.AGGREGATION,
+    )
+
+
 def drop_in(T: int, kappa: float) -> Trial:
     """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
     example = importlib.import_module("torchjd_example")
@@ -503,7 +518,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
         *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads, import_),
-        *(weighting, aggregation, graddrop, drop_in),
+        *(weighting, aggregation, graddrop, coordinates, drop_in),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fastmtl import methods, scalarization
 from fastmtl.methods.base import GramMethod, Method
+from fastmtl.methods.memory import GradientMemory
 from fastmtl.methods.state import StatefulMethod
 from fastmtl.scalarization import Scalarization
 
@@ -36,6 +37,16 @@ _NAMES: dict[_Kind, tuple[str, str, str, str]] = {
     methods.FairGrad: ("fairgrad", "FairGrad", "FairGrad", ""),
     methods.ConFIG: ("config", "ConFIG", "", ""),
     methods.Krum: ("krum", "Krum", "", ""),
+    methods.TrimmedMean: ("trimmed-mean", "TrimmedMean", "", ""),
+    methods.PCD: ("pcd", "PCD", "", ""),
+    methods.SDMGrad: ("sdmgrad", "SDMGradWeighting", "SDMGrad", ""),
+    methods.MoDo: ("modo", "MoDoWeighting", "MoDo", ""),
+    methods.CRMOGM: ("cr-mogm", "CRMOGMWeighting", "", ""),
+    methods.ExcessMTL: ("excess-mtl", "ExcessMTL", "ExcessMTL", ""),
+    methods.MoCo: ("moco", "", "MoCo", ""),
+    methods.DBMTL: ("db-mtl", "", "DB_MTL", ""),
+    methods.MConFIG: ("m-config", "", "", ""),
+    methods.Bloop: ("bloop", "", "", ""),
     scalarization.LS: ("uniform", "Mean, Sum, Constant", "EW", "ls"),
     scalarization.RLW: ("rlw", "Random", "RLW", "rlw"),
     scalarization.DWA: ("dwa", "DWA", "DWA", "dwa"),
@@ -45,8 +56,14 @@ _NAMES: dict[_Kind, tuple[str, str, str, str]] = {
     scalarization.GLS: ("gls", "GeometricMean", "GLS", ""),
     scalarization.STCH: ("stch", "STCH", "STCH", ""),
     scalarization.FAMO: ("famo", "FAMO", "FAMO", ""),
+    scalarization.COSMOS: ("cosmos", "COSMOS", "", ""),
+    scalarization.PBI: ("pbi", "PBI", "", ""),
+    scalarization.GO4Align: ("go4align", "", "", ""),
+    scalarization.SoftAdapt: ("softadapt", "", "", ""),
+    scalarization.ReLoBRaLo: ("relobralo", "", "", ""),
+    scalarization.NTK: ("ntk", "", "", ""),
 }
-_HEADINGS = ("method", "make", "paper", "needs", "state", "options", "TorchJD", "LibMTL", "official")
+_HEADINGS = ("method", "make", "paper", "needs", "state", "memory", "options", "TorchJD", "LibMTL", "official")
 
 
 class Entry(NamedTuple):
@@ -58,6 +75,7 @@ class Entry(NamedTuple):
         paper: where it comes from.
         needs: what it looks at.
         state: what it remembers from step to step; empty for most.
+        memory: what the state takes where it grows with the number of parameters P, and not with that of tasks T alone.
         options: arguments of its constructor with their defaults.
         torchjd: its name in TorchJD, as the following in LibMTL and in the official code; empty where it is not there.
     """
@@ -67,6 +85,7 @@ class Entry(NamedTuple):
     paper: str
     needs: str
     state: str
+    memory: str
     options: str
     torchjd: str
     libmtl: str
@@ -78,7 +97,8 @@ def entries() -> Iterator[Entry]:
     for kind, (name, *peers) in _NAMES.items():
         module = kind.__module__.rpartition(".")[0]
         prefix = "scalarization." if module == "fastmtl.scalarization" else ""
-        yield Entry(prefix + kind.__name__, name, _paper(kind), _needs(kind), _state(kind), _options(kind), *peers)
+        about = (_paper(kind), _needs(kind), _state(kind), getattr(kind, "memory", ""), _options(kind))
+        yield Entry(prefix + kind.__name__, name, *about, *peers)
 
 
 def names() -> tuple[str, ...]:
@@ -147,16 +167,20 @@ def _paper(kind: type) -> str:
 def _needs(kind: _Kind) -> str:
     if kind is scalarization.GradNorm:
         return "losses, gradients of a layer"
+    if kind is scalarization.NTK:
+        return "losses, gradients of residuals"
     if issubclass(kind, Scalarization):
         return "losses"
     if kind is methods.MGDA:
         return "Gram (losses to normalize by them)"
+    if kind in (methods.MoCo, methods.DBMTL):
+        return "gradients, losses"
     return "Gram" if issubclass(kind, GramMethod) else "gradients"
 
 
 def _state(kind: _Kind) -> str:
     method = make(_NAMES[kind][0], tasks=4)
-    if issubclass(kind, StatefulMethod):
+    if issubclass(kind, (StatefulMethod, GradientMemory)):
         return ", ".join(method._buffers)
     return ", ".join(name for name in method.state_dict() if name[0] != "_")
 
