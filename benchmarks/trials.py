@@ -13,6 +13,7 @@ from typing import Any
 
 import measure
 import peers
+import per_example as examples
 import pure
 import torch
 import workloads
@@ -261,6 +262,35 @@ def drop_in(T: int, kappa: float) -> Trial:
         tolerance=1e-4,
         rounds=20,
     )
+
+
+def per_example(network: str, B: int, kappa: float) -> Trial:
+    """A step of B losses' gradients, without a solver, against one of their mean."""
+    problem = examples.NETWORKS[network](B)
+    method = fastmtl.Uniform()
+    error = problem.error(problem.step(method))
+    x = torch.randn(B, 1000)
+    return Trial(lambda: problem.step(method), problem.plain, lambda: x.sum(), error, tolerance=1e-5, rounds=5)
+
+
+def per_example_autogram(network: str, B: int, kappa: float) -> Trial:
+    """The same against TorchJD's engine."""
+    problem, other = (examples.NETWORKS[network](B) for _ in range(2))
+    method = fastmtl.Uniform()
+    error = problem.error(problem.step(method))
+    weights, x = torch.full((B,), 1 / B), torch.randn(B, 1000)
+    base = other.autogram(lambda _: weights)
+    return Trial(lambda: problem.step(method), base, lambda: x.sum(), error, tolerance=1e-5)
+
+
+def per_example_upgrad(network: str, B: int, kappa: float) -> Trial:
+    """The same, end to end with UPGrad against TorchJD's."""
+    weightings = importlib.import_module("torchjd.aggregation")
+    problem, other = (examples.NETWORKS[network](B) for _ in range(2))
+    method, x = fastmtl.UPGrad(ridge=1e-4), torch.randn(B, 1000)
+    error = problem.error(problem.step(method))
+    base = other.autogram(weightings.UPGradWeighting())
+    return Trial(lambda: problem.step(method), base, lambda: x.sum(), error, tolerance=1e-5, rounds=0.2)
 
 
 def threads(T: int, P: int, kappa: float) -> Trial:
@@ -519,6 +549,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     for function in (
         *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads, import_),
         *(weighting, aggregation, graddrop, coordinates, drop_in),
+        *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
     )

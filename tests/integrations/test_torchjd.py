@@ -63,7 +63,7 @@ NO_WEIGHTS = ("GradDrop", "TrimmedMean")
 ALL_ROWS = ("ExcessMTL",)  # whose weighting takes the Jacobian
 # What is TorchJD's alone: what its aggregators, weightings and scalarizers are derived from, as ours are.
 BASES = {"Aggregator", "GramianWeightedAggregator", "Scalarizer", "WeightedAggregator", "Weighting"}
-AGGREGATORS = [name for name in ours.__all__ if not name.endswith("Weighting")]
+AGGREGATORS = [name for name in ours.__all__ if not name.endswith("Weighting") and name != "Engine"]
 methods = pytest.mark.parametrize("name", METHODS)
 
 
@@ -97,7 +97,7 @@ def test_the_same_arguments(name):
 
 
 def test_which_classes_there_are():
-    extra = {"ConFIGWeighting", "NashMTLWeighting"}
+    extra = {"ConFIGWeighting", "NashMTLWeighting", "Engine"}
     assert {name for name in ours.__all__ if not hasattr(theirs, name)} == extra
     assert {name.partition(" ")[0] for name in METHODS} == set(AGGREGATORS)
     assert set(theirs.__all__) - BASES == set(ours.__all__) - extra
@@ -573,6 +573,52 @@ def test_trains_alike_on_gramians(name):
     arguments = TRAINED[name][0]
     mine, its = (run(by_engine(getattr(module, name + "Weighting")(*arguments))) for module in (ours, theirs))
     assert (mine - its).abs().max() <= 1e-4 * its.max()
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1, -1, None])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_engines_gramian(batch_dim, dtype):
+    """TorchJD's, entry by entry, whatever the dimensions of the output."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 6), nn.LayerNorm(6)
+    net = nn.Sequential(*layers, nn.Linear(6, 3)).to(dtype)
+    other, x = copy.deepcopy(net), randn(5, 1, 6, 6, seed=1, dtype=dtype)
+
+    def output(model):
+        y = model(x).sin()
+        return y if batch_dim in (0, None) else y.T
+
+    its_engine = Engine(other, batch_dim=batch_dim)  # its hooks have to be there before the forward
+    expected = its_engine.compute_gramian(output(other))
+    found = output(net)
+    M = ours.Engine(net, batch_dim=batch_dim).compute_gramian(found)
+    assert M.dtype is dtype
+    torch.testing.assert_close(M, expected, rtol=1e-4 if dtype is F32 else 1e-9, atol=1e-5 if dtype is F32 else 1e-12)
+    found.backward(torch.ones_like(found))  # the graph is there still
+
+
+def test_the_engine_takes_what_torchjds_does_not():
+    """Recurrent networks, and weights that another module uses; batch norm is refused by the step, not the class."""
+    lstm, x = nn.LSTM(3, 4).double(), randn(6, 5, 3, dtype=F64)
+    losses = lstm(x)[0].square().mean((0, 2))
+    M = ours.Engine(lstm, batch_dim=0).compute_gramian(losses)
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(one, list(lstm.parameters()), retain_graph=True)])
+        for one in losses
+    ]
+    torch.testing.assert_close(M, torch.stack(rows) @ torch.stack(rows).T)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    engine = ours.Engine(net, batch_dim=0)
+    with pytest.raises(ValueError, match="NativeBatchNormBackward0 with statistics of the batch"):
+        engine.compute_gramian(net(x[0]).squeeze(1))
+    net.eval()
+    assert engine.compute_gramian(net(x[0]).squeeze(1)).shape == (5, 5)
+    with pytest.raises(ValueError, match="output: expected a tensor that requires grad"):
+        engine.compute_gramian(x)
+    with pytest.raises(TypeError, match="output: expected a floating tensor"):
+        engine.compute_gramian(torch.arange(3))
+    with pytest.raises(ValueError, match="modules: expected at least one parameter"):
+        ours.Engine(nn.ReLU(), batch_dim=0)
 
 
 def test_jac_to_grad_returns_weights_in_the_jacobians_dtype():

@@ -7,6 +7,8 @@ Every class has the name, the arguments and the attributes of TorchJD's, and is 
 for `torchjd.autojac.jac_to_grad` (with `optimize_gramian_computation` too) or a weighting for the Gramians of
 `torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `methods.method`.
 
+`Engine` stands where `torchjd.autogram.Engine` does, and wraps nothing.
+
 An aggregator that needs the Gramian of the Jacobian [m, n] computes it and the weights [m] in float64, and rounds once,
 when the result [n] is written; whoever looks at the weights sees them in the Jacobian's dtype. A weighting returns
 weights in the dtype of its Gramian [m, m].
@@ -42,6 +44,7 @@ from fastmtl.integrations.torchjd.aggregators import (
     TrimmedMean,
     UPGrad,
 )
+from fastmtl.integrations.torchjd.engine import Engine
 from fastmtl.integrations.torchjd.on_matrices import (
     CRMOGMWeighting,
     ExcessMTLWeighting,
@@ -89,6 +92,7 @@ __all__ = [
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "Engine",
     "ExcessMTL",
     "ExcessMTLWeighting",
     "FairGrad",
