@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
 # pytest compiles the tests, and does so once: with this set, each process for itself.
@@ -14,11 +14,11 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -107,6 +107,9 @@ bench-engines: develop ## the engines of backward: steps, memory, and what "auto
 
 bench-gate: develop ## the gate against regressions: quick, tolerates a busy machine (CHECK_ARGS="--repeat 10" for ten passes)
 	$(BIN)/python benchmarks/check.py --ci $(CHECK_ARGS)
+
+bench-against: develop ## what COMMIT=... and this tree take for the cases of the gate, built side by side
+	$(BIN)/python benchmarks/against.py $(COMMIT)
 
 scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in scaling-quick/
 	rm -rf scaling-quick

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-CPU_SOURCES = ["csrc/module.cpp", "csrc/weights.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
-CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+CPU_SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.cu"))
 # The oldest torch whose stable ABI has what the ops use: the object then runs on it and on every later one.
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # Every architecture of the kernels' design, for build machines without a GPU (torch would look for one).

@@ -49,9 +49,9 @@ CONSTANTS = {
     "kManyWords": 4080,
     "kGroupRows": 64,  # gram.cuh
     "kMaxJacobiTasks": 64,  # eigh.cuh
-    "kMaxSmallTasks": 32,  # small.cuh
+    "kMaxSmallTasks": 32,  # align_small.cuh
     "kCombineThreads": 256,  # combine.cuh
-    "kReduceValues": 32,  # kernels_weights.cu
+    "kReduceValues": 32,  # gram_reduce.cu
     "kReduceThreads": 1024,
     "kProbes": 4,  # probe.cuh
     "kSmallEntries": 1 << 15,  # pipeline.cu
@@ -59,7 +59,7 @@ CONSTANTS = {
     "kManyMatrices": 64,
     "kPartialBytes": 32 << 20,
     "slow float64, tasks in float64": 8,  # plan_of
-    "slow float64, least ratio": 4,  # module.cu
+    "slow float64, least ratio": 4,  # ops/cuda_call.h
     "blocks, stream": 256,  # blocks_of
     "blocks, tiles": 512,
     "blocks, at most": 1024,

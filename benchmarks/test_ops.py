@@ -91,6 +91,13 @@ def balance(who: str, T: int) -> Contest:
     return Contest(calls, distance(reference.balance(M, *policy(T))[0]), EXACT, EXACT)
 
 
+def align_gram(who: str, T: int) -> Contest:
+    contest = balance(who, T)
+    M = workloads.grams(T)[0]
+    calls = {**contest.calls, "fastmtl": lambda: ops.align_gram(M, *policy(T))[0]}
+    return Contest(calls, contest.error, EXACT, EXACT)
+
+
 def combine(who: str, T: int, P: int) -> Contest:
     G, alpha, out = workloads.matrix(T, P), torch.rand(T, dtype=torch.float64), torch.empty(P)
     single = alpha.float()
@@ -255,6 +262,7 @@ OPS: dict[str, tuple[Callable[..., Contest], list[tuple[int, ...]], tuple[str, .
     "sign_drop_rows": (sign_drop_rows, [(10,)], ALL),
     "eigh": (eigh, [(512, 8), (1, 512)], TWO),
     "balance": (balance, [(10,), (40,), (128,)], THREE),
+    "align_gram": (align_gram, [(10,), (40,), (128,)], THREE),
     "mgda": (weights("mgda", "MGDA", lambda T: (), 0.3), TASKS, SOLVER),
     "dual_cone": (weights("dual_cone", "UPGrad", lambda T: (None, True), 1e-2), TASKS, SOLVER),
     "cagrad": (weights("cagrad", "CAGrad", lambda T: (0.5,), 1e-3), TASKS, SOLVER),

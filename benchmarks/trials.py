@@ -6,7 +6,8 @@ import importlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,6 +233,21 @@ def graddrop(T: int, P: int, kappa: float) -> Trial:
     )
 
 
+def coordinates(method: str, T: int, P: int, kappa: float) -> Trial:
+    """A method that looks at every coordinate of [T, P], or keeps something of its size, against TorchJD's."""
+    G, out = workloads.conflicting(T, P), torch.empty(P)
+    options = {"TrimmedMean": ({"trim": 2}, (2,)), "ExcessMTL": ({}, ())}[method]
+    fast, other = (getattr(fastmtl, method)(**options[0]) for _ in range(2))
+    base, wide = (getattr(peers.torchjd(), method)(*options[1]) for _ in range(2))
+    return Trial(
+        fast=lambda: fast(G, out=out),
+        base=lambda: base(G),
+        read=lambda: G.sum(),
+        error=workloads.error(other(G), wide(G.double())),
+        tolerance=peers.AGGREGATION,
+    )
+
+
 def drop_in(T: int, kappa: float) -> Trial:
     """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
     example = importlib.import_module("torchjd_example")
@@ -279,16 +295,50 @@ def per_example_upgrad(network: str, B: int, kappa: float) -> Trial:
 
 def threads(T: int, P: int, kappa: float) -> Trial:
     """A matrix [T, P] on as many threads as torch has now, against the same on one."""
+    return against_one_thread(flat(T, P, kappa))
+
+
+def batch_threads(op: str, B: int, T: int, kappa: float) -> Trial:
+    """One op on a batch of B Gram matrices [T, T], or `align` on the gradients [B, T, 4 T]; threads as above."""
+    G = workloads.matrix(B, T, 4 * T, kappa=kappa)
+    M, out = ops.gram(G), torch.empty(B, 4 * T)
+    calls: dict[str, Callable[[], Any]] = {
+        "align": lambda: ops.align(G, *POLICY, out),
+        "align_gram": lambda: ops.align_gram(M, *POLICY)[0],
+        "balance": lambda: ops.balance(M, *POLICY)[0],
+        "eigh": lambda: ops.eigh(M)[0],
+        "gram": lambda: ops.gram(G),
+        "unit_solve": lambda: ops.unit_solve(M, None, 1e-6)[0],
+        "mgda": lambda: ops.mgda(M)[0],
+    }
+    function = calls[op]
+    several = function()
+    with one_thread():
+        alone = function()
+    error = 0.0 if several is None else float((several - alone).abs().max() / alone.abs().max())
+    # LAPACK's bits are its own.
+    trial = Trial(function, function, lambda: G.sum(), error, tolerance=1e-12 if op == "eigh" else 0.0)
+    return against_one_thread(trial)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread."""
     several = torch.get_num_threads()
-    trial = flat(T, P, kappa)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(several)
+
+
+def against_one_thread(trial: Trial) -> Trial:
+    """A trial, with the same function on one thread as what it is compared with."""
 
     def alone(function: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            torch.set_num_threads(1)
-            try:
+            with one_thread():
                 function()
-            finally:
-                torch.set_num_threads(several)
 
         return run
 
@@ -321,6 +371,41 @@ def ragged(T: int, layers: int, kappa: float) -> Trial:
         base=lambda: base(rows),
         read=lambda: matrix.sum(),
         error=workloads.error(method(rows), workloads.exact(matrix)),
+        tolerance=workloads.tolerance(T),
+    )
+
+
+def small_tensors(T: int, K: int, n: int, kappa: float) -> Trial:
+    """T rows of K tensors of n elements against two of torch's own passes over such lists: a norm of each, a factor."""
+    rows, method = workloads.ragged(T, [(n,)] * K), fastmtl.AlignedMTL()
+    tensors, outs = [g for row in rows for g in row], [torch.empty(n) for _ in range(K)]
+    matrix = torch.stack([torch.cat(row) for row in rows])
+
+    def base() -> None:
+        torch._foreach_norm(tensors)
+        torch._foreach_mul_(tensors, 1.0)
+
+    method(rows, outs)
+    return Trial(
+        fast=lambda: method(rows, outs),
+        base=base,
+        read=lambda: matrix.sum(),
+        error=workloads.error(torch.cat(outs), workloads.exact(matrix)),
+        tolerance=workloads.tolerance(T),
+        rounds=5,
+    )
+
+
+def as_rows(T: int, P: int, kappa: float) -> Trial:
+    """T rows of one tensor each, as a list, against the same as a matrix."""
+    G, method = workloads.matrix(T, P, kappa=kappa), fastmtl.AlignedMTL()
+    rows, out, outs = [[g] for g in G], torch.empty(P), [torch.empty(P)]
+    method(rows, outs)
+    return Trial(
+        fast=lambda: method(rows, outs),
+        base=lambda: method(G, out),
+        read=lambda: G.sum(),
+        error=workloads.error(outs[0], workloads.exact(G)),
         tolerance=workloads.tolerance(T),
     )
 
@@ -388,6 +473,7 @@ def solver(op: str, T: int, kappa: float) -> Trial:
     grams, w = workloads.grams(T), torch.full((T,), 1 / T, dtype=torch.float64)
     arguments: dict[str, tuple[Any, ...]] = {
         "balance": POLICY,
+        "align_gram": POLICY,
         "mgda": (),
         "dual_cone": (None, True),
         "cagrad": (0.5,),
@@ -462,9 +548,10 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
         *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads, import_),
-        *(weighting, aggregation, graddrop, drop_in),
+        *(weighting, aggregation, graddrop, coordinates, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
+        *(small_tensors, as_rows, batch_threads),
     )
 }
 FIGURES: dict[str, Callable[..., float]] = {

@@ -17,6 +17,7 @@ __all__ = [
     "Edge",
     "Leaves",
     "Trunk",
+    "behind_joints",
     "computes",
     "edge_of",
     "is_leaf",
@@ -207,6 +208,13 @@ def _following(node: Any, output: int) -> Sequence[Edge]:
     if type(node).__name__ in _JOINTS and output < len(following):
         return following[output : output + 1]
     return following
+
+
+def behind_joints(edge: Edge) -> Edge:
+    """Where an edge leads to, past joints."""
+    while type(edge[0]).__name__ in _JOINTS and edge[1] < len(edge[0].next_functions):
+        edge = edge[0].next_functions[edge[1]]
+    return edge
 
 
 class Trunk(NamedTuple):

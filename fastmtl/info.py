@@ -16,6 +16,7 @@ __all__ = ["Info", "condition_number", "tolerances"]
 
 _EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
 _SHOWN = 8  # weights in a repr
+_ANY_RULE = (0.0, 0.0, "gram")  # eigenvalues are the same under each
 
 
 class Info:
@@ -32,12 +33,14 @@ class Info:
     Attributes:
         alpha: task weights α, float64 [T]: the committed gradient is αᵀ G. (None for `GradDrop`, which has none.)
         gram: Gram matrix of the task gradients, float64 [T, T].
-        eigenvalues: its eigenvalues, float64 [T], descending; the first `rank` are kept.
+        eigenvalues: its eigenvalues, float64 [T], descending; the first `rank` are kept. No step needs them: they are
+            computed from `gram` when they are first read.
         rank: number of independent task gradients under the method's rank rule, int64 [].
         residual: how far α is from satisfying the method's own optimality conditions, relative, float64 []: infinite
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
         explicit: names of the shared parameters whose T gradients `engine="gramian"`, or `batch_dim`, formed because it
             knows no closed form for their use; None without these.
+        age: how many steps ago the weights were computed, with `every=`; None without.
         names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """
 
@@ -45,16 +48,18 @@ class Info:
 
     alpha: Tensor  # typed for the methods that have it, all but one, so that reading it needs no test for None
     gram: Tensor | None
-    eigenvalues: Tensor | None
     rank: Tensor | None
     residual: Tensor | None
     explicit: tuple[str, ...] | None = None
+    age: int | None = None
     names: tuple[str, ...] | None = None
+    _eigenvalues: Tensor | None
+    _spectrum = False  # whether they are still to be had
 
     def __init__(self, tasks: int, device: torch.device | str | None = None) -> None:
         self.alpha = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)
         self.gram = torch.full((tasks, tasks), math.nan, dtype=torch.float64, device=device)
-        self.eigenvalues = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)
+        self._eigenvalues = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)
         self.rank = torch.zeros((), dtype=torch.int64, device=device)
         self.residual = torch.full((), math.nan, dtype=torch.float64, device=device)
 
@@ -66,12 +71,22 @@ class Info:
         eigenvalues: Tensor | None = None,
         rank: Tensor | None = None,
         residual: Tensor | None = None,
+        *,
+        spectrum: bool = False,
     ) -> Info:
-        """An info that holds these very tensors."""
+        """An info that holds these very tensors; with `spectrum` the eigenvalues of `gram`, too, once they are read."""
         info = cls.__new__(cls)
         info.alpha = alpha  # type: ignore[assignment]
-        info.gram, info.eigenvalues, info.rank, info.residual = gram, eigenvalues, rank, residual
+        info.gram, info._eigenvalues, info.rank, info.residual = gram, eigenvalues, rank, residual
+        info._spectrum = spectrum
         return info
+
+    @property
+    def eigenvalues(self) -> Tensor | None:
+        """See the attributes."""
+        if self._eigenvalues is None and self._spectrum and self.gram is not None:
+            self._eigenvalues = ops.balance(self.gram, None, "min", *_ANY_RULE)[1]
+        return self._eigenvalues
 
     @property
     def converged(self) -> Tensor | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,25 +21,33 @@ __all__ = [
     "Row",
     "Rows",
     "check_apart",
+    "check_gradient",
     "check_losses",
     "check_matrix",
     "check_names",
-    "check_out",
+    "check_outs",
     "check_rows",
     "check_tangent",
     "checked_out",
     "describe",
     "has_numbers",
     "names_of",
+    "nothing_for",
     "present_losses",
     "repeats",
     "requires_grad_outside",
     "stack_losses",
     "transforming",
+    "wrong_kind",
 ]
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+# What is said where a tensor is no gradient, by the kernels as well.
+FLOATING = "expected float32, float64, bfloat16 or float16"
+DENSE = "expected a dense (strided) tensor"
+
+_REQUIRES_GRAD, _IS_THERE = operator.attrgetter("requires_grad"), functools.partial(operator.is_not, None)
 
 # The gradients of one task: K tensors, None where it has none.
 Row: TypeAlias = "list[Tensor | None]"
@@ -55,18 +65,32 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def _check_gradient(g: object, name: str) -> None:
-    if not isinstance(g, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {describe(g)}")
-    if g.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense (strided) tensor, got {describe(g)}; call .to_dense() first, or make the layer "
-            "with sparse=False"
-        )
-    if g.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {describe(g)}")
+def check_gradient(g: Tensor, name: str) -> None:
+    """Raises where `g` is no gradient that the kernels read, or not a detached one."""
+    if (wrong := wrong_kind(g)) is not None:
+        raise TypeError(f"{name}: {wrong}")
+    _check_detached(g, name)
+
+
+def _check_detached(g: Tensor, name: str) -> None:
     if g.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: has requires_grad=True, but the aggregation has no derivative; pass it detached")
+    if transforming():
+        _check_transformed(g, name)
+
+
+def _check_overwritten(out: object, name: str) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
+
+
+def wrong_kind(g: Tensor) -> str | None:
+    """What to say of a tensor that no kernel reads as a gradient."""
+    if g.layout is not torch.strided:
+        return f"{DENSE}, got {describe(g)}; call .to_dense() first, or make the layer with sparse=False"
+    return None if g.dtype in DTYPES else f"{FLOATING}, got {describe(g)}"
 
 
 def transforming() -> bool:
@@ -91,11 +115,9 @@ def check_tangent(x: Tensor, name: str, what: str) -> None:
 
 def _check_transformed(g: Tensor, name: str) -> None:
     check_tangent(g, name, "the aggregation has")
-    for wrapped, transform in (
-        (_functorch.is_batchedtensor, "vmap"),
-        (_functorch.is_functionaltensor, "functionalize"),
-    ):
-        if wrapped(g):
+    wrappers = {"vmap": _functorch.is_batchedtensor, "functionalize": _functorch.is_functionaltensor}
+    for transform, wraps in wrappers.items():
+        if wraps(g):
             raise NotImplementedError(
                 f"{name}: the aggregation does not work inside torch.func.{transform}, got {describe(g)}; "
                 "a batch of gradients [B, T, P] is one call without it"
@@ -118,29 +140,13 @@ def check_matrix(G: Tensor) -> None:
         ValueError: `G` has another number of dimensions, no task, requires grad or has a tangent.
         NotImplementedError: within `torch.func.vmap` or `functionalize`.
     """
-    if transforming():
-        _check_transformed(G, "G")
-    if G.requires_grad or G.dtype not in DTYPES or G.layout is not torch.strided:
-        _check_gradient(G, "G")
+    if transforming() or G.requires_grad or G.dtype not in DTYPES or G.layout is not torch.strided:
+        check_gradient(G, "G")
     shape = G.shape
     if not 2 <= len(shape) <= 3:
         raise ValueError(f"G: expected shape [T, P] or [B, T, P], got {describe(G)}")
     if shape[-2] == 0:
         raise ValueError(f"G: expected at least one task (T >= 1), got {describe(G)}")
-
-
-def check_out(out: object, like: Tensor, shape: Sequence[int], name: str = "out") -> Tensor:
-    """Returns `out`, which must be a writable tensor of exactly the result's shape, dtype and device."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
-    if out.shape != shape or out.dtype is not like.dtype or out.device != like.device:
-        expected = f"{str(like.dtype)[6:]} tensor of shape {list(shape)} on {like.device}"
-        raise ValueError(f"{name}: expected a {expected}, got {describe(out)}")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
-    if not out.is_contiguous() and repeats(out):
-        raise ValueError(f"{name}: expected a tensor without repeated elements, got strides {list(out.stride())}")
-    return out
 
 
 def repeats(x: Tensor) -> bool:
@@ -184,10 +190,15 @@ def _extent(x: Tensor) -> tuple[int, int]:
 def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
     """The result's tensor for G [T, P] or [B, T, P]: `out` if it fits, a new one if there is none."""
     check_matrix(G)
-    *batch, _, P = G.shape
+    shape = torch.Size((*G.shape[:-2], G.shape[-1]))
     if out is None:
-        return G.new_empty((*batch, P))
-    check_out(out, G, (*batch, P))
+        return G.new_empty(shape)
+    _check_overwritten(out, "out")
+    if out.shape != shape or out.dtype is not G.dtype or out.device != G.device:
+        expected = f"{str(G.dtype)[6:]} tensor of shape {list(shape)} on {G.device}"
+        raise ValueError(f"out: expected a {expected}, got {describe(out)}")
+    if not out.is_contiguous() and repeats(out):
+        raise ValueError(f"out: expected a tensor without repeated elements, got strides {list(out.stride())}")
     check_apart([out], [G])
     return out
 
@@ -195,13 +206,14 @@ def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
     """Flattens T rows of K gradients to the ops' list (entry t·K + k).
 
+    That they fit together is checked once, by the op that reads them; here is what an op cannot see.
+
     Returns:
         The list of T·K tensors or Nones, and K.
 
     Raises:
-        TypeError: an entry is no dense floating tensor.
-        ValueError: no row, rows of different length, or gradients of one parameter that differ between tasks in shape,
-            dtype or device; gradients on several devices; a gradient that requires grad or has a tangent.
+        TypeError: rows or an entry of another kind.
+        ValueError: no row, rows of different length, a gradient that requires grad or has a tangent.
         NotImplementedError: within `torch.func.vmap` or `functionalize`.
     """
     if not isinstance(rows, (list, tuple)):
@@ -226,34 +238,44 @@ def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
     grads: list[Tensor | None] = []
     for row in rows:
         grads.extend((None,) * K if row is None else (row,) if isinstance(row, Tensor) else row)
-
-    device = None
-    for k in range(K):
-        like: Tensor | None = None
-        for g in grads[k::K]:
-            if g is None:
-                continue
-            if like is not None and isinstance(g, Tensor):
-                if g.dtype is like.dtype and g.shape == like.shape and g.device == like.device:
-                    if not g.requires_grad and g.layout is torch.strided:
-                        continue
-                    _check_gradient(g, f"rows[...][{k}]")
-                    continue
-                t = next(i for i, x in enumerate(grads[k::K]) if x is g)
-                raise ValueError(
-                    f"rows[{t}][{k}]: expected the other tasks' {describe(like)}, got {describe(g)}"
-                )  # fmt: skip
-            _check_gradient(g, f"rows[...][{k}]")
-            like = g
-            if device is None:
-                device = g.device
-            elif g.device != device:
-                raise ValueError(f"rows[...][{k}]: expected all gradients on {device}, got {describe(g)}")
-    if transforming():
+    if transforming() or not _are_detached(grads, type(None)):
         for i, g in enumerate(grads):
-            if g is not None:
-                _check_transformed(g, f"rows[{i // K}][{i % K}]")
+            name = f"rows[{i // K}][{i % K}]"
+            if isinstance(g, Tensor):
+                _check_detached(g, name)
+            elif g is not None:
+                raise TypeError(f"{name}: expected a tensor or None, got {describe(g)}")
     return grads, K
+
+
+def check_outs(out: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
+    """Where the results of K columns go, `like` being a gradient of each: again what an op cannot see.
+
+    What is there for a column without any gradient is not looked at; the op gets a tensor without elements.
+    """
+    if not isinstance(out, (list, tuple)) or len(out) != len(like):
+        got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
+        raise ValueError(f"out: expected a sequence of {len(like)} tensors, got {got}")
+    targets = [nothing_for(like) if g is None else target for target, g in zip(out, like, strict=True)]
+    if not _are_detached(targets):
+        for k, target in enumerate(targets):
+            _check_overwritten(target, f"out[{k}]")
+    return targets
+
+
+def nothing_for(like: Sequence[Tensor | None]) -> Tensor:
+    """A tensor without elements, where the gradients are."""
+    return torch.empty(0, device=next(g.device for g in like if g is not None))
+
+
+def _are_detached(entries: Sequence[Any], *others: type) -> bool:
+    """Whether all are tensors, or of `others`, and none requires grad where that counts: without a loop in Python."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = set(map(type, entries))
+    there = filter(_IS_THERE, entries) if type(None) in kinds else entries
+    fit = all(issubclass(kind, (Tensor, *others)) for kind in kinds)
+    return fit and not (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, there)))
 
 
 def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] | None = None) -> list[Tensor | None]:
@@ -276,6 +298,7 @@ def check_losses(losses: Any, tasks: int | None = None, names: tuple[str, ...] |
         elif not isinstance(losses, Tensor):
             raise TypeError(
                 f"losses: expected a sequence of T scalar tensors, tensor [T] or dict by task, got {describe(losses)}"
+                + ("; pass the dict itself, or a list" if isinstance(losses, Iterable) else "")
             )
         elif losses.layout is not torch.strided:
             raise TypeError(f"losses: expected a dense tensor of shape [T], got {describe(losses)}")

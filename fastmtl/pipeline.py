@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import EPS, Rows, check_apart, check_out, check_rows, describe
-from fastmtl.rule import NOTHING, Context, Rule
+from fastmtl.inputs import EPS, Rows, check_outs, check_rows, nothing_for
+from fastmtl.ops.arguments import argument_error
+from fastmtl.rule import NOTHING, Context, Rule, solved
 
-__all__ = ["aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest"]
+__all__ = ["aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest", "gram_of"]
 
 
 def aggregate_rows(
@@ -35,36 +36,30 @@ def aggregate_flat(
 ) -> tuple[list[Tensor | None], Info]:
     """The same for T·K gradients that are known to fit together (entry t·K + k)."""
     T = len(grads) // K
-    if K == 1 and out is None:
-        # The usual representation, in the middle of a backward: there every call finds cold caches.
-        for g in grads:
-            if g is not None:
-                target = torch.empty_like(g)
-                info = rule.aggregate_list(grads, T, g.dtype, [target], context)
-                return [target], info
-    like: dict[int, Tensor] = {}
-    for k in range(K):
-        first = next((g for g in grads[k::K] if g is not None), None)
-        if first is not None:
-            like[k] = first
-    if not like:
+    like = [
+        g if g is not None else next((other for other in grads[k::K] if other is not None), None)
+        for k, g in enumerate(grads[:K])
+    ]
+    if not any(g is not None for g in like):
         raise ValueError(f"rows: expected at least one gradient, got none in {T} rows of {K}")
-    if out is not None and (not isinstance(out, (list, tuple)) or len(out) != K):
-        got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
-        raise ValueError(f"out: expected a sequence of {K} tensors, got {got}")
-    # Columns without any gradient have no shape: they stay None.
-    results: list[Tensor | None] = [None] * K
-    targets: list[Tensor] = []
-    for k, g in like.items():
-        target = torch.empty_like(g) if out is None else check_out(out[k], g, g.shape, f"out[{k}]")
-        targets.append(target)
-        results[k] = target
-    if out is not None:
-        check_apart(targets, [g for g in grads if g is not None])
-    if len(like) < K:
-        grads = [grads[t * K + k] for t in range(T) for k in like]
-    info = rule.aggregate_list(grads, T, coarsest(targets), targets, context)
-    return results, info
+    # A column without any gradient has no result; the op gets one without elements.
+    if out is None:
+        targets = [nothing_for(like) if g is None else torch.empty_like(g) for g in like]
+    else:
+        targets = check_outs(out, like)
+    try:
+        info = rule.aggregate_list(grads, T, coarsest(targets), targets, context)
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return [None if g is None else target for g, target in zip(like, targets, strict=True)], info
+
+
+def gram_of(grads: Sequence[Tensor | None], T: int) -> Tensor:
+    """`gram_rows` of what a user may have given."""
+    try:
+        return ops.gram_rows(grads, T)
+    except RuntimeError as error:
+        raise argument_error(error) from None
 
 
 def aggregate_part(
@@ -80,10 +75,10 @@ def aggregate_part(
     """
     T = len(grads) // len(like)
     if any(g is not None for g in grads):
-        M = ops.gram_rows(grads, T)
+        M = gram_of(grads, T)
     else:
         M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
-    info = rule.solve(reduce(M), coarsest(like), context)
+    info = solved(rule, reduce(M), coarsest(like), context)
     results = [torch.empty_like(x) for x in like]
     ops.combine_rows(grads, info.alpha, results)
     return results, info
@@ -98,8 +93,8 @@ def aggregate_groups(
     for group in groups:
         start, end = end, end + len(group)
         lists.append(check_rows([row[start:end] for row in rows])[0])
-    grams = torch.stack([ops.gram_rows(grads, T).to(groups[0][0].device) for grads in lists])
-    info = rule.solve(grams, coarsest(p for group in groups for p in group), context)
+    grams = torch.stack([gram_of(grads, T).to(groups[0][0].device) for grads in lists])
+    info = solved(rule, grams, coarsest(p for group in groups for p in group), context)
     updates: list[Tensor | None] = []
     for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
         results = [torch.empty_like(p) for p in group]
@@ -110,9 +105,9 @@ def aggregate_groups(
 
 
 def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of the largest rounding error."""
+    """The dtype of the largest rounding error, among those that a gradient may have."""
     found = torch.float64
-    for x in tensors:  # not `max(..., key=...)`, which torch 2.11 does not compile
-        if EPS[x.dtype] > EPS[found]:
-            found = x.dtype
+    for dtype in {x.dtype for x in tensors}:  # not `max(..., key=...)`, which torch 2.11 does not compile
+        if EPS.get(dtype, 0.0) > EPS[found]:
+            found = dtype
     return found

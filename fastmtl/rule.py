@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastmtl.info import Info
 from fastmtl.inputs import Losses, describe, stack_losses
-from fastmtl.options import check_number
+from fastmtl.options import check_number, plain
 
 __all__ = [
     "NOTHING",
     "Context",
+    "Kept",
     "MethodModule",
     "Rule",
     "checked_losses",
@@ -22,6 +23,7 @@ __all__ = [
     "context_of",
     "draw_seed",
     "names_in_order",
+    "solved",
 ]
 
 
@@ -54,6 +56,24 @@ class Context(NamedTuple):
 NOTHING = Context()
 
 
+class Kept(NamedTuple):
+    """Task weights that steps after theirs go on with: see `every` of `Method.backward`.
+
+    Attributes:
+        alpha: float64 [T].
+        present: which tasks were there.
+        age: how many steps ago that was.
+        period: after how many the next ones are due, with `every="auto"`.
+        turn: their cosine with the weights before them, float64 []; None for the first.
+    """
+
+    alpha: Tensor
+    present: tuple[bool, ...]
+    age: int
+    period: int
+    turn: Tensor | None
+
+
 class Rule(Protocol):
     """One direction from T task gradients: all that the rest of the package needs to know of a method.
 
@@ -64,9 +84,11 @@ class Rule(Protocol):
         on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
             gradients to aggregate.
         names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
+        kept: weights of an earlier step, where it was told to keep some.
     """
 
     names: tuple[str, ...] | None
+    kept: Kept | None
 
     @property
     def on_gram(self) -> bool: ...
@@ -90,7 +112,7 @@ class Rule(Protocol):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+        """Writes the aggregation of a ragged list (entry t·K + k) into K tensors, empty where no task has a gradient.
 
         `dtype` is the coarsest among the gradients.
         """
@@ -114,6 +136,20 @@ def context_of(
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
+def solved(rule: Rule, M: Tensor, dtype: torch.dtype, context: Context) -> Info:
+    """What `rule.solve` makes of M [T, T] or [B, T, T].
+
+    Raises:
+        ValueError: its weights are not float64 of shape M.shape[:-1] on the device of M.
+    """
+    info = rule.solve(M, dtype, context)
+    alpha = info.alpha
+    if alpha.shape != M.shape[:-1] or alpha.dtype is not torch.float64 or alpha.device != M.device:
+        expected = f"expected float64 task weights of shape {list(M.shape[:-1])} on {M.device}"
+        raise ValueError(f"{rule!r}.solve: {expected} for M of shape {list(M.shape)}, got {describe(alpha)}")
+    return info
+
+
 class MethodModule(nn.Module):
     """What every method is as a module: it knows the tasks' names, and what it has learned and remembers of them.
 
@@ -122,10 +158,11 @@ class MethodModule(nn.Module):
     """
 
     names: tuple[str, ...] | None = None
+    kept: Kept | None = None
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
-        self.names = None
+        self.names = self.kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def no_coarser(x: Tensor) -> Tensor:
@@ -138,12 +175,16 @@ class MethodModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.kept is not None:
+            destination[f"{prefix}_kept"] = self.kept._asdict()
         if self.names is not None and any(key.startswith(prefix) for key in destination):
             destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
         self.names = None if names is None else tuple(names)
+        kept = state_dict.pop(f"{prefix}_kept", None)
+        self.kept = None if kept is None else Kept(**kept | {"present": tuple(kept["present"])})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -177,6 +218,7 @@ def checked_scale(grad_scale: Any) -> Tensor | float | None:
     """
     if grad_scale is None:
         return None
+    grad_scale = plain(grad_scale)
     if not isinstance(grad_scale, Tensor):
         return check_number(grad_scale, "grad_scale", above=0)
     if not grad_scale.is_floating_point():

@@ -300,7 +300,12 @@ def test_training_inside_a_transform_is_refused():
 
 
 def interrupt():
-    signal.raise_signal(signal.SIGINT)
+    """Ctrl-C, also where the tests run in the background of a shell, which has it ignored there."""
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
 
 def exhaust():

@@ -1,6 +1,6 @@
 """What the compiler made of every CUDA kernel, found without a GPU: `make cuda-report`.
 
-Compiles csrc/cuda/kernels_*.cu for each architecture and prints, for every kernel, its registers, spills, memory,
+Compiles csrc/cuda/*.cu for each architecture and prints, for every kernel, its registers, spills, memory,
 theoretical occupancy, and how wide the global loads and stores of its loops are. Exits with 1 and a list of what is
 wrong if a kernel spills, if a streaming kernel's hot loop does not load (or store) 16 bytes at a time, or if it cannot
 be judged; with 2 where a tool is missing or a file does not compile.
@@ -58,7 +58,7 @@ class Expected:
     shared: str = "0"
 
 
-PROLOGUE = '#include "small.cuh"\n#include "weights.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
+PROLOGUE = '#include "align_small.cuh"\n#include "solve.cuh"\nusing namespace fastmtl::cuda;\n'  # of csrc/cuda
 
 KERNELS = {
     "gram_stream": Expected(loads=True, shared="kStreamShared<{1}>"),
@@ -901,14 +901,14 @@ same loop); [addresses, and what does not depend on the thread]; g: the address 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/kernels_*.cu")
+    parser.add_argument("sources", nargs="*", type=Path, help="default: csrc/cuda/*.cu")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(DEVICES), default=sorted(DEVICES))
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there, every loop included")
     arguments = parser.parse_args(argv)
-    sources = arguments.sources or sorted((ROOT / "csrc" / "cuda").glob("kernels_*.cu"))
+    sources = arguments.sources or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     try:
         if not sources:
-            raise MissingTool("no csrc/cuda/kernels_*.cu")
+            raise MissingTool("no csrc/cuda/*.cu")
         tools = find_tools()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(compile_kernels, tools, s, arch) for s in sources for arch in arguments.arch]

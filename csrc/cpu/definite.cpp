@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "../math/thresholds.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -17,10 +18,7 @@ namespace {
 constexpr int64_t kRows = 60;
 // Multiply-adds that are not worth another thread.
 constexpr int64_t kSerial = int64_t(1) << 19;
-constexpr int64_t kParts = 8;       // of a product with a vector
-constexpr int64_t kMaxSteps = 96;   // of a Krylov space: beyond, a tridiagonalisation is not dearer
-constexpr double kCertified = 1e-6; // how far below its estimate λ_min may lie
-constexpr double kMaxDiagonalRatio = 1e2;
+constexpr int64_t kParts = 8; // of a product with a vector
 
 // f(begin, end) for rows [first, T), which cost `work` multiply-adds each.
 template <class F>
@@ -34,9 +32,9 @@ void share_rows(int64_t first, int64_t T, int64_t work, F&& f) {
   }
 }
 
-class Cholesky {
+class PanelCholesky {
  public:
-  explicit Cholesky(int64_t T)
+  explicit PanelCholesky(int64_t T)
       : T_(T),
         stride_((T + 7) / 8 * 8 + 8), // not a power of two: rows would share a set of the cache
         L_(new double[size_t(T * stride_)]),
@@ -88,7 +86,7 @@ bool tridiagonal_eigh(double* d, double* e, int64_t m, double* Z) {
   for (int64_t l = 0; l < m; ++l) {
     for (int64_t iteration = 0;; ++iteration) {
       int64_t end = l;
-      while (end < m - 1 && std::fabs(e[end]) > 1e-16 * (std::fabs(d[end]) + std::fabs(d[end + 1]))) {
+      while (end < m - 1 && std::fabs(e[end]) > kQlEnd * (std::fabs(d[end]) + std::fabs(d[end + 1]))) {
         ++end;
       }
       if (end == l) {
@@ -136,7 +134,8 @@ bool tridiagonal_eigh(double* d, double* e, int64_t m, double* Z) {
 // The Krylov space of a symmetric operator from a start, fully orthogonalised: A Q = Q S + rest, S tridiagonal.
 class Lanczos {
  public:
-  Lanczos(const double* start, int64_t T) : T_(T), stride_((T + 7) / 8 * 8), Q_(size_t((kMaxSteps + 1) * stride_)) {
+  Lanczos(const double* start, int64_t T)
+      : T_(T), stride_((T + 7) / 8 * 8), Q_(size_t((kKrylovMaxSteps + 1) * stride_)) {
     length_ = norm(start, T);
     for (int64_t i = 0; i < T; ++i) {
       Q_[size_t(i)] = start[i] / length_;
@@ -150,7 +149,7 @@ class Lanczos {
     double* next = Q_.data() + (m_ + 1) * stride_;
     apply(q, next);
     const double before = norm(next, T_);
-    double coefficients[kMaxSteps + 1];
+    double coefficients[kKrylovMaxSteps + 1];
     double along = 0.0;
     for (int pass = 0; pass < 2; ++pass) {
       kernels().row_products(Q_.data(), stride_, next, T_, 0, m_ + 1, coefficients);
@@ -164,20 +163,20 @@ class Lanczos {
     const double rest = norm(next, T_);
     beside_[m_] = rest;
     ++m_;
-    if (!(rest > 1e-14 * before)) {
+    if (!(rest > kKrylovEnd * before)) {
       beside_[m_ - 1] = 0.0;
       return false;
     }
     for (int64_t i = 0; i < T_; ++i) {
       next[i] /= rest;
     }
-    return m_ < kMaxSteps;
+    return m_ < kKrylovMaxSteps;
   }
 
   // The eigenproblem of S.
   bool solve() {
     std::copy_n(diagonal_, m_, ritz_);
-    double e[kMaxSteps];
+    double e[kKrylovMaxSteps];
     std::copy_n(beside_, m_, e);
     Z_.resize(size_t(m_ * m_));
     return tridiagonal_eigh(ritz_, e, m_, Z_.data());
@@ -211,7 +210,7 @@ class Lanczos {
   }
 
   void eigenvector(int64_t j, double* y) const { // Ritz vector j; y [T]
-    double coefficients[kMaxSteps];
+    double coefficients[kKrylovMaxSteps];
     for (int64_t i = 0; i < m_; ++i) {
       coefficients[i] = Z_[size_t(i * m_ + j)];
     }
@@ -227,18 +226,118 @@ class Lanczos {
   int64_t T_, stride_, m_ = 0;
   double length_;
   std::vector<double> Q_, Z_; // [steps + 1, stride], [m, m]
-  double diagonal_[kMaxSteps], beside_[kMaxSteps], ritz_[kMaxSteps];
+  double diagonal_[kKrylovMaxSteps], beside_[kKrylovMaxSteps], ritz_[kKrylovMaxSteps];
 };
 
 // Adds a vector that no eigenvector is orthogonal to but by accident, a tenth as long as a unit vector.
 void scatter(double* x, int64_t T) {
-  const double size = 0.1 * 0x1p-63 / std::sqrt(double(T));
+  const double size = kScatter * 0x1p-63 / std::sqrt(double(T));
   uint64_t state = 0;
   for (int64_t i = 0; i < T; ++i) { // SplitMix64 (Steele, Lea and Flood 2014)
     uint64_t z = state += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     x[i] += size * double(int64_t(z ^ (z >> 31)));
+  }
+}
+
+// x -> M x / unit, in parts of the upper triangle of about the same area, whose number does not depend on that of the
+// threads.
+class Product {
+ public:
+  Product(const double* M, int64_t T, double unit) : M_(M), T_(T), unit_(unit), sums_(size_t(kParts * T)) {}
+
+  void operator()(const double* x, double* y) {
+    const auto parts = [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        kernels().symmetric_rows(M_, T_, x, bound(p), p + 1 == kParts ? T_ : bound(p + 1), &sums_[size_t(p * T_)]);
+      }
+    };
+    if (T_ * T_ <= kSerial) {
+      parts(0, kParts);
+    } else {
+      parallel_for(0, kParts, 1, parts);
+    }
+    for (int64_t i = 0; i < T_; ++i) {
+      y[i] = sums_[size_t(i)];
+    }
+    for (int64_t p = 1; p < kParts; ++p) {
+      for (int64_t i = bound(p); i < T_; ++i) {
+        y[i] += sums_[size_t(p * T_ + i)];
+      }
+    }
+    for (int64_t i = 0; i < T_; ++i) {
+      y[i] /= unit_;
+    }
+  }
+
+ private:
+  int64_t bound(int64_t part) const {
+    return int64_t(double(T_) * (1.0 - std::sqrt(1.0 - double(part) / double(kParts)))) / 4 * 4;
+  }
+
+  const double* M_; // [T, T]
+  int64_t T_;
+  double unit_;
+  std::vector<double> sums_; // [kParts, T]
+};
+
+// M^-1/2 w, in the basis of `space`, which is grown until four more steps change nothing. False where that takes too
+// many, and where an eigenvalue is seen to be at most `cut`.
+bool inverse_root(Lanczos& space, Product& multiply, double cut, double* coefficients) {
+  double before[kKrylovMaxSteps] = {};
+  for (bool more = true;;) {
+    more = space.extend(multiply);
+    if (more && space.steps() % 4) {
+      continue;
+    }
+    if (!space.solve() || !(space.ritz(space.smallest()) > cut)) { // Ritz values lie above the smallest eigenvalue
+      return false;
+    }
+    space.inverse_root(coefficients);
+    double change = 0.0, size = 0.0;
+    for (int64_t i = 0; i < space.steps(); ++i) {
+      change += (coefficients[i] - before[i]) * (coefficients[i] - before[i]);
+      size += coefficients[i] * coefficients[i];
+      before[i] = coefficients[i];
+    }
+    if (space.steps() >= kKrylovMaxSteps) {
+      return false;
+    }
+    if (!more || change <= kKrylovChange * size) {
+      return true;
+    }
+  }
+}
+
+// λ_min of the matrix of which `shifted` factors M - below I, all in units of `unit`, into `estimate`.
+bool inverse_iteration(
+    const PanelCholesky& shifted,
+    double* start,
+    int64_t T,
+    double unit,
+    double below,
+    double* estimate) {
+  Lanczos inverse(start, T);
+  for (bool more = true;;) {
+    more = inverse.extend([&](const double* x, double* y) {
+      std::copy_n(x, T, y);
+      shifted.solve(y);
+      for (int64_t i = 0; i < T; ++i) {
+        y[i] *= unit;
+      }
+    });
+    if (more && inverse.steps() % 4) {
+      continue;
+    }
+    if (!inverse.solve() || inverse.steps() >= kKrylovMaxSteps) {
+      return false;
+    }
+    const int64_t j = inverse.largest();
+    if (!more || inverse.residual(j) <= kCertified * inverse.ritz(j)) {
+      *estimate = below + 1.0 / inverse.ritz(j);
+      return true;
+    }
   }
 }
 
@@ -261,7 +360,7 @@ double row_norm(const double* M, int64_t T, bool normalized) {
 }
 
 bool is_positive_definite(const double* M, int64_t T, double shift) {
-  return Cholesky(T).factor(M, shift);
+  return PanelCholesky(T).factor(M, shift);
 }
 
 bool definite_weights(const double* M, int64_t T, const Policy& policy, double* alpha, double* smallest) {
@@ -274,7 +373,7 @@ bool definite_weights(const double* M, int64_t T, const Policy& policy, double* 
     high = std::max(high, M[i * T + i]);
     trace += M[i * T + i];
   }
-  if (!(high <= kMaxDiagonalRatio * low)) {
+  if (!(high <= kKrylovMaxDiagonalRatio * low)) {
     return false;
   }
   // In units of the largest diagonal entry. λ_min(C) >= λ_min(M) / max D for the row-normalised C.
@@ -286,63 +385,16 @@ bool definite_weights(const double* M, int64_t T, const Policy& policy, double* 
   if (policy.weights) {
     std::copy_n(policy.weights, T, w.begin());
   }
-  // Parts of the upper triangle of about the same area, whose number does not depend on that of the threads.
-  std::vector<double> sums(static_cast<size_t>(kParts * T));
-  const auto bound = [T](int64_t part) {
-    return int64_t(double(T) * (1.0 - std::sqrt(1.0 - double(part) / double(kParts)))) / 4 * 4;
-  };
-  const auto multiply = [&](const double* x, double* y) {
-    const auto parts = [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        kernels().symmetric_rows(M, T, x, bound(p), p + 1 == kParts ? T : bound(p + 1), &sums[size_t(p * T)]);
-      }
-    };
-    if (T * T <= kSerial) {
-      parts(0, kParts);
-    } else {
-      parallel_for(0, kParts, 1, parts);
-    }
-    for (int64_t i = 0; i < T; ++i) {
-      y[i] = sums[size_t(i)];
-    }
-    for (int64_t p = 1; p < kParts; ++p) {
-      for (int64_t i = bound(p); i < T; ++i) {
-        y[i] += sums[size_t(p * T + i)];
-      }
-    }
-    for (int64_t i = 0; i < T; ++i) {
-      y[i] /= unit;
-    }
-  };
-  // M^-1/2 w: of the Krylov space from w, until four more steps change nothing.
+  Product multiply(M, T, unit);
   Lanczos space(w.data(), T);
-  double coefficients[kMaxSteps], before[kMaxSteps] = {};
-  for (bool more = true;;) {
-    more = space.extend(multiply);
-    if (more && space.steps() % 4) {
-      continue;
-    }
-    if (!space.solve() || !(space.ritz(space.smallest()) > cut)) { // Ritz values lie above the smallest eigenvalue
-      return false;
-    }
-    space.inverse_root(coefficients);
-    double change = 0.0, size = 0.0;
-    for (int64_t i = 0; i < space.steps(); ++i) {
-      change += (coefficients[i] - before[i]) * (coefficients[i] - before[i]);
-      size += coefficients[i] * coefficients[i];
-      before[i] = coefficients[i];
-    }
-    if (space.steps() >= kMaxSteps) {
-      return false;
-    }
-    if (!more || change <= 1e-24 * size) {
-      break;
-    }
+  double coefficients[kKrylovMaxSteps];
+  if (!inverse_root(space, multiply, cut, coefficients)) {
+    return false;
   }
   space.expand(coefficients, alpha);
 
   // λ_min from above: by inverse iteration about a point below it. The factorisation proves that it is below.
-  Cholesky cholesky(T);
+  PanelCholesky cholesky(T);
   double estimate = space.ritz(space.smallest()), below = 0.0;
   for (double part : {0.95, 0.8, 0.5, 0.0}) {
     below = part * estimate;
@@ -358,26 +410,8 @@ bool definite_weights(const double* M, int64_t T, const Policy& policy, double* 
     // From what the first space has found, which saves steps, and from all that it may have missed.
     space.eigenvector(space.smallest(), w.data());
     scatter(w.data(), T);
-    Lanczos inverse(w.data(), T);
-    for (bool more = true;;) {
-      more = inverse.extend([&](const double* x, double* y) {
-        std::copy_n(x, T, y);
-        cholesky.solve(y);
-        for (int64_t i = 0; i < T; ++i) {
-          y[i] *= unit;
-        }
-      });
-      if (more && inverse.steps() % 4) {
-        continue;
-      }
-      if (!inverse.solve() || inverse.steps() >= kMaxSteps) {
-        return false;
-      }
-      const int64_t j = inverse.largest();
-      if (!more || inverse.residual(j) <= 1e-6 * inverse.ritz(j)) {
-        estimate = below + 1.0 / inverse.ritz(j);
-        break;
-      }
+    if (!inverse_iteration(cholesky, w.data(), T, unit, below, &estimate)) {
+      return false;
     }
     below = (1.0 - kCertified) * estimate;
     if (!(below > cut) || !cholesky.factor(M, below * unit)) {

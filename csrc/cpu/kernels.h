@@ -25,6 +25,16 @@ constexpr int64_t probe_stride(int64_t T) {
   return (T + 31) / 32 * 32;
 }
 
+// A solver of csrc/math, `method` being the functor, for task i of matrix b.
+using SolverKernel = double (*)(
+    const void* method,
+    const double* M, // [T, T], finite
+    int64_t T,
+    int64_t b,
+    int64_t i,
+    double* v, // [T]
+    double* scratch);
+
 // The same kernels for one instruction set; `kernels()` picks the best that this machine runs.
 struct Kernels {
   const char* name;
@@ -193,52 +203,7 @@ struct Kernels {
   // x := Gᵀ x for the rotations of a sweep, or G x.
   void (*rotate)(const double* rotations, int64_t step, int64_t n, bool back, double* x);
 
-  // Task weights of one Gram matrix of finite entries, and how far they are from optimal; see csrc/math. `scratch`
-  // holds what <name>_scratch(T) there says.
-  double (*mgda)(
-      const double* M, // [T, T]
-      int64_t T,
-      double* alpha, // [T]
-      double* scratch);
-  double (*dual_cone)(
-      const double* M, // [T, T]
-      int64_t T,
-      const double* u, // [T]
-      double* v,       // [T]
-      double* scratch);
-  double (*cagrad)(
-      const double* M, // [T, T]
-      int64_t T,
-      double c,
-      double* alpha, // [T]
-      double* scratch);
-  double (*nash)(
-      const double* M, // [T, T]
-      int64_t T,
-      double power,
-      double* alpha, // [T]
-      double* scratch);
-
-  // The weights v of what becomes of gradient i of matrix b; `scratch` holds conflicts_scratch(T) doubles.
-  void (*pcgrad_row)(
-      const double* M, // [T, T]
-      int64_t T,
-      uint64_t seed,
-      int64_t b,
-      int64_t i,
-      bool per_task,
-      double* v, // [T]
-      double* scratch);
-  void (*gradvac_row)(
-      const double* M, // [T, T]
-      int64_t T,
-      uint64_t seed,
-      int64_t b,
-      int64_t i,
-      double beta,
-      double* targets, // [T], updated
-      double* v,       // [T]
-      double* scratch);
+  const SolverKernel* solvers; // [number of Solvers]
 };
 
 constexpr int64_t kMaxCholeskyPanel = 48;

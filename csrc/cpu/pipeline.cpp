@@ -8,6 +8,7 @@
 
 #include "../common.h"
 #include "../math/probe.h"
+#include "../math/scaling.h"
 #include "definite.h"
 #include "tridiagonal.h"
 #include "threads.h"
@@ -26,23 +27,13 @@ constexpr int64_t kBlockColumns = 2048;
 // The leading tasks, all of which must be as independent as every task must be, of which the first block judges.
 constexpr int64_t kJudgedTasks = 256;
 
-// Below this square of a row's norm its products are not left to float32.
-constexpr double kBlocksMinSquare = 1e-20;
-
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// Above this many tasks tridiagonalisation is faster than Jacobi and is used where it is accurate enough: its error is
-// about eps λ_max at worst, which costs no promised digit while λ_min / λ_max is above the first bound, nor, below it,
-// where the rows are this even (then the Gram itself carries an error of that size). Rows of uneven norms, sorted, are
-// often solved to a relative precision while the row-normalised Gram is this far from singular; that is then checked.
-constexpr int64_t kJacobiTasks = 32;
-constexpr double kTridiagonalMinRatio = 1e-8;
-constexpr double kTridiagonalMaxDiagonalRatio = 1e2;
-constexpr double kGradedMinEigenvalue = 1e-8;
-constexpr double kGradedMaxDiagonalRatio = 1e16;
-constexpr double kGradedError = 1e-8; // relative, of λ_min and of αᵀ M α
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
+// Up to so many tasks, or elements, the work on one matrix is not worth sharing while there are others.
+constexpr int64_t kAloneTasks = 256;
+constexpr int64_t kAloneElements = int64_t(1) << 20;
 // Results are written past the cache when G is larger than this: they would only push out what is read next.
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
 
@@ -280,7 +271,7 @@ bool well_conditioned(const double* M, int64_t T, double least) {
 // Whether float32 products may have lost bits as subnormal numbers: where a row's entries are below 1e-15 or so.
 bool may_have_underflowed(const double* M, int64_t T) {
   for (int64_t i = 0; i < T; ++i) {
-    if (!(M[i * T + i] >= kBlocksMinSquare)) {
+    if (!(M[i * T + i] >= kFloat32Square)) {
       return true;
     }
   }
@@ -354,13 +345,10 @@ double gram_rescaled(const Gradients& G, double* M) {
       }
     }
   }
-  if (!(largest > 0.0) || !std::isfinite(largest) || (largest < 1e100 && largest > 1e-100)) {
+  double half, rest;
+  if (!rescale(largest, half, rest)) {
     return 1.0;
   }
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  // Two factors: one alone could not be represented for subnormal entries.
-  const double half = std::ldexp(1.0, -exponent / 2), rest = std::ldexp(1.0, -exponent + exponent / 2);
   // Beside entries this large nothing of another type counts, and beside entries this small nothing of another type is
   // there, or M would have been in range. But what is not finite does count.
   const Gradients narrow{others.data(), int64_t(others.size()), T};
@@ -399,15 +387,7 @@ bool out_of_range(const Gradients& G, const double* M) {
     const double d = M[i * G.tasks + i];
     largest = d > largest || std::isnan(d) ? d : largest;
   }
-  return !(largest > 1e-200 && largest < 1e200);
-}
-
-bool all_finite(const double* M, int64_t count) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    sum += M[i] * 0.0;
-  }
-  return sum == 0.0;
+  return !(largest > kLeastSquare && largest < kMostSquare);
 }
 
 double largest_diagonal(const double* M, int64_t T) {
@@ -521,7 +501,7 @@ bool graded_weights_hold(
 
 // One Gram matrix, by the most accurate solver that its size affords.
 void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
-  if (!all_finite(M, T * T)) {
+  if (!all_finite(Serial{}, M, T * T)) {
     poison(T, alpha, eigenvalues, rank);
     return;
   }
@@ -547,27 +527,26 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
   task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
 }
 
-// The same, eigenvalues and rank being null where nobody asks for them.
-void weigh(const double* M, int64_t T, const Policy& policy, double* alpha, double* eigenvalues, int64_t* rank) {
-  Buffer<double, 64> spectrum(eigenvalues ? 0 : T);
+// The same, with eigenvalues for nobody, and the rank where it is asked for.
+void weigh(const double* M, int64_t T, const Policy& policy, double* alpha, int64_t* rank) {
+  Buffer<double, 64> eigenvalues(T);
   int64_t unused;
-  balance_one(M, T, policy, alpha, eigenvalues ? eigenvalues : spectrum.get(), rank ? rank : &unused);
+  balance_one(M, T, policy, alpha, eigenvalues.get(), rank ? rank : &unused);
 }
 
-// Whether the weights alone could be had for less, and a lower bound of λ_min(M) if so.
-bool definite(
-    const double* M,
-    int64_t T,
-    const Policy& policy,
-    double* alpha,
-    const double* eigenvalues,
-    double* smallest) {
-  return !eigenvalues && T > kJacobiTasks && all_finite(M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+// Whether the weights alone could be had for less: then of full rank, and with a lower bound of λ_min(M).
+bool definite(const double* M, int64_t T, const Policy& policy, double* alpha, int64_t* rank, double* smallest) {
+  const bool solved =
+      T > kKrylovTasks && all_finite(Serial{}, M, T * T) && definite_weights(M, T, policy, alpha, smallest);
+  if (solved && rank) {
+    *rank = T;
+  }
+  return solved;
 }
 
 // `unit_solve` of one matrix.
 void unit_solve_one(const double* M, int64_t T, const double* weights, double rtol, double* alpha, double* cosines) {
-  if (!all_finite(M, T * T)) {
+  if (!all_finite(Serial{}, M, T * T)) {
     std::fill_n(alpha, T, kNan);
     std::fill_n(cosines, T, kNan);
     return;
@@ -653,7 +632,7 @@ void balance_lanes(
   kernels().eigh_lanes(M, T, count, eigenvalues, vectors, scratch);
   for (int64_t b = 0; b < count; ++b) {
     double* lam = eigenvalues + b * T;
-    if (!all_finite(M + b * T * T, T * T)) {
+    if (!all_finite(Serial{}, M + b * T * T, T * T)) {
       poison(T, alpha + b * T, lam, rank + b);
       continue;
     }
@@ -692,7 +671,27 @@ void share_columns(const Gradients& G, F&& f) {
   });
 }
 
-// Batches are shared out over threads where the entries are many or small, else each entry is.
+// Calls f(b) for every matrix of a batch: on one thread each where they are many or small, else on all threads one
+// after the other. Either way what f does is split in the same way.
+template <class F>
+void share_matrices(int64_t B, bool small, F&& f) {
+  const auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      f(b);
+    }
+  };
+  if (B > 1 && (small || B >= 4 * int64_t(torch::stable::get_num_threads()))) {
+    parallel_for(0, B, 1, each);
+  } else {
+    each(0, B);
+  }
+}
+
+bool is_small(const Gradients& G) {
+  return columns(G) * G.tasks <= kAloneElements;
+}
+
+// Few tasks on few columns: the matrices of a thread in one walk.
 bool share_out(const Gradients* G, int64_t B) {
   return B >= 4 && G[0].tasks <= kJacobiTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
 }
@@ -706,7 +705,7 @@ void gram(const Gradients& G, double* M) {
     gram_wide(G, nullptr, 0, P, M, nullptr);
     mirror(M, T);
     // Panels have zeros in the place of missing rows, whose product with infinity is none.
-    if (!has_missing(G) || all_finite(M, T * T)) {
+    if (!has_missing(G) || all_finite(Serial{}, M, T * T)) {
       return;
     }
   }
@@ -733,9 +732,7 @@ void gram_batch(const Gradients* G, int64_t B, double* M) {
     });
     return;
   }
-  for (int64_t b = 0; b < B; ++b) {
-    gram(G[b], M + b * TT);
-  }
+  share_matrices(B, B && is_small(G[0]), [&](int64_t b) { gram(G[b], M + b * TT); });
 }
 
 void balance(
@@ -755,16 +752,23 @@ void balance(
     });
     return;
   }
-  const auto each = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      balance_one(M + b * T * T, T, policy, alpha + b * T, eigenvalues + b * T, rank + b);
-    }
-  };
-  if (B > 1 && T <= kJacobiTasks) {
-    parallel_for(0, B, 1, each);
-  } else { // one at a time, on several threads
-    each(0, B);
+  share_matrices(B, T <= kAloneTasks, [&](int64_t b) {
+    balance_one(M + b * T * T, T, policy, alpha + b * T, eigenvalues + b * T, rank + b);
+  });
+}
+
+void align_gram(const double* M, int64_t B, int64_t T, const Policy& policy, double* alpha, int64_t* rank) {
+  if (T <= kJacobiTasks) {
+    Buffer<double, 64> eigenvalues(B * T);
+    balance(M, B, T, policy, alpha, eigenvalues.get(), rank);
+    return;
   }
+  share_matrices(B, T <= kAloneTasks, [&](int64_t b) {
+    double smallest;
+    if (!definite(M + b * T * T, T, policy, alpha + b * T, rank + b, &smallest)) {
+      weigh(M + b * T * T, T, policy, alpha + b * T, rank + b);
+    }
+  });
 }
 
 void unit_solve(
@@ -775,16 +779,9 @@ void unit_solve(
     double rtol,
     double* alpha,
     double* cosines) {
-  const auto each = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      unit_solve_one(M + b * T * T, T, weights, rtol, alpha + b * T, cosines + b * T);
-    }
-  };
-  if (B > 1 && T <= kJacobiTasks) {
-    parallel_for(0, B, 4, each);
-  } else { // one at a time, on several threads
-    each(0, B);
-  }
+  share_matrices(B, T <= kAloneTasks, [&](int64_t b) {
+    unit_solve_one(M + b * T * T, T, weights, rtol, alpha + b * T, cosines + b * T);
+  });
 }
 
 void combine(const Gradients& G, const double* alpha) {
@@ -801,9 +798,7 @@ void combine_batch(const Gradients* G, int64_t B, const double* alpha) {
     });
     return;
   }
-  for (int64_t b = 0; b < B; ++b) {
-    combine(G[b], alpha + b * T);
-  }
+  share_matrices(B, B && is_small(G[0]), [&](int64_t b) { combine(G[b], alpha + b * T); });
 }
 
 void sign_drop(const Gradients* G, int64_t B, uint64_t seed, const double* leak) {
@@ -816,41 +811,37 @@ void sign_drop(const Gradients* G, int64_t B, uint64_t seed, const double* leak)
     });
     return;
   }
-  for (int64_t b = 0; b < B; ++b) {
+  share_matrices(B, B && is_small(G[0]), [&](int64_t b) {
     share_columns(G[b], [&](int64_t begin, int64_t end, bool stream) {
       kernels().sign_drop(G[b], seed, b * P, leak, begin, end, stream);
     });
-  }
+  });
 }
 
-void align(const Gradients& G, const Policy& policy, double* M, double* alpha, double* eigenvalues, int64_t* rank) {
+void align(const Gradients& G, const Policy& policy, double* M, double* alpha, int64_t* rank) {
   const int64_t T = G.tasks;
   double smallest = 0.0, least = 0.0;
   if (gram_from_blocks(G, M, &least)) {
     // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But a
     // tridiagonalisation is too dear to be done in vain.
-    const bool solved = definite(M, T, policy, alpha, eigenvalues, &smallest);
+    const bool solved = definite(M, T, policy, alpha, rank, &smallest);
     if (smallest > least * largest_diagonal(M, T) || well_conditioned(M, T, least)) {
       if (!solved) {
-        weigh(M, T, policy, alpha, eigenvalues, rank);
+        weigh(M, T, policy, alpha, rank);
       }
       combine(G, alpha);
       return;
     }
   }
   gram(G, M);
-  double factor = 1.0;
+  const double* judged = M;
   std::vector<double> scaled;
   if (out_of_range(G, M)) {
     scaled.resize(size_t(T * T));
-    factor = gram_rescaled(G, scaled.data());
+    judged = gram_rescaled(G, scaled.data()) == 1.0 ? M : scaled.data();
   }
-  const double* judged = factor == 1.0 ? M : scaled.data();
-  if (!definite(judged, T, policy, alpha, eigenvalues, &smallest)) {
-    weigh(judged, T, policy, alpha, eigenvalues, rank);
-  }
-  for (int64_t j = 0; eigenvalues && factor != 1.0 && j < T; ++j) {
-    eigenvalues[j] = eigenvalues[j] / factor / factor;
+  if (!definite(judged, T, policy, alpha, rank, &smallest)) {
+    weigh(judged, T, policy, alpha, rank);
   }
   combine(G, alpha);
 }
@@ -861,10 +852,10 @@ void align_batch(const Gradients* G, int64_t B, const Policy& policy) {
   }
   const int64_t T = G[0].tasks;
   if (!share_out(G, B)) {
-    Buffer<double, 512> memory(T * T + T);
-    for (int64_t b = 0; b < B; ++b) {
-      align(G[b], policy, memory.get(), memory.get() + T * T, nullptr, nullptr);
-    }
+    share_matrices(B, is_small(G[0]), [&](int64_t b) {
+      Buffer<double, 512> memory(T * T + T);
+      align(G[b], policy, memory.get(), memory.get() + T * T, nullptr);
+    });
     return;
   }
   // Gram, eigenproblem and recombination of a group of entries while they are in the cache: G is read from memory once.

@@ -44,15 +44,22 @@ void sign_drop(
     uint64_t seed,
     const double* leak); // [T], or null where nothing leaks
 
-// All three. Rows of float64 whose squares over- or underflow are rescaled for the Gram that decides α. Without the
-// eigenvalues, which most callers never see, large T is several times faster.
+// α and the rank alone: without the eigenvalues, which most callers never see, large T is several times faster.
+void align_gram(
+    const double* M, // [B, T, T]
+    int64_t B,
+    int64_t T,
+    const Policy& policy,
+    double* alpha,  // [B, T]
+    int64_t* rank); // [B]
+
+// All three. Rows of float64 whose squares over- or underflow are rescaled for the Gram that decides α.
 void align(
     const Gradients& G,
     const Policy& policy,
-    double* M,           // [T, T]
-    double* alpha,       // [T]
-    double* eigenvalues, // [T] or null
-    int64_t* rank);      // or null
+    double* M,      // [T, T]
+    double* alpha,  // [T]
+    int64_t* rank); // or null
 
 void align_batch(const Gradients* G, int64_t B, const Policy& policy);
 

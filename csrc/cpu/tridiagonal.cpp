@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../math/thresholds.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -142,9 +143,9 @@ void Tridiagonal::reduce(double* tiles) {
 }
 
 bool Tridiagonal::falls(int64_t i) {
-  constexpr double kEps = std::numeric_limits<double>::epsilon() / 2, kTiny = 0x1p-930; // as in householder.h
+  constexpr double kEps = kRounding / 2.0;
   const double square = off_[size_t(i + 1)] * off_[size_t(i + 1)];
-  const bool small = square <= kEps * kEps * std::fabs(diagonal_[size_t(i)] * diagonal_[size_t(i + 1)]) + kTiny;
+  const bool small = square <= kEps * kEps * std::fabs(diagonal_[size_t(i)] * diagonal_[size_t(i + 1)]) + kTinySquare;
   if (small) {
     off_[size_t(i + 1)] = 0.0;
   }

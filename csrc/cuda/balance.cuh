@@ -23,6 +23,73 @@ __host__ __device__ constexpr size_t balance_shared(int64_t T, bool vectors) {
   return jacobi_shared(T, vectors) + 3 * kMaxJacobiTasks * sizeof(double);
 }
 
+// Eigenvalues of C = D^-1/2 M D^-1/2, rows of at most norm `floor` becoming zero: `judged` [T], descending.
+__device__ inline void row_spectrum(
+    const double* M, // [T, T]
+    int T,
+    double floor,
+    double* A, // [T, ld]
+    int ld,
+    double* cosine,
+    double* sine,
+    double* inverse, // [T]
+    double* judged,
+    int* place) { // [T]
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  for (int i = thread; i < T; i += threads) {
+    const double norm = sqrt(fmax(M[i * T + i], 0.0));
+    inverse[i] = norm > floor ? 1.0 / norm : 0.0;
+  }
+  __syncthreads();
+  for (int k = thread; k < T * T; k += threads) {
+    A[k / T * ld + k % T] = M[k] * inverse[k / T] * inverse[k % T];
+  }
+  jacobi(A, ld, nullptr, 0, T, cosine, sine);
+  sort(A, ld, T, true, judged, place);
+}
+
+__device__ inline void fill_nan(int T, double* alpha, double* eigenvalues, int64_t* rank) {
+  for (int i = int(threadIdx.x); i < T; i += int(blockDim.x)) {
+    alpha[i] = eigenvalues[i] = 0.0 / 0.0;
+  }
+  if (threadIdx.x == 0) {
+    *rank = 0;
+  }
+}
+
+// α = sqrt(s) Σ_{j < R} λ_j^-1/2 v_j (v_jᵀ w), v_j being column place[j] of V.
+__device__ inline void weigh(
+    const double* V, // [T, ld]
+    int ld,
+    const double* eigenvalues, // [T]
+    const int* place,          // [T]
+    int64_t R,
+    int T,
+    const Policy& policy,
+    double* factors, // [T]
+    double* alpha) { // [T]
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  const double s = R > 0 ? squared_scale(eigenvalues, R, policy.scale) : 0.0;
+  __syncthreads();
+  for (int j = thread; j < R; j += threads) {
+    double along = 0.0, square = 0.0;
+    for (int i = 0; i < T; ++i) {
+      const double x = V[i * ld + place[j]];
+      along += x * (policy.weights ? policy.weights[i] : 1.0 / double(T));
+      square += x * x;
+    }
+    factors[j] = sqrt(s / eigenvalues[j]) * along / square;
+  }
+  __syncthreads();
+  for (int i = thread; i < T; i += threads) {
+    double sum = 0.0;
+    for (int j = 0; j < R; ++j) {
+      sum += factors[j] * V[i * ld + place[j]];
+    }
+    alpha[i] = sum;
+  }
+}
+
 // M [T, T] may lie in shared memory. V: [T, ld] of global memory where it is not to be in shared memory, else null.
 // eigenvalues are divided by factor². Every thread returns the same verdict.
 __device__ inline bool balance_block(
@@ -56,21 +123,16 @@ __device__ inline bool balance_block(
     poison += x * 0.0;
   }
   if (__syncthreads_or(poison != 0.0)) {
-    for (int i = thread; i < T; i += threads) {
-      alpha[i] = eigenvalues[i] = 0.0 / 0.0;
-    }
-    if (thread == 0) {
-      *rank = 0;
-    }
+    fill_nan(T, alpha, eigenvalues, rank);
     return true; // an exact, or rescaled, pass will tell
   }
   bool small = false;
   for (int i = 0; i < T; ++i) {
     const double d = A[i * ld + i];
     largest = fmax(largest, d);
-    small = small || d < 1e-20; // products of float32 may have underflowed
+    small = small || d < kFloat32Square; // products of float32 may have underflowed
   }
-  const bool out_of_range = !(largest > 1e-200 && largest < 1e200);
+  const bool out_of_range = !(largest > kLeastSquare && largest < kMostSquare);
   double down, up;
   power_of_two(largest, down, up);
   __syncthreads();
@@ -83,24 +145,12 @@ __device__ inline bool balance_block(
     own[i] = fmax(own[i] * up, 0.0);
   }
   __syncthreads();
-  int64_t R = T;
   bool well_conditioned = own[T - 1] > least * largest;
-  if (policy.rank_rule == RankRule::gram) {
-    R = kept(own, T, policy.rtol);
-  }
-  const bool full = policy.rank_rule == RankRule::gram || proves_full_rank(own[T - 1], largest, T, policy.rtol);
+  const bool by_gram = policy.rank_rule == RankRule::gram;
+  int64_t R = by_gram ? kept(own, T, policy.rtol) : T;
+  const bool full = by_gram || proves_full_rank(own[T - 1], largest, T, policy.rtol);
   if (!full || (judge == Judge::blocks && !well_conditioned)) {
-    const double floor = policy.zero * sqrt(largest);
-    for (int i = thread; i < T; i += threads) {
-      const double norm = sqrt(fmax(M[i * T + i], 0.0));
-      inverse[i] = norm > floor ? 1.0 / norm : 0.0;
-    }
-    __syncthreads();
-    for (int k = thread; k < T * T; k += threads) {
-      A[k / T * ld + k % T] = M[k] * inverse[k / T] * inverse[k % T];
-    }
-    jacobi(A, ld, nullptr, 0, T, cosine, sine);
-    sort(A, ld, T, true, judged, place);
+    row_spectrum(M, T, policy.zero * sqrt(largest), A, ld, cosine, sine, inverse, judged, place);
     well_conditioned = judged[T - 1] > least;
     if (!full) {
       R = kept(judged, T, policy.rtol);
@@ -109,25 +159,8 @@ __device__ inline bool balance_block(
       }
     }
   }
-  // α = sqrt(s) Σ_{j < R} λ_j^-1/2 v_j (v_jᵀ w)
-  const double s = R > 0 ? squared_scale(own, R, policy.scale) : 0.0;
-  __syncthreads();
-  for (int j = thread; j < R; j += threads) {
-    double along = 0.0, square = 0.0;
-    for (int i = 0; i < T; ++i) {
-      const double x = V[i * ld + own_place[j]];
-      along += x * (policy.weights ? policy.weights[i] : 1.0 / double(T));
-      square += x * x;
-    }
-    inverse[j] = sqrt(s / own[j]) * along / square;
-  }
-  __syncthreads();
+  weigh(V, ld, own, own_place, R, T, policy, inverse, alpha);
   for (int i = thread; i < T; i += threads) {
-    double sum = 0.0;
-    for (int j = 0; j < R; ++j) {
-      sum += inverse[j] * V[i * ld + own_place[j]];
-    }
-    alpha[i] = sum;
     eigenvalues[i] = own[i] / factor / factor;
   }
   if (thread == 0) {
@@ -135,18 +168,6 @@ __device__ inline bool balance_block(
   }
   __syncthreads();
   return judge == Judge::range ? out_of_range : judge == Judge::blocks && (small || !well_conditioned);
-}
-
-// Two factors whose product brings the largest float64 entry near one, ones where it need not or cannot be.
-FASTMTL_HOST_DEVICE inline void rescale(double largest, double& half, double& rest) {
-  half = rest = 1.0;
-  if (!(largest > 0.0) || !(largest * 0.0 == 0.0) || (largest < 1e100 && largest > 1e-100)) {
-    return;
-  }
-  int exponent;
-  frexp(largest, &exponent);
-  half = ldexp(1.0, -exponent / 2);
-  rest = ldexp(1.0, -exponent + exponent / 2);
 }
 
 } // namespace fastmtl::cuda

@@ -6,8 +6,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "../math/jacobi.h"
+#include "../math/scaling.h"
 #include "platform.h"
 
 namespace fastmtl::cuda {
@@ -26,40 +27,47 @@ __host__ __device__ constexpr int jacobi_stride(int64_t T) {
   return int(T) | 1;
 }
 
-// Pair k of a round of a round-robin tournament of `players` (even); p < q, and q = T is a bye where T is odd.
-__device__ inline void pairing(int players, int round, int k, int& p, int& q) {
-  const int others = players - 1;
-  p = k == 0 ? others : round + k < others ? round + k : round + k - others;
-  q = round >= k ? round - k : round - k + others;
-  if (p > q) {
-    const int swap = p;
-    p = q;
-    q = swap;
-  }
-}
-
 __device__ inline void rotate(double& x, double& y, double c, double s) {
   const double a = x, b = y;
   x = c * a - s * b;
   y = s * a + c * b;
 }
 
-// Powers of two that bring the largest entry near one and back: exact, no bits change. Ones where it is subnormal or
-// not finite.
-__device__ inline void power_of_two(double largest, double& down, double& up) {
-  uint64_t bits;
-  memcpy(&bits, &largest, 8);
-  bits &= 0x7ff0000000000000u;
-  const bool scalable = bits != 0 && bits < 0x7fd0000000000000u;
-  const uint64_t one = 0x3ff0000000000000u, other = 0x7fe0000000000000u - bits;
-  memcpy(&up, scalable ? &bits : &one, 8);
-  memcpy(&down, scalable ? &other : &one, 8);
+// The rotation that annihilates b of [[a, b], [b, d]]: cosine, sine, and returned the tangent.
+__device__ __forceinline__ double jacobi_angle(double a, double d, double b, double& c, double& s) {
+  // cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two inverse roots, no division.
+  const double h = d - a, y = rsqrt(h * h + 4.0 * b * b);
+  const double square = 0.5 + 0.5 * fabs(h) * y, secant = rsqrt(square);
+  s = (h < 0.0 ? -b : b) * y * secant;
+  c = square * secant;
+  return s * secant;
+}
+
+// Both rotations of pairs (pk, qk) and (pm, qm) of rows on the 2 x 2 block they meet in; at(i, j) is its entry.
+template <class At>
+__device__ __forceinline__ void
+rotate_block(const At& at, int T, int pk, int qk, int pm, int qm, double ck, double sk, double cm, double sm) {
+  if (qk >= T) { // the row without an opponent
+    rotate(at(pk, pm), at(pk, qm), cm, sm);
+  } else if (qm >= T) {
+    rotate(at(pk, pm), at(qk, pm), ck, sk);
+  } else {
+    double &pp = at(pk, pm), &pq = at(pk, qm), &qp = at(qk, pm), &qq = at(qk, qm);
+    double a = pp, b = pq, c = qp, d = qq;
+    rotate(a, c, ck, sk);
+    rotate(b, d, ck, sk);
+    rotate(a, b, cm, sm);
+    rotate(c, d, cm, sm);
+    pp = a;
+    pq = b;
+    qp = c;
+    qq = d;
+  }
 }
 
 // Rotates A [T, ld], entries at most one, until it is diagonal; V [T, next_row] becomes the product of the rotations,
 // or is null. Only the upper triangle of A is used. `cosine`, `sine` [kMaxJacobiTasks / 2] are shared memory.
 __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T, double* cosine, double* sine) {
-  constexpr double kEps = 0x1p-52, kTiny = 0x1p-500; // what is smaller is zero, and its square would underflow
   constexpr int kMaxSweeps = 40;
   const int players = T + T % 2, pairs = players / 2, thread = int(threadIdx.x);
   // Half of the threads turn V while the others turn A; a power of two of them has a row, or two short ones.
@@ -76,7 +84,7 @@ __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T,
   }
   const auto at = [&](int i, int j) -> double& { return A[i < j ? i * ld + j : j * ld + i]; };
   const auto matters = [&](double a, double d, double b) {
-    return b * b > kEps * kEps * fabs(a * d) && fabs(b) > kTiny;
+    return b * b > kRounding * kRounding * fabs(a * d) && fabs(b) > kTinyEntry;
   };
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     __syncthreads();
@@ -97,12 +105,7 @@ __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T,
         if (q < T) {
           double &a = A[p * ld + p], &d = A[q * ld + q], &b = A[p * ld + q];
           if (matters(a, d, b)) {
-            // cos 2θ = |h| / r with h = d - a and r² = h² + 4 b²: two inverse roots, no division.
-            const double h = d - a, y = rsqrt(h * h + 4.0 * b * b);
-            const double square = 0.5 + 0.5 * fabs(h) * y, secant = rsqrt(square);
-            s = (h < 0.0 ? -b : b) * y * secant;
-            c = square * secant;
-            const double t = s * secant;
+            const double t = jacobi_angle(a, d, b, c, s);
             a -= t * b;
             d += t * b;
             b = 0.0;
@@ -124,22 +127,7 @@ __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T,
           int pk, qk, pm, qm;
           pairing(players, round, k, pk, qk);
           pairing(players, round, m, pm, qm);
-          if (qk >= T) { // the row without an opponent
-            rotate(at(pk, pm), at(pk, qm), cm, sm);
-          } else if (qm >= T) {
-            rotate(at(pk, pm), at(qk, pm), ck, sk);
-          } else {
-            double &pp = at(pk, pm), &pq = at(pk, qm), &qp = at(qk, pm), &qq = at(qk, qm);
-            double a = pp, b = pq, c = qp, d = qq;
-            rotate(a, c, ck, sk);
-            rotate(b, d, ck, sk);
-            rotate(a, b, cm, sm);
-            rotate(c, d, cm, sm);
-            pp = a;
-            pq = b;
-            qp = c;
-            qq = d;
-          }
+          rotate_block(at, T, pk, qk, pm, qm, ck, sk, cm, sm);
         }
       }
       if (V && thread >= threads && l < pairs && sine[l] != 0.0) {

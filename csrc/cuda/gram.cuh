@@ -1,5 +1,5 @@
 // Gram matrices M = G Gᵀ in two stages: every block sums the products of a run of columns into a partial of its own,
-// then `gram_reduce` (kernels_weights.cu) adds the partials in order. No atomics: the bits do not change from run to
+// then `gram_reduce` (gram_reduce.cu) adds the partials in order. No atomics: the bits do not change from run to
 // run.
 //
 // gram_stream, T <= 8: a thread reads 16 bytes of each row and keeps all T (T + 1) / 2 sums in registers, in float64.
@@ -57,6 +57,28 @@ __device__ double scaled(scalar x, double half, double rest) {
   }
   // Beside float64 entries that need a scale nothing of another type counts, unless it is not finite.
   return half == 1.0 ? widen<double>(x) : widen<double>(x) * 0.0;
+}
+
+// The sums of all threads, in a fixed order; `shared` [kThreads / 32, kValues].
+template <int kValues, int kThreads>
+__device__ __forceinline__ void add_threads(double (&sum)[kValues], double* shared, double* values) {
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  int low, high;
+  warp_sums<kValues>(sum, lane, low, high);
+#pragma unroll
+  for (int i = 0; i < (kValues + 31) / 32; ++i) {
+    if (low + i < high) {
+      shared[warp * kValues + low + i] = sum[i];
+    }
+  }
+  __syncthreads();
+  for (int k = int(threadIdx.x); k < kValues; k += kThreads) {
+    double total = shared[k];
+    for (int w = 1; w < kThreads / 32; ++w) {
+      total += shared[w * kValues + k];
+    }
+    values[k] = total;
+  }
 }
 
 // The sums of pieces [first, last) into values[0 .. kStreamValues), row-major upper triangle, and the largest float64
@@ -133,23 +155,7 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
   }
   largest = block_max<kThreads>(largest, shared);
   __syncthreads();
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  int low, high;
-  warp_sums<kValues>(sum, lane, low, high);
-#pragma unroll
-  for (int i = 0; i < (kValues + 31) / 32; ++i) {
-    if (low + i < high) {
-      shared[warp * kValues + low + i] = sum[i];
-    }
-  }
-  __syncthreads();
-  for (int k = int(threadIdx.x); k < kValues; k += kThreads) {
-    double total = shared[k];
-    for (int w = 1; w < kThreads / 32; ++w) {
-      total += shared[w * kValues + k];
-    }
-    values[k] = total;
-  }
+  add_threads<kValues, kThreads>(sum, shared, values);
   if (threadIdx.x == 0) {
     values[kValues] = largest;
   }
@@ -290,31 +296,10 @@ __device__ void groups_warp(
   }
 }
 
-// The sums of pieces [first, last) into values[0 .. Groups::kValues), row-major upper triangle, and the largest float64
-// entry into the one behind. Row r is row first_row + r of G.
-template <class scalar, int kRows, int kThreads>
-__device__ void groups_block(
-    const Source& source,
-    int64_t b,
-    Run run,
-    int64_t first_row,
-    double half,
-    double rest,
-    double* shared,
-    double* values) {
-  using Shape = Groups<kRows, kThreads>;
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), part = warp % Shape::kShare;
-  double sum[Shape::kTiles][4] = {};
-  double largest = 0.0;
-  if (part == 0) {
-    groups_warp<scalar, kRows, kThreads, 0>(source, b, run, first_row, half, rest, sum, largest);
-  } else {
-    groups_warp<scalar, kRows, kThreads, Shape::kShare - 1>(source, b, run, first_row, half, rest, sum, largest);
-  }
-  if constexpr (sizeof(scalar) == 8) {
-    largest = block_max<Shape::kThreads>(largest, shared);
-  }
-  // Half of the warps hand their sums to the other half, until each part is with one.
+// Half of the warps hand their sums to the other half, until each part is with one.
+template <class Shape>
+__device__ __forceinline__ void add_warps(double (&sum)[Shape::kTiles][4], double* shared) {
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
 #pragma unroll
   for (int n = Shape::kWarps / 2; n >= Shape::kShare; n /= 2) {
     double* of_warp = shared + (warp % n) * Shape::kTiles * 4 * 32 + lane;
@@ -333,27 +318,58 @@ __device__ void groups_block(
       }
     }
   }
-  const auto leave = [&](auto own) { // of warp `own()`
-    int k = 0;
+}
+
+// The sums of the warp that has part kPart, into the upper triangle.
+template <class Shape, int kRows, int kPart>
+__device__ __forceinline__ void leave_groups(const double (&sum)[Shape::kTiles][4], double* values) {
+  const int lane = int(threadIdx.x % 32);
+  int k = 0;
 #pragma unroll
-    for (int r = 0; r < Shape::kGroups; r += 2) {
+  for (int r = 0; r < Shape::kGroups; r += 2) {
 #pragma unroll
-      for (int u = r; u < Shape::kGroups && Shape::owns(own(), r); ++u) {
+    for (int u = r; u < Shape::kGroups && Shape::owns(kPart, r); ++u) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int i = r * 8 + lane / 4 + e / 2 * 8, j = u * 8 + 2 * (lane % 4) + e % 2;
-          if (i <= j) {
-            values[i * kRows - i * (i - 1) / 2 + j - i] = sum[k][e];
-          }
+      for (int e = 0; e < 4; ++e) {
+        const int i = r * 8 + lane / 4 + e / 2 * 8, j = u * 8 + 2 * (lane % 4) + e % 2;
+        if (i <= j) {
+          values[i * kRows - i * (i - 1) / 2 + j - i] = sum[k][e];
         }
-        ++k;
       }
+      ++k;
     }
-  };
+  }
+}
+
+// The sums of pieces [first, last) into values[0 .. Groups::kValues), row-major upper triangle, and the largest float64
+// entry into the one behind. Row r is row first_row + r of G.
+template <class scalar, int kRows, int kThreads>
+__device__ void groups_block(
+    const Source& source,
+    int64_t b,
+    Run run,
+    int64_t first_row,
+    double half,
+    double rest,
+    double* shared,
+    double* values) {
+  using Shape = Groups<kRows, kThreads>;
+  const int warp = int(threadIdx.x / 32), part = warp % Shape::kShare;
+  double sum[Shape::kTiles][4] = {};
+  double largest = 0.0;
+  if (part == 0) {
+    groups_warp<scalar, kRows, kThreads, 0>(source, b, run, first_row, half, rest, sum, largest);
+  } else {
+    groups_warp<scalar, kRows, kThreads, Shape::kShare - 1>(source, b, run, first_row, half, rest, sum, largest);
+  }
+  if constexpr (sizeof(scalar) == 8) {
+    largest = block_max<Shape::kThreads>(largest, shared);
+  }
+  add_warps<Shape>(sum, shared);
   if (warp == 0) {
-    leave([] { return 0; });
+    leave_groups<Shape, kRows, 0>(sum, values);
   } else if (warp < Shape::kShare) {
-    leave([] { return Shape::kShare - 1; });
+    leave_groups<Shape, kRows, Shape::kShare - 1>(sum, values);
   }
   if (threadIdx.x == 0) {
     values[Shape::kValues] = largest;
@@ -389,8 +405,9 @@ __global__ __launch_bounds__((Groups<kRows>::kThreads), (Groups<kRows>::kResiden
 // --- any T, in float32, and 64 rows with 64 others
 
 // kRows: 16, 32 or 64 rows with each other, or 128: the first 64 with the other 64.
-template <class accumulator, int kRows>
+template <class accumulator, int kTilingRows>
 struct Tiling {
+  static constexpr int kRows = kTilingRows;
   static constexpr bool kPair = kRows == 2 * kGroupRows;
   static constexpr int kSide = kPair ? kGroupRows / 4 : kRows / 4; // tiles on a side
   static constexpr int kTiles = kPair ? kSide * kSide : kSide * (kSide + 1) / 2;
@@ -420,6 +437,153 @@ __device__ void tile_place(int k, int& i, int& j) {
       ++i;
     }
     j = i + k;
+  }
+}
+
+// Columns [at, at + kColumns) of a piece, as vectors of this thread.
+template <class Shape, class scalar, int kLoads>
+__device__ __forceinline__ void fetch_tiles(
+    const Source& source,
+    int64_t b,
+    const Piece& piece,
+    int64_t at,
+    int64_t first_row,
+    int64_t second_row,
+    Vector<scalar> (&next)[kLoads]) {
+  constexpr int kRows = Shape::kRows, kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
+  if (piece.wide && at + Shape::kColumns <= piece.end) {
+#pragma unroll
+    for (int l = 0; l < kLoads; ++l) {
+      const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
+      next[l] = zeros<scalar>();
+      if (r < kRows) {
+        const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
+        const scalar* row = row_of<scalar>(source, b, piece.segment, t);
+        if (row) {
+          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV));
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int l = 0; l < kLoads; ++l) {
+    const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
+    Vector<scalar> v = zeros<scalar>();
+    if (r < kRows) {
+      const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
+      v = read(row_of<scalar>(source, b, piece.segment, t), at + (k % kRowVectors) * kV, piece.end, piece.wide);
+    }
+#pragma unroll
+    for (int m = 0; m < kLoads; ++m) { // a register has no address
+      if (m == l) {
+        next[m] = v;
+      }
+    }
+  }
+}
+
+// These vectors into shared memory, and the largest float64 entry.
+template <class Shape, class scalar, class accumulator, int kLoads>
+__device__ __forceinline__ void stage_tiles(
+    const Vector<scalar> (&next)[kLoads],
+    double half,
+    double rest,
+    accumulator* stage, // [kRows, kStride]
+    double& largest) {
+  constexpr int kRows = Shape::kRows, kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
+#pragma unroll
+  for (int l = 0; l < kLoads; ++l) {
+    const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
+    if (r < kRows) {
+      accumulator* to = stage + r * Shape::kStride + (k % kRowVectors) * kV;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        if constexpr (sizeof(accumulator) == 4) {
+          to[i] = widen<float>(next[l][i]);
+        } else {
+          to[i] = scaled(next[l][i], half, rest);
+          if constexpr (sizeof(scalar) == 8) {
+            largest = fmax(largest, fabs(to[i]));
+          }
+        }
+      }
+    }
+  }
+}
+
+// What the columns of a stage add to tile (ti, tj), as far as they are those of a slice.
+template <class Shape, class accumulator>
+__device__ __forceinline__ void multiply_tile(
+    const accumulator* stage, // [kRows, kStride]
+    int ti,
+    int tj,
+    int slice,
+    accumulator (&sum)[4][4]) {
+  struct alignas(16) Group {
+    accumulator x[Shape::kWidth];
+  };
+  const accumulator* from_i = stage + ti * Shape::kStride;
+  const accumulator* from_j = stage + ((Shape::kPair ? kGroupRows : 0) + tj) * Shape::kStride;
+  for (int g = slice * Shape::kWidth; g < Shape::kColumns; g += Shape::kSlices * Shape::kWidth) {
+    Group x[4], y[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) { // rows of a tile are kSide apart: those of neighbour threads are neighbours
+      x[r] = *reinterpret_cast<const Group*>(from_i + r * Shape::kSide * Shape::kStride + g);
+      y[r] = *reinterpret_cast<const Group*>(from_j + r * Shape::kSide * Shape::kStride + g);
+    }
+#pragma unroll
+    for (int k = 0; k < Shape::kWidth; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          sum[r][c] = fma(x[r].x[k], y[c].x[k], sum[r][c]);
+        }
+      }
+    }
+  }
+}
+
+// Short float32 sums into the pairs of longer ones.
+template <class Shape, class accumulator>
+__device__ __forceinline__ void flush_tile(accumulator (&sum)[4][4], float* longer) {
+  if constexpr (sizeof(accumulator) == 4) {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      add_exactly(longer[k * Shape::kThreads], longer[(16 + k) * Shape::kThreads], sum[k / 4][k % 4]);
+      sum[k / 4][k % 4] = 0;
+    }
+  }
+}
+
+// The sums of all slices of each tile, row by row of the tiles.
+template <class Shape, class accumulator>
+__device__ __forceinline__ void add_slices(
+    const accumulator (&sum)[4][4],
+    const float* longer,
+    double* sums, // [kThreads, 4]
+    double* values) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (sizeof(accumulator) == 4) {
+        const float* pair = longer + (r * 4 + c) * Shape::kThreads;
+        sums[threadIdx.x * 4 + c] = double(pair[0]) + double(pair[16 * Shape::kThreads]);
+      } else {
+        sums[threadIdx.x * 4 + c] = sum[r][c];
+      }
+    }
+    __syncthreads();
+    for (int k = int(threadIdx.x); k < Shape::kTiles * 4; k += Shape::kThreads) {
+      double total = sums[k];
+      for (int s = 1; s < Shape::kSlices; ++s) {
+        total += sums[s * Shape::kTiles * 4 + k];
+      }
+      values[k / 4 * 16 + r * 4 + k % 4] = total;
+    }
   }
 }
 
@@ -457,15 +621,7 @@ __device__ void tiles_block(
       longer[k * Shape::kThreads] = 0.0f;
     }
   }
-  const auto flush = [&] {
-    if constexpr (kBlocks) {
-#pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        add_exactly(longer[k * Shape::kThreads], longer[(16 + k) * Shape::kThreads], sum[k / 4][k % 4]);
-        sum[k / 4][k % 4] = 0;
-      }
-    }
-  };
+  const auto flush = [&] { flush_tile<Shape>(sum, longer); };
 
   Pieces pieces(source, run.first, run.last);
   Piece piece{};
@@ -475,62 +631,14 @@ __device__ void tiles_block(
     at = piece.begin;
   }
   Vector<scalar> next[kLoads];
-  const auto fetch = [&] {
-    if (piece.wide && at + Shape::kColumns <= piece.end) {
-#pragma unroll
-      for (int l = 0; l < kLoads; ++l) {
-        const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
-        next[l] = zeros<scalar>();
-        if (r < kRows) {
-          const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-          const scalar* row = row_of<scalar>(source, b, piece.segment, t);
-          if (row) {
-            next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV));
-          }
-        }
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int l = 0; l < kLoads; ++l) {
-      const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
-      Vector<scalar> v = zeros<scalar>();
-      if (r < kRows) {
-        const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-        v = read(row_of<scalar>(source, b, piece.segment, t), at + (k % kRowVectors) * kV, piece.end, piece.wide);
-      }
-#pragma unroll
-      for (int m = 0; m < kLoads; ++m) { // a register has no address
-        if (m == l) {
-          next[m] = v;
-        }
-      }
-    }
-  };
+  const auto fetch = [&] { fetch_tiles<Shape>(source, b, piece, at, first_row, second_row, next); };
 
   if (more) {
     fetch();
   }
   while (more) {
     __syncthreads(); // the stage has been read
-#pragma unroll
-    for (int l = 0; l < kLoads; ++l) {
-      const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
-      if (r < kRows) {
-        accumulator* to = stage + r * Shape::kStride + (k % kRowVectors) * kV;
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          if constexpr (kBlocks) {
-            to[i] = widen<float>(next[l][i]);
-          } else {
-            to[i] = scaled(next[l][i], half, rest);
-            if constexpr (sizeof(scalar) == 8) {
-              largest = fmax(largest, fabs(to[i]));
-            }
-          }
-        }
-      }
-    }
+    stage_tiles<Shape>(next, half, rest, stage, largest);
     at += Shape::kColumns;
     if (at >= piece.end) {
       more = pieces.next(piece);
@@ -541,29 +649,7 @@ __device__ void tiles_block(
     }
     __syncthreads();
     if (slice < Shape::kSlices) {
-      struct alignas(16) Group {
-        accumulator x[Shape::kWidth];
-      };
-      const accumulator* from_i = stage + ti * Shape::kStride;
-      const accumulator* from_j = stage + ((Shape::kPair ? kGroupRows : 0) + tj) * Shape::kStride;
-      for (int g = slice * Shape::kWidth; g < Shape::kColumns; g += Shape::kSlices * Shape::kWidth) {
-        Group x[4], y[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) { // rows of a tile are kSide apart: those of neighbour threads are neighbours
-          x[r] = *reinterpret_cast<const Group*>(from_i + r * Shape::kSide * Shape::kStride + g);
-          y[r] = *reinterpret_cast<const Group*>(from_j + r * Shape::kSide * Shape::kStride + g);
-        }
-#pragma unroll
-        for (int k = 0; k < Shape::kWidth; ++k) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              sum[r][c] = fma(x[r].x[k], y[c].x[k], sum[r][c]);
-            }
-          }
-        }
-      }
+      multiply_tile<Shape>(stage, ti, tj, slice, sum);
     }
     unflushed += (Shape::kColumns + Shape::kSlices - 1) / Shape::kSlices;
     if (unflushed >= kColumnsUnflushed) {
@@ -575,28 +661,7 @@ __device__ void tiles_block(
   if constexpr (sizeof(scalar) == 8) {
     largest = block_max<Shape::kThreads>(largest, reinterpret_cast<double*>(shared));
   }
-  double* sums = reinterpret_cast<double*>(shared); // [Shape::kThreads, 4]
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    __syncthreads();
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if constexpr (kBlocks) {
-        const float* pair = longer + (r * 4 + c) * Shape::kThreads;
-        sums[threadIdx.x * 4 + c] = double(pair[0]) + double(pair[16 * Shape::kThreads]);
-      } else {
-        sums[threadIdx.x * 4 + c] = sum[r][c];
-      }
-    }
-    __syncthreads();
-    for (int k = int(threadIdx.x); k < Shape::kTiles * 4; k += Shape::kThreads) {
-      double total = sums[k];
-      for (int s = 1; s < Shape::kSlices; ++s) {
-        total += sums[s * Shape::kTiles * 4 + k];
-      }
-      values[k / 4 * 16 + r * 4 + k % 4] = total;
-    }
-  }
+  add_slices<Shape>(sum, longer, reinterpret_cast<double*>(shared), values);
   if (threadIdx.x == 0) {
     values[Shape::kValues] = largest;
   }

@@ -1,11 +1,18 @@
-// Grids and shared memory of the kernels that depend on the gradients' type; a kernels_*.cu instantiates them for one.
+// Grids and shared memory of the kernels that depend on the gradients' type; a gradients_*.cu instantiates them for
+// one.
 #pragma once
 
 #include "kernels.h"
 #include "sign_drop.cuh"
-#include "small.cuh"
+#include "align_small.cuh"
 
 namespace fastmtl::cuda {
+
+// f<kRows>() for the one of so many that `rows` is.
+template <int... kRows, class F>
+void with_rows(int rows, F f) {
+  (void)((rows == kRows && (f.template operator()<kRows>(), true)) || ...);
+}
 
 template <class scalar>
 void launch_gram(
@@ -63,31 +70,16 @@ void launch_gram(
         partials.blocks * kSlot,
         partials.diagonal + first * kSlot);
   };
-  if (plan.rows == 2) {
-    stream_rows.template operator()<2>();
-  } else if (plan.rows == 4) {
-    stream_rows.template operator()<4>();
-  } else if (plan.rows == 8) {
-    stream_rows.template operator()<8>();
+  if (plan.rows <= 8) {
+    with_rows<2, 4, 8>(plan.rows, stream_rows);
   } else if (!plan.blocks) {
-    if (plan.rows == 16) {
-      groups.template operator()<16>();
-    } else if (plan.rows == 32) {
-      groups.template operator()<32>();
-    } else {
-      groups.template operator()<64>();
-    }
+    with_rows<16, 32, 64>(plan.rows, groups);
     if (plan.pairs() > 0) {
       tiles.template operator()<double, 128>(plan.pairs(), partials.pairs);
     }
   } else if constexpr (sizeof(scalar) < 8) { // float64 has no float32 pass
-    if (plan.rows == 16) {
-      tiles.template operator()<float, 16>(plan.diagonal, partials.diagonal);
-    } else if (plan.rows == 32) {
-      tiles.template operator()<float, 32>(plan.diagonal, partials.diagonal);
-    } else {
-      tiles.template operator()<float, 64>(plan.diagonal, partials.diagonal);
-    }
+    with_rows<16, 32, 64>(
+        plan.rows, [&]<int kRows>() { tiles.template operator()<float, kRows>(plan.diagonal, partials.diagonal); });
     if (plan.pairs() > 0) {
       tiles.template operator()<float, 128>(plan.pairs(), partials.pairs);
     }
@@ -174,13 +166,7 @@ void launch_align_small(
         weights.eigenvalues,
         weights.rank);
   };
-  if (source.tasks <= 8) {
-    launch.template operator()<8>();
-  } else if (source.tasks <= 16) {
-    launch.template operator()<16>();
-  } else {
-    launch.template operator()<32>();
-  }
+  with_rows<8, 16, 32>(source.tasks <= 8 ? 8 : source.tasks <= 16 ? 16 : 32, launch);
 }
 
 #define FASTMTL_INSTANTIATE(scalar)                                                                            \

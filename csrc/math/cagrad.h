@@ -16,15 +16,23 @@
 #pragma once
 
 #include "mgda.h"
-#include "present.h"
 
 namespace fastmtl {
 namespace {
 
-constexpr int64_t kMaxNewtonSteps = 100;
-
-FASTMTL_HOST_DEVICE constexpr int64_t cagrad_scratch(int64_t T) {
-  return present_scratch(T) + 2 * T * T + 6 * T + 2 * Nonnegative::scratch(T);
+// f(w) of a w that need not be normalised.
+template <class Team>
+FASTMTL_HOST_DEVICE double cagrad_bound(
+    Team team,
+    int64_t T,
+    const double* w, // [T]
+    const double* b, // [T]
+    const double* q, // [T]
+    double radius,
+    double square) { // ‖g_w‖²
+  const double across = team.sum(T, [=](int64_t t) { return b[t] * w[t]; });
+  const double over = team.sum(T, [=](int64_t t) { return q[t] * w[t]; });
+  return (over + radius * std::sqrt(square)) / across;
 }
 
 // Returns the duality gap, row by row: the largest f(w) b_i - u_iᵀd, relative to the lengths of what d is made of. In
@@ -83,9 +91,7 @@ FASTMTL_HOST_DEVICE double cagrad_of_present(
     stationary = !(shortest_square > rounding);
     if (!stationary) {
       const double* const y = hull.x;
-      const double across = team.sum(T, [=](int64_t t) { return b[t] * y[t]; });
-      const double over = team.sum(T, [=](int64_t t) { return q[t] * y[t]; });
-      gamma = (over + radius * std::sqrt(shortest_square)) / across;
+      gamma = cagrad_bound(team, T, y, b, q, radius, shortest_square);
       problem.start(team, [=](int64_t t) { return y[t] > 0.0; });
       solve();
     }
@@ -112,26 +118,33 @@ FASTMTL_HOST_DEVICE double cagrad_of_present(
 }
 
 // g0 is the sum of the gradients that are there, over T.
-template <class Team>
-FASTMTL_HOST_DEVICE double cagrad(
-    Team team,
-    const double* M, // [T, T]
-    int64_t T,
-    double c,
-    double* alpha,     // [T]
-    double* scratch) { // [cagrad_scratch(T)]
-  const double share = 1.0 / double(T);
-  return for_present(
-      team,
-      M,
-      T,
-      nullptr,
-      alpha,
-      scratch,
-      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
-        return cagrad_of_present(team, M, T, share, c, alpha, scratch);
-      });
-}
+struct Cagrad : Solver {
+  static constexpr auto kName = "cagrad";
+  static constexpr std::tuple kOptions{not_negative("c")};
+
+  double c;
+
+  FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
+    return present_scratch(T) + 2 * T * T + 6 * T + 2 * Nonnegative::scratch(T);
+  }
+
+  template <class Team>
+  FASTMTL_HOST_DEVICE double operator()(Team team, const double* M, int64_t T, Problem, double* alpha, double* scratch)
+      const {
+    const double c = this->c;
+    const double share = 1.0 / double(T);
+    return for_present(
+        team,
+        M,
+        T,
+        nullptr,
+        alpha,
+        scratch,
+        [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+          return cagrad_of_present(team, M, T, share, c, alpha, scratch);
+        });
+  }
+};
 
 } // namespace
 } // namespace fastmtl

@@ -31,6 +31,39 @@ FASTMTL_HOST_DEVICE void subtract_rows(Team team, int64_t count, Factor a, Row r
   }
 }
 
+// Rows of U and the inverses of D, from rows i of the matrix that fill(i, u) writes from u[i] on, and D_i = pivot(i,
+// what is left). False where that is not positive.
+template <class Team, class Fill, class Pivot>
+FASTMTL_HOST_DEVICE bool eliminate(
+    Team team,
+    int64_t n,
+    Fill fill,
+    Pivot pivot,
+    double* U, // [n, T]
+    int64_t T,
+    double* inverse) { // [n]
+  for (int64_t i = 0; i < n; ++i) {
+    double* u = U + i * T;
+    fill(i, u);
+    subtract_rows(
+        team,
+        i,
+        [=](int64_t k) { return U[k * T + i] * inverse[k]; },
+        [=](int64_t k) { return U + k * T + i; },
+        n - i,
+        u + i);
+    const double D = pivot(i, u[i]);
+    if (!(D > 0.0)) {
+      return false;
+    }
+    team.once([=] {
+      u[i] = D;
+      inverse[i] = 1.0 / D;
+    });
+  }
+  return true;
+}
+
 struct Cholesky {
   const double* C; // [T, T]
   int64_t T;
@@ -43,32 +76,21 @@ struct Cholesky {
   // Factors C + ridge over the support; false where a row depends on those before it to rounding.
   template <class Team>
   FASTMTL_HOST_DEVICE bool factor(Team team) const {
-    double* const U = this->U;
-    double* const inverse = this->inverse;
+    const double* const C = this->C;
     const int64_t* const support = this->support;
     const int64_t T = this->T, n = count;
     const double ridge = this->ridge;
-    for (int64_t i = 0; i < n; ++i) {
-      double* u = U + i * T;
-      const double* from = C + support[i] * T;
-      team.each(n - i, [=](int64_t j) { u[i + j] = from[support[i + j]]; });
-      subtract_rows(
-          team,
-          i,
-          [=](int64_t k) { return U[k * T + i] * inverse[k]; },
-          [=](int64_t k) { return U + k * T + i; },
-          n - i,
-          u + i);
-      const double pivot = u[i] + ridge;
-      if (!(pivot > noise(i))) {
-        return false;
-      }
-      team.once([=] {
-        u[i] = pivot;
-        inverse[i] = 1.0 / pivot;
-      });
-    }
-    return true;
+    return eliminate(
+        team,
+        n,
+        [=](int64_t i, double* u) {
+          const double* from = C + support[i] * T;
+          team.each(n - i, [=](int64_t j) { u[i + j] = from[support[i + j]]; });
+        },
+        [=](int64_t i, double left) { return left + ridge > noise(i) ? left + ridge : 0.0; },
+        U,
+        T,
+        inverse);
   }
 
   // y <- Uᵀ^-1 y

@@ -5,14 +5,10 @@
 #pragma once
 
 #include "nonnegative.h"
-#include "present.h"
+#include "solver.h"
 
 namespace fastmtl {
 namespace {
-
-FASTMTL_HOST_DEVICE constexpr int64_t dual_cone_scratch(int64_t T) {
-  return present_scratch(T) + T * T + 4 * T + Nonnegative::scratch(T);
-}
 
 // Returns by how much Mv >= 0, with equality where v > u, is violated, relative to the lengths of the gradients and of
 // what is summed; infinity where v, or the sum of as many, leaves the range of numbers.
@@ -23,7 +19,7 @@ FASTMTL_HOST_DEVICE double dual_cone(
     int64_t T,
     const double* u,   // [T]
     double* v,         // [T]
-    double* scratch) { // [dual_cone_scratch(T)]
+    double* scratch) { // [DualCone::scratch(T) - T]
   return for_present(
       team, M, T, u, v, scratch, [=](const double* M, int64_t T, const double* u, double* v, double* scratch) {
         double *const C = scratch, *const norms = C + T * T, *const inverse = norms + T;
@@ -51,6 +47,34 @@ FASTMTL_HOST_DEVICE double dual_cone(
         return team.sum(T, [=](int64_t t) { return 0.0 * (double(T) * v[t]); }) == 0.0 ? residual : kInfinity;
       });
 }
+
+// v for u = weights, or with `each` the sum of those for u = weights_i e_i.
+struct DualCone : Solver {
+  static constexpr auto kName = "dual_cone";
+  static constexpr std::tuple kOptions{PerTask{"weights"}, Flag{}};
+
+  const double* weights; // [T], or null for 1/T
+  bool each;
+
+  FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
+    return present_scratch(T) + T * T + 5 * T + Nonnegative::scratch(T);
+  }
+  FASTMTL_HOST_DEVICE constexpr int64_t problems(int64_t T) const {
+    return each ? T : 1;
+  }
+  double nanoseconds(int64_t T) const {
+    return each ? 500.0 + 3.0 * double(T * T) : Solver::nanoseconds(T);
+  }
+
+  template <class Team>
+  FASTMTL_HOST_DEVICE double operator()(Team team, const double* M, int64_t T, Problem problem, double* v, double* u)
+      const {
+    const double* const weights = this->weights;
+    const bool all = !each;
+    team.each(T, [=](int64_t t) { u[t] = !all && t != problem.i ? 0.0 : weights ? weights[t] : 1.0 / double(T); });
+    return dual_cone(team, M, T, u, v, u + T);
+  }
+};
 
 } // namespace
 } // namespace fastmtl

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "nonnegative.h"
-#include "present.h"
+#include "solver.h"
 
 namespace fastmtl {
 namespace {
@@ -38,38 +38,38 @@ FASTMTL_HOST_DEVICE double shortest_point(
   return residual;
 }
 
-FASTMTL_HOST_DEVICE constexpr int64_t mgda_scratch(int64_t T) {
-  return present_scratch(T) + T * T + 3 * T + Nonnegative::scratch(T);
-}
+struct Mgda : Solver {
+  static constexpr auto kName = "mgda";
 
-template <class Team>
-FASTMTL_HOST_DEVICE double mgda(
-    Team team,
-    const double* M, // [T, T]
-    int64_t T,
-    double* alpha,     // [T]
-    double* scratch) { // [mgda_scratch(T)]
-  return for_present(
-      team,
-      M,
-      T,
-      nullptr,
-      alpha,
-      scratch,
-      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
-        double *const Q = scratch, *const norms = Q + T * T, *const inverse = norms + T, *const b = inverse + T;
-        unit_rows(team, M, T, Q, norms, inverse);
-        const double shortest = -team.largest(T, [=](int64_t t) { return -norms[t]; });
-        team.each(T, [=](int64_t t) { b[t] = shortest * inverse[t]; });
-        Nonnegative problem(Q, T, b + T);
-        double square;
-        const double residual = shortest_point(team, problem, Q, b, square);
-        const double* const x = problem.x;
-        const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
-        team.each(T, [=](int64_t t) { alpha[t] = b[t] * x[t] / along; });
-        return residual;
-      });
-}
+  FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
+    return present_scratch(T) + T * T + 3 * T + Nonnegative::scratch(T);
+  }
+
+  template <class Team>
+  FASTMTL_HOST_DEVICE double operator()(Team team, const double* M, int64_t T, Problem, double* alpha, double* scratch)
+      const {
+    return for_present(
+        team,
+        M,
+        T,
+        nullptr,
+        alpha,
+        scratch,
+        [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+          double *const Q = scratch, *const norms = Q + T * T, *const inverse = norms + T, *const b = inverse + T;
+          unit_rows(team, M, T, Q, norms, inverse);
+          const double shortest = -team.largest(T, [=](int64_t t) { return -norms[t]; });
+          team.each(T, [=](int64_t t) { b[t] = shortest * inverse[t]; });
+          Nonnegative problem(Q, T, b + T);
+          double square;
+          const double residual = shortest_point(team, problem, Q, b, square);
+          const double* const x = problem.x;
+          const double along = team.sum(T, [=](int64_t t) { return b[t] * x[t]; });
+          team.each(T, [=](int64_t t) { alpha[t] = b[t] * x[t] / along; });
+          return residual;
+        });
+  }
+};
 
 } // namespace
 } // namespace fastmtl

@@ -21,14 +21,10 @@
 #pragma once
 
 #include "cholesky.h"
-#include "present.h"
+#include "solver.h"
 
 namespace fastmtl {
 namespace {
-
-FASTMTL_HOST_DEVICE constexpr int64_t nash_scratch(int64_t T) {
-  return present_scratch(T) + 2 * T * T + 11 * T;
-}
 
 // x^-p
 FASTMTL_HOST_DEVICE inline double inverse_power(double x, double p) {
@@ -49,14 +45,14 @@ FASTMTL_HOST_DEVICE double nash_length(
     double* terms) {    // [T]
   // No 1 + t s falls below a thousandth; a step of 1e8 ends where there is no solution.
   const double shrinking = team.largest(T, [=](int64_t t) { return -s[t]; });
-  const double most = shrinking > 0.999e-8 ? 0.999 / shrinking : 1e8;
+  const double most = shrinking > kNashShrink / kNashFarthest ? kNashShrink / shrinking : kNashFarthest;
   const double start = rise - team.sum(T, [=](int64_t t) { return root[t] * root[t] * s[t]; });
   double low = 0.0, high = most, length = most < 1.0 ? most : 1.0;
   for (int evaluation = 0; evaluation < 30; ++evaluation) {
     const double at = length;
     team.each(T, [=](int64_t t) { terms[t] = root[t] * root[t] * s[t] * inverse_power(1.0 + at * s[t], power); });
     const double slope = rise + at * curvature - team.sum(T, [=](int64_t t) { return terms[t]; });
-    if (std::fabs(slope) <= -0.1 * start || (slope < 0.0 && at >= most)) {
+    if (std::fabs(slope) <= -kNashSlope * start || (slope < 0.0 && at >= most)) {
       return at;
     }
     (slope < 0.0 ? low : high) = at;
@@ -72,34 +68,117 @@ FASTMTL_HOST_DEVICE double nash_length(
   return low > 0.0 ? low : length;
 }
 
-// U's rows and the inverse pivots of z C z + p, whose rows are y_i M_ij y_j.
+// h², h / sqrt(diag(M)) and γ = 1.
 template <class Team>
-FASTMTL_HOST_DEVICE void nash_factor(
+FASTMTL_HOST_DEVICE void nash_start(
     Team team,
     const double* M, // [T, T]
     int64_t T,
     double power,
-    const double* y,   // [T]
-    double* U,         // [T, T]
-    double* inverse) { // [T]
-  for (int64_t i = 0; i < T; ++i) {
-    double* u = U + i * T;
+    double largest,  // of M's diagonal
+    double* square,  // [T]
+    double* scale,   // [T]
+    double* gamma) { // [T]
+  team.each(T, [=](int64_t t) {
+    const double h = power == 1.0 ? 1.0 : std::pow(M[t * T + t] / largest, (power - 1.0) / (2.0 * (power + 1.0)));
+    square[t] = h * h;
+    scale[t] = h / std::sqrt(M[t * T + t]);
+    gamma[t] = 1.0;
+  });
+}
+
+// The best multiple of γ = 1, to begin with.
+template <class Team>
+FASTMTL_HOST_DEVICE void nash_rescale(
+    Team team,
+    int64_t T,
+    double power,
+    double form,          // γ N γ
+    const double* square, // [T]
+    double* gamma,        // [T]
+    double* product,      // [T]
+    double* terms) {      // [T]
+  const double squares = team.sum(T, [=](int64_t t) { return square[t]; });
+  const double multiple = inverse_power(form / squares, 1.0 / (1.0 + power));
+  team.each(T, [=](int64_t t) {
+    gamma[t] *= multiple;
+    product[t] *= multiple;
+    terms[t] *= multiple;
+  });
+}
+
+// N γ and |N| γ, elementwise, for N = scale M scale; `scaled` becomes scale γ.
+template <class Team>
+FASTMTL_HOST_DEVICE void nash_product(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    const double* scale, // [T]
+    const double* gamma, // [T]
+    double* scaled,      // [T]
+    double* product,     // [T]
+    double* terms) {     // [T]
+  team.each(T, [=](int64_t t) {
+    scaled[t] = scale[t] * gamma[t];
+    product[t] = 0.0;
+    terms[t] = 0.0;
+  });
+  for (int64_t u = 0; u < T; ++u) {
+    const double* row = M + u * T;
+    const double factor = scaled[u];
+    team.each(T, [=](int64_t t) {
+      product[t] += factor * row[t];
+      terms[t] += factor * std::fabs(row[t]);
+    });
+  }
+  team.each(T, [=](int64_t t) {
+    product[t] *= scale[t];
+    terms[t] *= scale[t];
+  });
+}
+
+// √q s of a Newton step, in place of its right side: z C z + p 1 = y M y + p 1 is factored.
+template <class Team>
+FASTMTL_HOST_DEVICE void nash_solve(
+    Team team,
+    const double* M, // [T, T]
+    int64_t T,
+    double power,
+    const double* y, // [T]
+    double* U,       // [T, T]
+    double* inverse, // [T]
+    double* step) {  // [T]
+  const auto fill = [=](int64_t i, double* u) {
     const double* row = M + i * T;
     const double factor = y[i];
     team.each(T - i, [=](int64_t j) { u[i + j] = factor * row[i + j] * y[i + j]; });
-    subtract_rows(
-        team,
-        i,
-        [=](int64_t k) { return U[k * T + i] * inverse[k]; },
-        [=](int64_t k) { return U + k * T + i; },
-        T - i,
-        u + i);
-    const double pivot = u[i] > 0.0 ? u[i] + power : power;
-    team.once([=] { inverse[i] = 1.0 / pivot; });
-  }
+  };
+  const auto pivot = [=](int64_t, double left) { return left > 0.0 ? left + power : power; };
+  eliminate(team, T, fill, pivot, U, T, inverse);
+  Cholesky{M, T, U, inverse, nullptr, T}.solve(team, step);
 }
 
-// `nash` of finite M whose diagonal is positive. `positive`: whether M α > 0 beyond rounding errors, which proves that
+// The largest |Nγ - h² γ^-p|, relative, and in `excess` what is left of it beyond rounding errors, of the power too.
+template <class Team>
+FASTMTL_HOST_DEVICE double nash_residual(
+    Team team,
+    int64_t T,
+    double power,
+    const double* product, // [T]
+    const double* terms,   // [T]
+    const double* wanted,  // [T]
+    double& excess) {
+  const double residual = team.largest(T, [=](int64_t t) {
+    const double cancelled = kNashCancelled * terms[t];
+    return std::fabs(product[t] - wanted[t]) / (wanted[t] > cancelled ? wanted[t] : cancelled);
+  });
+  excess = team.largest(T, [=](int64_t t) {
+    return std::fabs(product[t] - wanted[t]) - kRounding * (4.0 * terms[t] + 4.0 * (1.0 + power) * wanted[t]);
+  });
+  return residual < kInfinity ? residual : kInfinity; // NaN, of powers out of the range of numbers
+}
+
+// `Nash` of finite M whose diagonal is positive. `positive`: whether M α > 0 beyond rounding errors, which proves that
 // there is a solution.
 template <class Team>
 FASTMTL_HOST_DEVICE double nash_newton(
@@ -123,60 +202,26 @@ FASTMTL_HOST_DEVICE double nash_newton(
   double* const step = root + T;     // s, or √q s
   double* const right = wanted;      // the right side of that, in its place
   const double largest = team.largest(T, [=](int64_t t) { return M[t * T + t]; });
-  team.each(T, [=](int64_t t) {
-    const double h = power == 1.0 ? 1.0 : std::pow(M[t * T + t] / largest, (power - 1.0) / (2.0 * (power + 1.0)));
-    square[t] = h * h;
-    scale[t] = h / std::sqrt(M[t * T + t]);
-    gamma[t] = 1.0;
-  });
+  nash_start(team, M, T, power, largest, square, scale, gamma);
   double least = kInfinity;
   int64_t stalled = 0;
   bool near = false;
   for (int64_t iteration = 0;; ++iteration) {
-    team.each(T, [=](int64_t t) {
-      alpha[t] = scale[t] * gamma[t];
-      product[t] = 0.0;
-      terms[t] = 0.0;
-    });
-    for (int64_t u = 0; u < T; ++u) {
-      const double* row = M + u * T;
-      const double factor = alpha[u];
-      team.each(T, [=](int64_t t) {
-        product[t] += factor * row[t];
-        terms[t] += factor * std::fabs(row[t]);
-      });
-    }
-    team.each(T, [=](int64_t t) {
-      product[t] *= scale[t];
-      terms[t] *= scale[t];
-    });
+    nash_product(team, M, T, scale, gamma, alpha, product, terms);
     const double form = team.sum(T, [=](int64_t t) { return gamma[t] * product[t]; });
     const double total = team.sum(T, [=](int64_t t) { return std::sqrt(square[t]) * gamma[t]; });
     if (form <= 4.0 * double(T) * kRounding * total * total) {
       return kInfinity;
     }
-    if (iteration == 0) { // the best multiple of γ = 1, to begin with
-      const double squares = team.sum(T, [=](int64_t t) { return square[t]; });
-      const double multiple = inverse_power(form / squares, 1.0 / (1.0 + power));
-      team.each(T, [=](int64_t t) {
-        gamma[t] *= multiple;
-        product[t] *= multiple;
-        terms[t] *= multiple;
-      });
+    if (iteration == 0) {
+      nash_rescale(team, T, power, form, square, gamma, product, terms);
     }
     team.each(T, [=](int64_t t) {
       wanted[t] = square[t] * inverse_power(gamma[t], power);
       root[t] = std::sqrt(wanted[t] * gamma[t]);
     });
-    double residual = team.largest(T, [=](int64_t t) {
-      const double cancelled = 0x1p-22 * terms[t];
-      return std::fabs(product[t] - wanted[t]) / (wanted[t] > cancelled ? wanted[t] : cancelled);
-    });
-    residual = residual < kInfinity ? residual : kInfinity; // NaN, of powers out of the range of numbers
-    // What is left beyond rounding errors, of the power too.
-    const double excess = team.largest(T, [=](int64_t t) {
-      return std::fabs(product[t] - wanted[t]) - kRounding * (4.0 * terms[t] + 4.0 * (1.0 + power) * wanted[t]);
-    });
+    double excess;
+    const double residual = nash_residual(team, T, power, product, terms, wanted, excess);
     stalled = near && !(residual <= 0.5 * least) ? stalled + 1 : 0;
     const bool solved = near && excess <= 0.0;
     if (residual < least || solved || iteration == 0) {
@@ -195,15 +240,14 @@ FASTMTL_HOST_DEVICE double nash_newton(
       step[t] = right[t];
       alpha[t] = scale[t] * gamma[t] / root[t]; // z C z = alpha M alpha
     });
-    nash_factor(team, M, T, power, alpha, U, inverse);
-    Cholesky{M, T, U, inverse, nullptr, T}.solve(team, step);
+    nash_solve(team, M, T, power, alpha, U, inverse, step);
     const double fall = team.sum(T, [=](int64_t t) { return step[t] * right[t]; });
     if (!(fall > 0.0)) { // solved exactly, or out of the range of numbers
       break;
     }
     const double curvature = fall - power * team.sum(T, [=](int64_t t) { return step[t] * step[t]; });
     team.each(T, [=](int64_t t) { step[t] /= root[t]; });
-    near = (1.0 + power) * team.largest(T, [=](int64_t t) { return std::fabs(step[t]); }) < 0.2;
+    near = (1.0 + power) * team.largest(T, [=](int64_t t) { return std::fabs(step[t]); }) < kNashNear;
     double length = 1.0;
     if (!near) {
       const double rise = team.sum(T, [=](int64_t t) { return step[t] * gamma[t] * product[t]; });
@@ -221,40 +265,47 @@ FASTMTL_HOST_DEVICE double nash_newton(
 // equation of unit gradients; where k β^-p is less than 2^-22 |C|β, it is relative to that: of a sum that cancels so
 // far no α in float64 gives all digits, and 1e-8 is then ten rounding errors of it. Infinity and α = 0 where there is
 // no solution.
-template <class Team>
-FASTMTL_HOST_DEVICE double nash(
-    Team team,
-    const double* M, // [T, T]
-    int64_t T,
-    double power,
-    double* alpha,     // [T]
-    double* scratch) { // [nash_scratch(T)]
-  return for_present(
-      team,
-      M,
-      T,
-      nullptr,
-      alpha,
-      scratch,
-      [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
-        double *const work = scratch + T * T, *const kept = work + T * T + 10 * T; // behind M, where that lies there
-        bool positive = true;
-        double residual = nash_newton(team, M, T, power, alpha, work, positive);
-        if (!positive && power != 1.0 && residual < kInfinity) {
-          // Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
-          team.each(T, [=](int64_t t) { kept[t] = alpha[t]; });
-          if (nash_newton(team, M, T, 1.0, alpha, work, positive) == kInfinity) {
+struct Nash : Solver {
+  static constexpr auto kName = "nash";
+  static constexpr std::tuple kOptions{positive("power")};
+
+  double power;
+
+  FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
+    return present_scratch(T) + 2 * T * T + 11 * T;
+  }
+
+  template <class Team>
+  FASTMTL_HOST_DEVICE double operator()(Team team, const double* M, int64_t T, Problem, double* alpha, double* scratch)
+      const {
+    const double power = this->power;
+    return for_present(
+        team,
+        M,
+        T,
+        nullptr,
+        alpha,
+        scratch,
+        [=](const double* M, int64_t T, const double*, double* alpha, double* scratch) {
+          double *const work = scratch + T * T, *const kept = work + T * T + 10 * T; // behind M, where that lies there
+          bool positive = true;
+          double residual = nash_newton(team, M, T, power, alpha, work, positive);
+          if (!positive && power != 1.0 && residual < kInfinity) {
+            // Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
+            team.each(T, [=](int64_t t) { kept[t] = alpha[t]; });
+            if (nash_newton(team, M, T, 1.0, alpha, work, positive) == kInfinity) {
+              residual = kInfinity;
+            }
+            team.each(T, [=](int64_t t) { alpha[t] = kept[t]; });
+          }
+          if (!(residual < kInfinity)) {
+            team.each(T, [=](int64_t t) { alpha[t] = 0.0; });
             residual = kInfinity;
           }
-          team.each(T, [=](int64_t t) { alpha[t] = kept[t]; });
-        }
-        if (!(residual < kInfinity)) {
-          team.each(T, [=](int64_t t) { alpha[t] = 0.0; });
-          residual = kInfinity;
-        }
-        return residual;
-      });
-}
+          return residual;
+        });
+  }
+};
 
 } // namespace
 } // namespace fastmtl

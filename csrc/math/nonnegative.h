@@ -24,11 +24,6 @@
 namespace fastmtl {
 namespace {
 
-constexpr int64_t kExchanges = 4;              // that may fail to get nearer, in a row
-constexpr int64_t kMaxPoints = 8;              // proximal points
-constexpr double kProximal = 64.0 * kRounding; // δ / T
-constexpr double kSolved = 4.0 * kRounding;    // slopes this small, times sqrt(T) and the size of the terms, are zero
-
 // C = D^-1/2 M D^-1/2 with D the diagonal, which is positive: cosines. M's upper triangle
 // is read: one from products in float32 may be asymmetric by rounding, which is more than the solvers leave. M may lie
 // where C is made.

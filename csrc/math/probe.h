@@ -6,20 +6,16 @@
 
 namespace fastmtl {
 
-// Above this many tasks a float32 Gram is enough faster to try it first.
-constexpr int64_t kMaxExactTasks = 40;
-// Where the first columns have less than this as λ_min(C), the float32 Gram is not expected to be good enough.
-constexpr double kBlocksExpectedEigenvalue = 0.1;
 // What is promised of the result, as a relative error.
 FASTMTL_HOST_DEVICE constexpr double promised_error(int64_t T) {
-  return T <= 40 ? 2e-6 : 1e-4;
+  return T <= kMaxExactTasks ? kFewTasksError : kManyTasksError;
 }
 
 // An error Δ of the Gram, relative to the row norms, costs the result about ‖Δ‖ / λ_min(C). ‖Δ z‖ is measured for so
 // many vectors z of random entries. Each sees less than 1 / f of ‖Δ‖ with a probability below 0.82 / f: all of them
 // less than 1 in 590 times.
 FASTMTL_HOST_DEVICE constexpr double probe_safety(int64_t probes) {
-  return probes >= 4 ? 5.0 : 20.0;
+  return probes >= 4 ? kManyProbesSafety : kFewProbesSafety;
 }
 
 // Entry t of a vector: uniform within ±√3, hence of variance 1. Without that factor it is a float32.

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "thresholds.h"
+
 #ifdef __CUDACC__
 #define FASTMTL_HOST_DEVICE __host__ __device__
 #else
@@ -36,7 +38,6 @@ namespace fastmtl {
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr double kRounding = 0x1p-52;
 
 // The larger of two numbers; NaN, which every comparison would drop, is larger than any.
 FASTMTL_HOST_DEVICE inline double larger(double a, double b) {
@@ -105,6 +106,12 @@ struct Serial {
     f();
   }
 };
+
+// Whether none of x [n] is infinite or NaN.
+template <class Team>
+FASTMTL_HOST_DEVICE bool all_finite(Team team, const double* x, int64_t n) {
+  return team.sum(n, [=](int64_t i) { return x[i] * 0.0; }) == 0.0;
+}
 
 } // namespace
 } // namespace fastmtl

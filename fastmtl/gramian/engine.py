@@ -18,8 +18,8 @@ from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
 from fastmtl.graph import SEVERAL, Edge, Leaves, edge_of, vjp
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Row, check_rows
-from fastmtl.pipeline import coarsest
+from fastmtl.inputs import DTYPES, Row, check_gradient
+from fastmtl.pipeline import coarsest, gram_of
 from fastmtl.rule import Context, Rule
 
 __all__ = ["Result", "update", "without_autocast", "working_dtype"]
@@ -103,8 +103,10 @@ def update(
     of_own = [row[: len(p)] for row, p in zip(grads, own, strict=True)]
     of_rest = [row[len(p) :] for row, p in zip(grads, own, strict=True)]
     del grads
-    for row in of_own:
-        check_rows([row])
+    for t, row in enumerate(of_own):
+        for k, g in enumerate(row):
+            if g is not None:
+                check_gradient(g, f"rows[{t}][{k}]")
     device = parameters[0].device
     with torch.no_grad():
         at_once = todo.work.at_once and not watched
@@ -206,7 +208,7 @@ class _Trunk(NamedTuple):
         """M [T, T], float64."""
         M = torch.zeros(T, T, dtype=torch.float64, device=device)
         if self.explicit:
-            M += ops.gram_rows(check_rows([[rows[t] for _, rows in self.explicit] for t in range(T)])[0], T)
+            M += gram_of([rows[t] for t in range(T) for _, rows in self.explicit], T)
         parts = []
         for contraction in self.todo.contractions:
             dtypes = {self.arrived[use.edge].dtype for use in contraction.uses if use.edge in self.arrived}

@@ -126,12 +126,12 @@ class AlignedMTL(Weighted, GramMethod):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        gram, alpha, eigenvalues, rank = ops.align_rows(grads, T, *self._policy(T, dtype, out[0]), out)
-        return Info.of(alpha, gram, eigenvalues, rank)
+        gram, alpha, rank = ops.align_rows(grads, T, *self._policy(T, dtype, out[0]), out)
+        return Info.of(alpha, gram, rank=rank, spectrum=True)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        alpha, eigenvalues, rank = ops.balance(M, *self._policy(M.shape[-1], dtype, M))
-        return Info.of(alpha, M, eigenvalues, rank)
+        alpha, rank = ops.align_gram(M, *self._policy(M.shape[-1], dtype, M))
+        return Info.of(alpha, M, rank=rank, spectrum=True)
 
     def _policy(self, T: int, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, str, float, float, str]:
         """The numerical decisions as the ops take them."""

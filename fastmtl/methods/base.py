@@ -10,18 +10,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import (
-    DTYPES,
-    Losses,
-    Rows,
-    check_tangent,
-    checked_out,
-    describe,
-    transforming,
-)
+from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, checked_out, describe, transforming
 from fastmtl.methods.checks import checked_weights
 from fastmtl.pipeline import aggregate_rows
-from fastmtl.rule import NOTHING, Context, MethodModule, context_of
+from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -122,6 +114,7 @@ class Method(MethodModule):
         process_group: Any = None,
         grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
+        every: int | Literal["auto"] = 1,
         batch_dim: int | None = None,
         per: Literal["all", "example", "task"] = "all",
         check: bool = True,
@@ -141,8 +134,9 @@ class Method(MethodModule):
 
         Args:
             losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
-                name, whatever its order: `info.names` has that of the first step. A task is absent if its loss is None
-                or requires no grad (as is one whose gradient is zero): its row of G is missing, α 0, its head alone.
+                name, whatever its order: `info.names` has that of the first step, in which a list is read from then on.
+                A task is absent if its loss is None or requires no grad (as is one whose gradient is zero): its row of
+                G is missing, α 0, its head alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -168,6 +162,8 @@ class Method(MethodModule):
                 each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
                 and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
                 faster.
+            every: compute task weights in every k-th step; in between one pass brings Σ α_t g_t with the last ones, now
+                in `state_dict()`, and each head its own gradient. "auto": k grows while they hardly turn.
             batch_dim: the losses are those of examples, [B], or of T tasks and B examples, [T, B] or [B, T]: this is
                 the examples' dimension. Loss b depends on example b alone: one backward pass brings all B gradients'
                 Gram matrix (docs/methods.md), whichever `engine`. Shared are, by default, all parameters.
@@ -198,6 +194,7 @@ class Method(MethodModule):
             process_group=process_group,
             grad_scale=grad_scale,
             engine=engine,
+            every=every,
             batch_dim=batch_dim,
             per=per,
             check=check,
@@ -228,7 +225,7 @@ class Method(MethodModule):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        """Writes the aggregation of a ragged list (entry t·K + k; no column without a gradient) into K tensors.
+        """Writes the aggregation of a ragged list (entry t·K + k) into K tensors, empty where no task has a gradient.
 
         `dtype` is the coarsest among the gradients.
         """
@@ -360,15 +357,15 @@ class GramMethod(Method):
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]
         self.check_tasks(T)
-        return self.solve(M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
+        return solved(self, M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
 
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
-        ops.combine(G, self.solve(ops.gram(G), G.dtype, context).alpha, out)
+        ops.combine(G, solved(self, ops.gram(G), G.dtype, context).alpha, out)
 
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = self.solve(ops.gram_rows(grads, T), dtype, context)
+        info = solved(self, ops.gram_rows(grads, T, out), dtype, context)  # all is checked before a state changes
         ops.combine_rows(grads, info.alpha, out)
         return info
 

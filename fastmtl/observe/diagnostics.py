@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.info import Info
+from fastmtl import ops
+from fastmtl.info import Info, tolerances
 from fastmtl.inputs import DTYPES, describe
-from fastmtl.methods.aligned import AlignedMTL
 from fastmtl.observe import formulas
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "total_norm",
 ]
 
-_ALIGNED = {scale: AlignedMTL(scale=scale) for scale in ("min", "median", "rmse")}
+_SCALES = ("min", "median", "rmse")
 
 
 # ------------------------------------------------------------------------------------------------ the spectrum
@@ -128,8 +128,8 @@ def aligned_gram(x: Tensor | Info, scale: str = "min", dtype: torch.dtype | None
     Raises:
         ValueError: unknown `scale`.
     """
-    if scale not in _ALIGNED:
-        raise ValueError(f"scale: expected one of {tuple(_ALIGNED)}, got {scale!r}")
+    if scale not in _SCALES:
+        raise ValueError(f"scale: expected one of {_SCALES}, got {scale!r}")
     eigenvalues, kept = _spectrum(x, dtype)
     return formulas.aligned_gram(_gram(x), eigenvalues, kept, scale)
 
@@ -336,11 +336,10 @@ def _spectrum(x: Tensor | Info, dtype: torch.dtype | None) -> tuple[Tensor, Tens
     eigenvalues, kept = (x.eigenvalues, x.rank) if isinstance(x, Info) else (None, None)
     if eigenvalues is None or kept is None:
         given = M.dtype if isinstance(x, Info) else x.dtype
-        seen = _ALIGNED["min"].solve(M, dtype or given)
-        assert seen.eigenvalues is not None  # nor is the rank: Aligned-MTL has both
-        assert seen.rank is not None
-        eigenvalues = seen.eigenvalues if eigenvalues is None else eigenvalues
-        kept = seen.rank if kept is None else kept
+        rtol, zero = tolerances(M.shape[-1], dtype or given)
+        _, own, rank = ops.balance(M, None, "min", rtol, zero, "normalized")
+        eigenvalues = own if eigenvalues is None else eigenvalues
+        kept = rank if kept is None else kept
     return eigenvalues, kept
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Monitor"]
 
-_FIELDS = ("gram", "eigenvalues", "rank", "alpha", "residual")
+_FIELDS = ("gram", "rank", "alpha", "residual")  # eigenvalues are those of the Grams, of all records at once
 # Not what depends on the aligned system's scale, which an info does not tell.
 _ALIGNED = (
     "condition_number",
@@ -215,9 +215,8 @@ class Monitor:
             return kept
         gram = fields["gram"]
         leading, M = gram.shape[:-2], gram.flatten(0, -3)
-        eigenvalues = fields["eigenvalues"].flatten(0, -2) if "eigenvalues" in fields else None
         rank = fields["rank"].to(torch.int64).flatten() if "rank" in fields else None
-        initial = Info.of(gram=M, eigenvalues=eigenvalues, rank=rank)
+        initial = Info.of(gram=M, rank=rank, spectrum=rank is not None)
         results = {f"initial/{name}": value for name, value in diagnostics.summary(initial, self.dtype).items()}
         if rank is not None:
             aligned = diagnostics.summary(Info.of(gram=diagnostics.aligned_gram(initial), rank=rank))

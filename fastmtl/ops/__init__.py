@@ -11,50 +11,11 @@ marked so for autograd.
 
 from __future__ import annotations
 
-from fastmtl.ops import derivatives
-from fastmtl.ops.contracts import (
-    align,
-    align_rows,
-    balance,
-    cagrad,
-    combine,
-    combine_rows,
-    constant,
-    dual_cone,
-    eigh,
-    gradvac,
-    gram,
-    gram_rows,
-    mgda,
-    nash,
-    pcgrad,
-    sign_drop,
-    sign_drop_rows,
-    unit_solve,
-)
+from fastmtl.ops import contracts, derivatives
+from fastmtl.ops.contracts import *  # noqa: F403
 from fastmtl.ops.registry import load_kernels
 
-__all__ = [
-    "EXTENSIONS",
-    "align",
-    "align_rows",
-    "balance",
-    "cagrad",
-    "combine",
-    "combine_rows",
-    "constant",
-    "dual_cone",
-    "eigh",
-    "gradvac",
-    "gram",
-    "gram_rows",
-    "mgda",
-    "nash",
-    "pcgrad",
-    "sign_drop",
-    "sign_drop_rows",
-    "unit_solve",
-]
+__all__ = ["EXTENSIONS", *contracts.__all__]
 
 derivatives.register()
 EXTENSIONS: dict[str, str | None] = load_kernels()

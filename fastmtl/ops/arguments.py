@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fastmtl.inputs import DTYPES, check_apart, describe, repeats
+from fastmtl.inputs import DENSE, DTYPES, FLOATING, check_apart, describe, repeats, wrong_kind
 
 __all__ = [
     "Gradients",
     "any_of",
     "apart",
+    "argument_error",
     "fail",
     "is_vector",
     "matrix",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 Gradients = Sequence[Tensor | None]
+
+_OF_ARGUMENT = re.compile(r"(rows|out|grads|tasks)(\[\d+\])*: ")
 
 
 def fail(name: str, expected: str, got: object) -> NoReturn:
@@ -127,39 +131,62 @@ def rows(grads: Gradients, tasks: int, out: Sequence[Tensor] | None = None) -> N
     K = len(grads) // tasks
     if out is not None and len(out) != K:
         fail("out", f"{K} tensors", len(out))
-    device = None
+    device = next((g.device for g in (*grads, *(out or ())) if g is not None), None)
     for k in range(K):
-        like = next((g for g in grads[k::K] if g is not None), None)
-        if like is not None and not _is_gradient(like):
-            fail(f"grads: tensor {k} of a row", "float32, float64, bfloat16 or float16", like)
+        like: Tensor | None = None
         for t, g in enumerate(grads[k::K]):
-            if g is None or like is None:
+            if g is None:
                 continue
-            if g.dtype is not like.dtype or g.shape != like.shape or g.layout is not torch.strided:
-                fail(f"grads: row {t}, tensor {k}", f"dtype and shape of the others, a {describe(like)}", g)
-            device = g.device if device is None else device
+            name = f"rows[{t}][{k}]"
+            if (wrong := wrong_kind(g)) is not None:
+                raise RuntimeError(f"{name}: {wrong}")
+            if like is not None and (g.dtype is not like.dtype or g.shape != like.shape or g.device != like.device):
+                fail(name, f"the other tasks' {describe(like)}", describe(g))
             if g.device != device:
-                fail(f"grads: row {t}, tensor {k}", f"all tensors of a call on one device, {device}", g)
+                fail(name, f"all gradients on {device}", describe(g))
+            like = g
         if out is not None:
-            target = out[k]
-            like = target if like is None else like
-            if not _is_gradient(target) or target.dtype is not like.dtype or target.shape != like.shape:
-                fail(f"out: tensor {k}", f"dtype, shape and device of its gradients, a {describe(like)}", target)
-            device = target.device if device is None else device
-            if target.device != device:
-                fail(f"out: tensor {k}", f"all tensors of a call on one device, {device}", target)
+            _fits(out[k], like, f"out[{k}]", device)
     if out is not None:
         apart("out", out, [g for g in grads if g is not None])
+
+
+def _fits(out: Tensor, like: Tensor | None, name: str, device: torch.device | None) -> None:
+    """The result of gradients like this, or of a column without any."""
+    if like is None:
+        if (wrong := wrong_kind(out)) is not None:
+            raise RuntimeError(f"{name}: {wrong}")
+        if out.device != device:
+            fail(name, f"all results on {device}", describe(out))
+    elif (
+        out.dtype is not like.dtype
+        or out.layout is not torch.strided
+        or out.shape != like.shape
+        or out.device != like.device
+    ):
+        fail(name, f"a {describe(like)}", describe(out))
 
 
 def apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     """What is written lies apart from what is read, and from each other, where there is memory."""
     if any(x.untyped_storage().device.type == "meta" for x in (*written, *read)):  # of fake tensors, too
         return
-    for x in written:
+    for k, x in enumerate(written):
         if not x.is_contiguous() and repeats(x):
-            fail(name, "memory of its own, no element of it twice", x)
+            which = name if len(written) == 1 else f"{name}[{k}]"
+            fail(which, "a tensor without repeated elements", f"strides {list(x.stride())}")
     try:
         check_apart(written, read)
     except ValueError as error:
         raise RuntimeError(str(error).replace("out", name, 1)) from None
+
+
+def argument_error(error: RuntimeError) -> Exception:
+    """What an op says of its arguments, as a method says it: a TypeError or a ValueError with the same words.
+
+    Any other error comes back as it is.
+    """
+    text = str(error)
+    if not _OF_ARGUMENT.match(text):
+        return error
+    return TypeError(text) if any(words in text for words in (DENSE, FLOATING)) else ValueError(text)

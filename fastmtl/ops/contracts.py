@@ -2,8 +2,9 @@
 
 Written here are contracts: functions that check the arguments and return empty results of the right shape and dtype. A
 contract is the fake of its op, and stands before the reference; what has its name afterwards is the op. The kernels
-make the same checks in csrc/tensors.h and csrc/weighing.h, with the same error. A call with a tensor on the meta device
-ends up in a contract, wherever its other tensors are.
+make the same checks in csrc/ops, with the same error, and nobody makes them before: entry t·K + k of `grads` is
+rows[t][k] in what they say, as users of a method know it. A call with a tensor on the meta device ends up in a
+contract, wherever its other tensors are.
 
 G [T, P] or [B, T, P] is a gradient matrix in float32, float64, bfloat16 or float16; M [..., T, T] a Gram matrix in
 float32 or float64. `grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and
@@ -25,6 +26,7 @@ from fastmtl.ops.registry import define
 
 __all__ = [
     "align",
+    "align_gram",
     "align_rows",
     "balance",
     "cagrad",
@@ -57,10 +59,12 @@ def gram(G: Tensor) -> Tensor:
     return G.new_empty((*G.shape[:-1], G.shape[-2]), dtype=torch.float64)
 
 
-@define("(Tensor?[] grads, int tasks) -> Tensor")
-def gram_rows(grads: Gradients, tasks: int) -> Tensor:
-    """The same of rows, float64 [T, T]."""
-    arguments.rows(grads, tasks)  # without any gradient the result is zero, and no kernel is asked
+@define("(Tensor?[] grads, int tasks, Tensor[]? out=None) -> Tensor")
+def gram_rows(grads: Gradients, tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
+    """The same of rows, float64 [T, T]; `out` is only checked: whether `combine_rows` will be able to write there."""
+    arguments.rows(grads, tasks, out)
+    if out is not None:
+        arguments.any_of(grads)  # else the result is zero without any gradient, and no kernel is asked
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
     return torch.empty(tasks, tasks, dtype=torch.float64, device=device)
 
@@ -85,16 +89,13 @@ def combine_rows(grads: Gradients, alpha: Tensor, out: Sequence[Tensor]) -> None
 
 @define(f"(Tensor G, {_POLICY}, Tensor(a!) out) -> ()")
 def align(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
-    """Writes the aligned gradient of G into `out` [..., P]: `gram`, `balance` and `combine` in one."""
+    """Writes the aligned gradient of G into `out` [..., P]: `gram`, `align_gram` and `combine` in one."""
     arguments.matrix(G)
     arguments.result(G, out)
     arguments.policy(G, G.shape[-2], weights, scale, rtol, zero, rank_rule)
 
 
-@define(
-    f"(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out)"
-    " -> (Tensor gram, Tensor alpha, Tensor eigenvalues, Tensor rank)"
-)
+@define(f"(Tensor?[] grads, int tasks, {_POLICY}, Tensor(a!)[] out) -> (Tensor gram, Tensor alpha, Tensor rank)")
 def align_rows(
     grads: Gradients,
     tasks: int,
@@ -104,13 +105,13 @@ def align_rows(
     zero: float,
     rank_rule: str,
     out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of rows into K tensors; returns M and what `balance` does."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of rows into K tensors; returns M and what `align_gram` does."""
     arguments.rows(grads, tasks, out)
     some = arguments.any_of(grads)
     arguments.policy(some, tasks, weights, scale, rtol, zero, rank_rule)
     M = torch.empty(tasks, tasks, dtype=torch.float64, device=some.device)
-    return M, M.new_empty(tasks), M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
+    return M, M.new_empty(tasks), M.new_empty((), dtype=torch.int64)
 
 
 @define("(Tensor G, Tensor seed, Tensor? leak, Tensor(a!) out) -> ()")
@@ -157,6 +158,16 @@ def balance(
     arguments.square(M)
     arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
     return _weights_of(M), _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
+
+
+@define(f"(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor rank)")
+def align_gram(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor]:
+    """`balance` without the eigenvalues, which cost more than the weights where tasks are many."""
+    arguments.square(M)
+    arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
+    return _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
 
 
 @define("(Tensor M) -> (Tensor alpha, Tensor residual)")

@@ -37,16 +37,17 @@ def define(schema: str) -> Callable[[Contract], Contract]:
 
     def register(contract: Contract) -> Contract:
         name = contract.__name__
-        run = getattr(reference, name)
-
-        @functools.wraps(run)
-        def checked(*args: Any) -> Any:
-            contract(*args)
-            return run(*args)
-
+        run = getattr(reference, name, None)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # Not "CPU"/"CUDA": a kernel registered there by a compiled object must win over this one.
-        _library.impl(name, checked, "CompositeExplicitAutograd")
+        if run is not None:  # every op that is exported has one; a solver being tried has only kernels
+
+            @functools.wraps(run)
+            def checked(*args: Any) -> Any:
+                contract(*args)
+                return run(*args)
+
+            # Not "CPU"/"CUDA": a kernel registered there by a compiled object must win over this one.
+            _library.impl(name, checked, "CompositeExplicitAutograd")
         library.register_fake(f"fastmtl::{name}", contract)
         CONTRACTS[name] = contract
         op: Contract = getattr(torch.ops.fastmtl, name).default

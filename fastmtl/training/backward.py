@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
 from fastmtl.training.parameters import Parameters
-from fastmtl.training.paths import per_example
+from fastmtl.training.paths import amortised, per_example
 from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
@@ -37,6 +37,7 @@ def backward(
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
     engine: Engine = "full",
+    every: int | Literal["auto"] = 1,
     batch_dim: int | None = None,
     per: Per = "all",
     check: bool = True,
@@ -44,29 +45,18 @@ def backward(
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
     names, tasks, T = _tasks(method, losses, batch_dim, per)
     method.check_tasks(T)
-    group = None if process_group is False else process_group
     options = Options(
-        method,
-        T,
-        shared,
-        representation,
-        features,
-        batched,
-        groups,
-        scale_heads,
-        retain_graph,
-        group,
-        engine,
-        batch_dim,
-        per,
-        check,
+        *(method, T, shared, representation, features, batched, groups, scale_heads, retain_graph),
+        *(None if process_group is False else process_group, engine, every, batch_dim, per, check),
     )
     paths.check(options)
     if isinstance(losses, Tensor) and batch_dim is None and shared is representation is groups is None:
         _warn_of_arithmetic(losses)
-    updates, info, reached = _run(prepare(options, tasks, grad_scale, unsaid=process_group is None))
+    step = prepare(options, tasks, grad_scale, unsaid=process_group is None)
+    updates, info, reached = _run(step)
     info.names = names
     commit(updates, reached)
+    amortised.keep(step, info)
     return info
 
 

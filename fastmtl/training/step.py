@@ -41,6 +41,7 @@ class Options(NamedTuple):
     retain_graph: bool
     process_group: Any
     engine: Engine
+    every: int | Literal["auto"] = 1
     batch_dim: int | None = None
     per: Per = "all"
     check: bool = True

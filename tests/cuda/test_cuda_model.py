@@ -92,7 +92,7 @@ def test_launches_of_a_ragged_list(model, emulation, T, K):
 
 
 def test_launches_of_many_tasks(model, emulation):
-    """The pipeline ends at 64: beyond, module.cu calls its parts."""
+    """The pipeline ends at 64: beyond, ops/gradients_cuda.cu calls its parts."""
     device, G = emulation.Device(False), randn(130, 600)
     device.gram(G, exact=False)
     got = device.launches()

@@ -257,6 +257,23 @@ def _check_ddp(**options) -> None:
         assert relative(flat(list(model.parameters())), flat(list(alone.parameters()))) <= 1e-9
 
 
+def check_a_step_between_solutions_under_ddp() -> None:
+    """One local pass, averaged: Σ α_t of the whole batch's gradients, the same bits on every rank."""
+    model, method = Model(), fastmtl.AlignedMTL()
+    ddp = DistributedDataParallel(model)
+    for step in range(2):
+        x, y = batch(step)
+        ddp.zero_grad(set_to_none=True)
+        info = method.backward(
+            losses_of(ddp(part(x))[0], part(y)), model.trunk.parameters(), process_group=True, every=2
+        )
+        assert info.age == step
+    expected = torch.stack(task_rows(model, x, y)).T @ info.alpha
+    assert relative(grads(model.trunk), expected) <= 1e-12
+    assert relative(grads(model.heads), head_gradients(model, x, y)) <= 1e-12
+    assert_same_bits(grads(model))
+
+
 def step_alone(model: Model, gradient: Tensor, lr: float) -> None:
     with torch.no_grad():
         for p, g in zip(model.parameters(), gradient.split([p.numel() for p in model.parameters()]), strict=True):

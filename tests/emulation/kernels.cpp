@@ -43,12 +43,17 @@ FASTMTL_LEFT_OUT(float16)
 
 } // namespace fastmtl::cuda
 #else
-#include "cuda/kernels_bf16.cu"
-#include "cuda/kernels_f16.cu"
-#include "cuda/kernels_f64.cu"
+#include "cuda/gradients_bf16.cu"
+#include "cuda/gradients_f16.cu"
+#include "cuda/gradients_f64.cu"
 #endif
-#include "cuda/kernels_f32.cu"
-#include "cuda/kernels_weights.cu"
+#include "cuda/gradients_f32.cu"
+#include "cuda/balance.cu"
+#include "cuda/eigh.cu"
+#include "cuda/gram_bound.cu"
+#include "cuda/gram_reduce.cu"
+#include "cuda/mend.cu"
+#include "cuda/upload.cu"
 #include "cuda/pipeline.cu"
 #include "session.h"
 

@@ -43,7 +43,7 @@ DEFECTS = {
         "barrier",
     ),
     "shuffle with a lane that has returned": Defect(
-        "kernels_weights.cu",
+        "eigh.cu",
         "for (int offset = 16;",
         "if (threadIdx.x == 5) {\n      return;\n    }\n    for (int offset = 16;",
         "lane 5, which has returned",

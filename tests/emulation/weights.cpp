@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/kernels_solvers.cu"
+#include "cuda/solve.cu"
 #include "session.h"
 
 namespace py = pybind11;
@@ -13,6 +13,36 @@ namespace py = pybind11;
 namespace fastmtl::cuda {
 
 namespace {
+
+// An option from Python: addresses are integers.
+template <class Option>
+using Given = std::conditional_t<std::is_pointer_v<typename Option::Value>, uintptr_t, typename Option::Value>;
+
+template <class Value, class Given>
+Value value(Given x) {
+  if constexpr (std::is_pointer_v<Value>) {
+    return reinterpret_cast<Value>(x);
+  } else {
+    return x;
+  }
+}
+
+template <class Method, class... Option>
+void define(py::module_& m, const std::tuple<Option...>&) {
+  m.def(
+      Method::kName,
+      [](Session& session,
+         uintptr_t M,
+         int64_t B,
+         int64_t T,
+         uintptr_t alpha,
+         uintptr_t residual,
+         Given<Option>... options) {
+        const Method method{{}, value<typename Option::Value>(options)...};
+        double* const where = Method::kResidual ? at<double>(residual) : nullptr;
+        launch_solver(method, at<const double>(M), B, T, at<double>(alpha), where, session.context);
+      });
+}
 
 PYBIND11_MODULE(weights, m) {
   m.def("set_order", [](const std::string& order, unsigned seed) { host_cuda::set_order(order, seed); });
@@ -27,71 +57,7 @@ PYBIND11_MODULE(weights, m) {
   m.def("reset_launches", [] { host_cuda::reset_launches(); });
   py::class_<Session>(m, "Session").def(py::init<bool, int64_t>());
 
-  m.def("mgda", [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t alpha, uintptr_t residual) {
-    mgda(at<double>(M), B, T, at<double>(alpha), at<double>(residual), session.context);
-  });
-  m.def(
-      "dual_cone",
-      [](Session& session,
-         uintptr_t M,
-         int64_t B,
-         int64_t T,
-         uintptr_t alpha,
-         uintptr_t residual,
-         uintptr_t weights,
-         bool each) {
-        dual_cone(
-            at<double>(M),
-            B,
-            T,
-            at<const double>(weights),
-            each,
-            at<double>(alpha),
-            at<double>(residual),
-            session.context);
-      });
-  m.def(
-      "cagrad", [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t alpha, uintptr_t residual, double c) {
-        cagrad(at<double>(M), B, T, c, at<double>(alpha), at<double>(residual), session.context);
-      });
-  m.def(
-      "nash",
-      [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t alpha, uintptr_t residual, double power) {
-        nash(at<double>(M), B, T, power, at<double>(alpha), at<double>(residual), session.context);
-      });
-  m.def(
-      "pcgrad",
-      [](Session& session,
-         uintptr_t M,
-         int64_t B,
-         int64_t T,
-         uintptr_t alpha,
-         uintptr_t,
-         uintptr_t seed,
-         bool per_task) {
-        pcgrad(at<double>(M), B, T, at<const int64_t>(seed), per_task, at<double>(alpha), session.context);
-      });
-  m.def(
-      "gradvac",
-      [](Session& session,
-         uintptr_t M,
-         int64_t B,
-         int64_t T,
-         uintptr_t alpha,
-         uintptr_t,
-         uintptr_t seed,
-         double beta,
-         uintptr_t targets) {
-        gradvac(
-            at<double>(M),
-            B,
-            T,
-            at<const int64_t>(seed),
-            beta,
-            at<double>(targets),
-            at<double>(alpha),
-            session.context);
-      });
+  for_each_solver([&]<class Method>(std::type_identity<Method>) { define<Method>(m, Method::kOptions); });
 }
 
 } // namespace

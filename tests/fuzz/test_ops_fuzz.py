@@ -336,12 +336,11 @@ def test_align_rows(G: Gradients, scale: str, rule: str, rtol: float | None, wei
     rows, dtype = G.rows(), G.coarsest()
     policy = policy_of(G.T, dtype, scale, rule, rtol, weighted)
     buffers, outs = outs_like(rows)
-    M, alpha, lam, rank = ops.align_rows(flat(rows), G.T, *policy, list(outs))
+    M, alpha, rank = ops.align_rows(flat(rows), G.T, *policy, list(outs))
     check_guards(buffers, outs)
     X = G.dense()
     if not X.isfinite().all():
         assert alpha.isnan().all()
-        assert lam.isnan().all()
         assert rank == 0
         assert all(not out.isfinite().any() for out in outs)
         return
@@ -350,7 +349,6 @@ def test_align_rows(G: Gradients, scale: str, rule: str, rtol: float | None, wei
         column = torch.stack([torch.zeros_like(out).view(-1) if r[k] is None else r[k].reshape(-1) for r in rows])
         check_combined(column, alpha, out.view(-1))
     assert gram_error(M, X) <= gram_limit(dtype, G.T)
-    assert (lam[:-1] >= lam[1:]).all()
     if X.any() and rank_is_clear(X, dtype, policy[2], rule):
         assert rank == ops.balance(M, *policy)[2]
         if dtype is F64 or G.T <= 16:

@@ -114,9 +114,9 @@ def wrong_values(argument, x, given):
             yield what, [g if i == last else h for i, h in enumerate(x)]
         yield "all integers", [None if g is None else g.long() for g in x]
         yield "one too many", [*x, x[last]]
-        if "out" in given:
+        if given.get("out") is not None:
             yield "none", []
-        if "out" in given and "alpha" not in given:  # for the others that is zero
+        if given.get("out") is not None and "alpha" not in given:  # for the others that is zero
             yield "only None", [None] * len(x)
     elif argument == "tasks":
         yield from (("zero", 0), ("negative", -2), ("another", 3))
@@ -127,7 +127,7 @@ def wrong_values(argument, x, given):
     elif argument == "out" and isinstance(x, Tensor):
         yield from wrong_results(x)
         yield "within G", given["G"][..., 0, :]
-    elif argument == "out":
+    elif argument == "out" and x is not None:
         yield from ((what, [y, *x[1:]]) for what, y in wrong_results(x[0]))
         yield from (("one too few", x[1:]), ("within grads", [given["grads"][0], *x[1:]]))
     elif argument in ("scale", "rank_rule"):
@@ -154,7 +154,7 @@ def test_wrong_arguments(name, args, impl):
             # A wrong number of the one is a wrong number of the others, and so with devices.
             numbers = {"grads", "tasks", "alpha", "out"}
             blamed = set(names) if what == "meta" else numbers if argument in numbers else {argument}
-            match = rf"^({'|'.join(blamed)})(\[\d+\])?: .*expected .*got "
+            match = rf"^({'|'.join({*blamed, 'rows'} if 'grads' in blamed else blamed)})(\[\d+\])*: .*expected .*got "
             with pytest.raises(RuntimeError, match=match) as raised:
                 impl(name, wrong)
             assert ".h:" not in str(raised.value), "where it stands in the sources tells nobody anything"
@@ -175,6 +175,71 @@ def test_results_within_other_arguments_are_an_error(impl):
         impl("gradvac", (M, torch.tensor(1), 0.5, M))
     assert not memory.any()
     assert torch.equal(M, torch.eye(3, dtype=F64))
+
+
+def replaced(xs, i, x):
+    return [x if k == i else y for k, y in enumerate(xs)]
+
+
+def wrong_lists():
+    """Two rows of a [3, 2] and a [7], results for them, and what is said of them."""
+    grads, out = [randn(3, 2), randn(7), None, randn(7, seed=1)], [torch.zeros(3, 2), torch.zeros(7)]
+    want, kinds = "float32 tensor of shape [7] on cpu", "float32, float64, bfloat16 or float16"
+    yield "a dtype", replaced(grads, 3, grads[3].double()), out, f"rows[1][1]: expected the other tasks' {want}, got f"
+    yield "a shape", replaced(grads, 3, randn(1, 7)), out, f"rows[1][1]: expected the other tasks' {want}, got float32"
+    yield "integers", replaced(grads, 0, torch.ones(3, 2).int()), out, f"rows[0][0]: expected {kinds}, got int32 tensor"
+    yield "booleans", [None, grads[1] > 0, None, grads[3] > 0], out, f"rows[0][1]: expected {kinds}, got bool tensor"
+    yield "integers to write", [None, grads[1]] * 2, [out[0].int(), out[1]], f"out[0]: expected {kinds}, got int32"
+    yield "a dtype to write", grads, replaced(out, 1, out[1].half()), f"out[1]: expected a {want}, got float16 tensor"
+    yield "a shape to write", grads, replaced(out, 1, torch.zeros(8)), f"out[1]: expected a {want}, got float32 tensor"
+    repeated = "out[1]: expected a tensor without repeated elements, got strides [0]"
+    yield "an element twice", grads, replaced(out, 1, torch.zeros(1).expand(7)), repeated
+    within = (
+        "out[0]: expected memory that does not overlap the gradients, got float32 tensor of shape [3, 2] on cpu within"
+    )
+    yield "a gradient", grads, [grads[3][:6].view(3, 2), out[1]], within
+    memory = torch.zeros(12)
+    apart = "out[1]: expected memory that does not overlap other results, got that of out[0]"
+    yield "another result", grads, [memory[:6].view(3, 2), memory[5:]], apart
+    yield "too few results", grads, out[:1], "out: expected 2 tensors, got 1"
+
+
+@pytest.mark.parametrize(
+    ("grads", "out", "text"), [case[1:] for case in wrong_lists()], ids=[c[0] for c in wrong_lists()]
+)
+@pytest.mark.parametrize("name", ["gram_rows", "align_rows", "sign_drop_rows"])
+def test_lists_that_do_not_fit_are_named_in_the_same_words(name, grads, out, text):
+    """By the kernel, by what stands before the reference, and by a method, whose error is a TypeError or ValueError."""
+    rest = {"gram_rows": (), "align_rows": POLICY, "sign_drop_rows": (torch.tensor(3), None)}[name]
+    said, before = [], [x.clone() for x in out]
+    for impl in (kernel, fallback):
+        with pytest.raises(RuntimeError) as raised:
+            impl(name, (grads, 2, *rest, out))
+        said.append(str(raised.value))
+    method = {"gram_rows": fastmtl.MGDA, "align_rows": fastmtl.AlignedMTL, "sign_drop_rows": fastmtl.GradDrop}[name]()
+    if text.startswith("out: "):  # there is no op to ask
+        text = "out: expected"
+    else:
+        assert said[0] == said[1]
+    assert all(s.startswith(text) for s in said), said
+    if text.startswith("out[0]: expected float32"):
+        return  # a method leaves alone what has no gradient
+    with pytest.raises(TypeError if "bfloat16 or" in text else ValueError) as raised:
+        method([grads[:2], grads[2:]], out)
+    assert str(raised.value).startswith(text)
+    assert all(map(torch.equal, out, before))
+
+
+def test_a_result_that_does_not_fit_changes_no_state():
+    """What a method remembers is that of the last step that succeeded."""
+    method = fastmtl.GradVac()
+    rows = [[randn(4, seed=t), randn(3, seed=t)] for t in range(2)]
+    method(rows)
+    before = {name: x.clone() for name, x in method.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^out\[1\]: expected a float32 tensor of shape \[3\] on cpu, got"):
+        method(rows, out=[torch.zeros(4), torch.zeros(4)])
+    assert before
+    assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
 
 
 @pytest.mark.parametrize("impl", [kernel, fallback])
@@ -243,6 +308,8 @@ def test_copies_on_write_are_made_for_what_is_written_alone(name, args):
     args = copied(args)
     kept = tensors(args)
     written = {id(x) for x in tensors([args[i] for i in written_by(name)])}
+    if name == "gram_rows":  # whether what will be written lies apart can be said once it has memory of its own
+        written |= {id(x) for x in args[2] or ()}
     lazy = {id(x): x._lazy_clone() for x in kept}
     expected, before = copied(args), [x.clone() for x in kept]
     wanted = kernel(name, expected)
@@ -321,6 +388,7 @@ def subnormal_cases():
         targets = torch.zeros(M.shape, dtype=F64)
         solvers = {
             "balance": lambda M=M: ops.balance(M, *POLICY),
+            "align_gram": lambda M=M: ops.align_gram(M, *POLICY),
             "eigh": lambda M=M: ops.eigh(M),
             "mgda": lambda M=M: ops.mgda(M),
             "dual_cone": lambda M=M: ops.dual_cone(M, None, True),

@@ -18,21 +18,22 @@
 #include <vector>
 
 #include "cpu/pipeline.h"
+#include "cpu/solve.h"
 #include "cpu/tridiagonal.h"
-#include "cpu/weights.h"
-#include "math/cagrad.h"
-#include "math/conflicts.h"
-#include "math/dual_cone.h"
-#include "math/mgda.h"
-#include "math/nash.h"
 #include "math/probe.h"
 
 #include "memory.h"
 #include "plain.h"
 #include "torch/csrc/stable/ops.h"
 
+using fastmtl::Cagrad;
 using fastmtl::Dtype;
+using fastmtl::DualCone;
 using fastmtl::Gradients;
+using fastmtl::Gradvac;
+using fastmtl::Mgda;
+using fastmtl::Nash;
+using fastmtl::Pcgrad;
 using fastmtl::Policy;
 using fastmtl::RankRule;
 using fastmtl::Scale;
@@ -522,9 +523,9 @@ void one_matrix(Matrices& G, Kind kind, bool aligning) {
   const Policy policy = policy_for(T, Scale(G.P % 3), RankRule(G.P % 2), nullptr);
   std::vector<Block> aligned;
   with_threads([&](int64_t n) {
-    Exact<double> M(T * T), weights(T), eigenvalues(T);
+    Exact<double> M(T * T), weights(T);
     Exact<int64_t> rank(1);
-    cpu::align(G.one(), policy, M, weights, eigenvalues, rank);
+    cpu::align(G.one(), policy, M, weights, rank);
     if (n > 1) {
       check(same_bits(aligned, G.take_results()), "align depends on the number of threads");
       return;
@@ -712,7 +713,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
       B,
       T,
       "mgda",
-      [&](double* alpha, double* residual) { cpu::mgda(M, B, T, alpha, residual); },
+      [&](double* alpha, double* residual) { cpu::solve(Mgda{}, M, B, T, alpha, residual); },
       [&](const double* alpha) {
         each(alpha, [&](int64_t, const double* one, const std::vector<double>& x) {
           check_near(std::accumulate(x.begin(), x.end(), 0.0), 1.0, 1e-12, "mgda: sum");
@@ -733,7 +734,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
       B,
       T,
       "dual_cone",
-      [&](double* alpha, double* residual) { cpu::dual_cone(M, B, T, u, false, alpha, residual); },
+      [&](double* alpha, double* residual) { cpu::solve(DualCone{{}, u, false}, M, B, T, alpha, residual); },
       [&](const double* alpha) {
         each(alpha, [&](int64_t, const double* one, const std::vector<double>& v) { in_cone(one, v, wanted); });
       });
@@ -741,7 +742,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
       B,
       T,
       "dual_cone of each",
-      [&](double* alpha, double* residual) { cpu::dual_cone(M, B, T, nullptr, true, alpha, residual); },
+      [&](double* alpha, double* residual) { cpu::solve(DualCone{{}, nullptr, true}, M, B, T, alpha, residual); },
       [&](const double* alpha) {
         each(alpha, [&](int64_t b, const double* one, const std::vector<double>& v) {
           if (b || T > 33) {
@@ -752,7 +753,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
             Exact<double> e(T), x(T), residual(1);
             std::fill_n(e + 0, T, 0.0);
             e[i] = 1.0 / double(T);
-            cpu::dual_cone(one, 1, T, e, false, x, residual);
+            cpu::solve(DualCone{{}, e, false}, one, 1, T, x, residual);
             in_cone(one, std::vector<double>(x + 0, x + T), std::vector<double>(e + 0, e + T));
             std::transform(sum.begin(), sum.end(), x + 0, sum.begin(), std::plus<>());
           }
@@ -765,7 +766,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
       B,
       T,
       "cagrad",
-      [&](double* alpha, double* residual) { cpu::cagrad(M, B, T, 0.5, alpha, residual); },
+      [&](double* alpha, double* residual) { cpu::solve(Cagrad{{}, 0.5}, M, B, T, alpha, residual); },
       [&](const double* alpha) {
         each(alpha, [&](int64_t, const double* one, std::vector<double> x) {
           const std::vector<double> mean(size_t(T), 1.0 / double(T));
@@ -784,7 +785,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
         B,
         T,
         "nash",
-        [&](double* alpha, double* residual) { cpu::nash(M, B, T, power, alpha, residual); },
+        [&](double* alpha, double* residual) { cpu::solve(Nash{{}, power}, M, B, T, alpha, residual); },
         [&](const double* alpha) {
           each(alpha, [&](int64_t, const double* one, const std::vector<double>& x) {
             const std::vector<double> y = plain::product(one, T, x.data());
@@ -826,13 +827,14 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
           }
         });
       });
+  const int64_t seed = 11;
   for (const bool per_task : {false, true}) {
     weigh(
         B,
         T,
         "pcgrad",
         [&](double* alpha, double* residual) {
-          cpu::pcgrad(M, B, T, 11, per_task, alpha);
+          cpu::solve(Pcgrad{{}, &seed, per_task}, M, B, T, alpha, nullptr);
           std::fill_n(residual, B, 0.0);
         },
         [&](const double* alpha) {
@@ -858,7 +860,7 @@ void solvers(int64_t B, int64_t T, Spectrum spectrum) {
       [&](double* alpha, double* residual) {
         Exact<double> targets(B * T * T);
         std::copy_n(targets_before + 0, B * T * T, targets + 0);
-        cpu::gradvac(M, B, T, 13, 0.5, targets, alpha);
+        cpu::solve(Gradvac{{}, &seed, 0.5, targets}, M, B, T, alpha, nullptr);
         std::fill_n(residual, B, 0.0);
         if (runs++ == 0) {
           std::copy_n(targets + 0, B * T * T, targets_after + 0);

@@ -1,4 +1,4 @@
-// Instead of isa_avx2.cpp and isa_avx512.cpp, which take long to compile.
+// Instead of cpu/isa/avx2.cpp and avx512.cpp, which take long to compile.
 #include "cpu/kernels.h"
 
 namespace fastmtl::cpu {

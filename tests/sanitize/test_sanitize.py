@@ -19,9 +19,9 @@ import build  # noqa: E402
 
 CPU = ROOT / "csrc" / "cpu"
 COMMON = [HERE / "driver.cpp", HERE / "dispatch.cpp"]
-COMMON += [CPU / name for name in ("definite.cpp", "pipeline.cpp", "tridiagonal.cpp", "weights.cpp")]
-PORTABLE = [CPU / "isa_portable.cpp", HERE / "only_portable.cpp"]
-EVERY = [CPU / "isa_avx512.cpp", CPU / "isa_avx2.cpp", CPU / "isa_portable.cpp"]
+COMMON += [CPU / name for name in ("definite.cpp", "pipeline.cpp", "solve.cpp", "tridiagonal.cpp")]
+PORTABLE = [CPU / "isa" / "portable.cpp", HERE / "only_portable.cpp"]
+EVERY = [CPU / "isa" / f"{name}.cpp" for name in ("avx512", "avx2", "portable")]
 # Sums in float64 as in the plain loops; the warnings are about the compiler's own headers, as in setup.py.
 FLAGS = ["-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # Checks for null take half of the compile time, and AddressSanitizer reports what they would.

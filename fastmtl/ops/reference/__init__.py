@@ -4,7 +4,17 @@ These functions run wherever no kernel is built (see `fastmtl.ops`), in float64,
 draw the same random numbers as the kernels.
 """
 
-from fastmtl.ops.reference.align import align, align_rows, balance, combine, combine_rows, eigh, gram, gram_rows
+from fastmtl.ops.reference.align import (
+    align,
+    align_gram,
+    align_rows,
+    balance,
+    combine,
+    combine_rows,
+    eigh,
+    gram,
+    gram_rows,
+)
 from fastmtl.ops.reference.closed import constant, unit_solve
 from fastmtl.ops.reference.conflicts import gradvac, pcgrad
 from fastmtl.ops.reference.nash import nash
@@ -13,6 +23,7 @@ from fastmtl.ops.reference.sign_drop import sign_drop, sign_drop_rows
 
 __all__ = [
     "align",
+    "align_gram",
     "align_rows",
     "balance",
     "cagrad",

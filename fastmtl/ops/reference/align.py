@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmtl.ops.reference.present import is_present
 from fastmtl.ops.reference.rounding import rounded
 
-__all__ = ["align", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
+__all__ = ["align", "align_gram", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
 
 EPS = torch.finfo(torch.float64).eps
 # Above this size a LAPACK eigensolver is faster than Jacobi and is used where it is accurate enough.
@@ -31,7 +31,7 @@ def gram(G: Tensor) -> Tensor:
     return _mirrored(G @ G.mT)
 
 
-def gram_rows(grads: Sequence[Tensor | None], tasks: int) -> Tensor:
+def gram_rows(grads: Sequence[Tensor | None], tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
     """M = Σ_k G_k G_kᵀ in float64 over the K tensors of each row; entry t·K + k is row t, tensor k; None is zero."""
     segments = len(grads) // tasks
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
@@ -115,12 +115,20 @@ def balance(
     return alpha.reshape(*shape, T), lam.reshape(*shape, T), rank.reshape(shape)
 
 
+def align_gram(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor]:
+    """α and the rank that `balance` finds."""
+    alpha, _, rank = balance(M, weights, scale, rtol, zero, rank_rule)
+    return alpha, rank
+
+
 def align(G: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str, out: Tensor) -> None:
-    """gram, balance and combine of one matrix [T, P] or a batch [B, T, P]."""
+    """gram, align_gram and combine of one matrix [T, P] or a batch [B, T, P]."""
     M = gram(G)
     if G.dtype is torch.float64:
         M = gram(G * _power_of_two(G, (-1, -2))[..., None, None])
-    alpha, _, _ = balance(M, weights, scale, rtol, zero, rank_rule)
+    alpha, _ = align_gram(M, weights, scale, rtol, zero, rank_rule)
     combine(G, alpha, out)
 
 
@@ -133,23 +141,19 @@ def align_rows(
     zero: float,
     rank_rule: str,
     out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gram_rows, balance and combine_rows; returns gram, α, eigenvalues, rank."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gram_rows, align_gram and combine_rows; returns gram, α, rank."""
     M = gram_rows(grads, tasks)
     factor = torch.ones((), dtype=torch.float64, device=M.device)
     wide = [g for g in grads if g is not None and g.dtype is torch.float64 and g.numel()]
     if wide:
         factor = torch.stack([_power_of_two(g, None) for g in wide]).min()
+    judged = M
     if factor != 1.0:
-        alpha, lam, rank = balance(
-            gram_rows([None if g is None else g.to(torch.float64) * factor for g in grads], tasks),
-            weights, scale, rtol, zero, rank_rule,
-        )  # fmt: skip
-        lam = lam / factor / factor
-    else:
-        alpha, lam, rank = balance(M, weights, scale, rtol, zero, rank_rule)
+        judged = gram_rows([None if g is None else g.to(torch.float64) * factor for g in grads], tasks)
+    alpha, rank = align_gram(judged, weights, scale, rtol, zero, rank_rule)
     combine_rows(grads, alpha, out)
-    return M, alpha, lam, rank
+    return M, alpha, rank
 
 
 def _power_of_two(G: Tensor, dims: tuple[int, ...] | None) -> Tensor:

@@ -1,0 +1,681 @@
+// What the ops of every device share: tensors as row addresses, and checks of what Python handed over.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <deque>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../gradients.h"
+#include "../math/balance.h"
+
+// torch 2.10 and 2.11 have only the macro that does not repeat what torch said.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace fastmtl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace { // torch's own types are hidden, and what holds them has to be
+
+// An error in the words given: torch's own macro begins with where in these files it stands.
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+#define FASTMTL_CHECK(condition, ...) \
+  do {                                \
+    if (!(condition)) {               \
+      ::fastmtl::fail(__VA_ARGS__);   \
+    }                                 \
+  } while (false)
+
+template <class Numbers>
+std::string list_of(const Numbers& numbers) {
+  std::string s;
+  for (const int64_t n : numbers) {
+    s += (s.empty() ? "" : ", ") + std::to_string(n);
+  }
+  return "[" + s + "]";
+}
+
+inline std::string shape_of(const Tensor& x) {
+  return list_of(x.sizes());
+}
+
+inline std::string name_of(ScalarType type) { // as Python has it
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default: {
+      std::string name = torch::headeronly::toString(type);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+      return name;
+    }
+  }
+}
+
+inline std::string device_of(const Tensor& x) {
+  return x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
+}
+
+// What an error message says that came.
+inline std::string describe(const Tensor& x) {
+  return name_of(x.scalar_type()) + " tensor of shape " + shape_of(x) + " on " + device_of(x);
+}
+
+// The same where something contiguous was expected.
+inline std::string describe_vector(const Tensor& x) {
+  return describe(x) + (x.is_contiguous() ? "" : ", not contiguous");
+}
+
+// What the ops need to know of a tensor, asked once: every question crosses the ABI. Only what is written is asked for
+// memory to write: of a copy on write, that makes the copy.
+struct View {
+  explicit View(const Tensor& x) : View(x, const_cast<void*>(x.const_data_ptr())) {}
+  static View to_write(const Tensor& x) {
+    return View(x, x.mutable_data_ptr());
+  }
+
+  Dtype dtype() const {
+    switch (type) {
+      case ScalarType::Float:
+        return Dtype::f32;
+      case ScalarType::Double:
+        return Dtype::f64;
+      case ScalarType::BFloat16:
+        return Dtype::bf16;
+      case ScalarType::Half:
+        return Dtype::f16;
+      default:
+        fail("gradients: expected float32, float64, bfloat16 or float16, got ", name_of(type));
+    }
+  }
+  bool is_gradient() const {
+    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+           type == ScalarType::Half;
+  }
+  int64_t element() const { // bytes
+    return element_size(dtype());
+  }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t i = 0; i < dims; ++i) {
+      n *= sizes[i];
+    }
+    return n;
+  }
+  // Bytes from the first to the last element.
+  int64_t span() const {
+    int64_t last = 0;
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] == 0) {
+        return 0;
+      }
+      last += (sizes[i] - 1) * strides[i];
+    }
+    return (last + 1) * element();
+  }
+  bool overlaps(const View& other) const {
+    return data < other.data + other.span() && other.data < data + span();
+  }
+  // Whether two elements may lie in one place: said of some views, too, whose elements interleave without meeting.
+  bool repeats() const {
+    if (dense()) {
+      return false;
+    }
+    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1) {
+        order.emplace_back(strides[i], sizes[i]);
+      }
+    }
+    std::sort(order.begin(), order.end());
+    int64_t extent = 1; // elements that the dimensions so far span
+    for (const auto& [stride, size] : order) {
+      if (stride < extent) {
+        return true;
+      }
+      extent += (size - 1) * stride;
+    }
+    return false;
+  }
+  bool same_shape(const View& other) const {
+    return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
+  }
+  bool same_layout(const View& other) const {
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1 && strides[i] != other.strides[i]) {
+        return false;
+      }
+    }
+    return true;
+  }
+  // Whether the elements fill one stretch of memory, in whatever order of dimensions.
+  bool dense() const {
+    int64_t expected = 1;
+    bool contiguous = true;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+      contiguous = contiguous && (sizes[i] == 1 || strides[i] == expected);
+      expected *= sizes[i];
+    }
+    if (contiguous || expected == 0) {
+      return true;
+    }
+    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1) {
+        order.emplace_back(strides[i], sizes[i]);
+      }
+    }
+    std::sort(order.begin(), order.end());
+    expected = 1;
+    for (const auto& [stride, size] : order) {
+      if (stride != expected) {
+        return false;
+      }
+      expected *= size;
+    }
+    return true;
+  }
+
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dims;
+  ScalarType type;
+  char* data;
+
+ private:
+  View(const Tensor& x, void* memory)
+      : sizes(x.sizes().data()),
+        strides(x.strides().data()),
+        dims(x.dim()),
+        type(x.scalar_type()),
+        data(static_cast<char*>(memory)) {}
+};
+
+inline bool same_device(const Tensor& x, const Tensor& y) {
+  return x.is_cpu() ? y.is_cpu() : x.is_cuda() && y.is_cuda() && x.get_device_index() == y.get_device_index();
+}
+
+// Float64 numbers, `length` of them, one after the other on the device of `like`.
+inline bool is_vector(const Tensor& x, int64_t length, const Tensor& like) {
+  return x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == length && x.is_contiguous() &&
+         same_device(x, like);
+}
+
+inline void check_vector(const char* name, const std::optional<Tensor>& x, int64_t length, const Tensor& like) {
+  FASTMTL_CHECK(
+      !x || is_vector(*x, length, like),
+      name,
+      ": expected a contiguous float64 tensor of shape [",
+      length,
+      "] on ",
+      device_of(like),
+      ", got ",
+      describe_vector(*x));
+}
+
+inline void check_not_negative(const char* name, double x) {
+  FASTMTL_CHECK(x >= 0.0 && std::isfinite(x), name, ": expected a finite number >= 0, got ", x);
+}
+
+inline Policy policy_of(
+    const std::optional<Tensor>& weights,
+    int64_t T,
+    const std::string& scale,
+    double rtol,
+    double zero,
+    const std::string& rank_rule,
+    const Tensor& like) {
+  check_vector("weights", weights, T, like);
+  FASTMTL_CHECK(
+      scale == "min" || scale == "median" || scale == "rmse", "scale: expected min, median or rmse, got ", scale);
+  check_not_negative("rtol", rtol);
+  check_not_negative("zero", zero);
+  FASTMTL_CHECK(
+      rank_rule == "normalized" || rank_rule == "gram", "rank_rule: expected normalized or gram, got ", rank_rule);
+  return {
+      weights ? static_cast<const double*>(weights->const_data_ptr()) : nullptr,
+      scale == "min"      ? Scale::min
+      : scale == "median" ? Scale::median
+                          : Scale::rmse,
+      rank_rule == "normalized" ? RankRule::normalized : RankRule::gram,
+      rtol,
+      zero};
+}
+
+// A contiguous tensor on the device of `like`. Not new_empty, which looks its op up by name and boxes every argument: a
+// call on small gradients would feel that.
+inline Tensor empty(const std::vector<int64_t>& size, int32_t dtype, const Tensor& like) {
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t i = size.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * size[i];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype, type, index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_float64(const std::vector<int64_t>& size, const Tensor& like) {
+  return empty(size, aoti_torch_dtype_float64(), like);
+}
+
+inline Tensor empty_int64(const std::vector<int64_t>& size, const Tensor& like) {
+  return empty(size, aoti_torch_dtype_int64(), like);
+}
+
+inline double* doubles(const Tensor& x) {
+  return static_cast<double*>(x.mutable_data_ptr());
+}
+
+inline const double* const_doubles(const Tensor& x) {
+  return static_cast<const double*>(x.const_data_ptr());
+}
+
+inline const double* const_doubles(const std::optional<Tensor>& x) {
+  return x ? const_doubles(*x) : nullptr;
+}
+
+// Tells autograd that a tensor is overwritten, for which the stable ABI has no word, nor do its ops do it. To copy a
+// tensor onto itself is to do nothing else.
+inline void mark_written(const char* name, const Tensor& x) {
+  FASTMTL_CHECK(
+      aoti_torch_copy_(x.get(), x.get(), 0) == AOTI_TORCH_SUCCESS,
+      name,
+      ": expected a tensor that may be overwritten, no leaf that requires grad and no inference tensor outside of "
+      "inference mode; got ",
+      describe(x));
+}
+
+// G [T, P] or [B, T, P]; returns B.
+inline int64_t check_matrix(const Tensor& G, const View& v) {
+  FASTMTL_CHECK(
+      v.is_gradient() && (v.dims == 2 || v.dims == 3) && v.sizes[v.dims - 2] >= 1,
+      "G: expected float32, float64, bfloat16 or float16 of shape [T, P] or [B, T, P] with T >= 1, got ",
+      describe(G));
+  return v.dims == 3 ? v.sizes[0] : 1;
+}
+
+// `out` [P] or [B, P] for G.
+inline void check_result(const Tensor& G, const View& source, const Tensor& out, const View& target) {
+  const int64_t dims = source.dims;
+  FASTMTL_CHECK(
+      target.dims == dims - 1 && target.sizes[dims - 2] == source.sizes[dims - 1] &&
+          (dims == 2 || target.sizes[0] == source.sizes[0]) && target.type == source.type && same_device(out, G),
+      "out: expected the dtype and device of G and shape ",
+      dims == 2 ? "[P]" : "[B, P]",
+      " for G, a ",
+      describe(G),
+      "; got ",
+      describe(out));
+  FASTMTL_CHECK(
+      !target.repeats() && !target.overlaps(source),
+      "out: expected memory of its own, got some that overlaps G or itself: ",
+      describe(out));
+}
+
+// A matrix [T, P] or batch [B, T, P], and its result, by strides in bytes. Rows may have any stride; only columns that
+// are not neighbours in memory force a copy.
+class Strided {
+ public:
+  explicit Strided(const Tensor& G, const Tensor* result = nullptr) {
+    View source(G);
+    const int64_t dims = source.dims;
+    B = check_matrix(G, source);
+    T = source.sizes[dims - 2];
+    P = source.sizes[dims - 1];
+    dtype = source.dtype();
+    const int64_t size = source.element();
+    if (result) {
+      View target = View::to_write(*result);
+      check_result(G, source, *result, target);
+      written_ = *result;
+      if (P > 1 && target.strides[dims - 2] != 1) {
+        strided_ = *result;
+        dense_ = torch::stable::new_empty(*result, std::vector<int64_t>(target.sizes, target.sizes + dims - 1));
+        target = View::to_write(*dense_);
+      }
+      out = target.data;
+      next_out = dims == 3 ? target.strides[0] * size : 0;
+    }
+    if (P > 1 && source.strides[dims - 1] != 1) {
+      copy_ = torch::stable::contiguous(G);
+      source = View(*copy_);
+    }
+    base = source.data;
+    next_row = source.strides[dims - 2] * size;
+    next_matrix = dims == 3 ? source.strides[0] * size : 0;
+  }
+
+  // To be called when all arguments are checked, and when `out` has been written.
+  void start() {
+    if (written_) {
+      mark_written("out", *written_);
+    }
+  }
+  void finish() {
+    if (strided_) {
+      torch::stable::copy_(*strided_, *dense_);
+    }
+  }
+
+  int64_t B, T, P;
+  Dtype dtype;
+  char* base;
+  char* out = nullptr;
+  int64_t next_row, next_matrix, next_out = 0; // bytes
+
+ private:
+  std::optional<Tensor> written_, copy_, dense_, strided_;
+};
+
+// T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
+// result) share one dense layout; the others of that parameter are copied.
+class RaggedRows {
+ public:
+  RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out)
+      : T_(tasks) {
+    FASTMTL_CHECK(tasks >= 1, "tasks: expected at least one, got ", tasks);
+    FASTMTL_CHECK(
+        int64_t(grads.size()) % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
+    K_ = int64_t(grads.size()) / tasks;
+    FASTMTL_CHECK(!out || int64_t(out->size()) == K_, "out: expected ", K_, " tensors, got ", out ? out->size() : 0);
+    rows_.assign(grads.size(), nullptr);
+    segments_.resize(size_t(K_));
+    for (int64_t k = 0; k < K_; ++k) {
+      add(grads, k, out);
+    }
+    if (out) {
+      written_ = *out;
+      check_apart();
+    }
+    gradients_ = {segments_.data(), K_, T_};
+  }
+
+  // As of Strided.
+  void start() {
+    for (const Tensor& target : written_) {
+      mark_written("out", target);
+    }
+  }
+  void finish() {
+    for (auto& [target, result] : copy_back_) {
+      torch::stable::copy_(target, result);
+    }
+  }
+
+  const Gradients& gradients() const {
+    return gradients_;
+  }
+
+ private:
+  using List = std::vector<std::optional<Tensor>>;
+
+  // Where the first gradient of tensor k is in the list, -1 where no task has one.
+  int64_t first_of(const List& grads, int64_t k) const {
+    for (int64_t i = k; i < T_ * K_; i += K_) {
+      if (grads[size_t(i)]) {
+        return i;
+      }
+    }
+    return -1;
+  }
+
+  // Rows of tensor k in one layout: that of the first gradient, made dense where it is not.
+  void add(const List& grads, int64_t k, const std::vector<Tensor>* out) {
+    const int64_t from = first_of(grads, k);
+    const Tensor* first = from >= 0 ? &*grads[size_t(from)] : out ? &(*out)[size_t(k)] : nullptr;
+    if (!first) {
+      segments_[size_t(k)] = {rows_.data() + k * T_, nullptr, 0, Dtype::f32};
+      return;
+    }
+    View layout(*first);
+    if (!layout.is_gradient()) {
+      const std::string name = from >= 0 ? row_name(from / K_, k) : out_name(k);
+      fail(name, ": expected float32, float64, bfloat16 or float16, got ", describe(*first));
+    }
+    if (!layout.dense()) {
+      copies_.push_back(
+          torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
+      first = &copies_.back();
+      layout = View(*first);
+    }
+    char* const result = out ? add_result((*out)[size_t(k)], k, *first, layout) : nullptr;
+    for (int64_t t = 0; t < T_; ++t) {
+      if (const auto& g = grads[size_t(t * K_ + k)]) {
+        add_row(*g, t, k, *first, layout, out);
+      }
+    }
+    segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
+  }
+
+  void add_row(const Tensor& g, int64_t t, int64_t k, const Tensor& first, const View& layout, bool apart) {
+    const View row(g);
+    FASTMTL_CHECK(
+        row.same_shape(layout), // and on one device: on the CPU the dispatcher sees to that
+        row_name(t, k),
+        ": expected the other tasks' ",
+        describe(first),
+        ", got ",
+        describe(g));
+    if (apart) {
+      spans_.push_back({row.data, row.data + row.span(), -1});
+    }
+    if (row.same_layout(layout)) {
+      rows_[size_t(k * T_ + t)] = row.data;
+    } else {
+      copies_.push_back(torch::stable::empty_like(first));
+      torch::stable::copy_(copies_.back(), g);
+      rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
+    }
+  }
+
+  // Where the result of tensor k is to be written.
+  char* add_result(const Tensor& target, int64_t k, const Tensor& first, const View& layout) {
+    const View view = View::to_write(target);
+    FASTMTL_CHECK(
+        view.same_shape(layout) && same_device(target, first),
+        out_name(k),
+        ": expected a ",
+        describe(first),
+        ", got ",
+        describe(target));
+    FASTMTL_CHECK(
+        !view.repeats(),
+        out_name(k),
+        ": expected a tensor without repeated elements, got strides ",
+        list_of(target.strides()));
+    spans_.push_back({view.data, view.data + view.span(), k});
+    if (view.same_layout(layout)) {
+      return view.data;
+    }
+    copies_.push_back(torch::stable::empty_like(first));
+    copy_back_.emplace_back(target, copies_.back());
+    return View::to_write(copies_.back()).data;
+  }
+
+  // Results lie apart from all gradients and from each other.
+  void check_apart() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) {
+      return a.begin < b.begin || (a.begin == b.begin && a.out < b.out);
+    });
+    const char *read = nullptr, *written = nullptr; // where what began so far ends
+    int64_t writer = -1;
+    for (const Span& span : spans_) {
+      if (span.begin == span.end) {
+        continue;
+      }
+      if (span.out < 0 ? span.begin < written : span.begin < read) {
+        const int64_t k = span.out < 0 ? writer : span.out;
+        fail(
+            out_name(k),
+            ": expected memory that does not overlap the gradients, got ",
+            describe(written_[size_t(k)]),
+            " within");
+      }
+      FASTMTL_CHECK(
+          span.out < 0 || span.begin >= written,
+          out_name(span.out),
+          ": expected memory that does not overlap other results, got that of ",
+          out_name(writer));
+      if (span.out < 0) {
+        read = std::max(read, span.end);
+      } else {
+        written = span.end;
+        writer = span.out;
+      }
+    }
+  }
+
+  // As users of a method know them.
+  std::string row_name(int64_t t, int64_t k) const {
+    return "rows[" + std::to_string(t) + "][" + std::to_string(k) + "]";
+  }
+  std::string out_name(int64_t k) const {
+    return K_ == 1 ? "out" : "out[" + std::to_string(k) + "]";
+  }
+
+  struct Span {
+    const char *begin, *end;
+    int64_t out; // which result it is, -1 for a gradient
+  };
+
+  int64_t T_, K_;
+  std::vector<Span> spans_;       // of results, and of gradients where there are results
+  std::vector<const void*> rows_; // [K, T]
+  std::vector<Segment> segments_;
+  std::deque<Tensor> copies_; // addresses stay
+  std::vector<Tensor> written_;
+  std::vector<std::pair<Tensor, Tensor>> copy_back_;
+  Gradients gradients_;
+};
+
+inline std::vector<int64_t> leading(const Tensor& M, int64_t drop) {
+  return {M.sizes().begin(), M.sizes().end() - drop};
+}
+
+inline void check_square(const Tensor& M, int64_t least = 1) {
+  const ScalarType type = M.scalar_type();
+  FASTMTL_CHECK(
+      (type == ScalarType::Float || type == ScalarType::Double) && M.dim() >= 2 && M.size(-1) == M.size(-2) &&
+          M.size(-1) >= least,
+      "M: expected float32 or float64 of shape [..., T, T]",
+      least ? " with T >= 1" : "",
+      ", got ",
+      describe(M));
+}
+
+// M, contiguous. On the CPU not by torch's conversion, which takes subnormal numbers as the threads that do it do.
+inline Tensor as_float64(const Tensor& M) {
+  const Tensor X = torch::stable::contiguous(M);
+  if (X.scalar_type() == ScalarType::Double || !X.is_cpu()) {
+    return torch::stable::to(X, ScalarType::Double);
+  }
+  const Tensor wide = empty_float64(leading(X, 0), X);
+  std::copy_n(static_cast<const float*>(X.const_data_ptr()), X.numel(), doubles(wide));
+  return wide;
+}
+
+// Results of a solver in float64, in the dtype of M; for the same reason.
+inline Tensor as_type_of(const Tensor& M, const Tensor& wide) {
+  if (M.scalar_type() == ScalarType::Double || !M.is_cpu()) {
+    return torch::stable::to(wide, M.scalar_type());
+  }
+  const Tensor narrow = empty(leading(wide, 0), aoti_torch_dtype_float32(), wide);
+  std::copy_n(const_doubles(wide), wide.numel(), static_cast<float*>(narrow.mutable_data_ptr()));
+  return narrow;
+}
+
+inline const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
+  for (const auto& g : grads) {
+    if (g) {
+      return *g;
+    }
+  }
+  fail("grads: expected at least one tensor, got none in ", grads.size(), " entries");
+}
+
+// The seed of a random op; it is read where the op runs.
+inline void check_seed(const Tensor& seed, const Tensor& like) {
+  FASTMTL_CHECK(
+      seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && same_device(seed, like),
+      "seed: expected one int64 number on ",
+      device_of(like),
+      ", got ",
+      describe(seed));
+}
+
+// α [T] or [B, T] for G [T, P] or [B, T, P].
+inline void check_alpha(const Tensor& alpha, const Tensor& G) {
+  FASTMTL_CHECK(
+      alpha.scalar_type() == ScalarType::Double && alpha.is_contiguous() && alpha.dim() == G.dim() - 1 &&
+          std::equal(alpha.sizes().begin(), alpha.sizes().end(), G.sizes().begin()) && same_device(alpha, G),
+      "alpha: expected a contiguous float64 tensor of the shape of G without columns, on its device, for G, a ",
+      describe(G),
+      "; got ",
+      describe_vector(alpha));
+}
+
+// No result may lie where α is read from meanwhile.
+inline void check_apart(const Tensor& alpha, const Tensor& out) {
+  FASTMTL_CHECK(
+      out.scalar_type() != ScalarType::Double || !View(alpha).overlaps(View(out)),
+      "out: expected memory of its own, got some that overlaps alpha");
+}
+
+// α [T] for a ragged list and its results; returns T.
+inline int64_t
+check_alpha(const Tensor& alpha, const std::vector<std::optional<Tensor>>& grads, const std::vector<Tensor>& out) {
+  const int64_t T = out.empty() ? alpha.numel() : int64_t(grads.size() / out.size());
+  check_vector("alpha", alpha, T, out.empty() ? alpha : out[0]);
+  for (const Tensor& target : out) {
+    check_apart(alpha, target);
+  }
+  return T;
+}
+
+} // namespace
+
+} // namespace fastmtl

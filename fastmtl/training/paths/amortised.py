@@ -1,0 +1,208 @@
+"""Between two solutions (`every`): the weights of an earlier step, and one backward pass.
+
+The pass starts at the losses with ones. Where it leaves the part of the graph that belongs to loss t alone, for what is
+shared, hooks multiply it by α_t: each head gets the gradient of its own loss, and the shared part Σ α_t g_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import once
+from fastmtl.graph import SEVERAL, Edge, Leaves, behind_joints, edge_of, is_leaf
+from fastmtl.info import Info
+from fastmtl.inputs import Row
+from fastmtl.options import integer
+from fastmtl.rule import Kept
+from fastmtl.training import passes
+from fastmtl.training.parameters import are_plain
+from fastmtl.training.step import Options, Outcome, Step, check_reached
+
+__all__ = ["check", "keep", "run", "takes"]
+
+# "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
+# second halve it.
+_ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
+
+
+def check(options: Options) -> None:
+    """Raises for a period that is none, and for what has no weights to keep, or none for all shared parameters."""
+    if options.every == "auto":
+        pass
+    elif integer(1)(options.every, "every") == 1:
+        return
+    if not options.method.on_gram:
+        raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
+    for name in ("representation", "groups", "batch_dim"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
+
+
+def takes(step: Step) -> bool:
+    """Steps for which there are weights that are young enough, of all tasks that are there."""
+    every, kept = step.options.every, step.options.method.kept
+    if every == 1:
+        return False
+    if not are_plain(step.parameters):
+        raise ValueError(f"every: expected 1 for shared parameters that are sharded, got {every!r}")
+    if kept is None or len(kept.alpha) != len(step.losses):
+        return False
+    period = kept.period if every == "auto" else every
+    # Other processes would not know that a task is new here.
+    new = step.group is None and any(now and not then for now, then in zip(_present(step), kept.present, strict=True))
+    return kept.age + 1 < period and not new
+
+
+def run(step: Step) -> Outcome | None:
+    """See `Path`."""
+    step = step.uncut()
+    heads = step.heads.without(step.parameters)
+    border = _Border(step)
+    if not (border.clean or step.options.scale_heads):
+        once.warn(
+            "every without effect",
+            once.caller(),
+            "every: parameters that are not shared lie among what several losses have in common, so that one pass "
+            "cannot bring these and the shared ones: task weights are computed in every step",
+        )
+        return None
+    method = step.options.method
+    kept = method.kept
+    assert kept is not None  # see `takes`
+    with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
+        row, own = _pass(step, heads, border, kept.alpha)
+    if step.group is not None:
+        row = _averaged(step, row)
+    check_reached([row], "shared")
+    method.kept = kept._replace(age=kept.age + 1)
+    info = Info.of(kept.alpha)
+    info.age = kept.age + 1
+    return step._replace(options=step.options._replace(scale_heads=False)).outcome(heads, row, own, info)
+
+
+def keep(step: Step, info: Info) -> None:
+    """Remembers the weights of a step that computed them; those before it where they are not finite."""
+    method, every = step.options.method, step.options.every
+    if every == 1 or info.age is not None:
+        return
+    info.age = 0
+    old: Kept | None = method.kept
+    alpha, turn = info.alpha.detach().clone(), None
+    period = 1 if every == "auto" else every
+    if old is not None and old.alpha.shape == alpha.shape:
+        before = old.alpha.to(alpha.device)
+        alpha = torch.where(alpha.isfinite().all(), alpha, before)
+        turn = torch.nn.functional.cosine_similarity(alpha, before, dim=0)
+        if every == "auto":
+            period = _adapted(old)
+    method.kept = Kept(alpha, _present(step), 0, period, turn)
+
+
+def _adapted(old: Kept) -> int:
+    """The next period. What it goes by was computed in the solution before this one: the device has long been there."""
+    cosine = 0.0 if old.turn is None else float(old.turn)
+    if cosine > _ALIKE:
+        return min(2 * old.period, _LONGEST)
+    return max(old.period // 2, 1) if cosine < _UNLIKE else old.period
+
+
+def _present(step: Step) -> tuple[bool, ...]:
+    return tuple(loss is not None for loss in step.losses)
+
+
+def _pass(step: Step, heads: Leaves, border: _Border, alpha: Tensor) -> tuple[Row, list[Row]]:
+    """Gradients of the shared parameters, weighted, and of each loss's own."""
+    there = [(t, loss) for t, loss in enumerate(step.losses) if loss is not None]
+    private = [leaf for leaves in heads.private for leaf in leaves]
+    inputs = [*step.parameters, *private, *heads.common]
+    grads: Row = [None] * len(inputs)
+    if there:
+        scale_heads = step.options.scale_heads
+        starts = [
+            (alpha[t] if scale_heads or border.begins(loss) else torch.ones_like(alpha[t])).to(loss).expand_as(loss)
+            for t, loss in there
+        ]
+        with border.scaled(None if scale_heads else alpha):
+            grads = list(
+                torch.autograd.grad(
+                    [loss for _, loss in there],
+                    inputs,
+                    starts,
+                    retain_graph=step.options.retain_graph,
+                    allow_unused=True,
+                )
+            )
+    rest = iter(grads[len(step.parameters) :])
+    own: list[Row] = [[next(rest) for _ in leaves] + [None] * len(heads.common) for leaves in heads.private]
+    if heads.common:
+        own[0][len(heads.private[0]) :] = rest
+    return grads[: len(step.parameters)], own
+
+
+def _averaged(step: Step, row: Row) -> Row:
+    """The mean over processes of what each has."""
+    from fastmtl import distributed  # here: not every torch is built with it
+
+    rows = distributed.AveragedRows(step.parameters, 1, step.group)
+    rows.append(row)
+    return rows.combine(lambda M, *_: Info.of(torch.ones_like(M[..., 0]), M), step.context)[0]
+
+
+class _Border:
+    """Where the graph of one loss alone ends, and what is shared begins.
+
+    Attributes:
+        clean: whether only shared parameters lie beyond.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._shared = {id(p) for p in step.parameters}
+        self._owner = step.heads.owner
+        self._hooked: list[tuple[Any, int, frozenset[int]]] = []
+        self.clean = True
+        for node, t in self._owner.items():
+            into = list(map(behind_joints, node.next_functions))
+            if t != SEVERAL:
+                beyond = frozenset(i for i, edge in enumerate(into) if self._beyond(edge))
+                if beyond:
+                    self._hooked.append((node, t, beyond))
+            elif any(edge[0] is not None and is_leaf(edge[0]) and not self._beyond(edge) for edge in into):
+                self.clean = False
+        for loss in step.losses:
+            if loss is None or edge_of(loss)[0] in self._owner:
+                continue
+            # An entry of a stack: the pass cannot tell the losses apart there.
+            stack = edge_of(loss)[0].next_functions[0][0]
+            self.clean &= not any(self._beyond(behind_joints(edge)) for edge in getattr(stack, "next_functions", ()))
+
+    def begins(self, loss: Tensor) -> bool:
+        """Whether a loss lies beyond itself: others depend on it, or it is a shared parameter."""
+        return self._beyond(behind_joints(edge_of(loss)))
+
+    def _beyond(self, edge: Edge) -> bool:
+        node = edge[0]
+        if node is None:
+            return False
+        return id(node.variable) in self._shared if is_leaf(node) else self._owner.get(node) == SEVERAL
+
+    @contextmanager
+    def scaled(self, alpha: Tensor | None) -> Iterator[None]:
+        """Within, what passes the border is multiplied by the weights."""
+        handles = [] if alpha is None else [self._hook(*entry, alpha) for entry in self._hooked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor) -> Any:
+        def scale(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
+            return tuple(g * alpha[t].to(g.dtype) if g is not None and i in beyond else g for i, g in enumerate(grads))
+
+        return node.register_hook(scale)
