@@ -112,5 +112,6 @@ class ExcessMTL(GradientMemory):
             g = g.to(S.dtype) if grad_scale is None else (g / grad_scale).to(S.dtype)
             squares = torch.where(where[..., t, None], g.square(), 0.0)
             row += squares
-            risks[..., t] += (squares / (row + _EPS).sqrt()).sum(-1, dtype=torch.float64)
+            # Not the root itself, which torch deals out to threads for every few numbers.
+            risks[..., t] += squares.mul_((row + _EPS).rsqrt_()).sum(-1, dtype=torch.float64)
         return risks

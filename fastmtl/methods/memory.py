@@ -18,6 +18,8 @@ from fastmtl.rule import Context
 
 __all__ = ["GradientMemory", "Pieces", "combined", "move", "present"]
 
+_BLOCK = 1 << 14  # below what torch deals out to threads, whose waits would cost more
+
 
 class Pieces:
     """The gradients of T tasks as pieces of their rows.
@@ -42,12 +44,19 @@ class Pieces:
         self.kept = torch.float64 if wide else torch.float32  # the dtype of what is kept of them
 
     def __iter__(self) -> Iterator[tuple[int, int, int, Tensor | None]]:
-        """(t, start, stop, gradient [..., stop - start]) for every task and piece."""
+        """(t, start, stop, gradient [..., stop - start]) for every task and piece; long ones in blocks of columns.
+
+        What a step computes of a block stays in the cache, and takes little memory.
+        """
+        block = _BLOCK if self.out[0].device.type == "cpu" else self.P
         for k in range(len(self.out)):
-            yield from self.piece(k)
+            for t, start, stop, g in self.piece(k):
+                for begin in range(start, stop, max(block, 1)):
+                    end = min(begin + block, stop)
+                    yield t, begin, end, None if g is None else g[..., begin - start : end - start]
 
     def piece(self, k: int) -> Iterator[tuple[int, int, int, Tensor | None]]:
-        """The same for one piece."""
+        """The same for one piece, as it is."""
         start, stop = self.spans[k]
         for t in range(self.T):
             if isinstance(self.grads, Tensor):
