@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, describe, stack_losses
+from fastmtl.inputs import describe
+from fastmtl.losses import Losses, stack_losses
 from fastmtl.options import check_number, plain
 
 __all__ = [

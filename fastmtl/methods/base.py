@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, checked_out, describe, transforming
+from fastmtl.inputs import DTYPES, Rows, check_tangent, checked_out, describe, transforming
+from fastmtl.losses import Losses
 from fastmtl.methods.checks import checked_weights
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved

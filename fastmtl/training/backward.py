@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl import once
 from fastmtl.gramian.examples import Per
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, check_losses, names_of, present_losses
+from fastmtl.losses import Losses, check_losses, names_of, present_losses
 from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
