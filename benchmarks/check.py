@@ -140,9 +140,10 @@ def _expand(group: Mapping[str, Any], **common: Any) -> Iterator[Case]:
     limits = dict(group)
     kind, shapes = limits.pop("kind"), limits.pop("shapes", [[]])
     methods, kappas, spread = limits.pop("methods", [None]), limits.pop("kappas", [1]), limits.pop("spread", 1)
+    steps = limits.pop("steps", 0)
     for method, (i, shape), kappa in itertools.product(methods, enumerate(shapes), kappas):
         size = "x".join(map(short, shape)) if len(shape) > 1 else "".join(f"T={T}" for T in shape)
-        conditions = {"kappa": kappa} | ({"spread": spread} if spread > 1 else {})
+        conditions = {"kappa": kappa} | ({"spread": spread} if spread > 1 else {}) | ({"steps": steps} if steps else {})
         said = [f"{key}={short(value)}" for key, value in conditions.items() if value > 1]
         yield Case(
             " ".join(filter(None, (kind.replace("_", " "), method, size, *said))),

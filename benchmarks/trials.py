@@ -20,9 +20,10 @@ import workloads
 from torch import Tensor
 
 import fastmtl
-from fastmtl import ops
+from fastmtl import catalog, ops
 from fastmtl.ops import reference
 from fastmtl.scaling.baseline import Pure, task_weights
+from fastmtl.scaling.digits import per_example
 from fastmtl.scaling.memory import peak_extra_memory
 
 __all__ = ["FIGURES", "TRIALS", "Trial"]
@@ -77,6 +78,38 @@ def flat(T: int, P: int, kappa: float, spread: float = 1.0) -> Trial:
         multiply_adds=triangle(T, P),
         products=torch.float64 if kappa > 1 else torch.float32,
         rounds=1 if T < 1000 else 1 / 3,  # seconds
+    )
+
+
+def real(T: int, P: int, kappa: float, steps: int) -> Trial:
+    """Gradients [T, P] of single examples after so many steps of training; plain PyTorch in float64."""
+    G, out = per_example(T, P, steps), torch.empty(P)
+    method, base, wide = fastmtl.AlignedMTL(), Pure((T, P), torch.float64), G.double()
+    return Trial(
+        fast=lambda: method(G, out=out),
+        base=lambda: base(wide),
+        read=lambda: G.sum(),
+        error=workloads.error(method(G), workloads.exact(G)),
+        tolerance=workloads.tolerance(T),
+        rounds=1 if T < 500 else 1 / 3,  # seconds
+    )
+
+
+def real_weights(method: str, T: int, kappa: float, steps: int) -> Trial:
+    """Task weights of such gradients against LAPACK's eigenvectors of the same Gram matrix, in float64."""
+    G = per_example(T, steps=steps).double()
+    M = G @ G.T
+    kind, _, scale = method.partition("-")
+    weigher = catalog.make(kind, **{"scale": scale} if scale else {})
+    info = weigher.solve(M, torch.float32)
+    residual = 0.0 if info.residual is None else float(info.residual)
+    return Trial(
+        fast=lambda: weigher.weighting(M, torch.float32),
+        base=lambda: torch.linalg.eigh(M),
+        read=lambda: M.sum(),
+        error=residual if info.alpha.isfinite().all() else float("inf"),
+        tolerance=1e-8,
+        rounds=1 if T < 500 else 1 / 3,  # seconds
     )
 
 
@@ -547,8 +580,8 @@ print(1e3 * (time.perf_counter() - start))
 TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
-        *(flat, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads, import_),
-        *(weighting, aggregation, graddrop, coordinates, drop_in),
+        *(flat, real, real_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads),
+        *(import_, weighting, aggregation, graddrop, coordinates, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),

@@ -402,6 +402,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "more": lines("flat 4x1e3", "batched *", "eigh *", "resnet50 T=*", "bfloat16 *", "backward *"),
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
+    "real": lines("real *"),
     "float32 blocks": float32_blocks,
     "steps": steps,
     "engines": engines,

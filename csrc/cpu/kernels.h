@@ -161,6 +161,20 @@ struct Kernels {
       const double* inverses, // [panels, cholesky_panel, cholesky_panel]
       double* x);             // [T]
 
+  // out -= X P over rows [begin, end), for columns [first, last) of X, or what of them is not left of X's diagonal; P
+  // has row `first` first.
+  void (*subtract_panel)(
+      const double* X, // [rows, stride]
+      int64_t stride,
+      int64_t first,
+      int64_t last,
+      const double* P, // [last - first, cholesky_panel]
+      bool upper,      // X is triangular
+      int64_t begin,
+      int64_t end,
+      double* out, // [rows, out_stride]
+      int64_t out_stride,
+      int64_t width); // columns of `out`
   // y = A x, rows [begin, end); and y += Aᵀ x
   void (*row_products)(
       const double* A, // [rows, stride]
@@ -187,6 +201,22 @@ struct Kernels {
       int64_t end,
       double* y); // [T]
 
+  // What csrc/cpu/projections.cpp consists of: C_S + δ = Uᵀ U, columns from ... n - 1, false where a pivot i is at most
+  // least (i + 2); y <- (Uᵀ U)^-1 y; out += Σ_k y_k C_{S_k}.
+  bool (*set_factor)(
+      const double* C, // [T, T]
+      int64_t T,
+      const int64_t* set, // S [n]
+      int64_t from,
+      int64_t n,
+      double delta,
+      double least,
+      double* U, // [n, stride], stride >= n + kSetPadding
+      int64_t stride,
+      double* inverse); // [n], of U's diagonal
+  void (*set_solve)(const double* U, int64_t n, int64_t stride, const double* inverse, double* y); // y [n]
+  void (*set_products)(const double* C, int64_t T, const int64_t* set, int64_t n, const double* y, double* out);
+
   // What csrc/cpu/tridiagonal.h consists of; vectors are whole blocks of kSide, aligned to 64 bytes.
   // y += A x over rows of tiles [first, last), from the first or back from the last.
   void (*symmetric_multiply)(const double* tiles, int64_t first, int64_t last, bool back, const double* x, double* y);
@@ -207,6 +237,7 @@ struct Kernels {
 };
 
 constexpr int64_t kMaxCholeskyPanel = 48;
+constexpr int64_t kSetPadding = 16; // of the rows of `set_factor`
 
 constexpr int64_t psd_stride(int64_t T) {
   return (T + 7) / 8 * 8;

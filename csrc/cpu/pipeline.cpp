@@ -10,6 +10,7 @@
 #include "../math/probe.h"
 #include "../math/scaling.h"
 #include "definite.h"
+#include "spectral.h"
 #include "tridiagonal.h"
 #include "threads.h"
 
@@ -452,51 +453,14 @@ void task_weights(
   solver.apply(factors.data(), alpha, alpha);
 }
 
-enum class Accuracy { poor, graded, full };
-
-// How accurate a tridiagonalisation of M is.
-Accuracy tridiagonal_accuracy(const double* M, const double* eigenvalues, int64_t T) {
-  const double largest = largest_diagonal(M, T);
-  double smallest = largest;
-  bool empty = false;
+// Whether no row is much longer than another: then a tridiagonalisation is as accurate as M is.
+bool even_rows(const double* M, int64_t T) {
+  double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < T; ++i) {
-    empty = empty || !(M[i * T + i] > 0.0);
+    largest = std::max(largest, M[i * T + i]);
     smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
   }
-  if (largest <= kTridiagonalMaxDiagonalRatio * smallest ||
-      eigenvalues[T - 1] > kTridiagonalMinRatio * eigenvalues[0]) {
-    return Accuracy::full;
-  }
-  if (empty || !(largest <= kGradedMaxDiagonalRatio * smallest)) {
-    return Accuracy::poor;
-  }
-  std::vector<double> C(static_cast<size_t>(T * T));
-  normalize_rows(M, T, 0.0, C.data());
-  return is_positive_definite(C.data(), T, kGradedMinEigenvalue) ? Accuracy::graded : Accuracy::poor;
-}
-
-// Whether the weights of full rank fulfil αᵀ M α = s wᵀ w, and λ_min lies where it is said to: Cholesky factors of
-// graded matrices are accurate.
-bool graded_weights_hold(
-    const double* M,
-    int64_t T,
-    const Policy& policy,
-    const double* eigenvalues,
-    const double* alpha) {
-  double form = 0.0, squares = 0.0;
-  for (int64_t i = 0; i < T; ++i) {
-    double along = 0.0;
-    for (int64_t j = 0; j < T; ++j) {
-      along += M[i * T + j] * alpha[j];
-    }
-    form += alpha[i] * along;
-    const double w = policy.weights ? policy.weights[i] : 1.0 / double(T);
-    squares += w * w;
-  }
-  const double expected = squared_scale(eigenvalues, T, policy.scale) * squares, smallest = eigenvalues[T - 1];
-  return std::fabs(form - expected) <= kGradedError * expected &&
-         is_positive_definite(M, T, (1.0 - kGradedError) * smallest) &&
-         !is_positive_definite(M, T, (1.0 + kGradedError) * smallest);
+  return largest <= kEvenRows * smallest;
 }
 
 // One Gram matrix, by the most accurate solver that its size affords.
@@ -505,17 +469,21 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  if (T > kJacobiTasks) {
+  if (T > kJacobiTasks && even_rows(M, T)) {
     Tridiagonal solver(M, T);
-    const bool solved = solver.solve(eigenvalues, true);
-    const Accuracy accuracy = solved ? tridiagonal_accuracy(M, eigenvalues, T) : Accuracy::poor;
-    if (accuracy != Accuracy::poor) {
+    if (solver.solve(eigenvalues, true)) {
       for (int64_t j = 0; j < T; ++j) {
         eigenvalues[j] = std::max(eigenvalues[j], 0.0);
       }
       *rank = decide_rank(M, eigenvalues, T, policy);
       task_weights(solver, eigenvalues, *rank, T, policy, alpha);
-      if (accuracy == Accuracy::full || (*rank == T && graded_weights_hold(M, T, policy, eigenvalues, alpha))) {
+      return;
+    }
+  } else if (T > kJacobiTasks) {
+    Spectral solver(T);
+    if (solver.solve(M, eigenvalues)) {
+      *rank = decide_rank(M, eigenvalues, T, policy);
+      if (solver.weights(eigenvalues, *rank, policy, alpha)) {
         return;
       }
     }

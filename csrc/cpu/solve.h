@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../math/solvers.h"
+#include "projections.h"
 
 namespace fastmtl::cpu {
 
@@ -26,6 +27,11 @@ void solve(
 
 template <class Method>
 void solve(const Method& method, const double* M, int64_t B, int64_t T, double* alpha, double* residual) {
+  if constexpr (std::is_same_v<Method, DualCone>) {
+    if (T >= kMinProjections) {
+      return projections(M, B, T, method.weights, method.each, alpha, residual);
+    }
+  }
   const Solve one{kSolver<Method>, &method, method.problems(T), Method::scratch(T), method.nanoseconds(T)};
   solve(one, M, B, T, alpha, residual);
 }

@@ -206,6 +206,29 @@ bool Tridiagonal::solve(double* eigenvalues, bool rotations) {
   return true;
 }
 
+double Tridiagonal::growth(const double* lengths, double floor) const {
+  std::vector<double> length(static_cast<size_t>(T_)), inverse(static_cast<size_t>(T_));
+  for (int64_t i = 0; i < T_; ++i) {
+    length[size_t(i)] = std::max(floor, lengths[rows_[size_t(i)]]);
+    inverse[size_t(i)] = 1.0 / length[size_t(i)];
+  }
+  double most = 1.0;
+  for (int64_t n = T_ - 1; n > 0; --n) {
+    if (tau_[size_t(n)] == 0.0) {
+      continue;
+    }
+    const double* const v = vectors_ + vectors_before(n);
+    double from = 0.0, to = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double size = std::fabs(v[i]);
+      from = std::max(from, size * length[size_t(i)]);
+      to = std::max(to, size * inverse[size_t(i)]);
+    }
+    most = std::max(most, from * to);
+  }
+  return most;
+}
+
 void Tridiagonal::apply(const double* f, const double* w, double* y) const {
   std::vector<double> memory(static_cast<size_t>(blocks_of(T_) * kSide + 8));
   double* const x = aligned(memory.data());

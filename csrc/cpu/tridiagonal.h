@@ -37,6 +37,10 @@ class Tridiagonal {
   // converge.
   bool solve(double* eigenvalues, bool rotations);
 
+  // By how much the reflections have mixed rows of different lengths [T], at least `floor`: the largest of what one
+  // takes from a row to one that is shorter. One where M is diagonal.
+  double growth(const double* lengths, double floor) const;
+
   // y = V diag(f) Vᵀ w, f in the order of the eigenvalues. y may be w.
   void apply(const double* f, const double* w, double* y) const;
 

@@ -27,12 +27,15 @@ constexpr double kFewProbesSafety = 20.0;         // two vectors all see less th
 constexpr double kManyProbesSafety = 5.0;         // four vectors all see less than 1/5 of it as rarely
 
 // Spectrum of many tasks
-constexpr int64_t kJacobiTasks = 32;          // above, tridiagonalisation is faster than Jacobi
-constexpr double kTridiagonalMinRatio = 1e-8; // λ_min / λ_max above which its error, eps λ_max, costs no promised digit
-constexpr double kTridiagonalMaxDiagonalRatio = 1e2; // of rows so even the Gram itself has an error of that size
-constexpr double kGradedMinEigenvalue = 1e-8;        // λ_min(C) from which sorted uneven rows are often solved well
-constexpr double kGradedMaxDiagonalRatio = 1e16;     // squared norms further apart have no common digit
-constexpr double kGradedError = 1e-8;                // relative, to which λ_min and αᵀ M α are then proved
+constexpr int64_t kJacobiTasks = 32;            // above, tridiagonalisation is faster than Jacobi
+constexpr double kEvenRows = 1e2;               // of squared norms: the Gram itself has an error of eps λ_max
+constexpr double kSpectralMaxRatio = 0x1p100;   // of squared norms: their products stay in range
+constexpr double kMaxGrowth = 3e2;              // eps growth² is the error of a tridiagonalisation: 1e-11
+constexpr double kMaxGrowthTruncated = 3e3;     // of what is kept: rows that are far below the cut do not count
+constexpr double kPivotNoise = 4.0 * kRounding; // times sqrt(T), of a row: what elimination leaves of a dependent one
+constexpr double kLift = 16.0 * kRounding;      // times T, of a dependent row: its pivot then is no noise
+constexpr double kFormError = 1e-7;             // relative, of αᵀ M α: κ(C) = 1e8 has half of the digits of rounding
+constexpr double kRowError = 1e-10;             // of (A + t) x = y, in units of each row: a hundred times growth's
 
 // Krylov spaces
 constexpr int64_t kKrylovTasks = 96; // above, weights of a well-conditioned M cost less than a tridiagonalisation
@@ -48,6 +51,11 @@ constexpr double kScatter = 0.1; // of a unit vector: random, so that no eigenve
 constexpr double kProximal = 64.0 * kRounding; // times T, added to C: one step is nearly as good as C is known
 constexpr double kSolved = 4.0 * kRounding;    // slopes of this, times sqrt(T) and the size of the terms, are zero
 constexpr int64_t kExchanges = 4;              // of the support that may fail to get nearer, in a row
+constexpr double kEnter = 0.2;                 // of a support's size may enter at once, beyond 64 tasks
+constexpr int64_t kEnterLeast = 4;             // but so many in any case
+constexpr int64_t kPatience = 8;               // exchanges that may fail to get nearer before one enters at a time
+constexpr int64_t kMaxRounds = 60;             // of exchanges; ten are usual
+constexpr double kSolutionError = 1e-10;       // a residual above, and the solver of few tasks has a try
 constexpr int64_t kMaxPoints = 8;              // proximal points; two to four are usual
 constexpr int64_t kMaxNewtonSteps = 100;       // of CAGrad; few are usual
 constexpr double kNashCancelled = 0x1p-22; // a sum that has cancelled to this counts as this much: α has no more digits

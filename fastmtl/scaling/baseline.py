@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import tolerances
+from fastmtl.scaling.digits import per_example
 from fastmtl.scaling.points import DTYPES, METHODS, Point
 
 __all__ = ["Pure", "affordable", "error", "exact", "gradients", "task_weights", "tolerance"]
@@ -18,7 +19,12 @@ CHUNK = 1 << 22  # numbers that are converted to float64 at a time
 
 
 def gradients(point: Point, device: str = "cpu") -> Tensor:
-    """Random gradients [T, P] or [B, T, P] of condition number about `kappa`, every row a mixture of all directions."""
+    """Gradients [T, P] or [B, T, P]: real ones, or random ones of condition number about `kappa`.
+
+    Of the random ones every row is a mixture of all directions.
+    """
+    if point.gradients == "real":
+        return per_example(point.tasks, point.params).to(device, DTYPES[point.dtype])
     dtype = torch.float64 if point.dtype == "float64" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     mixed = point.kappa > 1
@@ -121,6 +127,8 @@ def tolerance(point: Point) -> float:
     """
     eps = torch.finfo(DTYPES[point.dtype]).eps
     if point.method != "AlignedMTL":
+        return max(1e-4, eps)
+    if point.gradients == "real":  # κ of full rank is below 1e3
         return max(1e-4, eps)
     if point.tasks <= 40 and point.kappa <= 1e4:
         return max(2e-6, eps)

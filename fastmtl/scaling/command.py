@@ -57,6 +57,9 @@ _AXES = {
     "threads": _Option(numbers(2), str(torch.get_num_threads()), str(torch.get_num_threads()), "LIST", "of the host"),
     "method": _Option(names(*METHODS), "AlignedMTL", "AlignedMTL", "LIST", f"methods: {', '.join(METHODS)}"),
     "kappa": _Option(numbers(10, whole=False), "1", "1,1e2,1e4", "LIST", "condition numbers of the gradients"),
+    "gradients": _Option(
+        names("random", "real"), "random", "random", "LIST", "random ones, or real ones of single examples (digits)"
+    ),
 }
 _LIMITS = {
     "max_bytes": _Option(_above(1), "2e9", "1e8", "N", "what the gradients of a point may take"),

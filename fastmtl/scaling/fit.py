@@ -59,7 +59,11 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     parts = []
     for axis, (symbol, theory) in THEORY.items():
         series: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        fixed = [name for name in ("tasks", "params", "batch", "dtype", "threads", "method", "kappa") if name != axis]
+        fixed = [
+            name
+            for name in ("tasks", "params", "batch", "dtype", "threads", "method", "kappa", "gradients")
+            if name != axis
+        ]
         for row in rows:
             series.setdefault(tuple(row[name] for name in fixed), []).append(row)
         other, rest = fixed[0], fixed[1:]

@@ -213,11 +213,11 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
 
 # File name -> how it is drawn, and which settings have figures of their own.
 FIGURES: dict[str, tuple[Callable[[Sequence[Row]], Figure | None], tuple[str, ...]]] = {
-    "time": (_time, ("method", "batch", "dtype", "threads", "kappa")),
-    "speedup": (_speedup, ("method", "batch", "dtype", "threads", "kappa")),
-    "roofline": (_roofline, ("method", "batch", "dtype", "threads", "kappa")),
-    "accuracy": (_accuracy, ("method", "batch", "dtype", "threads")),
-    "memory": (_memory, ("method", "batch", "dtype", "threads", "kappa")),
+    "time": (_time, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
+    "speedup": (_speedup, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
+    "roofline": (_roofline, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
+    "accuracy": (_accuracy, ("method", "batch", "dtype", "threads", "gradients")),
+    "memory": (_memory, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
 }
 
 

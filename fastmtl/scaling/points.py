@@ -6,7 +6,7 @@ import itertools
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ METHODS: dict[str, type[GramMethod]] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: gradients [batch, tasks, params] of this dtype and condition number, aggregated by `method`."""
+    """One measurement: gradients [batch, tasks, params] of this dtype, aggregated by `method`.
+
+    `gradients`: "random", of condition number `kappa`; or "real", of single examples: one matrix, as conditioned as it
+    comes.
+    """
 
     tasks: int
     params: int
@@ -33,6 +37,7 @@ class Point:
     threads: int = 1
     method: str = "AlignedMTL"
     kappa: float = 1.0
+    gradients: str = "random"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,9 +51,8 @@ class Point:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return (
-            f"T{self.tasks}-P{self.params}-B{self.batch}-{self.dtype}-t{self.threads}-{self.method}-k{self.kappa:.6g}"
-        )
+        name = f"T{self.tasks}-P{self.params}-B{self.batch}-{self.dtype}-t{self.threads}-{self.method}"
+        return f"{name}-k{self.kappa:.6g}" if self.gradients == "random" else f"{name}-{self.gradients}"
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,12 @@ class Grid:
             max_bytes: what a point's gradients may take.
             axes: the values; T > P is left out, since plain PyTorch has no answer for dependent gradients.
         """
-        order = ("method", "batch", "dtype", "threads", "kappa", "params", "tasks")
+        order = ("method", "batch", "dtype", "threads", "kappa", "gradients", "params", "tasks")
         every = [
             Point(**dict(zip(order, values, strict=True)))
             for values in itertools.product(*(axes[name] for name in order))
         ]
+        every = list(dict.fromkeys(p if p.gradients == "random" else replace(p, kappa=1.0, batch=1) for p in every))
         fitting = [point for point in every if point.bytes <= max_bytes]
         kept = [point for point in fitting if point.tasks <= point.params]
         return cls(kept, len(every) - len(fitting), len(fitting) - len(kept))

@@ -100,7 +100,7 @@ def columns(record: Record) -> dict[str, Any]:
     byte read; for Gram and combination the bytes of the gradients over the time.
     """
     point = Point(**record["point"])
-    row = dict(record["point"])
+    row = asdict(point)
     if "error" in record:
         return {**row, "error": record["error"]}
     seconds, memory, accuracy = record["seconds"], record["memory"] or {}, record["accuracy"] or {}

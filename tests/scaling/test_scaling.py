@@ -167,6 +167,25 @@ def test_every_method_is_measured(method):
 
 
 @pytest.mark.usefixtures("_without_memory")
+def test_real_gradients_are_of_examples(tmp_path, capsys):
+    """A figure of their own, of the same shape whatever P, and no condition numbers."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    arguments = ["scaling", "--out", str(tmp_path), "--tasks", "4,40", *TINY, "--kappa", "1,100"]
+    assert cli.main([*arguments, "--gradients", "random,real"]) == 0
+    found = json.loads((tmp_path / "scaling.json").read_text())["points"]
+    real = [record for record in found if record["point"]["gradients"] == "real"]
+    assert len(real) == 4
+    assert len(found) == 12
+    assert all(record["accuracy"]["fastmtl"] <= 1e-5 for record in real)
+    assert (tmp_path / "speedup-k1-real.png").exists()
+    G = baseline.gradients(Point(40, 1000, gradients="real"))
+    norms = G.norm(dim=1)
+    assert G.shape == (40, 1000)
+    assert norms.max() > 30 * norms.min()
+    with pytest.raises(ValueError, match="at most 1797 examples of digits, got 2000"):
+        baseline.gradients(Point(2000, 3000, gradients="real"))
+
+
 def test_accuracy_is_null_where_it_is_not_affordable(monkeypatch):
     monkeypatch.setattr(baseline, "AFFORDABLE", 0)
     assert measure.measure(Point(4, 100), 3, 0.0)["accuracy"] is None

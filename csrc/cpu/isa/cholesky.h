@@ -222,6 +222,39 @@ void cholesky_below(
   });
 }
 
+// out -= X P, a stretch of columns of X at a time: that of P stays in the first-level cache while all rows pass.
+void subtract_panel(
+    const double* X, // [rows, stride]
+    int64_t stride,
+    int64_t first,
+    int64_t last,
+    const double* P, // [last - first, kCholeskyPanel]
+    bool upper,
+    int64_t begin,
+    int64_t end,
+    double* out, // [rows, out_stride]
+    int64_t out_stride,
+    int64_t width) {
+  for (int64_t k = first; k < last; k += kCholeskyColumns) {
+    const int64_t stop = last - k < kCholeskyColumns ? last : k + kCholeskyColumns;
+    for (int64_t i = begin; i < end && !(upper && i >= stop); i += kTile) {
+      const int64_t from = upper && i > k ? i : k;
+      double* to = out + i * out_stride;
+      panel_product(
+          end - i < kTile ? end - i : kTile,
+          X + i * stride + from,
+          stride,
+          stop - from,
+          P + (from - first) * kCholeskyPanel,
+          to,
+          out_stride,
+          to,
+          out_stride,
+          width);
+    }
+  }
+}
+
 // y_r = a_r · x for R rows.
 template <int R>
 FASTMTL_INLINE void row_group(const double* a, int64_t stride, const double* x, int64_t n, double* y) {

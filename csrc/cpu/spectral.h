@@ -1,0 +1,56 @@
+// Eigenvalues and task weights of a Gram matrix whose rows may be of any lengths, at the price of one
+// tridiagonalisation.
+//
+// M = L Lᵀ with pivoting, and A = Lᵀ L, which has the same eigenvalues; A = Q S Qᵀ with S tridiagonal, largest row
+// first (tridiagonal.h). As Lᵀ f(L Lᵀ) = f(Lᵀ L) Lᵀ,
+//
+//     f(M) w = L⁻ᵀ z,  z = f(A) Lᵀ w,
+//
+// and the error of g = αᵀ G is that of z in the 2-norm, since ‖Gᵀ L⁻ᵀ z‖ = ‖z‖. All that makes M ill-conditioned is now
+// in the scaling of A's rows a_i = √A_ii, in descending order, and D_a⁻¹ A D_a⁻¹ is closer to 1 than C is (Demmel and
+// Veselić 1992: one step of the LR algorithm). Householder's reflections from the top keep small rows apart from large
+// ones, but for what `growth` measures: rounding errors of A are about eps growth² a_i a_j.
+//
+// What is returned is certified: where a proof fails, so does the function, and Jacobi rotations take over. Beside the
+// tridiagonalisation, T³/3 multiply-adds for L and A, T³/6 for each proof, all of it in blocks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../math/balance.h"
+#include "tridiagonal.h"
+
+namespace fastmtl::cpu {
+
+class Spectral {
+ public:
+  explicit Spectral(int64_t T) : T_(T) {}
+
+  // Eigenvalues of M [T, T], finite, in descending order, none negative. False where they are not what is promised.
+  bool solve(const double* M, double* eigenvalues);
+
+  // α = √s M_R^-½ w for the R largest of them. False where it is not certified.
+  bool weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const;
+
+ private:
+  bool certified_smallest(double smallest) const;
+  bool certified(int64_t R, const double* y, double size) const;
+  void unscale(double* x) const; // x = L⁻ᵀ x
+
+  int64_t T_;
+  int64_t n_ = 0;                    // rows that are not zero
+  int64_t found_ = 0;                // of them, pivots
+  int64_t stride_ = 0;               // of L
+  int exponent_ = 0;                 // M = 4^exponent S
+  std::vector<int64_t> order_;       // row of M that is row i of L
+  std::unique_ptr<double[]> S_;      // [n, n], rows in the order of L
+  std::unique_ptr<double[]> L_;      // [n, stride], lower triangle
+  std::unique_ptr<double[]> A_;      // [n, n]
+  std::vector<double> lengths_;      // a_i
+  std::vector<double> lam_;          // of S
+  std::unique_ptr<Tridiagonal> tri_; // of A
+};
+
+} // namespace fastmtl::cpu
