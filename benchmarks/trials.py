@@ -22,8 +22,8 @@ from torch import Tensor
 import fastmtl
 from fastmtl import catalog, ops
 from fastmtl.ops import reference
+from fastmtl.scaling import digits
 from fastmtl.scaling.baseline import Pure, task_weights
-from fastmtl.scaling.digits import per_example
 from fastmtl.scaling.memory import peak_extra_memory
 
 __all__ = ["FIGURES", "TRIALS", "Trial"]
@@ -83,7 +83,7 @@ def flat(T: int, P: int, kappa: float, spread: float = 1.0) -> Trial:
 
 def real(T: int, P: int, kappa: float, steps: int) -> Trial:
     """Gradients [T, P] of single examples after so many steps of training; plain PyTorch in float64."""
-    G, out = per_example(T, P, steps), torch.empty(P)
+    G, out = digits.per_example(T, P, steps), torch.empty(P)
     method, base, wide = fastmtl.AlignedMTL(), Pure((T, P), torch.float64), G.double()
     return Trial(
         fast=lambda: method(G, out=out),
@@ -97,7 +97,7 @@ def real(T: int, P: int, kappa: float, steps: int) -> Trial:
 
 def real_weights(method: str, T: int, kappa: float, steps: int) -> Trial:
     """Task weights of such gradients against LAPACK's eigenvectors of the same Gram matrix, in float64."""
-    G = per_example(T, steps=steps).double()
+    G = digits.per_example(T, steps=steps).double()
     M = G @ G.T
     kind, _, scale = method.partition("-")
     weigher = catalog.make(kind, **{"scale": scale} if scale else {})
