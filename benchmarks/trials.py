@@ -100,7 +100,8 @@ def real_weights(method: str, T: int, kappa: float, steps: int) -> Trial:
     G = digits.per_example(T, steps=steps).double()
     M = G @ G.T
     kind, _, scale = method.partition("-")
-    weigher = catalog.make(kind, **{"scale": scale} if scale else {})
+    options: dict[str, Any] = {"scale": scale} if scale else {}
+    weigher: Any = catalog.make(kind, **options)
     info = weigher.solve(M, torch.float32)
     residual = 0.0 if info.residual is None else float(info.residual)
     return Trial(
