@@ -173,6 +173,10 @@ PEERS: dict[str, Peer] = {
     "Krum": Peer(
         lambda: fastmtl.Krum(byzantine=1, squared=False), peer("KrumWeighting", 1), as_theirs(peer("KrumWeighting", 1))
     ),
+    "PCD": Peer(lambda: fastmtl.PCD(tau=0.1), peer("PCDWeighting", 0.1), as_theirs(peer("PCDWeighting", 0.1))),
+    "SDMGrad": Peer(fastmtl.SDMGrad, peer("SDMGradWeighting"), as_theirs(peer("SDMGradWeighting"))),
+    "MoDo": Peer(fastmtl.MoDo, peer("MoDoWeighting"), as_theirs(peer("MoDoWeighting"))),
+    "CRMOGM": Peer(fastmtl.CRMOGM, lambda their, T: their.CRMOGMWeighting(their.MGDAWeighting()), not_shortest),
     "RLW": Peer(fastmtl.RLW, peer("RandomWeighting"), as_theirs(peer("RandomWeighting"))),
     "Uniform": Peer(fastmtl.Uniform, peer("MeanWeighting"), as_theirs(peer("MeanWeighting"))),
 }

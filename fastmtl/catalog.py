@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fastmtl import methods, scalarization
 from fastmtl.methods.base import GramMethod, Method
+from fastmtl.methods.memory import GradientMemory
 from fastmtl.methods.state import StatefulMethod
 from fastmtl.scalarization import Scalarization
 
-__all__ = ["Entry", "entries", "make", "table"]
+__all__ = ["Entry", "entries", "make", "names", "table"]
 
 _Kind: TypeAlias = type[Method] | type[Scalarization]
 
@@ -36,6 +37,16 @@ _NAMES: dict[_Kind, tuple[str, str, str, str]] = {
     methods.FairGrad: ("fairgrad", "FairGrad", "FairGrad", ""),
     methods.ConFIG: ("config", "ConFIG", "", ""),
     methods.Krum: ("krum", "Krum", "", ""),
+    methods.TrimmedMean: ("trimmed-mean", "TrimmedMean", "", ""),
+    methods.PCD: ("pcd", "PCD", "", ""),
+    methods.SDMGrad: ("sdmgrad", "SDMGradWeighting", "SDMGrad", ""),
+    methods.MoDo: ("modo", "MoDoWeighting", "MoDo", ""),
+    methods.CRMOGM: ("cr-mogm", "CRMOGMWeighting", "", ""),
+    methods.ExcessMTL: ("excess-mtl", "ExcessMTL", "ExcessMTL", ""),
+    methods.MoCo: ("moco", "", "MoCo", ""),
+    methods.DBMTL: ("db-mtl", "", "DB_MTL", ""),
+    methods.MConFIG: ("m-config", "", "", ""),
+    methods.Bloop: ("bloop", "", "", ""),
     scalarization.LS: ("uniform", "Mean, Sum, Constant", "EW", "ls"),
     scalarization.RLW: ("rlw", "Random", "RLW", "rlw"),
     scalarization.DWA: ("dwa", "DWA", "DWA", "dwa"),
@@ -45,8 +56,14 @@ _NAMES: dict[_Kind, tuple[str, str, str, str]] = {
     scalarization.GLS: ("gls", "GeometricMean", "GLS", ""),
     scalarization.STCH: ("stch", "STCH", "STCH", ""),
     scalarization.FAMO: ("famo", "FAMO", "FAMO", ""),
+    scalarization.COSMOS: ("cosmos", "COSMOS", "", ""),
+    scalarization.PBI: ("pbi", "PBI", "", ""),
+    scalarization.GO4Align: ("go4align", "", "", ""),
+    scalarization.SoftAdapt: ("softadapt", "", "", ""),
+    scalarization.ReLoBRaLo: ("relobralo", "", "", ""),
+    scalarization.NTK: ("ntk", "", "", ""),
 }
-_HEADINGS = ("method", "make", "paper", "needs", "state", "options", "TorchJD", "LibMTL", "official")
+_HEADINGS = ("method", "make", "paper", "needs", "state", "memory", "options", "TorchJD", "LibMTL", "official")
 
 
 class Entry(NamedTuple):
@@ -58,6 +75,7 @@ class Entry(NamedTuple):
         paper: where it comes from.
         needs: what it looks at.
         state: what it remembers from step to step; empty for most.
+        memory: what the state takes where it grows with the number of parameters P, and not with that of tasks T alone.
         options: arguments of its constructor with their defaults.
         torchjd: its name in TorchJD, as the following in LibMTL and in the official code; empty where it is not there.
     """
@@ -67,6 +85,7 @@ class Entry(NamedTuple):
     paper: str
     needs: str
     state: str
+    memory: str
     options: str
     torchjd: str
     libmtl: str
@@ -78,7 +97,13 @@ def entries() -> Iterator[Entry]:
     for kind, (name, *peers) in _NAMES.items():
         module = kind.__module__.rpartition(".")[0]
         prefix = "scalarization." if module == "fastmtl.scalarization" else ""
-        yield Entry(prefix + kind.__name__, name, _paper(kind), _needs(kind), _state(kind), _options(kind), *peers)
+        about = (_paper(kind), _needs(kind), _state(kind), getattr(kind, "memory", ""), _options(kind))
+        yield Entry(prefix + kind.__name__, name, *about, *peers)
+
+
+def names() -> tuple[str, ...]:
+    """What `make` takes, in the order of `entries`: "aligned", "mgda", ... and last the names of methods on losses."""
+    return tuple(name for name, *_ in _NAMES.values())
 
 
 def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Scalarization:
@@ -88,8 +113,9 @@ def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Sca
         method.backward(losses, shared=model.encoder)
 
     Args:
-        name: as `python -m fastmtl methods` lists them ("uniform" is the plain mean of the losses, "rlw" draws weights
-            of the losses), or that of a class; upper and lower case, hyphens and underscores make no difference.
+        name: one of `names()`, which `python -m fastmtl methods` explains ("uniform" is the plain mean of the losses,
+            "rlw" draws weights of the losses), or that of a class; upper and lower case, hyphens and underscores make
+            no difference.
         tasks: number of tasks T. Some methods on losses need it; for the others it is checked that T tasks go with
             their options.
         options: of the method's constructor.
@@ -101,7 +127,7 @@ def make(name: str, *, tasks: int | None = None, **options: Any) -> Method | Sca
     """
     kinds = {_plain(kind.__name__): kind for kind in _NAMES} | {_plain(key): kind for kind, (key, *_) in _NAMES.items()}
     if not isinstance(name, str) or _plain(name) not in kinds:
-        raise ValueError(f"name: expected one of {', '.join(key for key, *_ in _NAMES.values())}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
     kind = kinds[_plain(name)]
     parameters = inspect.signature(kind).parameters
     for option in options:
@@ -141,16 +167,20 @@ def _paper(kind: type) -> str:
 def _needs(kind: _Kind) -> str:
     if kind is scalarization.GradNorm:
         return "losses, gradients of a layer"
+    if kind is scalarization.NTK:
+        return "losses, gradients of residuals"
     if issubclass(kind, Scalarization):
         return "losses"
     if kind is methods.MGDA:
         return "Gram (losses to normalize by them)"
+    if kind in (methods.MoCo, methods.DBMTL):
+        return "gradients, losses"
     return "Gram" if issubclass(kind, GramMethod) else "gradients"
 
 
 def _state(kind: _Kind) -> str:
     method = make(_NAMES[kind][0], tasks=4)
-    if issubclass(kind, StatefulMethod):
+    if issubclass(kind, (StatefulMethod, GradientMemory)):
         return ", ".join(method._buffers)
     return ", ".join(name for name in method.state_dict() if name[0] != "_")
 

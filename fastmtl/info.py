@@ -22,8 +22,8 @@ _ANY_RULE = (0.0, 0.0, "gram")  # eigenvalues are the same under each
 class Info:
     """What a method saw and did in one step; all tensors lie on the gradients' device, and nothing waits for them.
 
-    `Info(T)` makes buffers for `fan_out(..., info=...)`, NaN until a backward has filled them. With `groups=` every
-    field has a leading dimension, one entry a group. A field that a method does not have is None.
+    `Info(T)` makes buffers for `fan_out(..., info=...)`, NaN until a backward has filled them. With `groups=` or `per=`
+    every field has a leading dimension, one entry a group. A field that a method does not have is None.
     `logger.log(info.as_dict())` logs it.
 
     Args:
@@ -38,8 +38,8 @@ class Info:
         rank: number of independent task gradients under the method's rank rule, int64 [].
         residual: how far α is from satisfying the method's own optimality conditions, relative, float64 []: infinite
             where these have no solution, NaN where the gradients are not finite. None for methods that solve nothing.
-        explicit: names of the shared parameters whose T gradients `engine="gramian"` formed because it knows no closed
-            form for their use; None without that engine.
+        explicit: names of the shared parameters whose T gradients `engine="gramian"`, or `batch_dim`, formed because it
+            knows no closed form for their use; None without these.
         age: how many steps ago the weights were computed, with `every=`; None without.
         names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """

@@ -99,13 +99,14 @@ def check_number(
     low: float = -math.inf,
     above: float = -math.inf,
     high: float = math.inf,
+    below: float = math.inf,
     optional: bool = False,
 ) -> float | None:
     """`value` as a float.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is not finite, or not within the bounds: `low` and `high` included, `above` not.
+        ValueError: it is not finite, or not within the bounds: `low` and `high` included, `above` and `below` not.
     """
     other = " or None" if optional else ""
     if optional and value is None:
@@ -114,9 +115,11 @@ def check_number(
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number{other}, got {describe(value)}")
     x = float(value)
-    if not (math.isfinite(x) and above < x and low <= x <= high):
+    if not (math.isfinite(x) and above < x < below and low <= x <= high):
         bounds = f" in [{low:g}, {high:g}]" if high < math.inf else f" > {above:g}" if above > -math.inf else ""
-        bounds = bounds or (f" >= {low:g}" if low > -math.inf else "")
+        bounds = bounds or (
+            f" in [{low:g}, {below:g})" if below < math.inf else f" >= {low:g}" if low > -math.inf else ""
+        )
         raise ValueError(f"{name}: expected a finite number{bounds}{other}, got {value!r}")
     return x
 

@@ -11,7 +11,7 @@ from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import EPS, Rows, check_outs, check_rows, nothing_for
 from fastmtl.ops.arguments import argument_error
-from fastmtl.rule import NOTHING, Context, Rule
+from fastmtl.rule import NOTHING, Context, Rule, solved
 
 __all__ = ["aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest", "gram_of"]
 
@@ -78,7 +78,7 @@ def aggregate_part(
         M = gram_of(grads, T)
     else:
         M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
-    info = rule.solve(reduce(M), coarsest(like), context)
+    info = solved(rule, reduce(M), coarsest(like), context)
     results = [torch.empty_like(x) for x in like]
     ops.combine_rows(grads, info.alpha, results)
     return results, info
@@ -94,7 +94,7 @@ def aggregate_groups(
         start, end = end, end + len(group)
         lists.append(check_rows([row[start:end] for row in rows])[0])
     grams = torch.stack([gram_of(grads, T).to(groups[0][0].device) for grads in lists])
-    info = rule.solve(grams, coarsest(p for group in groups for p in group), context)
+    info = solved(rule, grams, coarsest(p for group in groups for p in group), context)
     updates: list[Tensor | None] = []
     for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
         results = [torch.empty_like(p) for p in group]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, describe, stack_losses
-from fastmtl.options import check_number
+from fastmtl.inputs import describe
+from fastmtl.losses import Losses, stack_losses
+from fastmtl.options import check_number, plain
 
 __all__ = [
     "NOTHING",
@@ -23,6 +24,7 @@ __all__ = [
     "context_of",
     "draw_seed",
     "names_in_order",
+    "solved",
 ]
 
 
@@ -135,6 +137,20 @@ def context_of(
     return context._replace(losses=context.scaled(checked_losses(losses, T)))
 
 
+def solved(rule: Rule, M: Tensor, dtype: torch.dtype, context: Context) -> Info:
+    """What `rule.solve` makes of M [T, T] or [B, T, T].
+
+    Raises:
+        ValueError: its weights are not float64 of shape M.shape[:-1] on the device of M.
+    """
+    info = rule.solve(M, dtype, context)
+    alpha = info.alpha
+    if alpha.shape != M.shape[:-1] or alpha.dtype is not torch.float64 or alpha.device != M.device:
+        expected = f"expected float64 task weights of shape {list(M.shape[:-1])} on {M.device}"
+        raise ValueError(f"{rule!r}.solve: {expected} for M of shape {list(M.shape)}, got {describe(alpha)}")
+    return info
+
+
 class MethodModule(nn.Module):
     """What every method is as a module: it knows the tasks' names, and what it has learned and remembers of them.
 
@@ -203,6 +219,7 @@ def checked_scale(grad_scale: Any) -> Tensor | float | None:
     """
     if grad_scale is None:
         return None
+    grad_scale = plain(grad_scale)
     if not isinstance(grad_scale, Tensor):
         return check_number(grad_scale, "grad_scale", above=0)
     if not grad_scale.is_floating_point():

@@ -52,8 +52,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cover", type=int, default=2, choices=(1, 2), help=text)
 
 
+# Files that take longest, first of all: where they run in parallel, none of them is what is waited for in the end.
+LONGEST = (
+    "test_sanitizers.py",
+    "test_kernels.py",
+    "test_isa.py",
+    "test_distributed.py",
+    "test_scaling.py",
+    "test_ops.py",
+    "test_defects.py",
+    "test_sanitize.py",
+    "test_host_cuda.py",
+    "test_own_method.py",
+    "test_many_tasks.py",
+    "test_portable.py",
+)
+
+
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if config.getoption("--slow"):
         return
     everything = list(items)

@@ -17,6 +17,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DTYPES = (F32, F64, BF16, F16)
 EPS32, EPS64 = torch.finfo(F32).eps, torch.finfo(F64).eps
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+GUARD = 64  # elements before and after a result
 
 BUILT = ops.EXTENSIONS["_C"] is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="the extension is not built")
@@ -48,6 +49,20 @@ def conditioned(T: int, P: int, kappa: float, spread: float = 1.0, dtype: torch.
     G = G / G.norm(dim=1, keepdim=True)
     factors = torch.logspace(0, math.log10(spread), T, dtype=F64)[torch.randperm(T, generator=gen)]
     return (G * factors[:, None]).to(dtype)
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype, offset: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """An output of NaN in the middle of a larger buffer of sevens: finds unwritten and foreign elements."""
+    size = torch.Size(shape).numel()
+    buffer = torch.full((size + 2 * GUARD + offset,), 7.0, dtype=dtype, device=device)
+    out = buffer[GUARD + offset : GUARD + offset + size].view(shape)
+    out.fill_(torch.nan)
+    return buffer, out
+
+
+def check_guard(buffer: Tensor, size: int, offset: int = 0) -> None:
+    assert (buffer[: GUARD + offset] == 7.0).all()
+    assert (buffer[GUARD + offset + size :] == 7.0).all()
 
 
 def _with_row(row: Callable[[Tensor], Tensor]) -> Callable[[torch.dtype], Tensor]:
@@ -103,24 +118,34 @@ def svd_rank(G: Tensor, rtol: float | None = None, rank_rule: str = "normalized"
     return int((s > s.max() * rtol).sum())
 
 
-def svd_align(
+def svd_truth(
     G: Tensor,
     weights: Tensor | None = None,
     scale: str = "min",
     rtol: float | None = None,
     rank_rule: str = "normalized",
-) -> Tensor:
-    """Aligned-MTL by a float64 SVD: c · (polar factor of the R kept components of G)ᵀ w. Float64 [P]."""
+) -> tuple[Tensor, int, float]:
+    """Aligned-MTL by a float64 SVD: c · (polar factor of the R kept components of G)ᵀ w, float64 [P]; R; the κ of C."""
     T, P = G.shape
-    R = svd_rank(G, rtol, rank_rule)
-    if R == 0:
-        return torch.zeros(P, dtype=F64)
-    w = torch.full((T,), 1 / T, dtype=F64) if weights is None else weights.to(F64)
+    rtol = default_rtol(T, G.dtype) if rtol is None else rtol
     X, exponent = _prescaled(G)
-    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-    U, s, Vh = U[:, :R], s[:R], Vh[:R]
-    c = {"min": s[-1], "median": s.flip(0)[(R - 1) // 2], "rmse": s.square().mean().sqrt()}[scale]
-    return torch.ldexp(c * ((w @ U) @ Vh), torch.tensor(exponent))
+    if not X.any():
+        return torch.zeros(P, dtype=F64), 0, 1.0
+    Q, L = torch.linalg.qr(X.mT)  # the rows of Lᵀ are as accurate as those of X, each by itself
+    L = L.mT
+    own = torch.linalg.svdvals(_normalised(L, G.dtype))
+    kappa = float(own[0] / own[own > own[0] * rtol][-1])
+    U, s, Vh = torch.linalg.svd(L, full_matrices=False)
+    ranked = own if rank_rule == "normalized" else s
+    R = int((ranked > ranked[0] * rtol).sum())
+    w = torch.full((T,), 1 / T, dtype=F64) if weights is None else weights.to(F64)
+    c = {"min": s[R - 1], "median": s[:R].flip(0)[(R - 1) // 2], "rmse": s[:R].square().mean().sqrt()}[scale]
+    direction = Q @ ((w @ U[:, :R]) @ Vh[:R])
+    return torch.ldexp(c * direction, torch.tensor(exponent)), R, kappa
+
+
+def svd_align(G: Tensor, *args, **options) -> Tensor:
+    return svd_truth(G, *args, **options)[0]
 
 
 def condition(G: Tensor, rtol: float | None = None) -> float:

@@ -254,6 +254,11 @@ BACKWARD = {
         TypeError,
         ("losses", "names of tasks", "int"),
     ),
+    "losses of a dict": (
+        lambda trunk, heads, losses, h, table: (dict(enumerate(losses)).values(), trunk),
+        TypeError,
+        ("losses", "sequence", "dict_values", "pass the dict itself"),
+    ),
     "losses a generator": (
         lambda trunk, heads, losses, h, table: ((x for x in losses), trunk.parameters()),
         TypeError,
@@ -312,7 +317,7 @@ BACKWARD = {
     "named parameters": (
         lambda trunk, heads, losses, h, table: (losses, trunk.named_parameters()),
         TypeError,
-        ("shared[0]", "tensor", "tuple"),
+        ("shared[0]", "tensor", "tuple", "parameters()"),
     ),
     "a shared intermediate": (
         lambda trunk, heads, losses, h, table: (losses, [trunk.weight, h]),

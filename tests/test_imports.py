@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parents[1] / "fastmtl"
 # From the ground up: what stands on a line is imported by lines below it only. `fastmtl` itself is its __init__.py,
 # whose names are for users; large-T studies and the command line use them as users do.
 ORDER = (
-    *("inputs", "options", "once", "graph", "structure"),
+    *("inputs", "losses", "options", "once", "graph", "structure"),
     "ops",
     "info",
     "rule",

@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "pipeline: the finest dtype sets the rank's tolerance",
         "fastmtl/pipeline.py",
-        "if EPS[x.dtype] > EPS[found]:",
-        "if EPS[x.dtype] < EPS[found]:",
+        "if EPS.get(dtype, 0.0) > EPS[found]:",
+        "if EPS.get(dtype, 9.0) < EPS[found]:",
         "methods/test_aligned.py ops/test_ops.py training/test_backward.py",
     ),
     Mutant(
@@ -136,10 +136,17 @@ MUTANTS = [
     ),
     Mutant(
         "Gramian engine: a weight transposed twice is read as once",
-        "fastmtl/gramian/survey.py",
-        "flipped ^ turns",
-        "flipped or turns",
+        "fastmtl/gramian/views.py",
+        "for step in reversed(self.nodes):",
+        "for step in self.nodes[-1:]:",
         "gramian",
+    ),
+    Mutant(
+        "losses of examples: what mixes is taken for rounding",
+        "fastmtl/gramian/examples/layout.py",
+        "allowed**2 * size.square()",
+        "size.square()",
+        "gramian/test_examples.py",
     ),
     Mutant(
         "Gramian engine: uses on both sides have no products with each other",
@@ -187,8 +194,8 @@ MUTANTS = [
     Mutant(
         "options: a bound that is excluded is allowed",
         "fastmtl/options.py",
-        "above < x and",
-        "above <= x and",
+        "above < x < below",
+        "above <= x < below",
         "methods/test_options.py scalarization",
     ),
 ]

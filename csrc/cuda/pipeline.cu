@@ -43,7 +43,9 @@ GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   const int64_t T = G.tasks();
   // Float64 tensor cores multiply as fast as float32 does elsewhere, and spare a second pass over G and the probe.
   // Where float64 is slow, and for the blocks off the diagonal beyond 64 tasks, float32 comes first.
-  const bool blocks = !exact && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
+  // Without columns there is nothing to measure.
+  const bool blocks =
+      !exact && G.columns() > 0 && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
   const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
 }

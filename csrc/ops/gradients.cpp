@@ -1,6 +1,6 @@
 // The CPU ops: what torch hands over becomes row pointers, and the pipeline runs on them.
 //
-// Schemas, fakes and the reference implementation live in fastmtl/ops.py; this file adds implementations for the CPU.
+// Schemas, fakes and the reference implementation are in fastmtl/ops; this file adds implementations for the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// The CPU ops that turn Gram matrices into task weights; schemas and reference are in fastmtl/ops.py.
+// The CPU ops that turn Gram matrices into task weights; schemas and reference are in fastmtl/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -13,7 +13,7 @@ from fastmtl import ops
 from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 
-__all__ = ["BLOCK", "Contraction"]
+__all__ = ["BLOCK", "Contraction", "scale_of", "times"]
 
 _F64 = torch.float64
 _NEAR = 20  # powers of two that factors may be from 1: products of smaller or larger ones could leave float32
@@ -51,9 +51,9 @@ class Contraction:
             dtype: of products, float32 or float64; sums over rows are in float64.
         """
         found = [side for uses in self._sides if (side := _side(uses, arrived, dtype)) is not None]
-        scale = _scale([B for _, B in found], 1)
-        sizes = [_scale([A], 0) for A, _ in found]
-        found = [(_times(A, size), _times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
+        scale = scale_of([B for _, B in found], 1)
+        sizes = [scale_of([A], 0) for A, _ in found]
+        found = [(times(A, size), times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
         M = torch.zeros(scale.numel(), scale.numel(), dtype=_F64, device=scale.device)
         lengths = torch.zeros_like(scale)
         for (A, B), size in zip(found, sizes, strict=True):
@@ -72,7 +72,8 @@ class Contraction:
         used = [use for use in self.uses if use.edge in cotangents]
         if not used:
             return
-        g = _sum(use.gradient(cotangents[use.edge]) for use in used).to(self.parameter.dtype)
+        target = self.parameter if self._block is None else self.parameter.narrow(*self._block)
+        g = _sum(use.whole_gradient(cotangents[use.edge], target.shape) for use in used).to(self.parameter.dtype)
         if self._block is not None:
             whole = torch.zeros_like(self.parameter)
             whole.narrow(*self._block).copy_(g)
@@ -98,7 +99,7 @@ def _side(uses: Sequence[Use], arrived: Mapping[Edge, Tensor], dtype: torch.dtyp
     return (factors[0], cotangents[0]) if factors else None
 
 
-def _scale(tensors: Sequence[Tensor], dims: int) -> Tensor:
+def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
     """Powers of two, float64, that bring the largest entries near 1 where they are far from that, `dims` dimensions."""
     device = tensors[0].device
     sizes = [
@@ -115,7 +116,7 @@ def _scale(tensors: Sequence[Tensor], dims: int) -> Tensor:
     return torch.where(far, torch.ldexp(scale, -exponent), scale)
 
 
-def _times(x: Tensor, scale: Tensor) -> Tensor:
+def times(x: Tensor, scale: Tensor) -> Tensor:
     """`x`, itself where that is known to be the product."""
     if not x.is_floating_point() or not (scale.is_cuda or (scale != 1).any()):  # nothing waits for a GPU
         return x

@@ -22,7 +22,7 @@ from fastmtl.inputs import DTYPES, Row, check_gradient
 from fastmtl.pipeline import coarsest, gram_of
 from fastmtl.rule import Context, Rule
 
-__all__ = ["Result", "update"]
+__all__ = ["Result", "update", "without_autocast", "working_dtype"]
 
 # How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
 _CANCELLED = 4.0
@@ -113,7 +113,7 @@ def update(
         trunk = _trunk(
             graph.frontier, at_frontier, todo, at_once=at_once, retain_graph=retain_graph, again=bool(rest.common)
         )
-        with _without_autocast(device):
+        with without_autocast(device):
             M = trunk.gram(len(losses), device)
             for t, row in enumerate(of_own):
                 M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
@@ -213,7 +213,7 @@ class _Trunk(NamedTuple):
         for contraction in self.todo.contractions:
             dtypes = {self.arrived[use.edge].dtype for use in contraction.uses if use.edge in self.arrived}
             if dtypes:
-                parts.append((contraction, *contraction.gram(self.arrived, _working_dtype(dtypes))))
+                parts.append((contraction, *contraction.gram(self.arrived, working_dtype(dtypes))))
         M += sum(own for _, own, _ in parts)
         if device.type == "cpu":  # nothing waits for a GPU
             allowed = _CANCELLED * M.diagonal()
@@ -380,14 +380,14 @@ def _dense(g: Tensor) -> Tensor:
     return g if g.layout is torch.strided else g.to_dense()
 
 
-def _working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
     """What products of tensors of these dtypes are made in: float32 only where it is not rounded further."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
 
 
 @contextmanager
-def _without_autocast(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> Iterator[None]:
     """Within, products are made in the dtype of their operands, also where the caller has autocast on."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):

@@ -15,7 +15,7 @@ from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.survey import Consumer, Survey, parts_of
 from fastmtl.graph import SEVERAL, Edge, edge_of
 
-__all__ = ["Plan", "plan", "settled"]
+__all__ = ["Plan", "plan", "settled", "uses_of"]
 
 
 class Plan(NamedTuple):
@@ -54,7 +54,7 @@ def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, in
             else:
                 explicit.append(parameter)
             continue
-        blocks = [] if parts is None else [(_uses(part.consumers, parameter.device), part) for part in parts]
+        blocks = [] if parts is None else [(uses_of(part.consumers, parameter.device), part) for part in parts]
         if parts is None or any(own is None for own, _ in blocks):
             explicit.append(parameter)
             unrecognised.append(name)
@@ -115,7 +115,7 @@ def _way(consumers: Sequence[Consumer]) -> Iterator[Edge]:
     return (edge for consumer in consumers for edge in consumer.way)
 
 
-def _uses(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | None:
+def uses_of(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | None:
     """The closed forms of all of them, None where one has none or they do not go together."""
     uses: list[Use] = []
     for consumer in consumers:
@@ -126,7 +126,15 @@ def _uses(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | No
     for side in (0, 1):
         if len({(use.is_indexed, use.groups, use.width, use.depth) for use in uses if use.side == side}) > 1:
             return None
-    return uses
+    # Gradients of what is read in several orders have products of their own.
+    return uses if len({use.order for use in uses}) < 2 and _match(uses) else None
+
+
+def _match(uses: Sequence[Use]) -> bool:
+    """Whether the sides see the same matrix, of one group."""
+    shapes = {(use.width, use.depth) if use.side == 0 else (use.depth, use.width) for use in uses}
+    both = len({use.side for use in uses}) > 1
+    return len(shapes) == 1 and not (both and (uses[0].groups > 1 or uses[0].order is not None))
 
 
 def _with_this_bias(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastmtl.gramian.saved import Saved, is_builtin
+from fastmtl.gramian.views import View
 from fastmtl.graph import SEVERAL, Edge, edge_of
 
-__all__ = ["PASSED_ON", "SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
+__all__ = ["SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
 
-# Operations that only pass a parameter on, as it is, transposed or cast, or in disjoint blocks.
-PASSED_ON = {"TBackward0": Saved(), "TransposeBackward0": Saved("dim0", "dim1"), "ToCopyBackward0": Saved()}
+# Operations on activations that cost nothing to speak of.
+_FREE = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})
+# Operations that pass a parameter on in disjoint blocks.
 SPLITS = {
     "SplitBackward0": Saved("dim", "split_size", "self_sym_sizes"),
     "SplitWithSizesBackward0": Saved("dim", "split_sizes", "self_sym_sizes"),
@@ -28,12 +30,16 @@ class Consumer(NamedTuple):
         operand: which of its inputs the parameter is.
         flipped: whether it reads the transpose.
         way: the outputs of the operations that have handed the parameter on.
+        order: what tells apart the orders in which parameters are read; None for their own, or the transpose's.
+        views: those of the operations that rearranged it, the last one first, where there is an order.
     """
 
     node: Any
     operand: int
     flipped: bool
     way: tuple[Edge, ...]
+    order: Hashable = None
+    views: tuple[Any, ...] = ()
 
 
 class Part(NamedTuple):
@@ -94,7 +100,7 @@ def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
                 users.setdefault(edge[0], []).append((node, i, edge[1]))
             else:
                 boundary.setdefault(node, []).append((i, frontier.setdefault(edge, len(frontier))))
-    nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in PASSED_ON]
+    nodes = [node for node, t in owner.items() if t == SEVERAL and node.next_functions and node.name() not in _FREE]
     for node, output in frontier:
         if node._input_metadata[output].is_cpp_nested_tensor:
             raise NotImplementedError(
@@ -119,7 +125,8 @@ def parts_of(node: Any, graph: Survey) -> list[Part] | None:
         edges = [((split, output), _block(split, output)) for output in range(len(split._input_metadata))]
     try:
         parts = [
-            Part(list(_consumers(edge, graph, False, () if block is None else (edge,))), block) for edge, block in edges
+            Part(list(_consumers(edge, graph, View(edge), () if block is None else (edge,))), block)
+            for edge, block in edges
         ]
     except _ReadElsewhere:
         return None
@@ -137,26 +144,15 @@ class _ReadElsewhere(Exception):
     pass
 
 
-def _consumers(edge: Edge, graph: Survey, flipped: bool, way: tuple[Edge, ...]) -> Iterator[Consumer]:
+def _consumers(edge: Edge, graph: Survey, view: View, way: tuple[Edge, ...]) -> Iterator[Consumer]:
     if edge in graph.open_ends:
         raise _ReadElsewhere
     for user, operand, output in graph.users.get(edge[0], ()):
         if output != edge[1]:
             continue
-        turns = _turns(user)
-        if turns is None:
-            yield Consumer(user, operand, flipped, way)
+        following = view.through(user)
+        if following is None:
+            flipped, order = view.order()
+            yield Consumer(user, operand, flipped, way, order, () if order is None else view.nodes)
         else:
-            yield from _consumers((user, 0), graph, flipped ^ turns, (*way, (user, 0)))
-
-
-def _turns(node: Any) -> bool | None:
-    """Whether an operation that only passes its input on transposes it; None for any other operation."""
-    saved = PASSED_ON.get(node.name())
-    if saved is None or not saved.covers(node):
-        return None
-    is_matrix = len(node._input_metadata[0].shape) == 2
-    if node.name() == "TransposeBackward0":
-        # Dimensions count from the end where they are negative, read as unsigned.
-        return bool((node._saved_dim0 - node._saved_dim1) % 2) if is_matrix else None
-    return node.name() == "TBackward0" and is_matrix
+            yield from _consumers((user, 0), graph, following, (*way, (user, 0)))

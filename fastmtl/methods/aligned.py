@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from fastmtl import ops
 from fastmtl.info import Info, tolerances
-from fastmtl.inputs import Losses, Rows, checked_out
+from fastmtl.inputs import Rows, checked_out
+from fastmtl.losses import Losses
 from fastmtl.methods.base import GradScale, GramMethod
 from fastmtl.methods.weighted import Weighted
 from fastmtl.options import Weights, choice, number, option, show_weights

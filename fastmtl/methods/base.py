@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Losses, Rows, check_tangent, checked_out, describe, transforming
+from fastmtl.inputs import DTYPES, Rows, check_tangent, checked_out, describe, transforming
+from fastmtl.losses import Losses
+from fastmtl.methods.checks import checked_weights
 from fastmtl.pipeline import aggregate_rows
-from fastmtl.rule import NOTHING, Context, MethodModule, context_of
+from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -114,6 +116,9 @@ class Method(MethodModule):
         grad_scale: GradScale = None,
         engine: Literal["full", "gramian", "auto"] = "full",
         every: int | Literal["auto"] = 1,
+        batch_dim: int | None = None,
+        per: Literal["all", "example", "task"] = "all",
+        check: bool = True,
     ) -> Info:
         """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
 
@@ -130,8 +135,9 @@ class Method(MethodModule):
 
         Args:
             losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
-                name, whatever its order: `info.names` has that of the first step. A task is absent if its loss is None
-                or requires no grad (as is one whose gradient is zero): its row of G is missing, α 0, its head alone.
+                name, whatever its order: `info.names` has that of the first step, in which a list is read from then on.
+                A task is absent if its loss is None or requires no grad (as is one whose gradient is zero): its row of
+                G is missing, α 0, its head alone.
             shared: the shared parameters: a module or an iterable of parameters, of which those count that require
                 grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
                 reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
@@ -159,6 +165,13 @@ class Method(MethodModule):
                 faster.
             every: compute task weights in every k-th step; in between one pass brings Σ α_t g_t with the last ones, now
                 in `state_dict()`, and each head its own gradient. "auto": k grows while they hardly turn.
+            batch_dim: the losses are those of examples, [B], or of T tasks and B examples, [T, B] or [B, T]: this is
+                the examples' dimension. Loss b depends on example b alone: one backward pass brings all B gradients'
+                Gram matrix (docs/methods.md), whichever `engine`. Shared are, by default, all parameters.
+            per: of T tasks and B examples, what is aggregated with each other: "all", α [T·B] in the order of [T, B];
+                "example", the tasks of each, α [B, T]; "task", the examples of each, α [T, B]. The parts are summed.
+            check: see by a second pass that no loss depends on another's example, in each step (on a GPU the host waits
+                for it), or in the first of each kind of graph alone.
 
         Returns:
             What the method saw and did.
@@ -183,6 +196,9 @@ class Method(MethodModule):
             grad_scale=grad_scale,
             engine=engine,
             every=every,
+            batch_dim=batch_dim,
+            per=per,
+            check=check,
         )
 
     def after_step(self, losses: Callable[[], Losses]) -> None:
@@ -300,7 +316,7 @@ class GramMethod(Method):
         Returns:
             An info with `alpha`, float64 [..., T], and `gram`.
         """
-        alpha = _checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
+        alpha = checked_weights(self, self.weigh(M.to(torch.float64, copy=True)), M)
         return Info.of(ops.constant(M, alpha), M)
 
     def weighting(
@@ -342,15 +358,15 @@ class GramMethod(Method):
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
         T = shape[-1]
         self.check_tasks(T)
-        return self.solve(M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
+        return solved(self, M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
 
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
-        ops.combine(G, self.solve(ops.gram(G), G.dtype, context).alpha, out)
+        ops.combine(G, solved(self, ops.gram(G), G.dtype, context).alpha, out)
 
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = self.solve(ops.gram_rows(grads, T, out), dtype, context)  # with all checks, before a state changes
+        info = solved(self, ops.gram_rows(grads, T, out), dtype, context)  # all is checked before a state changes
         ops.combine_rows(grads, info.alpha, out)
         return info
 
@@ -374,22 +390,3 @@ class _OfFunction(GramMethod):
 
 def _missing(method: Method, what: str) -> str:
     return f"{type(method).__name__}: expected it to define {what}"
-
-
-def _checked_weights(method: Method, alpha: object, M: Tensor) -> Tensor:
-    """What `weigh` returned for M, float64 and contiguous.
-
-    Raises:
-        TypeError: no tensor of a floating dtype.
-        ValueError: of another shape or device, or one that requires grad.
-    """
-    name, shape = f"{method!r}.weigh", list(M.shape[:-1])
-    expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
-    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
-    if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
-        raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
-    if alpha.shape != M.shape[:-1] or alpha.device != M.device:
-        raise ValueError(f"{name}: {expected}, got {describe(alpha)}")
-    if eager and alpha.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: {expected}, detached: the aggregation has no derivative; got requires_grad=True")
-    return alpha.detach().to(torch.float64).contiguous()

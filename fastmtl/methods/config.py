@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,13 @@ from fastmtl.info import Info
 from fastmtl.inputs import EPS
 from fastmtl.methods.base import GramMethod
 from fastmtl.methods.weighted import Weighted
-from fastmtl.options import Weights, number, option, show_weights
+from fastmtl.ops.reference.present import is_present
+from fastmtl.options import Weights, choice, number, option, show_weights
 from fastmtl.rule import NOTHING, Context
 
-__all__ = ["ConFIG"]
+__all__ = ["ConFIG", "Length"]
+
+Length: TypeAlias = Literal["projection", "min", "max", "harmonic", "arithmetic", "geometric"]
 
 
 class ConFIG(Weighted, GramMethod):
@@ -28,23 +33,29 @@ class ConFIG(Weighted, GramMethod):
 
     Args:
         weights: the ratio of the cosines: None, "mean" or "sum" for equal ones, or T numbers.
+        length: of g. "projection" is the paper's. The others give every gradient the same norm before it is projected:
+            the smallest ("min"), the largest ("max"), or their harmonic, arithmetic or geometric mean (the authors'
+            `TrackMinimum` and so on); "min" and "harmonic" keep a large gradient from making g long.
         rtol: singular values of U at most `rtol` times the largest are treated as zero. Default T · eps with eps of the
             gradients' dtype.
 
     Raises:
-        ValueError: weights that are not one-dimensional or not finite, a negative or non-finite `rtol`.
+        ValueError: weights that are not one-dimensional or not finite, an unknown `length`, a negative or non-finite
+            `rtol`.
         TypeError: an option of another kind.
     """
 
+    length: Length = option(choice(*get_args(Length)))
     rtol: float | None = option(number(low=0, optional=True))
 
-    def __init__(self, *, weights: Weights = None, rtol: float | None = None) -> None:
+    def __init__(self, *, weights: Weights = None, length: Length = "projection", rtol: float | None = None) -> None:
         super().__init__(weights)
+        self.length = length
         self.rtol = rtol
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"weights={show_weights(self.weights)}, rtol={self.rtol}"
+        return f"weights={show_weights(self.weights)}, length={self.length!r}, rtol={self.rtol}"
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
@@ -53,7 +64,25 @@ class ConFIG(Weighted, GramMethod):
             w = torch.ldexp(w, -torch.frexp(w.abs().amax()).exponent)
         # Gᵀv = U⁺ w, whose products with the unit gradients are `cosines`.
         v, cosines = ops.unit_solve(M, w, T * EPS[dtype] if self.rtol is None else self.rtol)
-        products = cosines * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        norms = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
+        products = cosines * norms
         squared = (v * products).sum(-1, keepdim=True)
-        length = products.sum(-1, keepdim=True)
+        if self.length == "projection":
+            length = products.sum(-1, keepdim=True)
+        else:
+            length = _tracked(norms, is_present(M), self.length) * cosines.sum(-1, keepdim=True)
         return Info.of(torch.where(squared == 0, 0.0, length / squared) * v, M)
+
+
+def _tracked(norms: Tensor, there: Tensor, length: Length) -> Tensor:
+    """The norm [..., 1] that all gradients are given: of those [..., T] that are there."""
+    n = there.sum(-1, keepdim=True).clamp_min(1)
+    if length == "min":
+        return torch.where(there, norms, torch.inf).amin(-1, keepdim=True)
+    if length == "max":
+        return norms.amax(-1, keepdim=True)
+    if length == "harmonic":
+        return n / torch.where(there, 1 / norms, 0.0).sum(-1, keepdim=True)
+    if length == "arithmetic":
+        return norms.sum(-1, keepdim=True) / n
+    return (torch.where(there, norms.log(), 0.0).sum(-1, keepdim=True) / n).exp()

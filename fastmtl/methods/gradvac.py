@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class GradVac(StatefulMethod):
         """The options, for `repr`."""
         return f"beta={self.beta}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         return {"targets": (shape, torch.float64)}
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class NashMTL(StatefulMethod):
     solution: Tensor  # α of the last one, float64 [T]; only with every > 1
     steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
 
+    _first: ClassVar[float] = 0.0  # the weights before the first solution, if they are ever used
+
     max_norm: float = option(number(low=0))
     every: int = option(integer(1))
 
@@ -59,28 +62,35 @@ class NashMTL(StatefulMethod):
         """The options, for `repr`."""
         return f"max_norm={self.max_norm}, every={self.every}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-        if self.every == 1:
+    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
+        if self.every == 1 and not self._first:
             return {}
-        return {"solution": (shape[:-1], torch.float64), "steps": (shape[:-2], torch.int64)}
+        return {"solution": (shape[:-1], torch.float64, self._first), "steps": (shape[:-2], torch.int64)}
+
+    def _solvable(self, M: Tensor) -> Tensor:
+        """For which matrices [...] there is a solution; for others the last one is kept."""
+        return M.isfinite().all(-1).all(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         alpha, residual = ops.nash(wide, 1.0)
-        if self.every > 1:
+        if self.every > 1 or self._first:
             alpha = self._kept(alpha, wide)
-        if self.max_norm:
-            squared = (alpha[..., None, :] @ wide @ alpha[..., None]).squeeze(-1)
-            # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
-            alpha = alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
-        return Info.of(alpha, M, residual=residual)
+        return Info.of(self._shortened(alpha, wide), M, residual=residual)
+
+    def _shortened(self, alpha: Tensor, M: Tensor) -> Tensor:
+        if not self.max_norm:
+            return alpha
+        squared = (alpha[..., None, :] @ M @ alpha[..., None]).squeeze(-1)
+        # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
+        return alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
 
     def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""
         solution, steps = self._state(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
         there = is_present(M)
-        due = (steps % self.every == 0) | (there & (solution == 0)).any(-1)
+        due = self._solvable(M) & ((steps % self.every == 0) | (there & (solution == 0)).any(-1))
         kept = torch.where(due[..., None] & there, alpha, solution)
         solution.copy_(torch.where(finite[..., None], kept, solution))
         steps.add_(finite)

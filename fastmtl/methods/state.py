@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ class StatefulMethod(GramMethod):
     def _state(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
         """The state for Gram matrices of this shape, on this device, for a step to change: in evaluation a copy."""
         state: list[Tensor] = []
-        for name, (wanted, dtype) in self._state_of(shape).items():
+        for name, (wanted, dtype, *initial) in self._state_of(shape).items():
             value = self._buffers[name]
             if value is None:
                 with torch.inference_mode(False):  # later steps may be outside of it
-                    value = torch.zeros(wanted, dtype=dtype, device=device)
+                    value = torch.full(wanted, initial[0] if initial else 0, dtype=dtype, device=device)
             elif value.shape != torch.Size(wanted):
                 raise ValueError(
                     f"{type(self).__name__}: expected Gram matrices as in the first step, for a state of shape "
@@ -46,6 +47,6 @@ class StatefulMethod(GramMethod):
             state.append(value if self.training else value.clone())
         return state
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-        """Shape and dtype of each buffer that the options need, for Gram matrices [..., T, T]."""
+    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
+        """Shape, dtype and, if not 0, initial value of each buffer that is needed, for Gram matrices [..., T, T]."""
         raise NotImplementedError

@@ -21,6 +21,9 @@ class Weighted:
 
     def __init__(self, weights: options.Weights) -> None:
         super().__init__()
+        self._set_weights(weights)
+
+    def _set_weights(self, weights: options.Weights) -> None:
         self.weights = weights  # type: ignore[assignment]
         self._copies = options.Copies()
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, describe
+from fastmtl.inputs import describe
+from fastmtl.losses import Losses
 from fastmtl.observe import diagnostics
 from fastmtl.rule import checked_losses
 

@@ -1,14 +1,37 @@
 """Methods that look at the losses alone (and GradNorm, at gradient norms): one scalar from T losses; one a file."""
 
 from fastmtl.scalarization.base import Scalarization
+from fastmtl.scalarization.cosmos import COSMOS
 from fastmtl.scalarization.dwa import DWA
 from fastmtl.scalarization.famo import FAMO
 from fastmtl.scalarization.gls import GLS
+from fastmtl.scalarization.go4align import GO4Align
 from fastmtl.scalarization.gradnorm import GradNorm
 from fastmtl.scalarization.imtl_l import IMTLL
 from fastmtl.scalarization.ls import LS
+from fastmtl.scalarization.ntk import NTK
+from fastmtl.scalarization.pbi import PBI
+from fastmtl.scalarization.relobralo import ReLoBRaLo
 from fastmtl.scalarization.rlw import RLW
+from fastmtl.scalarization.softadapt import SoftAdapt
 from fastmtl.scalarization.stch import STCH
 from fastmtl.scalarization.uncertainty import Uncertainty
 
-__all__ = ["DWA", "FAMO", "GLS", "IMTLL", "LS", "RLW", "STCH", "GradNorm", "Scalarization", "Uncertainty"]
+__all__ = [
+    "COSMOS",
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLL",
+    "LS",
+    "NTK",
+    "PBI",
+    "RLW",
+    "STCH",
+    "GO4Align",
+    "GradNorm",
+    "ReLoBRaLo",
+    "Scalarization",
+    "SoftAdapt",
+    "Uncertainty",
+]

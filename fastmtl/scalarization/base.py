@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, check_losses, describe, has_numbers, names_of, stack_losses
+from fastmtl.inputs import describe, has_numbers
+from fastmtl.losses import Losses, check_losses, names_of, stack_losses
 from fastmtl.options import integer, option
 from fastmtl.rule import MethodModule, checked_scale
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import options
-from fastmtl.inputs import Losses
+from fastmtl.losses import Losses
 from fastmtl.options import Numbers, integer, number, numbers, option
 from fastmtl.rule import checked_scale
 from fastmtl.scalarization.adam import Adam

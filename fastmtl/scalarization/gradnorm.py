@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmtl.inputs import Losses, describe
+from fastmtl.inputs import describe
+from fastmtl.losses import Losses
 from fastmtl.options import Numbers, integer, number, numbers, option
 from fastmtl.rule import checked_scale
 from fastmtl.scalarization.adam import Adam

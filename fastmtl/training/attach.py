@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastmtl import once
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, describe
+from fastmtl.inputs import describe
+from fastmtl.losses import Losses
 from fastmtl.rule import Rule, checked_scale
 from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.fan_out import FanOut, Via, check_arguments, place

@@ -8,13 +8,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastmtl import once
+from fastmtl.gramian.examples import Per
 from fastmtl.info import Info
-from fastmtl.inputs import Losses, check_losses, names_of, present_losses
+from fastmtl.losses import Losses, check_losses, names_of, present_losses
 from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
 from fastmtl.training.parameters import Parameters
-from fastmtl.training.paths import amortised
+from fastmtl.training.paths import amortised, per_example
 from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
@@ -37,17 +38,19 @@ def backward(
     grad_scale: Tensor | float | None = None,
     engine: Engine = "full",
     every: int | Literal["auto"] = 1,
+    batch_dim: int | None = None,
+    per: Per = "all",
+    check: bool = True,
 ) -> Info:
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
-    names = names_in_order(method, names_of(losses))
-    tasks = present_losses(check_losses(losses, names=names))
-    method.check_tasks(len(tasks))
+    names, tasks, T = _tasks(method, losses, batch_dim, per)
+    method.check_tasks(T)
     options = Options(
-        *(method, len(tasks), shared, representation, features, batched, groups, scale_heads, retain_graph),
-        *(None if process_group is False else process_group, engine, every),
+        *(method, T, shared, representation, features, batched, groups, scale_heads, retain_graph),
+        *(None if process_group is False else process_group, engine, every, batch_dim, per, check),
     )
     paths.check(options)
-    if isinstance(losses, Tensor) and shared is representation is groups is None:
+    if isinstance(losses, Tensor) and batch_dim is None and shared is representation is groups is None:
         _warn_of_arithmetic(losses)
     step = prepare(options, tasks, grad_scale, unsaid=process_group is None)
     updates, info, reached = _run(step)
@@ -55,6 +58,19 @@ def backward(
     commit(updates, reached)
     amortised.keep(step, info)
     return info
+
+
+def _tasks(
+    method: Rule, losses: Losses, batch_dim: int | None, per: Per
+) -> tuple[tuple[str, ...] | None, list[Tensor | None], int]:
+    """The tasks' names, the losses, and how many are aggregated with each other."""
+    if batch_dim is not None:
+        each = per_example.checked_losses(losses, batch_dim)
+        T, B = each.shape
+        return None, [each], {"example": T, "task": B}.get(per, T * B)
+    names = names_in_order(method, names_of(losses))
+    tasks = present_losses(check_losses(losses, names=names))
+    return names, tasks, len(tasks)
 
 
 def _warn_of_arithmetic(losses: Tensor) -> None:

@@ -18,16 +18,8 @@ from torch import Tensor
 from fastmtl import once
 from fastmtl.graph import Edge, edge_of, reached_by, trunk_of
 from fastmtl.info import Info
-from fastmtl.inputs import (
-    DTYPES,
-    Losses,
-    check_losses,
-    check_names,
-    describe,
-    present_losses,
-    requires_grad_outside,
-    transforming,
-)
+from fastmtl.inputs import DTYPES, describe, requires_grad_outside, transforming
+from fastmtl.losses import Losses, check_losses, check_names, present_losses
 from fastmtl.rule import Context, Rule, checked_scale, names_in_order
 from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture

@@ -32,7 +32,8 @@ def checked_parameters(given: Parameters, name: str = "shared") -> list[Tensor]:
     frozen = 0
     for i, p in enumerate(given):
         if not isinstance(p, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a parameter (tensor), got {describe(p)}")
+            hint = "; pass the module itself, or its parameters()" if isinstance(p, tuple) else ""
+            raise TypeError(f"{name}[{i}]: expected a parameter (tensor), got {describe(p)}{hint}")
         if not p.is_leaf:
             raise ValueError(f"{name}[{i}]: expected a leaf tensor (a parameter), got an intermediate {describe(p)}")
         if not p.requires_grad:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import once
+from fastmtl.gramian.examples import Per
 from fastmtl.graph import Leaves, Trunk, edge_of, leaves_of, trunk_of
 from fastmtl.info import Info
 from fastmtl.inputs import Row
@@ -24,7 +25,10 @@ Engine: TypeAlias = Literal["full", "gramian", "auto"]
 
 
 class Options(NamedTuple):
-    """The arguments of `Method.backward`, as they came; `process_group` is None where it was False."""
+    """The arguments of `Method.backward`, as they came; `process_group` is None where it was False.
+
+    `tasks` is the number of losses that are aggregated with each other.
+    """
 
     method: Rule
     tasks: int
@@ -37,7 +41,10 @@ class Options(NamedTuple):
     retain_graph: bool
     process_group: Any
     engine: Engine
-    every: int | Literal["auto"]
+    every: int | Literal["auto"] = 1
+    batch_dim: int | None = None
+    per: Per = "all"
+    check: bool = True
 
 
 class Outcome(NamedTuple):
@@ -59,7 +66,7 @@ class Step(NamedTuple):
 
     Attributes:
         options: what was asked for.
-        losses: T losses, None for the absent.
+        losses: T losses, None for the absent; with `batch_dim` one tensor of them, [T, B].
         parameters: the shared parameters, each once.
         names: what they are called, by their ids, where they came as a module.
         groups: their groups; none where they are aggregated together.
@@ -108,7 +115,7 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
 
     Args:
         options: what was asked for.
-        losses: T losses, None for the absent.
+        losses: T losses, None for the absent; with `batch_dim` one tensor of them.
         grad_scale: the factor of a loss scaler.
         unsaid: whether nobody said if processes aggregate together.
 
@@ -131,12 +138,15 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
     groups = [] if options.groups is None else checked_groups(options.groups)
     parameters = [p for part in groups for p in part] if options.shared is None else checked_parameters(options.shared)
     _check_present(losses, together, known=bool(parameters or cut))
-    context = context_of(options.method, losses, len(losses), grad_scale, agree)
+    of_examples = losses[0] if options.batch_dim is not None else None
+    each = losses if of_examples is None else of_examples.flatten()
+    context = context_of(options.method, each, len(each), grad_scale, agree)
 
-    heads, trunk = leaves_of(losses, cut), trunk_of(edge_of(x) for x in cut)
+    heads, trunk = leaves_of(losses, cut, joints=of_examples is None), trunk_of(edge_of(x) for x in cut)
     if not parameters:
         # Everything behind a representation or features is shared; without them, what several losses reach.
-        parameters = trunk.leaves if upper_bound else _of_model(trunk.leaves if cut else heads.shared())
+        reached = trunk.leaves if cut else heads.all() if of_examples is not None else heads.shared()
+        parameters = trunk.leaves if upper_bound else _of_model(reached)
         if not parameters and not upper_bound:
             raise ValueError("shared: expected parameters that at least two losses reach, found none: name them")
     if unsaid and are_plain(parameters):  # shards are averaged in the passes

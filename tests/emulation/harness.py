@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import build
 import torch
-from helpers import EPS32, EPS64, F64, default_rtol
+from helpers import F32, F64, check_guard, guarded
+from parity import Aligned, policy
 from torch import Tensor
 
 # Shared memory that a block can have: compute capability 7.5, where the eigenvectors of many tasks do not fit, and 9.0.
 SMALL_SHARED, LARGE_SHARED = 65536, 232448
-GUARD = 64
 KERNELS = Path(__file__).with_name("kernels.cpp")
 
 
@@ -40,60 +40,52 @@ def module() -> ModuleType:
     return build.load(built())
 
 
-def guarded(shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """An output of NaN in the middle of a larger buffer of sevens: finds unwritten and foreign elements."""
-    size = torch.Size(shape).numel()
-    buffer = torch.full((size + 2 * GUARD + offset,), 7.0, dtype=dtype)
-    out = buffer[GUARD + offset : GUARD + offset + size].view(*shape)
-    out.fill_(torch.nan)
-    return buffer, out
-
-
-def check_guard(buffer: Tensor, size: int, offset: int = 0) -> None:
-    assert (buffer[: GUARD + offset] == 7.0).all()
-    assert (buffer[GUARD + offset + size :] == 7.0).all()
-
-
-def settings(
-    T: int,
-    dtype: torch.dtype,
-    weights: Tensor | None = None,
-    scale: str = "min",
-    rtol: float | None = None,
-    rank_rule: str = "normalized",
-) -> dict:
+def settings(T: int, dtype: torch.dtype, **options) -> dict:
+    weights, scale, rtol, zero, rank_rule = policy(T, dtype, **options)
     weights = None if weights is None else weights.to(F64).contiguous()
-    return {
-        "keep": weights,  # alive while the kernels read it
-        "weights": 0 if weights is None else weights.data_ptr(),
-        "scale": scale,
-        "rank_rule": rank_rule,
-        "rtol": default_rtol(T, dtype) if rtol is None else rtol,
-        "zero": EPS64 if dtype is F64 else EPS32,
-    }
-
-
-@dataclass
-class Aligned:
-    out: Tensor | list[Tensor]
-    M: Tensor
-    alpha: Tensor
-    lam: Tensor
-    rank: Tensor
-    launches: list[str]
-
-    def bits(self) -> list[Tensor]:
-        """All of it for comparisons in which NaN equals NaN."""
-        outs = self.out if isinstance(self.out, list) else [self.out]
-        every = [*outs, self.M, self.alpha, self.lam, self.rank]
-        return [x.contiguous().view(torch.uint8) if x.ndim else x for x in every]
+    address = 0 if weights is None else weights.data_ptr()
+    chosen = {"weights": address, "scale": scale, "rank_rule": rank_rule, "rtol": rtol, "zero": zero}
+    return {**chosen, "keep": weights}  # alive while the kernels read it
 
 
 class Device:
-    """A device whose float64 is slow or not, with this much shared memory."""
+    """A device whose float64 is slow or not, with this much shared memory: a backend of tests/parity.py."""
+
+    any_strides = False  # others are copied before a kernel sees them
 
     def __init__(self, slow: bool = False, limit: int = LARGE_SHARED):
         self.slow, self.limit = slow, limit
+
+    def takes(self, *shape: int) -> bool:
+        """An emulated thread takes its time."""
+        return math.prod(shape) <= 42_000
+
+    def takes_spectra(self, T: int) -> bool:
+        return T <= 64  # beyond, the eigenproblem goes to the host
+
+    def blocks(self, T: int, dtype: torch.dtype) -> bool:
+        """Whether a Gram need not be exact where blocks in float32 will do."""
+        return dtype is not F64 and (8 if self.slow else 64) < T
+
+    def grams(self, G: Tensor) -> list[tuple[Tensor, float]]:
+        blocks = G.shape[-1] > 0 and self.blocks(G.shape[-2], G.dtype)
+        return self._grams(lambda exact: self.gram(G, exact), blocks, G.shape[:-2].numel())
+
+    def grams_of_rows(self, grads: Sequence[Tensor | None], T: int) -> list[tuple[Tensor, float]]:
+        kinds = {g.dtype for g in grads if g is not None and g.numel()}
+        blocks = bool(kinds) and F64 not in kinds and self.blocks(T, F32)
+        return self._grams(lambda exact: self.gram_rows(grads, T, exact), blocks, 1)
+
+    @staticmethod
+    def _grams(gram: Callable, blocks: bool, matrices: int) -> list[tuple[Tensor, float]]:
+        """The exact one, and where the sums of 128 products are float32's, good to some 3e-7 of the row norms."""
+        (exact, none), (M, bounds) = gram(True), gram(False)
+        assert not none
+        assert len(bounds) == blocks * matrices
+        return [(exact, 1e-12), (M, 6e-7 if blocks else 1e-12)]
+
+    def aligned_gram_limit(self, T: int, dtype: torch.dtype) -> float:
+        return 6e-7 if self.blocks(T, dtype) else 1e-12
 
     def session(self):
         module().set_shared_limit(self.limit)

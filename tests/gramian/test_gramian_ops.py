@@ -17,16 +17,19 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fastmtl
-from fastmtl.gramian import cost, forms, survey
+from fastmtl.gramian import cost, forms, survey, views
 from fastmtl.gramian.saved import Saved, attributes
 from fastmtl.gramian.survey import Consumer
+from fastmtl.graph import edge_of, is_leaf
 
 # ------------------------------------------------------------------------------------------------ declarations
 
 DECLARED = {
     **{key: form.saved for key, form in forms.FORMS.items()},
     **{key: bias.saved for key, bias in forms.BIASES.items()},
-    **{(name, 0): saved for table in (survey.PASSED_ON, survey.SPLITS) for name, saved in table.items()},
+    **{key: saved for key, (saved, *_) in forms.ENTRYWISE.items() if key not in forms.BIASES},
+    **{(name, 0): saved for name, saved in survey.SPLITS.items()},
+    **{(name, 0): kind.saved for name, kind in views.KINDS.items()},
 }
 NODES = [name for name in dir(torch._C._functions) if name[0] != "_"]
 
@@ -52,7 +55,7 @@ def test_every_node_of_this_torch_goes_through_the_rule():
                 assert forms.use_of(consumer, torch.device("cpu")) is None
             assert forms.is_bias(consumer) <= ((name, operand) in forms.BIASES)
         if name not in known:
-            assert survey._turns(node) is None
+            assert views.View((node, 0)).through(node) is None
 
 
 class Node:
@@ -88,7 +91,10 @@ def _nodes():
         "mm from the left": ((w @ randn(5, 2)).grad_fn, (0,)),
         "addmm": (torch.addmm(b, x, w).grad_fn, (0, 2)),
         "addmm from the left": (torch.addmm(b[:2], w, randn(5, 2)).grad_fn, (0, 1)),
+        "bmm": (torch.bmm(randn(2, 3, 4), nn.Parameter(randn(2, 4, 5))).grad_fn, (1,)),
+        "bmm from the left": (torch.bmm(nn.Parameter(randn(2, 3, 4)), randn(2, 4, 5)).grad_fn, (0,)),
         "convolution": (F.conv2d(randn(2, 2, 5, 5), kernel, b[:3]).grad_fn, (1, 2)),
+        "embedding bag": (F.embedding_bag(torch.tensor([[0, 2]]), w).grad_fn, (0,)),
         "embedding": (F.embedding(torch.tensor([0, 2]), w).grad_fn, (0,)),
     }
 
@@ -112,21 +118,52 @@ def test_an_attribute_that_nobody_knows_makes_the_use_explicit(name):
             assert not recognised(_like(node, **{attribute: 1 if neutral is False else 2}), operand)
 
 
+def way_of(x):
+    """How a parameter comes to be `x`; None where an operation does more than hand it on."""
+    nodes = [x.grad_fn]
+    while not is_leaf(behind := nodes[-1].next_functions[0][0]):
+        nodes.append(behind)
+    view = views.View((behind, 0))
+    for node in reversed(nodes):
+        view = None if view is None else view.through(node)
+    return view
+
+
 def test_what_passes_a_parameter_on_is_declared_too():
-    p = nn.Parameter(randn(4, 4))
-    for x, turns in (
+    p, q = nn.Parameter(randn(4, 4)), nn.Parameter(randn(2, 3, 4))
+    for x, flipped in (
         (p.t(), True),
+        (p.T, True),
         (p.mT, True),
+        (p.permute(1, 0), True),
+        (p.transpose(-2, 1), True),
+        (p.transpose(0, 1).contiguous(), True),
+        (p.t().t(), False),
         (p.transpose(0, 0), False),
         (p.transpose(-1, 1), False),
-        (p.transpose(-2, 1), True),
-        (p[0].t(), False),
         (p.double(), False),
-        (p.tanh(), None),
-        (nn.Parameter(randn(2, 3, 4)).transpose(0, 1), None),
+        (p.view(2, 8), False),
+        (q.mT, True),
+        (q.mT[None], True),
+        (q.permute(-3, -1, -2), True),
+        (q.flatten(1), False),
+        (q.transpose(0, 1), None),  # in an order of its own
+        (p.t().reshape(2, 8), None),
     ):
-        assert survey._turns(x.grad_fn) is turns
-        assert survey._turns(_like(x.grad_fn, new=0)) is None
+        view = way_of(x)
+        if flipped is None:
+            assert view.order()[1] is not None
+        else:
+            assert view.order() == (flipped, None)
+        # And back: a gradient of what is read, in the parameter's order.
+        g = randn(*x.shape).to(x.dtype)
+        (expected,) = torch.autograd.grad(x, p if x.shape.numel() == 16 else q, g, retain_graph=True)
+        for node in view.nodes:
+            g = node(g)
+        torch.testing.assert_close(g, expected)
+    for x in (p.tanh(), p[0], p.t()[:2], p.expand(2, 4, 4)):
+        assert way_of(x) is None
+    assert views.View(edge_of(p)).through(_like(p.t().grad_fn, new=0)) is None
     split = p.split(2)[0].grad_fn
     assert survey.SPLITS[split.name()].covers(split)
     assert not survey.SPLITS[split.name()].covers(_like(split, new=0))

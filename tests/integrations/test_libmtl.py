@@ -1,6 +1,9 @@
 """`fastmtl.integrations.libmtl` in a minimal trainer that follows LibMTL's protocol: shape of model, losses, epochs."""
 
 import copy
+import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -32,6 +35,20 @@ GRADIENTS = {
     "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}, fastmtl.UPGrad),
     "FairGrad": ({"FairGrad_alpha": 2.0}, lambda: fastmtl.FairGrad(fairness=2.0)),
 }
+# Of gradients of parameters alone; DB_MTL and ExcessMTL have tests of their own.
+PARAMETERS = {
+    "MoCo": (
+        {"MoCo_beta": 0.4, "MoCo_gamma": 0.2, "MoCo_rho": 0.1},
+        lambda: fastmtl.MoCo(beta=0.4, gamma=0.2, rho=0.1),
+    ),
+    "DB_MTL": ({"DB_beta": 0.5, "DB_beta_sigma": 0.5}, None),
+    "ExcessMTL": ({"robust_step_size": 0.1}, None),
+    "MoDo": ({"MoDo_gamma": 0.1, "MoDo_rho": 0.2}, lambda: fastmtl.MoDo(gamma=0.1, rho=0.2)),
+    "SDMGrad": (
+        {"SDMGrad_lamda": 0.5, "SDMGrad_niter": 3},
+        lambda: fastmtl.SDMGrad(lam=0.5, iterations=3, lr=5.0),
+    ),
+}
 LOSSES = {
     "EW": ({}, lambda: scalarization.LS(weights="sum")),
     "RLW": ({"dist": "constrained_Bernoulli"}, lambda: scalarization.RLW(distribution="constrained_bernoulli")),
@@ -40,8 +57,9 @@ LOSSES = {
     "GLS": ({}, lambda: scalarization.GLS(2)),
     "STCH": ({"STCH_mu": 0.5, "STCH_warmup_epoch": 1}, lambda: scalarization.STCH(mu=0.5, warmup=1, tasks=2)),
     "FAMO": ({"FAMO_w_lr": 0.1, "FAMO_w_gamma": 0.01}, lambda: scalarization.FAMO(2, lr=0.1, weight_decay=0.01)),
+    "GradNorm": ({"alpha": 0.5}, lambda: scalarization.GradNorm(2, alpha=0.5)),
 }
-CASES = GRADIENTS | LOSSES
+CASES = GRADIENTS | PARAMETERS | LOSSES
 
 both = pytest.mark.parametrize("rep_grad", [False, True], ids=["parameters", "representation"])
 every = pytest.mark.parametrize("name", CASES)
@@ -132,7 +150,7 @@ class Trainer:
 
 
 def trainer_of(name, **options):
-    return Trainer(getattr(libmtl, name), CASES[name][0], **options)
+    return Trainer(getattr(libmtl, name), dict(CASES[name][0]), **options)
 
 
 class Direct:
@@ -161,7 +179,7 @@ class Direct:
         if self.scales:
             losses = self.scales.scaled(losses)
         if isinstance(self.method, scalarization.Scalarization):
-            return self.method.backward(losses)
+            return self.method.backward(losses, self.model.encoder)
         where = {"representation": h} if self.rep_grad else {"shared": self.model.encoder.parameters()}
         return self.method.backward(losses, **where)
 
@@ -171,9 +189,14 @@ def gradients(model):
 
 
 @both
-@every
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1]])
 def test_training_is_that_of_the_method_called_directly(name, rep_grad):
+    """With `rep_sum=False`, which is the upper bound of `backward(representation=…)`."""
+    if rep_grad and name in (*PARAMETERS, "GradDrop", "GradNorm"):
+        return  # they refuse it, draw otherwise, or look at another layer
     trainer, direct = trainer_of(name, rep_grad=rep_grad), Direct(name, rep_grad)
+    if rep_grad and name in GRADIENTS:
+        trainer.weight_args = {**trainer.weight_args, "rep_sum": False}
     optimizer = torch.optim.SGD(direct.parameters, lr=0.02)
     for epoch in range(4):
         trainer.model.epoch = epoch
@@ -206,6 +229,10 @@ def test_training_is_that_of_the_method_called_directly(name, rep_grad):
 @both
 @every
 def test_training_lowers_the_losses(name, rep_grad):
+    if rep_grad and name in PARAMETERS:
+        with pytest.raises(ValueError, match="rep_grad: expected False with "):
+            trainer_of(name, rep_grad=rep_grad).backward()
+        return
     trainer = trainer_of(name, rep_grad=rep_grad)
     weights, sums = trainer.train(epochs=8)
     assert np.isfinite(weights).all()
@@ -260,8 +287,8 @@ def test_options_have_defaults(name):
 
 def test_every_name_of_libmtl_is_here():
     names = {entry.libmtl for entry in entries() if entry.libmtl}
-    assert names - {"GradNorm"} <= set(libmtl.__all__)
-    assert set(CASES) | {"Weighting", "weighting_of"} == set(libmtl.__all__)
+    assert names <= set(libmtl.__all__)
+    assert set(CASES) | {"Weighting", "register", "weighting_of"} == set(libmtl.__all__)
 
 
 def test_options_that_change_keep_the_state():
@@ -392,7 +419,7 @@ def test_a_representation_for_each_task(name):
     losses = trainer.losses(trainer.batches[0])
     copies = [trainer.model.rep_tasks[task] for task in TASKS]
     rows = torch.autograd.grad(losses.sum(), copies)
-    G = torch.stack([g.reshape(-1) for g in rows])
+    G = torch.stack([g.sum(0) for g in rows])  # over the batch
     alpha = CASES[name][1]().weighting(G @ G.T, losses=losses.detach())
     np.testing.assert_allclose(weights, alpha.numpy(), rtol=1e-9)
     rep = [trainer.model.rep[task] for task in TASKS]
@@ -414,16 +441,225 @@ def test_methods_on_losses_with_one_input_per_task(name, rep_grad):
         torch.testing.assert_close(gradients(trainer.model)[part], p.grad, rtol=1e-5, atol=1e-6, msg=part)
 
 
-def test_grad_drop_needs_one_representation():
-    trainer = trainer_of("GradDrop", rep_grad=True, multi_input=True)
-    with pytest.raises(ValueError, match="rep: expected one representation"):
-        trainer.backward()
+@pytest.mark.parametrize("multi_input", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("rep_sum", [True, False])
+def test_grad_drop_on_representations(rep_sum, multi_input):
+    """One draw a feature, by the purity of gradients times signs; or one an entry. Representations may be several."""
+    trainer = trainer_of("GradDrop", rep_grad=True, multi_input=multi_input, dtype=F64)
+    trainer.weight_args["rep_sum"] = rep_sum
+    torch.manual_seed(4)
+    assert trainer.backward() is None
+    got = [p.grad.clone() for p in trainer.model.encoder.parameters()]
+    losses = trainer.losses(trainer.batches[0])
+    rows = torch.autograd.grad(losses.sum(), [trainer.model.rep_tasks[task] for task in TASKS])
+    reps = [trainer.model.rep[task] for task in TASKS] if multi_input else [trainer.model.rep] * 2
+    votes = torch.stack([
+        (g * x.detach().sign()).sum(0) if rep_sum else g for g, x in zip(rows, reps, strict=True)
+    ])  # fmt: skip
+    torch.manual_seed(4)
+    positive = 0.5 * (1 + votes.sum(0) / votes.abs().sum(0)) > torch.rand_like(votes[0])
+    kept = [g * (0.25 + 0.75 * (positive == (v > 0))) for g, v in zip(rows, votes, strict=True)]
+    if multi_input:
+        expected = torch.autograd.grad(reps, list(trainer.model.encoder.parameters()), kept)
+    else:
+        expected = torch.autograd.grad(reps[0], list(trainer.model.encoder.parameters()), sum(kept))
+    torch.testing.assert_close(got, list(expected))
 
 
 def test_representations_of_different_shapes():
     trainer = trainer_of("PCGrad", rep_grad=True, multi_input=True)
+    trainer.weight_args["rep_sum"] = False
     losses = torch.zeros(2)
     for t, task in enumerate(TASKS):
         losses[t] = trainer.model(randn(3 + t, 5), task)[task].square().mean()
     with pytest.raises(ValueError, match=r"rep: expected representations of one shape.*\[\[3, 6\], \[4, 6\]\]"):
-        trainer.model.backward(losses)
+        trainer.model.backward(losses, **trainer.weight_args)
+
+
+@pytest.mark.parametrize("name", ["Aligned_MTL", "MGDA", "CAGrad", "UPGrad"])
+def test_weights_of_gradients_summed_over_the_batch(name):
+    """LibMTL's reading of `rep_grad=True`, which is the default."""
+    trainer = trainer_of(name, rep_grad=True, dtype=F64)
+    weights = trainer.backward()
+    got = [p.grad.clone() for p in trainer.model.encoder.parameters()]
+    losses = trainer.losses(trainer.batches[0])
+    rows = torch.autograd.grad(losses.sum(), [trainer.model.rep_tasks[task] for task in TASKS])
+    G = torch.stack([g.sum(0) for g in rows])
+    alpha = CASES[name][1]().weighting(G @ G.T, losses=losses.detach())
+    np.testing.assert_allclose(weights, alpha.numpy(), rtol=1e-9)
+    cotangent = sum(a * g for a, g in zip(alpha, rows, strict=True))
+    expected = torch.autograd.grad(trainer.model.rep, list(trainer.model.encoder.parameters()), cotangent)
+    torch.testing.assert_close(got, list(expected))
+    trainer.weight_args["rep_sum"] = 3
+    with pytest.raises(TypeError, match="rep_sum: expected True or False"):
+        trainer.backward()
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A stand-in for `LibMTL.weighting`, with a class of LibMTL's own in it."""
+    package, module = types.ModuleType("LibMTL"), types.ModuleType("LibMTL.weighting")
+    module.EW = object
+    package.weighting = module
+    monkeypatch.setitem(sys.modules, "LibMTL", package)
+    monkeypatch.setitem(sys.modules, "LibMTL.weighting", module)
+    return module
+
+
+class NamedTrainer(Trainer):
+    """As the trainer of the newest version: weightings by name, three batches for two of them, FAMO by its name."""
+
+    def __init__(self, weighting, **options):
+        import LibMTL.weighting
+
+        self.name = weighting
+        super().__init__(LibMTL.weighting.__dict__[weighting], **options)
+
+    def train(self, epochs=2):
+        sums = []
+        for epoch in range(epochs):
+            self.model.epoch, self.model.epochs = epoch, epochs
+            self.model.train()
+            for i, batch in enumerate(self.batches):
+                samples = 3 if self.name in ("MoDo", "SDMGrad") else 1
+                batches = [self.batches[(i + k) % 3] for k in range(samples)]
+                losses = torch.stack([self.losses(b) for b in batches]).squeeze(0)
+                self.optimizer.zero_grad(set_to_none=False)
+                self.model.backward(losses, **self.weight_args)
+                self.optimizer.step()
+                if self.name == "FAMO":
+                    with torch.no_grad():
+                        self.model.update_w(self.losses(batch))
+            with torch.no_grad():
+                sums.append(sum(float(self.losses(batch).sum()) for batch in self.batches))
+        return sums
+
+
+@every
+def test_registered_weightings_train(name, registry):
+    names = libmtl.register()
+    assert name in names
+    assert vars(registry)[name] is getattr(libmtl, name)
+    sums = NamedTrainer(name, weight_args=CASES[name][0]).train(8)
+    assert sums[-1] < sums[0]
+
+
+def test_register(registry):
+    their_own = registry.EW
+    names = libmtl.register(prefix="fast_")
+    assert registry.EW is their_own
+    assert "fast_EW" in names
+    assert registry.fast_EW is libmtl.EW
+    krum = libmtl.weighting_of(lambda tasks: fastmtl.Uniform(), "Mine")
+    assert libmtl.register({"Mine": krum}) == ["Mine"]
+    NamedTrainer("Mine").train(1)
+    with pytest.raises(TypeError, match=r"weightings\['x'\]: expected a class made by weighting_of, got int"):
+        libmtl.register({"x": 3})
+
+
+def test_without_libmtl():
+    if importlib.util.find_spec("LibMTL") is None:
+        with pytest.raises(ImportError, match="LibMTL"):
+            libmtl.register()
+
+
+def test_famo_learns_under_any_name(registry):
+    libmtl.register(prefix="my")
+    trainer = NamedTrainer("myFAMO")
+    trainer.train(3)
+    assert trainer.model.method.logits.any()
+    # What it learns from are the next batch's losses.
+    first = trainer_of("FAMO")
+    first.backward()
+    before = first.losses(first.batches[0]).detach()
+    first.optimizer.step()
+    after = first.losses(first.batches[1]).detach()
+    expected = scalarization.FAMO(2, lr=0.1, weight_decay=0.01)
+    expected(before)
+    expected.update(after)
+    first.backward(first.batches[1])
+    assert torch.allclose(first.model.method.logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", ["MoDo", "SDMGrad"])
+def test_three_batches(name):
+    """Weights from G₁ G₂ᵀ of two batches, the gradient of a third; heads get the mean of three."""
+    trainer = trainer_of(name, dtype=F64)
+    losses = torch.stack([trainer.losses(batch) for batch in trainer.batches])
+    trainer.optimizer.zero_grad(set_to_none=False)
+    weights = trainer.model.backward(losses, **trainer.weight_args)
+    got = gradients(trainer.model)
+    shared = list(trainer.model.encoder.parameters())
+
+    def matrix(batch):
+        rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in trainer.losses(batch)]
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+    G = [matrix(batch) for batch in trainer.batches]
+    first, second, last = {"MoDo": (0, 1, 2), "SDMGrad": (1, 2, 0)}[name]
+    alpha = CASES[name][1]().weighting(G[first] @ G[second].T)
+    np.testing.assert_allclose(weights, alpha.numpy(), rtol=1e-9)
+    encoder = torch.cat([got[f"encoder.{part}"].reshape(-1) for part, _ in trainer.model.encoder.named_parameters()])
+    torch.testing.assert_close(encoder, alpha @ G[last])
+    heads = list(trainer.model.decoders.parameters())
+    mean = sum(trainer.losses(batch).sum() for batch in trainer.batches) / 3
+    expected = torch.autograd.grad(mean, heads)
+    torch.testing.assert_close([p.grad for p in heads], list(expected))
+    with pytest.raises(ValueError, match=r"losses: expected shape \[3, 2\] or \[2\], got rows"):
+        trainer.model.backward(losses[:2], **trainer.weight_args)
+
+
+class Naive:
+    """LibMTL's formulas, on a matrix, for methods that keep one."""
+
+    def __init__(self):
+        self.state, self.w, self.step = 0.0, torch.ones(2, dtype=F64), 0
+
+    def DB_MTL(self, G, losses):
+        self.step += 1
+        G = G / (losses + 1e-8)[:, None]
+        self.state = G + (0.5 / self.step**0.5) * (self.state - G)
+        norms = self.state.norm(dim=1)
+        return (norms.max() / norms) @ self.state
+
+    def ExcessMTL(self, G, losses):
+        self.state = self.state + G.square()
+        risk = (G.square() / (self.state + 1e-7).sqrt()).sum(1)
+        if not self.step:
+            self.initial = risk
+        else:
+            self.w = self.w * (0.1 * risk / self.initial).exp()
+            self.w = 2 * self.w / self.w.sum()
+        self.step += 1
+        return self.w @ G
+
+    def MoCo(self, G, losses):
+        self.step += 1
+        if self.step == 1:
+            self.w = torch.full((2,), 0.5, dtype=F64)
+        G = G / G.norm(dim=1, keepdim=True) * losses[:, None]
+        self.state = self.state - 0.4 / self.step**0.5 * (self.state - G)
+        M = self.state @ self.state.T + 0.1 * torch.eye(2)
+        self.w = (self.w - 0.2 / self.step**0.5 * (M @ self.w)).softmax(0)
+        return self.w @ self.state
+
+
+@pytest.mark.parametrize("name", ["DB_MTL", "ExcessMTL", "MoCo"])
+def test_methods_with_a_memory(name):
+    trainer, naive = trainer_of(name, dtype=F64), Naive()
+    shared = list(trainer.model.encoder.parameters())
+    for i in range(5):
+        batch = trainer.batches[i % 3]
+        losses = trainer.losses(batch)
+        rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
+        G = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+        expected = getattr(naive, name)(G, losses.detach())
+        weights = trainer.backward(batch)
+        got = torch.cat([p.grad.reshape(-1) for p in shared])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # both add small numbers to denominators
+        if name == "ExcessMTL":
+            np.testing.assert_allclose(weights, naive.w.numpy(), rtol=1e-5)
+        trainer.optimizer.step()

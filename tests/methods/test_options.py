@@ -75,7 +75,44 @@ OPTIONS = {
     methods.UPGrad: {"weights": (FOUR, WEIGHTS), "ridge": (1e-3, NUMBERS)},
     methods.DualProj: {"weights": (FOUR, WEIGHTS), "ridge": (1e-3, NUMBERS)},
     methods.FairGrad: {"fairness": (2.0, NUMBERS)},
-    methods.ConFIG: {"weights": (FOUR, WEIGHTS), "rtol": (1e-3, NUMBERS)},
+    methods.ConFIG: {"weights": (FOUR, WEIGHTS), "length": ("min", CHOICE), "rtol": (1e-3, NUMBERS)},
+    methods.TrimmedMean: {"trim": (0, INTEGERS)},
+    methods.PCD: {
+        "tau": ([0.2, 0.3, 0.1], [("a", TypeError, "expected a number or T - 1 numbers"), (1.5, ValueError, "[0, 1]")]),
+        "beta": (0.5, [*NUMBERS, (1, ValueError, "[0, 1)")]),
+        "eps": (1.0, NUMBERS),
+    },
+    methods.SDMGrad: {
+        "lam": (0.9, NUMBERS),
+        "weights": (FOUR, WEIGHTS),
+        "lr": (0.01, [*NUMBERS, (0, ValueError, "> 0")]),
+        "momentum": (0.1, NUMBERS),
+        "iterations": (1, INTEGERS),
+    },
+    methods.MoDo: {"gamma": (0.001, [*NUMBERS, (0, ValueError, "> 0")]), "rho": (2.0, NUMBERS)},
+    methods.CRMOGM: {"momentum": (0.1, [*NUMBERS, (1.5, ValueError, "[0, 1]")])},
+    methods.ExcessMTL: {"step_size": (0.1, [*NUMBERS, (0, ValueError, "> 0")]), "warmup": (1, INTEGERS)},
+    methods.MoCo: {
+        "beta": (0.9, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
+        "beta_decay": (0.0, NUMBERS),
+        "gamma": (1.0, NUMBERS),
+        "gamma_decay": (0.0, NUMBERS),
+        "rho": (1.0, NUMBERS),
+        "normalize": (False, [(0, TypeError, "expected True or False, got int")]),
+    },
+    methods.DBMTL: {
+        "beta": (0.5, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
+        "beta_decay": (0.5, NUMBERS),
+        "log": (False, [(0, TypeError, "expected True or False, got int")]),
+    },
+    methods.MConFIG: {
+        "beta1": (0.5, [*NUMBERS, (1, ValueError, "[0, 1)")]),
+        "beta2": (0.9, [*NUMBERS, (1, ValueError, "[0, 1)")]),
+        "weights": (FOUR, WEIGHTS),
+        "length": ("min", CHOICE),
+        "rtol": (1e-3, NUMBERS),
+    },
+    methods.Bloop: {"lam": (0.5, NUMBERS), "rho": (0.5, [*NUMBERS, (1.5, ValueError, "[0, 1]")])},
     methods.Krum: {
         "byzantine": (1, INTEGERS),
         "selected": (2, INTEGERS),
@@ -93,6 +130,20 @@ OPTIONS = {
     S.GLS: {},
     S.STCH: {"mu": (0.5, [*NUMBERS, (0, ValueError, "> 0")])},
     S.FAMO: {"lr": (0.1, NUMBERS), "weight_decay": (0.1, NUMBERS)},
+    S.COSMOS: {"weights": (FOUR, WEIGHTS), "lam": (0.5, NUMBERS)},
+    S.PBI: {
+        "weights": (FOUR, WEIGHTS),
+        "theta": (0.5, NUMBERS),
+        "reference": ([-0.1] * 4, [("a", TypeError, "expected T numbers")]),
+    },
+    S.GO4Align: {"groups": (3, [*INTEGERS, (0, ValueError, ">= 1")]), "step_size": (0.5, NUMBERS)},
+    S.SoftAdapt: {"beta": (2.0, NUMBERS[:4]), "variant": ("normalized", CHOICE)},
+    S.ReLoBRaLo: {
+        "alpha": (0.5, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
+        "temperature": (1.0, [*NUMBERS, (0, ValueError, "> 0")]),
+        "lookback": (0.1, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
+    },
+    S.NTK: {"probes": (None, [*INTEGERS, (0, ValueError, ">= 1")])},
 }
 # What the state depends on is given once.
 FIXED = {
@@ -118,6 +169,11 @@ FIXED = {
     S.Uncertainty: {"tasks": (4, INTEGERS)},
     S.IMTLL: {"tasks": (4, INTEGERS)},
     S.RLW: {},
+    S.GO4Align: {"tasks": (4, INTEGERS)},
+    S.SoftAdapt: {"tasks": (4, INTEGERS)},
+    S.ReLoBRaLo: {"tasks": (4, INTEGERS)},
+    S.NTK: {"tasks": (4, INTEGERS)},
+    methods.CRMOGM: {"method": (None, [(3, TypeError, "expected a method on the Gram matrix or None, got int")])},
 }
 
 
@@ -141,7 +197,8 @@ def outcome(method):
     if vars(method).get("generator") is not None:
         method.generator.manual_seed(1)
     if isinstance(method, Method):
-        return [method(randn(4, 20, dtype=F64, seed=k) + 0.1) for k in range(3)]
+        losses = torch.tensor([1.0, 2.0, 0.5, 4.0])
+        return [method(randn(4, 20, dtype=F64, seed=k) + 0.1, losses=losses) for k in range(3)]
     results = []
     for k in range(5):
         p = randn(4, dtype=F64, seed=k).abs().add(0.1).requires_grad_()

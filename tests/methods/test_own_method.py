@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastmtl
+from fastmtl.info import Info
 
 ROOT = Path(__file__).parents[2]
 T = 3
@@ -378,6 +379,24 @@ def test_what_comes_back_is_checked(case):
     model = Model()
     with pytest.raises(error, match=r"weigh: expected task weights"):
         method.backward(model.losses([model.encoder(data())] * T), model.encoder)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_solve_returns_is_checked():
+    class ForOneMatrix(fastmtl.GramMethod):
+        def solve(self, M, dtype, context=None):
+            return Info.of(M.new_ones(M.shape[-1]), M)
+
+    method, model = ForOneMatrix(), Model()
+    method(randn(T, 9))
+    expected = rf"ForOneMatrix\(\).solve: expected float64 task weights of shape \[2, {T}\] .*got .* shape \[{T}\]"
+    with pytest.raises(ValueError, match=expected):
+        method(randn(2, T, 9))
+    with pytest.raises(ValueError, match=expected):
+        method.weighting(torch.eye(T).expand(2, T, T))
+    losses = model.losses([model.encoder(data())] * T)
+    with pytest.raises(ValueError, match=expected):
+        method.backward(losses, groups=[[p] for p in list(model.encoder.parameters())[:2]])
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -413,6 +413,58 @@ def test_the_same_result_for_any_number_of_threads(T, dtype):
         same_on_all_threads(lambda: fastmtl.AlignedMTL(rtol=1e-5)(hard))
 
 
+@needs_extension
+@pytest.mark.parametrize(("B", "T"), [(2, 33), (7, 48), (5, 100), (9, 129), (3, 300)])
+def test_a_batch_is_what_its_matrices_are_for_any_number_of_threads(B, T):
+    """Whether its matrices are shared out or solved one after the other, on all threads."""
+    G = torch.stack([conditioned(T, 2 * T, 10.0 ** (1 + b % 3), seed=b) for b in range(B)])
+    M, seed = ops.gram(G), torch.tensor(3)
+    for solve in (
+        lambda M: ops.align_gram(M, *POLICY)[0],
+        lambda M: ops.balance(M, *POLICY)[0],
+        lambda M: ops.balance(M, *POLICY)[1],
+        lambda M: ops.unit_solve(M, None, 1e-6)[0],
+        lambda M: ops.mgda(M)[0],
+    ):
+        same_on_all_threads(lambda solve=solve: solve(M))
+        assert torch.equal(solve(M), torch.stack([solve(one) for one in M]))
+    for threads in (1, 2):  # LAPACK's, whose bits are its own
+        torch.set_num_threads(threads)
+        lam, V = ops.eigh(M)
+        assert relative(V @ (lam[..., None] * V.mT), M) <= 1e-13
+    for call in (
+        lambda G, out: out.copy_(ops.gram(G)[..., 0, :1]),
+        lambda G, out: ops.align(G, *POLICY, out),
+        lambda G, out: ops.combine(G, torch.ones(G.shape[:-1], dtype=F64), out),
+    ):
+
+        def result(G=G, call=call):
+            out = torch.empty(*G.shape[:-2], G.shape[-1])
+            call(G, out)
+            return out
+
+        same_on_all_threads(result)
+        assert torch.equal(result(), torch.stack([result(one) for one in G]))
+
+    def dropped():
+        out = torch.empty(B, G.shape[-1])
+        ops.sign_drop(G, seed, None, out)
+        return out
+
+    same_on_all_threads(dropped)
+
+
+@needs_extension
+def test_eigh_of_a_batch_that_requires_grad():
+    """Threads have a grad mode of their own; nothing of it may reach the result, or stay behind."""
+    M = ops.gram(randn(6, 40, 90, dtype=F64)).requires_grad_()
+    torch.set_num_threads(2)
+    lam, V = ops.eigh(M)
+    assert lam.grad_fn.name() == V.grad_fn.name()  # that of the op, which refuses
+    assert relative(lam.detach(), torch.linalg.eigvalsh(M.detach())) <= 1e-12
+    assert (torch.ones(3, requires_grad=True) * 2).requires_grad
+
+
 # ------------------------------------------------------------------------------------------------ instruction sets
 
 

@@ -388,6 +388,7 @@ def subnormal_cases():
         targets = torch.zeros(M.shape, dtype=F64)
         solvers = {
             "balance": lambda M=M: ops.balance(M, *POLICY),
+            "align_gram": lambda M=M: ops.align_gram(M, *POLICY),
             "eigh": lambda M=M: ops.eigh(M),
             "mgda": lambda M=M: ops.mgda(M),
             "dual_cone": lambda M=M: ops.dual_cone(M, None, True),

@@ -15,7 +15,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmtl import GradVac, NashMTL
-from fastmtl.scalarization import DWA, FAMO, GLS, IMTLL, LS, RLW, STCH, GradNorm, Scalarization, Uncertainty
+from fastmtl.scalarization import (
+    COSMOS,
+    DWA,
+    FAMO,
+    GLS,
+    IMTLL,
+    LS,
+    NTK,
+    PBI,
+    RLW,
+    STCH,
+    GO4Align,
+    GradNorm,
+    ReLoBRaLo,
+    Scalarization,
+    SoftAdapt,
+    Uncertainty,
+)
 
 METHODS = {
     "LS": lambda T: LS(),
@@ -40,6 +57,14 @@ METHODS = {
     "FAMO bounds": lambda T: FAMO(T, lr=0.1, weight_decay=0.01, min_losses=[-0.5 - t for t in range(T)]),
     "GradNorm": lambda T: GradNorm(T),
     "GradNorm initial": lambda T: GradNorm(T, alpha=0.5, lr=0.1, initial_losses=[1.0 + t for t in range(T)]),
+    "COSMOS": lambda T: COSMOS(),
+    "COSMOS numbers": lambda T: COSMOS(weights=[0.5 + t for t in range(T)], lam=0.1),
+    "PBI": lambda T: PBI(theta=0.1),
+    "GO4Align": lambda T: GO4Align(T),
+    "SoftAdapt": lambda T: SoftAdapt(T),
+    "SoftAdapt weighted": lambda T: SoftAdapt(T, variant="loss-weighted"),
+    "ReLoBRaLo": lambda T: ReLoBRaLo(T),
+    "NTK": lambda T: NTK(T),
 }
 # Those whose state_dict holds what a run depends on, apart from torch's random numbers.
 STATEFUL = [m for m in METHODS if m.startswith(("DWA", "Unc", "STCH w", "IMTLL", "FAMO", "GradNorm", "RLW gen"))]
@@ -792,6 +817,8 @@ DOMAINS = {
     "DWA": (lambda: DWA(3), [-1e-3], "expected a loss >= 0, since DWA weighs by ratios of losses"),
     "IMTLL": (lambda: IMTLL(3), [-1e-3], "expected a loss >= 0, since s is learned"),
     "GradNorm": (lambda: GradNorm(3).eval(), [-1e-3], "expected a loss >= 0, since GradNorm compares it"),
+    "GO4Align": (lambda: GO4Align(3), [0.0, -1.0], "expected a loss > 0, since GO4Align divides by it"),
+    "ReLoBRaLo": (lambda: ReLoBRaLo(3), [0.0, -1.0], "expected a loss > 0, since ReLoBRaLo divides by it"),
 }
 
 
@@ -838,7 +865,7 @@ def test_zero_losses_have_finite_weights(name):
         model = [torch.tensor(value, requires_grad=True) for value in values]
         for _ in range(2):
             layer = [model[0]] if isinstance(method, GradNorm) else []
-            logarithms = isinstance(method, GLS) or name == "STCH warm-up"
+            logarithms = isinstance(method, (GLS, GO4Align, ReLoBRaLo)) or name == "STCH warm-up"  # or divisions
             if logarithms and 0.0 in values:
                 with pytest.raises(ValueError, match=r"losses\[\d\]: expected a loss > 0"):
                     method(model, *layer)

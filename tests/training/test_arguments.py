@@ -382,7 +382,9 @@ def test_a_wrong_grad_scale(call, S, kind):
         CALLS[call](Model(), S)
 
 
-@pytest.mark.parametrize("S", [np.float32(8), np.int64(8), 8, torch.tensor(8.0), torch.tensor([8.0])], ids=repr)
+@pytest.mark.parametrize(
+    "S", [np.float32(8), np.int64(8), np.array([8.0]), 8, torch.tensor(8.0), torch.tensor([8.0])], ids=repr
+)
 def test_numbers_of_any_kind(S):
     def run(S, tasks):
         model = Model()

@@ -51,6 +51,7 @@ def test_the_compiled_kernels_run():
         "gram": lambda: ops.gram(G),
         "gram_rows": lambda: ops.gram_rows([g for r in rows for g in r], 8),
         "balance": lambda: ops.balance(ops.gram(G), *POLICY),
+        "align_gram": lambda: ops.align_gram(ops.gram(G), *POLICY),
         "combine": lambda: ops.combine(G, torch.ones(8, dtype=F64), out=torch.empty(1000)),
         "combine_rows": lambda: ops.combine_rows(list(G), torch.ones(8, dtype=F64), [torch.empty(1000)]),
         "align": lambda: fastmtl.AlignedMTL()(G),

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmtl.gramian.forms import convolution, embedding, product
+from fastmtl.gramian.forms.entrywise import ENTRYWISE, Entrywise
 from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved
 from fastmtl.gramian.survey import Consumer
 from fastmtl.inputs import DTYPES
 
-__all__ = ["BIASES", "FORMS", "SMALL", "Bias", "Form", "Use", "is_bias", "is_small", "use_of"]
+__all__ = ["BIASES", "ENTRYWISE", "FORMS", "SMALL", "Bias", "Entrywise", "Form", "Use", "is_bias", "is_small", "use_of"]
 
 
 class Form(NamedTuple):
@@ -50,28 +51,18 @@ FORMS = {
     ("MmBackward0", 1): Form(product.right, product.RIGHT),
     ("AddmmBackward0", 1): Form(product.left_of_sum, product.LEFT_OF_SUM),
     ("AddmmBackward0", 2): Form(product.right_of_sum, product.RIGHT_OF_SUM),
+    ("BmmBackward0", 0): Form(product.left_of_batch, product.LEFT_OF_BATCH),
+    ("BmmBackward0", 1): Form(product.right_of_batch, product.RIGHT_OF_BATCH),
     ("ConvolutionBackward0", 1): Form(convolution.weight, convolution.WEIGHT),
     ("EmbeddingBackward0", 0): Form(embedding.table, embedding.TABLE),
+    ("EmbeddingBagBackward0", 0): Form(embedding.bag, embedding.BAG),
 }
 BIASES = {
     ("AddmmBackward0", 0): Bias(2, product.BIAS),
     ("ConvolutionBackward0", 2): Bias(1, convolution.BIAS),
 }
 # Operations whose own T gradients of a parameter, one number a channel, are the cheapest form there is.
-SMALL = frozenset(
-    {
-        "AddBackward0",
-        "SubBackward0",
-        "MulBackward0",
-        "DivBackward0",
-        "ExpandBackward0",
-        "NativeLayerNormBackward0",
-        "NativeGroupNormBackward0",
-        "NativeBatchNormBackward0",
-        "CudnnBatchNormBackward0",
-        "FusedRmsNormBackward0",
-    }
-)
+SMALL = frozenset({name for name, _ in ENTRYWISE} | {"CudnnBatchNormBackward0", "FusedRmsNormBackward0"})
 
 
 def use_of(consumer: Consumer, device: torch.device) -> Use | None:
@@ -83,7 +74,10 @@ def use_of(consumer: Consumer, device: torch.device) -> Use | None:
     result = node._input_metadata[0]
     if result.is_nested_tensor or result.dtype not in DTYPES or result.device != device:
         return None
-    return form.make(node, consumer.flipped)
+    use = form.make(node, consumer.flipped)
+    if use is not None:
+        use.order, use.views = consumer.order, consumer.views
+    return use
 
 
 def is_bias(consumer: Consumer, weight: Consumer | None = None) -> bool:
@@ -96,4 +90,5 @@ def is_bias(consumer: Consumer, weight: Consumer | None = None) -> bool:
 
 def is_small(consumer: Consumer) -> bool:
     """Whether explicit gradients are this use's closed form."""
-    return consumer.node.name() in SMALL or (consumer.node.name(), consumer.operand) in BIASES
+    name = consumer.node.name()
+    return (name in SMALL and (name, consumer.operand) not in FORMS) or (name, consumer.operand) in BIASES

@@ -48,6 +48,7 @@ class _Convolution(Use):
             width=channels // self._groups,
             depth=depth * math.prod(self._kernel),
             side=0,
+            lead=self._batch,
         )
 
     def hold(self) -> bool:

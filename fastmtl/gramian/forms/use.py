@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -27,18 +28,36 @@ class Use(ABC):
         depth: I, columns of A.
         side: which dimension of the parameter the columns of B_t are, 0 or 1.
         is_indexed: whether the rows of A are unit vectors.
+        outer, lead: a cotangent is [outer, lead, ...] as it lies, with the rows of A one after the other along `lead`.
+        order, views: of the parameter, as in `Consumer`.
     """
 
     is_indexed: bool = False
+    order: Hashable = None
+    views: tuple[Any, ...] = ()
     groups: int
     rows: int
     width: int
     depth: int
     side: int
+    outer: int
+    lead: int
 
-    def __init__(self, node: Any, *, groups: int = 1, rows: int, width: int, depth: int, side: int) -> None:
+    def __init__(
+        self,
+        node: Any,
+        *,
+        groups: int = 1,
+        rows: int,
+        width: int,
+        depth: int,
+        side: int,
+        outer: int = 1,
+        lead: int | None = None,
+    ) -> None:
         self.edge: Edge = (node, 0)
         self.groups, self.rows, self.width, self.depth, self.side = groups, rows, width, depth, side
+        self.outer, self.lead = outer, rows if lead is None else lead
 
     @property
     def node(self) -> Any:
@@ -73,4 +92,25 @@ class Use(ABC):
 
     @abstractmethod
     def gradient(self, cotangent: Tensor) -> Tensor:
-        """The parameter's gradient from one cotangent of the operation's output, laid out as the parameter is."""
+        """The gradient from one cotangent of the output, in the parameter's order, or in that of what is read."""
+
+    def whole_gradient(self, cotangent: Tensor, shape: torch.Size) -> Tensor:
+        """The same in the shape of the parameter, or of the block, that was rearranged."""
+        return self.restored(self.gradient(cotangent), shape)
+
+    def restored(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """A gradient of what is read, in the shape of the parameter, or of the block, that was rearranged."""
+        if self.views:
+            g = g.reshape(self.views[0]._input_metadata[0].shape)
+        for node in self.views:
+            g = node(g)
+        return g.reshape(shape)
+
+    def owners_of_rows(self, owners: Tensor) -> Tensor:
+        """For each of the N rows what `owners` has for its place along `lead`."""
+        return owners.repeat_interleave(self.rows // self.lead) if self.lead else owners
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether rows are others than those along `lead`, each as often."""
+        return False

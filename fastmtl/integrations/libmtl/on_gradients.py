@@ -12,6 +12,7 @@ from torch import Tensor
 import fastmtl
 from fastmtl import scalarization
 from fastmtl.info import Info
+from fastmtl.integrations.libmtl.three_batches import ThreeBatches
 from fastmtl.integrations.libmtl.weighting import Weighting, one_by_one
 from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import Method
@@ -19,16 +20,21 @@ from fastmtl.methods.mgda import Normalization
 from fastmtl.rule import NOTHING, Context
 
 __all__ = [
+    "DB_MTL",
     "IMTL",
     "MGDA",
     "RGW",
     "Aligned_MTL",
     "CAGrad",
+    "ExcessMTL",
     "FairGrad",
     "GradDrop",
     "GradVac",
+    "MoCo",
+    "MoDo",
     "Nash_MTL",
     "PCGrad",
+    "SDMGrad",
     "UPGrad",
 ]
 
@@ -136,12 +142,46 @@ class Nash_MTL(Weighting):
 
 
 class GradDrop(Weighting):
-    """`fastmtl.GradDrop`, coordinate by coordinate on the gradients as they are; returns no task weights."""
+    """`fastmtl.GradDrop`; returns no task weights.
+
+    With `rep_grad=True` the sign is drawn once for each feature, as in LibMTL and the paper's section 3: by the purity
+    of the gradients times the sign of the representation, summed over the batch. With `rep_sum=False`, and with
+    `rep_grad=False`, it is drawn in every coordinate, by the gradients as they are. Tasks may have representations of
+    their own, of one shape.
+    """
 
     @staticmethod
     def make(tasks: int, leak: float = 0.0) -> Method:
         """See the class."""
         return fastmtl.GradDrop(leak=leak)
+
+    def _on_rows(
+        self, rows: Sequence[Tensor | None], losses: list[Tensor], several: bool
+    ) -> tuple[Sequence[Tensor | None], Info]:
+        reps = [self.rep[task] for task in self.task_name] if several else [self.rep] * len(rows)
+        signed = [
+            None if g is None else g * x.detach().sign() if self._rep_sum else g
+            for g, x in zip(rows, reps, strict=True)
+        ]
+        votes = self._summed(signed)
+        present = [v for v in votes if v is not None]
+        if len({v.shape for v in present}) != 1:
+            shapes = [list(v.shape) for v in present]
+            raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
+        total = torch.stack(present)
+        magnitude = total.abs().sum(0)
+        purity = torch.where(magnitude > 0, 0.5 * (1 + total.sum(0) / magnitude), 0.5)
+        drawn = purity > torch.rand_like(purity)
+        leak: float = self.method.leak
+        kept: list[Tensor | None] = []
+        for g, vote in zip(rows, votes, strict=True):
+            if g is None or vote is None:
+                kept.append(None)
+            else:
+                kept.append(g * torch.where(drawn, vote > 0, vote < 0).to(g.dtype).mul_(1 - leak).add_(leak))
+        if not several:
+            kept = [torch.stack([g for g in kept if g is not None]).sum(0)]
+        return kept, Info.of()
 
 
 class RGW(Weighting):
@@ -160,6 +200,79 @@ class UPGrad(Weighting):
     def make(tasks: int, UPGrad_norm_eps: float = 0.0, UPGrad_reg_eps: float = 0.0) -> Method:
         """See the class."""
         return fastmtl.UPGrad()
+
+
+class MoCo(Weighting):
+    """`fastmtl.MoCo`; `rep_grad` has to be False."""
+
+    @staticmethod
+    def make(
+        tasks: int,
+        MoCo_beta: float = 0.5,
+        MoCo_beta_sigma: float = 0.5,
+        MoCo_gamma: float = 0.1,
+        MoCo_gamma_sigma: float = 0.5,
+        MoCo_rho: float = 0.0,
+    ) -> Method:
+        """See the class."""
+        return fastmtl.MoCo(
+            beta=MoCo_beta, beta_decay=MoCo_beta_sigma, gamma=MoCo_gamma, gamma_decay=MoCo_gamma_sigma, rho=MoCo_rho
+        )
+
+
+class DB_MTL(Weighting):
+    """`fastmtl.DBMTL` on the losses' logarithms, heads too; `rep_grad` has to be False."""
+
+    @staticmethod
+    def make(tasks: int, DB_beta: float = 0.9, DB_beta_sigma: float = 0.0) -> Method:
+        """See the class."""
+        return fastmtl.DBMTL(beta=DB_beta, beta_decay=DB_beta_sigma, log=False)
+
+    def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
+        """See `Weighting.backward`."""
+        self._configure(kwargs)
+        return self._step([(loss + 1e-8).log() for loss in one_by_one(losses)])
+
+
+class ExcessMTL(Weighting):
+    """`fastmtl.ExcessMTL` with weights that sum to T, heads too; `rep_grad` has to be False.
+
+    As in LibMTL the first step has weights one.
+    """
+
+    @staticmethod
+    def make(tasks: int, robust_step_size: float = 1e-2) -> Method:
+        """See the class."""
+        return fastmtl.ExcessMTL(step_size=robust_step_size, warmup=1)
+
+    def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
+        """See `Weighting.backward`."""
+        self._configure(kwargs)
+        T = self.task_num
+        alpha = self._step([T * loss for loss in one_by_one(losses)], scale_heads=True)
+        return None if alpha is None else T * alpha
+
+
+class MoDo(ThreeBatches):
+    """`fastmtl.MoDo`: the trainer gives the losses of three batches, two of them for the weights."""
+
+    _order = (0, 1, 2)
+
+    @staticmethod
+    def make(tasks: int, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1) -> Method:
+        """See the class."""
+        return fastmtl.MoDo(gamma=MoDo_gamma, rho=MoDo_rho)
+
+
+class SDMGrad(ThreeBatches):
+    """`fastmtl.SDMGrad`: the trainer gives the losses of three batches, two of them for the weights."""
+
+    _order = (1, 2, 0)
+
+    @staticmethod
+    def make(tasks: int, SDMGrad_lamda: float = 0.3, SDMGrad_niter: int = 20) -> Method:
+        """See the class."""
+        return fastmtl.SDMGrad(lam=SDMGrad_lamda, iterations=SDMGrad_niter, lr=5.0)
 
 
 class FairGrad(Weighting):

@@ -13,7 +13,7 @@ from fastmtl import ops
 from fastmtl.graph import edge_of, leaves_of, trunk_of, vjp
 from fastmtl.info import Info
 from fastmtl.methods.base import Method
-from fastmtl.pipeline import aggregate_rows
+from fastmtl.options import flag
 from fastmtl.rule import context_of
 from fastmtl.scalarization import Scalarization
 from fastmtl.training.commit import commit, pairs
@@ -27,12 +27,16 @@ class Weighting(nn.Module):
 
     Shared parameters get the aggregated gradient, all others the gradient of their own loss (methods on losses: of the
     weighted sum). With `rep_grad=False` the task gradients are those of the shared parameters, by T backward passes;
-    with `rep_grad=True` those of the representation, by one pass through the heads and one through the encoder. Every
-    method accepts both. Gradients are added to `.grad`, at once and only when everything else has succeeded.
+    with `rep_grad=True` those of the representation, by one pass through the heads and one through the encoder.
+    Gradients are added to `.grad`, at once and only when everything else has succeeded.
 
-    `weight_args` are the arguments of `make`; unknown ones raise. The method is part of the model: what it has learned
-    or remembers is in `model.state_dict()`, and its parameters, if any, in `model.parameters()`, so that the trainer's
-    optimizer learns them (those of LibMTL's UW and IMTL stay at their first values: no optimizer sees them).
+    With `rep_grad=True` the task weights are those of gradients summed over the batch, as in LibMTL: row t of G has the
+    size of one example's representation. `rep_sum=False` in `weight_args` takes the gradients of all examples, side by
+    side, which is the upper bound of the Aligned-MTL and MGDA-UB papers.
+
+    `weight_args` are the arguments of `make`, and `rep_sum`; unknown ones raise. The method is part of the model: what
+    it has learned or remembers is in `model.state_dict()`, and its parameters, if any, in `model.parameters()`, so that
+    the trainer's optimizer learns them.
     """
 
     method: Any
@@ -56,6 +60,7 @@ class Weighting(nn.Module):
         """Makes the method with its defaults: before the optimizer, which takes its parameters."""
         self.method = self.make(self.task_num)
         self._options: dict[str, Any] = {}
+        self._rep_sum = True
         self._epoch: int | None = None
 
     def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
@@ -71,14 +76,16 @@ class Weighting(nn.Module):
 
         Raises:
             TypeError: an option that the method does not have.
-            ValueError: an option out of range; with `rep_grad=True`, a representation for each task where these differ
-                in shape or the method has no task weights.
+            ValueError: an option out of range; with `rep_grad=True`, representations that differ in shape, or a method
+                that needs the gradients of parameters.
         """
         self._configure(kwargs)
         return self._step(one_by_one(losses))
 
     def _configure(self, options: dict[str, Any]) -> None:
         """Takes over the options; the state, which may have been loaded, stays."""
+        options = dict(options)
+        self._rep_sum = flag(options.pop("rep_sum", True), "rep_sum")
         if options == self._options:
             return
         method = self.make(self.task_num, **options)
@@ -89,16 +96,18 @@ class Weighting(nn.Module):
             method.to(self.device).train(self.training)
         self.method, self._options = method, dict(options)
 
-    def _step(self, losses: list[Tensor], groups: list[list[Tensor]] | None = None) -> np.ndarray | None:
+    def _step(
+        self, losses: list[Tensor], groups: list[list[Tensor]] | None = None, scale_heads: bool = False
+    ) -> np.ndarray | None:
         if self._counts_epochs:
             self._end_epochs()
         if self.rep_grad:
             info = self._through_representation(losses)
         elif isinstance(self.method, Scalarization):
-            info = self.method.backward(losses)
+            info = self.method.backward(losses, self.get_share_params())
         else:
             shared = None if groups is not None else self.get_share_params()
-            info = self.method.backward(losses, shared, groups=groups)
+            info = self.method.backward(losses, shared, groups=groups, scale_heads=scale_heads)
         if info.alpha is None:
             return None
         alpha = info.alpha if info.alpha.ndim == 1 else info.alpha.mean(0)  # over groups of parameters
@@ -114,8 +123,8 @@ class Weighting(nn.Module):
     def _through_representation(self, losses: list[Tensor]) -> Info:
         """The upper bound. The heads read copies of the representation, so that one pass brings all T gradients."""
         on_losses = isinstance(self.method, Scalarization)
-        total = self.method(losses) if on_losses else sum(losses[1:], losses[0])
         copies = [self.rep_tasks[task] for task in self.task_name]
+        total = self._total(losses, copies) if on_losses else sum(losses[1:], losses[0])
         several = isinstance(self.rep, dict)
         rep = [self.rep[task] for task in self.task_name] if several else [self.rep]
         ids = {id(x) for x in copies}
@@ -128,6 +137,11 @@ class Weighting(nn.Module):
             updates = vjp(rep, cotangents, trunk)
         commit(pairs([*trunk, *heads], [*updates, *own]))
         return info
+
+    def _total(self, losses: list[Tensor], copies: list[Tensor]) -> Tensor:
+        """The scalar of a method on losses; each head reads one of the copies of the representation."""
+        total: Tensor = self.method(losses)
+        return total
 
     def _on_losses(self, rows: Sequence[Tensor | None], several: bool) -> tuple[Sequence[Tensor | None], Info]:
         """Cotangents of the representation where the gradients are those of weighted losses."""
@@ -143,18 +157,26 @@ class Weighting(nn.Module):
         """The same where they are to be aggregated."""
         method: Method = self.method
         T = len(losses)
-        context = context_of(method, losses, T)
-        if not several:
-            return aggregate_rows(method, [[g] for g in rows], None, context)
         if not method.on_gram:
-            raise ValueError(f"rep: expected one representation for all tasks, which {method!r} needs, got {T}")
-        present = [g for g in rows if g is not None]
+            raise ValueError(
+                f"rep_grad: expected False with {method!r}, which needs the gradients of parameters, got True"
+            )
+        summed = self._summed(rows)
+        present = [g for g in summed if g is not None]
         if len({g.shape for g in present}) != 1:
             shapes = [list(g.shape) for g in present]
             raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
         method.check_tasks(T)
-        info = method.solve(ops.gram_rows(rows, T), present[0].dtype, context)
-        return [None if g is None else g * info.alpha[t].to(g.dtype) for t, g in enumerate(rows)], info
+        info = method.solve(ops.gram_rows(summed, T), present[0].dtype, context_of(method, losses, T))
+        if several:
+            return [None if g is None else g * info.alpha[t].to(g.dtype) for t, g in enumerate(rows)], info
+        combined = torch.empty_like(next(g for g in rows if g is not None))
+        ops.combine_rows(rows, info.alpha, [combined])
+        return [combined], info
+
+    def _summed(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of which the weights are: over the batch, or as they are."""
+        return [g if g is None or g.ndim < 2 or not self._rep_sum else g.sum(0) for g in rows]
 
 
 def weighting_of(make: Callable[..., Method | Scalarization], name: str | None = None) -> type[Weighting]:

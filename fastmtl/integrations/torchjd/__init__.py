@@ -7,6 +7,8 @@ Every class has the name, the arguments and the attributes of TorchJD's, and is 
 for `torchjd.autojac.jac_to_grad` (with `optimize_gramian_computation` too) or a weighting for the Gramians of
 `torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `methods.method`.
 
+`Engine` stands where `torchjd.autogram.Engine` does, and wraps nothing.
+
 An aggregator that needs the Gramian of the Jacobian [m, n] computes it and the weights [m] in float64, and rounds once,
 when the result [n] is written; whoever looks at the weights sees them in the Jacobian's dtype. A weighting returns
 weights in the dtype of its Gramian [m, m].
@@ -27,54 +29,72 @@ except ImportError as _error:
 from fastmtl.integrations.torchjd.aggregators import (
     IMTLG,
     MGDA,
+    PCD,
     AlignedMTL,
     CAGrad,
     ConFIG,
-    Constant,
     DualProj,
+    ExcessMTL,
     FairGrad,
     GradDrop,
     GradVac,
     Krum,
-    Mean,
     NashMTL,
     PCGrad,
-    Random,
-    Sum,
+    TrimmedMean,
     UPGrad,
+)
+from fastmtl.integrations.torchjd.engine import Engine
+from fastmtl.integrations.torchjd.on_matrices import (
+    CRMOGMWeighting,
+    ExcessMTLWeighting,
+    MoDoWeighting,
+    SDMGradWeighting,
+)
+from fastmtl.integrations.torchjd.tasks import (
+    Constant,
+    ConstantWeighting,
+    Mean,
+    MeanWeighting,
+    Random,
+    RandomWeighting,
+    Sum,
+    SumWeighting,
 )
 from fastmtl.integrations.torchjd.weightings import (
     AlignedMTLWeighting,
     CAGradWeighting,
     ConFIGWeighting,
-    ConstantWeighting,
     DualProjWeighting,
     FairGradWeighting,
     GradVacWeighting,
     IMTLGWeighting,
     KrumWeighting,
-    MeanWeighting,
     MGDAWeighting,
     NashMTLWeighting,
+    PCDWeighting,
     PCGradWeighting,
-    RandomWeighting,
-    SumWeighting,
     UPGradWeighting,
 )
 
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "AlignedMTLWeighting",
     "CAGrad",
     "CAGradWeighting",
+    "CRMOGMWeighting",
     "ConFIG",
     "ConFIGWeighting",
     "Constant",
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "Engine",
+    "ExcessMTL",
+    "ExcessMTLWeighting",
     "FairGrad",
     "FairGradWeighting",
     "GradDrop",
@@ -86,14 +106,18 @@ __all__ = [
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
+    "MoDoWeighting",
     "NashMTL",
     "NashMTLWeighting",
+    "PCDWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",
     "RandomWeighting",
+    "SDMGradWeighting",
     "Sum",
     "SumWeighting",
+    "TrimmedMean",
     "UPGrad",
     "UPGradWeighting",
 ]

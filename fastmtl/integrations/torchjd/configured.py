@@ -1,17 +1,18 @@
-"""A method made from TorchJD's arguments, which are its attributes, as there."""
+"""A method made from TorchJD's arguments, which are attributes, as there: set, or changed in place, they count."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torchjd.linalg import DualConeProjector
 
 from fastmtl.methods.base import Method
+from fastmtl.options import integer, number, plain
 
-__all__ = ["Configured", "naming", "option_of", "repr_of"]
+__all__ = ["Configured", "argument", "at_least", "count", "naming", "part_of", "positive", "suffix_of"]
 
 # TorchJD's names of what fastmtl's messages are about.
 _NAMES = {
@@ -21,7 +22,14 @@ _NAMES = {
     "byzantine": "n_byzantine",
     "selected": "n_selected",
     "every": "update_weights_every",
+    "trim": "trim_number",
+    "lam": "lambda_",
+    "iterations": "n_iter",
+    "step_size": "robust_step_size",
+    "warmup": "n_warmup_steps",
 }
+
+Check = Callable[[Any, str], Any]
 
 
 @contextlib.contextmanager
@@ -37,49 +45,126 @@ def naming(options: Mapping[str, object]) -> Iterator[None]:
 
 
 class Configured(nn.Module):
-    """A method made from TorchJD's arguments, which can be read and set as attributes, as there.
+    """A method made from TorchJD's arguments: a subclass says by `_make` which."""
 
-    Attributes:
-        method: the method of `fastmtl` that computes.
-    """
+    _kept: ClassVar[dict[str, str]] = {}  # TorchJD's names of the method's state, for `state_dict()`
 
-    _make: ClassVar[Callable[..., Method]]  # the arguments of the class, and the method that they mean
-    __signature__: ClassVar[inspect.Signature]
-    method: Any
+    _extra: ClassVar[dict[str, object]] = {}  # arguments that TorchJD's does not have, and their defaults
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        if "_make" in cls.__dict__:
-            cls.__signature__ = inspect.signature(cls._make).replace(return_annotation=None)
-            for name in cls.__signature__.parameters:
-                setattr(cls, name, _option(name))
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        bound = self.__signature__.bind(*arguments, **keywords)
-        bound.apply_defaults()
-        self._set(bound.arguments)
+        self._options: dict[str, Any] = {}
+        self._set(options)
 
-    def _set(self, options: dict[str, Any]) -> None:
+    def _make(self, options: Mapping[str, Any]) -> Method:
+        """The method that the arguments mean."""
+        raise NotImplementedError
+
+    @property
+    def method(self) -> Any:
+        """The method of `fastmtl` that computes."""
+        if self._stamp != [_state_of(value) for value in self._options.values()]:
+            self._set({})  # a vector or a projector has been changed in place
+        return self._modules["method"]
+
+    def _set(self, changed: dict[str, Any]) -> None:
+        checks = type(self)._checks()
+        new = {name: checks[name](plain(value), name) for name, value in changed.items()}
+        options = {**self._options, **new}
         with naming(options):
-            method = type(self)._make(**options)
-        if isinstance(method, nn.Module) and hasattr(self, "method"):
-            method.load_state_dict(self.method.state_dict())  # another option is no reason to forget
-        self.method = method
+            method = self._make(options)
+        before = self._modules.get("method")
+        if before is not None:
+            method.load_state_dict(before.state_dict())  # another option is no reason to forget
+            method.train(self.training)
+        self._modules["method"] = method
         self._options = options
+        self._stamp = [_state_of(value) for value in options.values()]
+
+    @classmethod
+    def _checks(cls) -> dict[str, Check]:
+        return {name: x._check for kind in cls.__mro__ for name, x in vars(kind).items() if isinstance(x, _Argument)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for mine, its in self._kept.items():
+            value = getattr(self._modules["method"], mine)
+            if value is not None:
+                destination[prefix + its] = value if keep_vars else value.detach()
+
+    def state_dict(self, *args: Any, **keywords: Any) -> Any:
+        """The state, under TorchJD's names where it has it."""
+        state = super().state_dict(*args, **keywords)
+        prefix = keywords.get("prefix", "")
+        for mine in self._kept:
+            state.pop(f"{prefix}method.{mine}", None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for mine, its in self._kept.items():
+            if prefix + its in state_dict:
+                state_dict[f"{prefix}method.{mine}"] = state_dict.pop(prefix + its)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _arguments(self) -> str:
+        """As in a call; what TorchJD does not have, where it is not the default."""
+        shown = {
+            name: value
+            for name, value in self._options.items()
+            if name not in self._extra or self._extra[name] != value
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def __repr__(self) -> str:
-        return repr_of(self, self._options)
+        return f"{type(self).__name__}({self._arguments()})"
 
     def __str__(self) -> str:
         return type(self).__name__
 
 
-def _option(name: str) -> property:
-    return property(lambda self: self._options[name], lambda self, value: self._set({**self._options, name: value}))
+class _Argument:
+    def __init__(self, check: Check) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance._options[self._name]
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance._set({self._name: value})
 
 
-def option_of(part: str, name: str) -> property:
+def argument(check: Check = lambda value, name: value) -> Any:
+    """An attribute that is an argument; `check` returns what is kept of a value, or raises."""
+    return _Argument(check)
+
+
+def at_least(low: float) -> Check:
+    """A number that is at least this; as it is."""
+    return _as_it_is(number(low=low))
+
+
+def positive(value: Any, name: str) -> Any:
+    """A number > 0; as it is."""
+    return _as_it_is(number(above=0))(value, name)
+
+
+def count(low: int, optional: bool = False) -> Check:
+    """An integer of at least this."""
+    return integer(low, optional)
+
+
+def _as_it_is(check: Check) -> Check:
+    def checked(value: Any, name: str) -> Any:
+        check(value, name)
+        return value
+
+    return checked
+
+
+def part_of(part: str, name: str) -> Any:
     """The attribute `name` of an object's attribute `part`, as its own."""
     return property(
         lambda self: getattr(getattr(self, part), name),
@@ -87,6 +172,15 @@ def option_of(part: str, name: str) -> property:
     )
 
 
-def repr_of(self: object, options: Mapping[str, object]) -> str:
-    """As the call that makes it."""
-    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+def suffix_of(vector: Tensor | None) -> str:
+    """How `str` shows a vector, as TorchJD: ([0.5, 1., 2.]); nothing for None."""
+    return "" if vector is None else f"([{', '.join(f'{x:.2f}'.rstrip('0') for x in vector.tolist())}])"
+
+
+def _state_of(value: object) -> object:
+    """What changes when a value is changed in place."""
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, DualConeProjector):
+        return id(value), getattr(value, "reg_eps", None)
+    return None

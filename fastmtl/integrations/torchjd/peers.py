@@ -11,9 +11,25 @@ from torch import Tensor
 
 from fastmtl import methods
 from fastmtl.info import Info
+from fastmtl.methods.memory import Pieces
 from fastmtl.rule import NOTHING, Context
 
-__all__ = ["MGDA", "CAGrad", "DualProj", "FairGrad", "GradVac", "Krum", "PCGrad", "UPGrad"]
+__all__ = [
+    "MGDA",
+    "PCD",
+    "CAGrad",
+    "DualProj",
+    "ExcessMTL",
+    "FairGrad",
+    "GradVac",
+    "Krum",
+    "MoDo",
+    "NashMTL",
+    "PCGrad",
+    "SDMGrad",
+    "TrimmedMean",
+    "UPGrad",
+]
 
 
 def _zero_rows(M: Tensor) -> Tensor:
@@ -92,3 +108,50 @@ class Krum(methods.Krum):
         shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
         added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
         return super().solve(M + added[..., None], dtype, context)
+
+
+class NashMTL(methods.NashMTL):
+    """A zero row leaves the weights as they were, at first ones: TorchJD's solver fails on it."""
+
+    remembers = True
+    _first = 1.0
+
+    def _solvable(self, M: Tensor) -> Tensor:
+        return super()._solvable(M) & ~_zero_rows(M).any(-1)
+
+
+class PCD(methods.PCD):
+    """A zero row counts in the averages."""
+
+    def _counted(self, M: Tensor) -> Tensor:
+        return torch.ones_like(_zero_rows(M))
+
+
+class _All:
+    """Mixed into a method on matrices: all rows are there."""
+
+    def _there(self, M: Tensor) -> Tensor:
+        return torch.ones_like(_zero_rows(M))
+
+
+class MoDo(_All, methods.MoDo):
+    """A zero row is a task like others."""
+
+
+class SDMGrad(_All, methods.SDMGrad):
+    """A zero row is a task like others."""
+
+
+class ExcessMTL(methods.ExcessMTL):
+    """A zero row is a task like others, whose excess risk is zero."""
+
+    def _present(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        there, finite = super()._present(M)
+        return torch.ones_like(there), finite
+
+
+class TrimmedMean(methods.TrimmedMean):
+    """A zero row has entries like others."""
+
+    def _there(self, G: Pieces) -> Tensor:
+        return torch.ones((*G.batch, G.T), dtype=torch.bool, device=G.out[0].device)

@@ -1,20 +1,22 @@
-"""Weights of the rows of a Jacobian [m, n], from its Gramian [m, m] or from their number alone."""
+"""Weights of the rows of a Jacobian [m, n], from its Gramian [m, m]."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchjd import Stateful
 from torchjd.aggregation import Weighting
-from torchjd.linalg import DualConeProjector, QuadprogProjector
+from torchjd.linalg import DualConeProjector
 
 from fastmtl import methods
 from fastmtl.inputs import describe
 from fastmtl.integrations.torchjd import peers
-from fastmtl.integrations.torchjd.configured import Configured, naming
+from fastmtl.integrations.torchjd.configured import Configured, argument, at_least, count, naming, positive
+from fastmtl.integrations.torchjd.linalg import ActiveSetProjector, ridge_of
+from fastmtl.integrations.torchjd.tasks import ConstantWeighting, MeanWeighting, vector
 from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import GramMethod
 
@@ -22,7 +24,6 @@ __all__ = [
     "AlignedMTLWeighting",
     "CAGradWeighting",
     "ConFIGWeighting",
-    "ConstantWeighting",
     "DualProjWeighting",
     "FairGradWeighting",
     "GradVacWeighting",
@@ -30,13 +31,10 @@ __all__ = [
     "IMTLGWeighting",
     "KrumWeighting",
     "MGDAWeighting",
-    "MeanWeighting",
     "NashMTLWeighting",
+    "PCDWeighting",
     "PCGradWeighting",
-    "RandomWeighting",
     "StatefulWeighting",
-    "SumWeighting",
-    "TaskWeighting",
     "UPGradWeighting",
 ]
 
@@ -44,59 +42,81 @@ __all__ = [
 class GramWeighting(Configured, Weighting[Tensor]):
     """Weights from a Gramian [m, m], in its dtype."""
 
-    method: GramMethod
     _differentiable: ClassVar[bool] = False  # whether TorchJD's has a derivative, which must not be lost silently
 
-    def __call__(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The weights [m], through all registered hooks.
-
-        Args:
-            gramian: the Gramian of the Jacobian, [m, m].
-            dtype: that of the Jacobian, if the Gramian has another: it sets default tolerances.
-        """
-        # As a keyword: hooks see the Gramian alone, as from TorchJD's weightings.
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """The weights [m], through all registered hooks."""
         with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
-            alpha: Tensor = nn.Module.__call__(self, gramian, dtype=dtype)
-        return alpha
+            return super().__call__(gramian)
 
-    def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, gramian: Tensor, /) -> Tensor:
         """The weights [m]."""
+        if gramian.shape == (0, 0):
+            self.method.check_tasks(0)
+            return gramian.new_zeros(0)
+        # Aggregators say of the Gramian, which they compute in float64, of which gradients it is.
+        of = getattr(gramian, "gradients_dtype", gramian.dtype)
         with naming(self._options):
-            return self.method.weighting(gramian.to(torch.float64), dtype or gramian.dtype).to(gramian.dtype)
+            return self._weights(gramian, of).to(gramian.dtype)
+
+    def _weights(self, gramian: Tensor, dtype: torch.dtype) -> Tensor:
+        alpha: Tensor = self.method.weighting(gramian.to(torch.float64), dtype)
+        return alpha
 
 
 class StatefulWeighting(GramWeighting, Stateful):
-    """Weights that depend on the steps before."""
-
-    method: Any
+    """Weights that depend on the steps before; another number of tasks begins anew."""
 
     def reset(self) -> None:
         """Forgets everything: the next step is the first."""
         self.method.reset()
 
-
-class TaskWeighting(Configured, Weighting[Tensor]):
-    """Weights that depend on the number of tasks alone: from a Jacobian [m, n] or a Gramian [m, m], in its dtype."""
-
-    method: GramMethod
-
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        """The weights [m]."""
-        m = matrix.shape[0]
-        some = torch.ones(m, m, dtype=torch.float64, device=matrix.device)
-        return self.method.weighting(some).to(matrix.dtype)
+    def _weights(self, gramian: Tensor, dtype: torch.dtype) -> Tensor:
+        m = gramian.shape[-1]
+        if any(x is not None and x.ndim and x.shape[-1] != m for x in self.method.buffers()):
+            self.reset()
+        return super()._weights(gramian, dtype)
 
 
-def _ridge(projector: DualConeProjector | None) -> float:
-    """What TorchJD's projector adds to the diagonal of the Gramian, relative to its trace."""
-    if projector is None:
-        return float(inspect.signature(QuadprogProjector).parameters["reg_eps"].default)
-    if not isinstance(projector, DualConeProjector):
-        raise TypeError(f"projector: expected a torchjd.linalg.DualConeProjector or None, got {describe(projector)}")
-    return getattr(projector, "reg_eps", 0.0)
+class Preferring(Configured):
+    """With a preference, which a weighting of its own gives to those who ask for it."""
+
+    pref_vector: Tensor | None
+
+    @property
+    def weighting(self) -> ConstantWeighting | MeanWeighting:
+        """The weighting that the preference vector means."""
+        return MeanWeighting() if self.pref_vector is None else ConstantWeighting(self.pref_vector)
 
 
-class AlignedMTLWeighting(GramWeighting):
+class Projecting(Preferring, GramWeighting):
+    """Weights from projections onto the dual cone."""
+
+    projector: Any
+    _each: ClassVar[bool]
+
+    def _weights(self, gramian: Tensor, dtype: torch.dtype) -> Tensor:
+        if ridge_of(self.projector) is not None:
+            return super()._weights(gramian, dtype)
+        # A projector that somebody else has written, which may project onto another cone.
+        preferred = self.weighting(gramian).to(gramian.dtype)
+        U = torch.diag(preferred) if isinstance(self, UPGradWeighting) else preferred
+        projected: Tensor = self.projector(U, gramian)
+        return projected.sum(0) if projected.ndim == 2 else projected
+
+
+def projector_or_ours(value: Any, name: str) -> DualConeProjector:
+    """Also for None."""
+    if value is not None and not isinstance(value, DualConeProjector):
+        raise TypeError(f"{name}: expected a torchjd.linalg.DualConeProjector or None, got {describe(value)}")
+    return ActiveSetProjector() if value is None else value
+
+
+def _ridge(projector: DualConeProjector) -> float:
+    return ridge_of(projector) or 0.0
+
+
+class AlignedMTLWeighting(Preferring, GramWeighting):
     """The weights of `AlignedMTL`.
 
     Args:
@@ -110,12 +130,20 @@ class AlignedMTLWeighting(GramWeighting):
     """
 
     _differentiable = True
+    _extra = {"rank_rule": "normalized"}  # noqa: RUF012
+    pref_vector: Tensor | None = argument(vector)
+    scale_mode: Scale = argument()
+    rank_rule: RankRule = argument()
 
-    @staticmethod
-    def _make(
-        pref_vector: Tensor | None = None, scale_mode: Scale = "min", *, rank_rule: RankRule = "normalized"
-    ) -> GramMethod:
-        return methods.AlignedMTL(weights=pref_vector, scale=scale_mode, rank_rule=rank_rule)
+    def __init__(
+        self, pref_vector: Tensor | None = None, scale_mode: Scale = "min", *, rank_rule: RankRule = "normalized"
+    ) -> None:
+        super().__init__(pref_vector=pref_vector, scale_mode=scale_mode, rank_rule=rank_rule)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return methods.AlignedMTL(
+            weights=options["pref_vector"], scale=options["scale_mode"], rank_rule=options["rank_rule"]
+        )
 
 
 class CAGradWeighting(GramWeighting):
@@ -130,12 +158,17 @@ class CAGradWeighting(GramWeighting):
         ValueError: `c` is negative or not finite.
     """
 
-    @staticmethod
-    def _make(c: float, norm_eps: float = 0.0001) -> GramMethod:
-        return peers.CAGrad(c=c, rescale=0)
+    c: float = argument()
+    norm_eps: float = argument(at_least(0))
+
+    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
+        super().__init__(c=c, norm_eps=norm_eps)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.CAGrad(c=options["c"], rescale=0)
 
 
-class ConFIGWeighting(GramWeighting):
+class ConFIGWeighting(Preferring, GramWeighting):
     """The weights of `ConFIG` (TorchJD has only the aggregator).
 
     Args:
@@ -145,12 +178,16 @@ class ConFIGWeighting(GramWeighting):
         ValueError: a `pref_vector` that is no finite vector.
     """
 
-    @staticmethod
-    def _make(pref_vector: Tensor | None = None) -> GramMethod:
-        return methods.ConFIG(weights=pref_vector)
+    pref_vector: Tensor | None = argument(vector)
+
+    def __init__(self, pref_vector: Tensor | None = None) -> None:
+        super().__init__(pref_vector=pref_vector)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return methods.ConFIG(weights=options["pref_vector"])
 
 
-class DualProjWeighting(GramWeighting):
+class DualProjWeighting(Projecting):
     """The weights of `DualProj`.
 
     Args:
@@ -164,9 +201,14 @@ class DualProjWeighting(GramWeighting):
         ValueError: a `pref_vector` that is no finite vector.
     """
 
-    @staticmethod
-    def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        return peers.DualProj(weights=pref_vector, ridge=_ridge(projector))
+    pref_vector: Tensor | None = argument(vector)
+    projector: Any = argument(projector_or_ours)
+
+    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
+        super().__init__(pref_vector=pref_vector, projector=projector)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.DualProj(weights=options["pref_vector"], ridge=_ridge(options["projector"]))
 
 
 class FairGradWeighting(GramWeighting):
@@ -180,9 +222,14 @@ class FairGradWeighting(GramWeighting):
         ValueError: `alpha` is negative or not finite.
     """
 
-    @staticmethod
-    def _make(alpha: float, max_iters: int | None = None) -> GramMethod:
-        return peers.FairGrad(fairness=alpha)
+    alpha: float = argument()
+    max_iters: int | None = argument(count(1, optional=True))
+
+    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
+        super().__init__(alpha=alpha, max_iters=max_iters)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.FairGrad(fairness=options["alpha"])
 
 
 class GradVacWeighting(StatefulWeighting):
@@ -196,24 +243,25 @@ class GradVacWeighting(StatefulWeighting):
         ValueError: `beta` is not in [0, 1].
     """
 
-    method: methods.GradVac
+    _kept = {"targets": "_phi_t"}  # noqa: RUF012
 
-    @staticmethod
-    def _make(beta: float = 0.5, eps: float = 1e-8) -> GramMethod:
-        return peers.GradVac(beta=beta)
+    beta: float = argument()
+    eps: float = argument(at_least(0))
 
-    def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The weights [m]."""
-        if self.method.targets is not None and self.method.targets.shape != gramian.shape:
-            self.reset()
-        return super().forward(gramian, dtype=dtype)
+    def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
+        super().__init__(beta=beta, eps=eps)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.GradVac(beta=options["beta"])
 
 
 class IMTLGWeighting(GramWeighting):
     """The weights of `IMTLG`."""
 
-    @staticmethod
-    def _make() -> GramMethod:
+    def __init__(self) -> None:
+        super().__init__()
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
         return methods.IMTL()
 
 
@@ -229,10 +277,14 @@ class KrumWeighting(GramWeighting):
     """
 
     _differentiable = True
+    n_byzantine: int = argument()
+    n_selected: int = argument()
 
-    @staticmethod
-    def _make(n_byzantine: int, n_selected: int = 1) -> GramMethod:
-        return peers.Krum(byzantine=n_byzantine, selected=n_selected, squared=False)
+    def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
+        super().__init__(n_byzantine=n_byzantine, n_selected=n_selected)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.Krum(byzantine=options["n_byzantine"], selected=options["n_selected"], squared=False)
 
 
 class MGDAWeighting(GramWeighting):
@@ -244,16 +296,20 @@ class MGDAWeighting(GramWeighting):
     """
 
     _differentiable = True
+    epsilon: float = argument(positive)
+    max_iters: int = argument(count(1))
 
-    @staticmethod
-    def _make(epsilon: float = 0.001, max_iters: int = 100) -> GramMethod:
+    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
+        super().__init__(epsilon=epsilon, max_iters=max_iters)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
         return peers.MGDA()
 
 
 class NashMTLWeighting(StatefulWeighting):
     """The weights of `NashMTL` (TorchJD has only the aggregator): zero where no direction improves all tasks.
 
-    With `update_weights_every` > 1 the weights in use are in `state_dict()`.
+    A zero row leaves the weights as they were, at first ones, as there. The weights in use are in `state_dict()`.
 
     Args:
         n_tasks: number m of tasks.
@@ -265,28 +321,61 @@ class NashMTLWeighting(StatefulWeighting):
         ValueError: `n_tasks` < 1, `max_norm` < 0 or `update_weights_every` < 1; (in a step) another number of tasks.
     """
 
-    @staticmethod
-    def _make(n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20) -> GramMethod:
-        if not isinstance(n_tasks, int) or n_tasks < 1:
-            raise ValueError(f"n_tasks: expected an integer >= 1, got {n_tasks!r}")
-        return methods.NashMTL(max_norm=max_norm, every=update_weights_every)
+    n_tasks: int = argument(count(1))
+    max_norm: float = argument()
+    update_weights_every: int = argument()
+    optim_niter: int = argument(count(1))
 
-    def forward(self, gramian: Tensor, /, *, dtype: torch.dtype | None = None) -> Tensor:
-        """The weights [m]."""
-        if gramian.shape[-1] != self._options["n_tasks"]:
-            raise ValueError(f"n_tasks: expected {self._options['n_tasks']} tasks, got {gramian.shape[-1]}")
-        return super().forward(gramian, dtype=dtype)
+    def __init__(
+        self, n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
+    ) -> None:
+        super().__init__(
+            n_tasks=n_tasks, max_norm=max_norm, update_weights_every=update_weights_every, optim_niter=optim_niter
+        )
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.NashMTL(max_norm=options["max_norm"], every=options["update_weights_every"])
+
+    def _weights(self, gramian: Tensor, dtype: torch.dtype) -> Tensor:
+        if gramian.shape[-1] != self.n_tasks:
+            raise ValueError(f"n_tasks: expected {self.n_tasks} tasks, got {gramian.shape[-1]}")
+        return super()._weights(gramian, dtype)
+
+
+class PCDWeighting(StatefulWeighting):
+    """The weights of `PCD`; the first row is that of the primary objective.
+
+    Args:
+        tau: the share of progress of each of the other objectives, one number in [0, 1] or m - 1 of them.
+        beta: decay of the moving average of squared norms, in [0, 1).
+        eps: added to it.
+
+    Raises:
+        ValueError: an argument out of its range; (in a step) a `tau` of another length than m - 1.
+    """
+
+    tau: float | Tensor = argument()
+    beta: float = argument()
+    eps: float = argument()
+
+    def __init__(self, tau: float | Tensor = 0.02, beta: float = 0.999, eps: float = 1e-8) -> None:
+        super().__init__(tau=tau, beta=beta, eps=eps)
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.PCD(tau=options["tau"], beta=options["beta"], eps=options["eps"])
 
 
 class PCGradWeighting(GramWeighting):
     """The weights of `PCGrad`."""
 
-    @staticmethod
-    def _make() -> GramMethod:
+    def __init__(self) -> None:
+        super().__init__()
+
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
         return peers.PCGrad()
 
 
-class UPGradWeighting(GramWeighting):
+class UPGradWeighting(Projecting):
     """The weights of `UPGrad`.
 
     Args:
@@ -300,45 +389,11 @@ class UPGradWeighting(GramWeighting):
         ValueError: a `pref_vector` that is no finite vector.
     """
 
-    @staticmethod
-    def _make(pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> GramMethod:
-        return peers.UPGrad(weights=pref_vector, ridge=_ridge(projector))
+    pref_vector: Tensor | None = argument(vector)
+    projector: Any = argument(projector_or_ours)
 
+    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
+        super().__init__(pref_vector=pref_vector, projector=projector)
 
-class ConstantWeighting(TaskWeighting):
-    """The weights of `Constant`.
-
-    Args:
-        weights: the weights [m].
-
-    Raises:
-        ValueError: `weights` are no finite vector; (in a step) of another length than m.
-    """
-
-    @staticmethod
-    def _make(weights: Tensor) -> GramMethod:
-        return methods.Uniform(weights=weights)
-
-
-class MeanWeighting(TaskWeighting):
-    """The weights of `Mean`: 1/m each."""
-
-    @staticmethod
-    def _make() -> GramMethod:
-        return methods.Uniform(weights="mean")
-
-
-class RandomWeighting(TaskWeighting):
-    """The weights of `Random`: the softmax of normal numbers, drawn anew in every step."""
-
-    @staticmethod
-    def _make() -> GramMethod:
-        return methods.RLW()
-
-
-class SumWeighting(TaskWeighting):
-    """The weights of `Sum`: ones."""
-
-    @staticmethod
-    def _make() -> GramMethod:
-        return methods.Uniform(weights="sum")
+    def _make(self, options: Mapping[str, Any]) -> GramMethod:
+        return peers.UPGrad(weights=options["pref_vector"], ridge=_ridge(options["projector"]))

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fastmtl.training.paths import amortised, averaged, features, full, gramian, groups, sharded, upper_bound
+from fastmtl.training.paths import (
+    amortised,
+    averaged,
+    features,
+    full,
+    gramian,
+    groups,
+    per_example,
+    sharded,
+    upper_bound,
+)
 from fastmtl.training.step import Options, Outcome, Step
 
 __all__ = ["PATHS", "Path", "check"]
@@ -27,10 +37,10 @@ class Path(Protocol):
         ...
 
 
-PATHS: tuple[Path, ...] = (upper_bound, amortised, gramian, sharded, features, full)
+PATHS: tuple[Path, ...] = (amortised, per_example, upper_bound, gramian, sharded, features, full)
 
 
 def check(options: Options) -> None:
     """Raises ValueError where options exclude each other or the method, before anything else is looked at."""
-    for module in (upper_bound, groups, features, averaged, gramian, amortised):
+    for module in (per_example, upper_bound, groups, features, averaged, gramian, amortised):
         module.check(options)

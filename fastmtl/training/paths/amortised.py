@@ -38,7 +38,7 @@ def check(options: Options) -> None:
         return
     if not options.method.on_gram:
         raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
-    for name in ("representation", "groups"):
+    for name in ("representation", "groups", "batch_dim"):
         if getattr(options, name) is not None:
             raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmtl.info import Info
@@ -38,10 +40,17 @@ def rows_for(step: Step) -> Any:
     """What takes the tasks' gradients of the shared parameters, by `append`, and aggregates them, by `combine`."""
     if step.group is not None:
         return averaged.Rows(step.parameters, len(step.losses), step.group)
-    return groups.Rows(step.groups) if step.groups else _Rows()
+    return groups.Rows(step.groups) if step.groups else _Rows(step.parameters)
 
 
 class _Rows(list[Row]):
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        # Before the T gradients: what stays after the step then lies before what goes with it, and the heap keeps the
+        # memory of those for the next step (benchmarks/backward_parts.py counts the pages).
+        self._results = [torch.empty_like(p) for p in parameters]
+
     def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:
         check_reached(self, "shared")
-        return aggregate_rows(method, self, None, context)
+        results, self._results = self._results, []
+        return aggregate_rows(method, self, results, context)

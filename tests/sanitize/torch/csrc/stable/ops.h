@@ -1,5 +1,6 @@
-// Stands in for PyTorch's header of this name, of which csrc/cpu uses parallel_for alone. PyTorch's own runs on OpenMP,
-// whose library ThreadSanitizer cannot see into: it would take every barrier for none. These threads it does see.
+// Stands in for PyTorch's header of this name, of which csrc/cpu uses what is about threads. PyTorch's own run on
+// OpenMP, whose library ThreadSanitizer cannot see into: it would take every barrier for none. These threads it does
+// see.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,10 @@
 namespace torch::stable {
 
 inline int64_t worker_count = 1;
+
+inline uint32_t get_num_threads() {
+  return uint32_t(worker_count);
+}
 
 // f(begin, end) over ranges as even as PyTorch's, one a thread. The grain is ignored: what is safe to share out stays
 // so in smaller parts, and small problems are shared out too.

@@ -1,0 +1,10 @@
+"""Losses of examples that do not depend on each other: the exact Gram matrix of B gradients from one backward pass.
+
+Which rows of a cotangent are whose is found by a second pass (`layout`); a weight's products come from its factors
+(`products`), those of entrywise parameters from their small gradients (`parts`), all others are formed (`formed`).
+"""
+
+from fastmtl.gramian.examples.engine import gram, update
+from fastmtl.gramian.examples.products import Per
+
+__all__ = ["Per", "gram", "update"]

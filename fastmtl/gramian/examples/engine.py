@@ -1,0 +1,313 @@
+"""From T · B losses of B examples to the shared parameters' aggregated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.engine import without_autocast, working_dtype
+from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, is_use
+from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
+from fastmtl.gramian.examples.layout import Layout
+from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
+from fastmtl.gramian.examples.passes import Brought, edges_of, keys_of, one_pass, run
+from fastmtl.gramian.examples.products import Gram, Per
+from fastmtl.gramian.forms import Entrywise, Use
+from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
+from fastmtl.gramian.plan import uses_of
+from fastmtl.gramian.saved import is_builtin
+from fastmtl.gramian.survey import Survey, parts_of
+from fastmtl.graph import Edge, Leaves, is_leaf, leaves_of
+from fastmtl.info import Info
+from fastmtl.pipeline import coarsest
+from fastmtl.rule import Context, Rule
+
+__all__ = ["gram", "update"]
+
+_KNOWN: Memory[Known] = Memory()
+_TRIED: Memory[bool] = Memory()
+_MIXING: Memory[bool] = Memory()
+
+# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
+_CANCELLED = 4.0
+
+
+class _Plan(NamedTuple):
+    weights: list[Weight]
+    entries: list[Entries]
+    formed: Formed | None
+    explicit: tuple[str, ...]
+
+    def parts(self) -> list[Any]:
+        return [*self.weights, *self.entries, *([self.formed] if self.formed is not None else [])]
+
+    def readings(self) -> list[Reading]:
+        found: list[Reading] = [use for weight in self.weights for use in weight.uses]
+        found += [use for entry in self.entries for use, _ in entry.uses]
+        return found + (list(self.formed.uses) if self.formed is not None else [])
+
+
+def update(
+    method: Rule,
+    losses: Tensor,
+    named: Sequence[tuple[Tensor, str]],
+    leaves: Leaves,
+    context: Context,
+    *,
+    per: Per = "all",
+    check: bool = True,
+    scale_heads: bool,
+    retain_graph: bool,
+    tentative: bool = False,
+) -> tuple[list[tuple[Tensor, Tensor]], Info] | None:
+    """The aggregated gradients for losses [T, B], column b of which depends on example b alone.
+
+    Args:
+        method: a method that works on the Gram matrix.
+        losses: [T, B].
+        named: the shared parameters, and what to call them.
+        leaves: what the losses reach.
+        context: what the step brings besides gradients.
+        per: which losses are aggregated with each other.
+        check: whether a second pass sees to it that examples do not mix, in this step or once for each kind of graph.
+        scale_heads: whether leaves that are not shared get gradients weighted by α.
+        retain_graph: whether the graph is kept.
+        tentative: whether None is returned where examples mix, and where a graph of this kind has done so; in the first
+            step of each kind the graph is kept.
+
+    Returns:
+        What is to be added to `.grad`, and what the method saw and did.
+
+    Raises:
+        ValueError: a loss depends on several examples.
+        NotImplementedError: hooks, or a use of a parameter that this engine does not know.
+    """
+    T, B = losses.shape
+    parameters = [p for p, _ in named]
+    heads = leaves.without(parameters).all()
+    weighted = scale_heads and bool(heads)
+    kind = kind_of(losses, parameters, leaves) if tentative else None
+    if tentative and kind in _MIXING:
+        return None
+    with torch.no_grad():
+        try:
+            keep = retain_graph or weighted or (tentative and kind not in _TRIED)
+            todo, brought = _resolved(losses, named, leaves, heads, check=check, retain_graph=keep)
+        except (ValueError, NotImplementedError):
+            if not tentative or kind in _TRIED:
+                raise
+            _MIXING[kind] = True
+            return None
+        if tentative:
+            _TRIED[kind] = True
+        cotangents = brought.cotangents
+        found = Arrived(cotangents, brought.layouts, B, working_dtype({c.dtype for c in cotangents.values()}))
+        with without_autocast(losses.device):
+            gram = _gram(todo, found, T, per, losses.device)
+            info = method.solve(gram.matrix, coarsest(parameters), context)
+            info.explicit = todo.explicit
+            alpha = info.alpha.view(T, B) if per == "all" else info.alpha.mT if per == "example" else info.alpha
+            updates = [pair for part in todo.parts() for pair in part.gradients(alpha, found)]
+        own = brought.heads
+        if weighted:
+            own = one_pass(losses, (), heads, alpha.to(losses.dtype), retain_graph=retain_graph)
+        updates += [(p, g) for p, g in zip(heads, own, strict=True) if g is not None]
+    return updates, info
+
+
+def gram(losses: Tensor, parameters: Sequence[Tensor], check: bool = True) -> Tensor:
+    """The Gram matrix [T·B, T·B] of losses [T, B], float64, with loss (t, b) at t·B + b; the graph is kept.
+
+    Raises:
+        ValueError: a loss depends on several examples.
+        NotImplementedError: as `update`.
+    """
+    T, B = losses.shape
+    leaves = leaves_of([losses], [], joints=False)
+    named = [(p, f"parameter {k}") for k, p in enumerate(parameters)]
+    with torch.no_grad():
+        todo, brought = _resolved(losses, named, leaves, [], check=check, retain_graph=True)
+        dtype = working_dtype({c.dtype for c in brought.cotangents.values()})
+        with without_autocast(losses.device):
+            found = Arrived(brought.cotangents, brought.layouts, B, dtype)
+            return _gram(todo, found, T, "all", losses.device).matrix
+
+
+def _resolved(
+    losses: Tensor,
+    named: Sequence[tuple[Tensor, str]],
+    leaves: Leaves,
+    heads: Sequence[Tensor],
+    *,
+    check: bool,
+    retain_graph: bool,
+) -> tuple[_Plan, Brought]:
+    """The plan, and what passes brought for it.
+
+    Whether an operation that takes parts of a parameter, as an embedding does, takes some for each example or the same
+    for all, only the check can tell.
+
+    Raises:
+        ValueError: examples mix.
+    """
+    graph, B = _graph(leaves), losses.shape[1]
+    nodes, parameters = list(leaves.owner), [p for p, _ in named]
+    kind = None if check else kind_of(losses, parameters, leaves)
+    known = _KNOWN.get(kind)
+    half = any(x.dtype is torch.float16 for node in nodes for x in node._input_metadata if not x.is_nested_tensor)
+    at = {id(node.variable): node for node in nodes if is_leaf(node)}
+    reached = [(at[id(p)], p, name) for p, name in named if id(p) in at]
+    constant = {nodes[k] for k in known.constant} if known is not None else set[Any]()
+    odd = {nodes[k] for k in known.odd} if known is not None else set[Any]()
+    while True:
+        derived = Derived((node for node, _, _ in reached), constant)
+        todo = _plan(reached, graph, derived, odd)
+        readings = todo.readings()
+        keys = list(dict.fromkeys(k for reading in readings for k in keys_of(reading)))
+        layouts = dict.fromkeys(keys, Layout()) if B == 1 else None
+        if known is not None:
+            layouts = dict(zip(keys, known.layouts, strict=True))
+        # What the graph saved lives on where it is needed again, or may be.
+        doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
+        keep = retain_graph or todo.formed is not None or doubtful
+        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep, half=half, sure=kind is not None)
+        if not brought.mixed:
+            if layouts is None and kind is not None and brought.sure:
+                places = {node: k for k, node in enumerate(nodes)}
+                found = [brought.layouts[k] for k in keys]
+                _KNOWN[kind] = Known([places[x] for x in constant], [places[x] for x in odd], found)
+            return todo, brought
+        mixed = dict(brought.mixed)
+        again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
+        formless = {edge[0] for edge, reading in mixed.items() if _is_batched(reading)} - again
+        if not keep or not (again or formless):
+            raise ValueError(_mixed(next(iter(mixed)), leaves))
+        constant |= again
+        odd |= formless
+
+
+def _is_batched(reading: Reading) -> bool:
+    """Whether it is a batch of products, which may be that of the examples: a matrix for each."""
+    return isinstance(reading, Use) and reading.groups > 1 and reading.outer > 1
+
+
+def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
+    """Whether rows may be others than those of the form, or none that belong to examples."""
+    if _is_batched(reading):
+        return True
+    for node, output in edges_of(reading):
+        shape = node._input_metadata[output].shape
+        if (len(shape) < 3 or B not in shape[:2]) and derived.may_be_constant(node, B):
+            return True
+    return False
+
+
+def _graph(leaves: Leaves) -> Survey:
+    """The graph, all of it: nothing is cut off."""
+    users: dict[Any, list[tuple[Any, int, int]]] = {}
+    for node in leaves.owner:
+        for i, (behind, output) in enumerate(node.next_functions):
+            if behind is not None:
+                users.setdefault(behind, []).append((node, i, output))
+    nodes = [node for node in leaves.owner if node.next_functions]
+    return Survey([], frozenset(), {}, [], False, nodes, not all(map(is_builtin, nodes)), users)
+
+
+def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: Derived, odd: set[Any]) -> _Plan:
+    weights: list[Weight] = []
+    entries: list[Entries] = []
+    others: list[tuple[Tensor, str]] = []
+    readers: dict[Any, str] = {}  # operations that are passed by, with the name of what they read
+    ways: dict[Edge, str] = {}
+    for node, parameter, name in reached:
+        parts = parts_of(node, graph) or []
+        if not parts:
+            continue
+        for part in parts:
+            for consumer in part.consumers:
+                readers.setdefault(consumer.node, name)
+                ways.update((edge, name) for edge in consumer.way)
+        if any(consumer.node in odd for part in parts for consumer in part.consumers):
+            others.append((parameter, name))
+            continue
+        own = [(uses_of(part.consumers, parameter.device), part) for part in parts]
+        if all(uses is not None and all(is_use(use, derived) and use.hold() for use in uses) for uses, _ in own):
+            weights += [Weight(parameter, uses, part.block) for uses, part in own if uses is not None]
+            continue
+        small = [[(Entrywise.of(c.node, c.operand), c) for c in part.consumers] for part in parts]
+        if all(
+            use is not None and c.order is None and not derived(c.node) and use.hold()
+            for row in small
+            for use, c in row
+        ):
+            for row, part in zip(small, parts, strict=True):
+                entries.append(Entries(parameter, [(u, c.flipped) for u, c in row if u is not None], part.block))
+            continue
+        others.append((parameter, name))
+    _refuse_hooks(readers, ways)
+    formed = Formed([p for p, _ in others], graph.users, derived, odd) if others else None
+    if formed is not None:
+        for reading in formed.uses:
+            if not isinstance(reading, Operation) and not reading.hold():
+                raise NotImplementedError(f"batch_dim: {reading.node.name()} saved a tensor that is not plain")
+    return _Plan(weights, entries, formed, tuple(name for _, name in others))
+
+
+def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:
+    """Raises NotImplementedError where a closed form would pass hooks by."""
+    hooked = [
+        name
+        for node, name in [*readers.items(), *((node, name) for (node, _), name in ways.items())]
+        if has_hooks(node)
+    ]
+    hooked += [ways[edge] for edge in seen_by_hooks(ways)]
+    if hooked:
+        raise NotImplementedError(f"batch_dim: {hooked[0]} is read by an operation, or as a view, that has hooks")
+
+
+def _mixed(edge: Edge, leaves: Leaves) -> str:
+    node, output = edge
+    why = ""
+    for other in leaves.owner:  # InstanceNorm runs as one on a batch of one
+        if "BatchNorm" in other.name() and getattr(other, "_saved_training", True) and _rows(other) != 1:
+            why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
+    return (
+        "losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
+        f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) "
+        "takes any losses"
+    )
+
+
+def _rows(node: Any) -> int:
+    return int(node._input_metadata[0].shape[0])
+
+
+def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -> Gram:
+    gram = Gram(T, found.examples, per, device)
+    rows = [g for entry in todo.entries if (g := entry.form(found)) is not None]
+    if rows:
+        gram.add_rows(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
+    parts = []
+    others: list[Weight | Formed] = [*todo.weights]
+    if todo.formed is not None:
+        others.append(todo.formed)
+    for part in others:
+        # What may have to be added up again is kept apart.
+        own = gram.like() if isinstance(part, Weight) and part.has_rows(found.examples) else gram
+        sizes = part.add(own, found)
+        if own is not gram:
+            gram.add(own)
+            if sizes is not None:
+                parts.append((part, own, sizes))
+    if device.type == "cpu" and found.dtype is not torch.float64 and parts:  # nothing waits for a GPU
+        allowed = _CANCELLED * gram.diagonal
+        exact = found._replace(dtype=torch.float64)
+        for part, own, sizes in parts:
+            if (len(parts) * sizes > allowed).any():
+                again = gram.like()
+                part.add(again, exact)
+                gram.replace(own, again)
+    return gram

@@ -1,0 +1,181 @@
+"""Which rows of a cotangent belong to which example, found and checked by a second pass.
+
+Loss b is to depend on example b alone. Then the cotangent of Σ_b L_b at any use of a parameter has, in the rows of
+example b, that of L_b, and nothing else. A pass from the losses times powers of two w_b must bring the same rows, each
+times its example's w_b: bit for bit, since powers of two commute with rounding. A row in which two examples meet comes
+back times something else. That tells also which row is whose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "draw", "find", "is_sure"]
+
+# Exponents of the factors are -30 ... 30, or -8 ... 0 where float16 occurs, which a loss scaler has brought near its
+# largest numbers: as many examples have factors of their own, the others share them.
+_RANGE, _HALF = 30, 4
+# What may differ, in eps of an example's own rows: what leaves float32's normal range, and atomics on a GPU.
+_ROUNDING = {"cpu": 1.0}
+_ATOMICS = 100.0
+_PREVIEW = 4  # columns that turn most layouts down
+
+
+class Layout(NamedTuple):
+    """Where the rows of examples are among N rows: [pre, B, N / pre / B], or anywhere.
+
+    Attributes:
+        pre: how many rows precede the dimension of the batch.
+        owner: for each row its example, int64 [N], where there is no such dimension; rows of zeros count as anyone's.
+    """
+
+    pre: int = 1
+    owner: Tensor | None = None
+
+    def owners(self, lead: int, B: int, device: torch.device) -> Tensor:
+        """For each of `lead` rows its example."""
+        if self.owner is not None:
+            return self.owner
+        return torch.arange(lead, device=device) // (lead // self.pre // B) % B
+
+    def by_example(self, x: Tensor, B: int) -> Tensor:
+        """[n, N, k] as [n, B, S, k], each example's rows one after the other; zeros where others have more."""
+        n, N, k = x.shape
+        if self.owner is None:
+            return x.reshape(n, self.pre, B, N // B // self.pre, k).transpose(1, 2).reshape(n, B, N // B, k)
+        place, S = _places(self.owner, B)
+        out = x.new_zeros(n, B * S, k)
+        out[:, place] = x
+        return out.view(n, B, S, k)
+
+    def times(self, x: Tensor, weights: Tensor, outer: int) -> Tensor:
+        """Rows times their example's weight: x [c, outer · N · inner] in any shape, weights [c, B]."""
+        c, B = weights.shape
+        if self.owner is None:
+            rows = x.reshape(c, outer * self.pre, B, -1)
+            return (rows * weights[:, None, :, None]).reshape(x.shape)
+        rows = x.reshape(c, outer, len(self.owner), -1)
+        return (rows * weights[:, None, self.owner, None]).reshape(x.shape)
+
+
+def _places(owner: Tensor, B: int) -> tuple[Tensor, int]:
+    """Where each row goes among B · S, and S, the most rows that one example has."""
+    counts = torch.bincount(owner, minlength=B)
+    S = int(counts.max())
+    order = torch.argsort(owner, stable=True)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(owner)
+    place[order] = torch.arange(len(owner), device=owner.device) - starts[owner[order]]
+    return owner * S + place, S
+
+
+def draw(B: int, dtype: torch.dtype, device: torch.device, half: bool = False) -> Tensor:
+    """Factors [B], powers of two, as different as can be, from their own stream."""
+    half = half or dtype is torch.float16
+    symbols = 2 * (_HALF if half else _RANGE) + 1
+    generator = _generator(device)
+    exponents = torch.randperm(B, generator=generator, device=device) % symbols
+    shuffled = torch.randperm(symbols, generator=generator, device=device)[exponents]
+    return torch.ldexp(torch.ones(B, dtype=dtype, device=device), shuffled - (symbols - 1 if half else _RANGE))
+
+
+_GENERATORS: dict[torch.device, torch.Generator] = {}
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Not torch's own, whose numbers a check should not take from the user."""
+    if device not in _GENERATORS:
+        _GENERATORS[device] = torch.Generator(device)
+        _GENERATORS[device].manual_seed(22)
+    return _GENERATORS[device]
+
+
+def find(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape: Sequence[int] = ()) -> Layout | None:
+    """The layout of a cotangent, given it and what came for losses times w [B]; None where rows mix examples.
+
+    Args:
+        before: the cotangent of Σ_b L_b, which is [outer, lead, inner] as it lies.
+        after: that of Σ_b w_b L_b.
+        w: powers of two.
+        outer: how many times `lead` rows there are, all in the same layout.
+        lead: how many rows.
+        shape: dimensions that `lead` is the product of, where only their boundaries matter.
+    """
+    B = len(w)
+    if B == 1:
+        return Layout()
+    c, got = before.reshape(outer, lead, -1), after.reshape(outer, lead, -1)
+    if lead % B == 0:
+        pre = next(_fitting(c, got, w, shape), None)
+        if pre is not None:
+            return Layout(pre)
+    owner = _owners(c, got, w)
+    if owner is None:
+        return None
+    factor = w[owner].to(c.dtype)[None, :, None]
+    return Layout(owner=owner) if _agree(c * factor, got, factor) else None
+
+
+def is_sure(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape: Sequence[int] = ()) -> bool:
+    """Whether one layout alone fits: where cotangents are zero all do."""
+    if len(w) == 1:
+        return True
+    c, got = before.reshape(outer, lead, -1), after.reshape(outer, lead, -1)
+    return lead % len(w) == 0 and len(list(_fitting(c, got, w, shape))) == 1
+
+
+def _fitting(c: Tensor, got: Tensor, w: Tensor, shape: Sequence[int]) -> Iterator[int]:
+    """Those numbers of rows before the batch that fit."""
+    first = c[:1, :, :_PREVIEW].contiguous(), got[:1, :, :_PREVIEW].contiguous()
+    for pre in _candidates(c.shape[1] // len(w), shape):
+        if _fits(*first, pre, w) and _fits(c, got, pre, w):
+            yield pre
+
+
+def _candidates(S: int, shape: Sequence[int]) -> Iterator[int]:
+    """Numbers of rows that may precede the batch: batch first, batch last, then all others."""
+    if shape:
+        ways, product = [1], 1
+        for n in shape:
+            product *= n
+            ways.append(product)
+        ways = [pre for pre in dict.fromkeys(ways) if S % pre == 0]
+    else:
+        ways = [pre for pre in range(1, S + 1) if S % pre == 0]
+    yield from sorted(ways, key=lambda pre: (pre != 1, pre != S, pre))
+
+
+def _fits(c: Tensor, got: Tensor, pre: int, w: Tensor) -> bool:
+    outer, lead, inner = c.shape
+    shape = (outer * pre, len(w), lead // len(w) // pre * inner)
+    factor = w.to(c.dtype)[None, :, None]
+    return _agree(c.reshape(shape) * factor, got.reshape(shape), factor)
+
+
+def _agree(expected: Tensor, got: Tensor, factor: Tensor) -> bool:
+    """Whether they are the same, bit for bit, or up to what may differ, each row with others of its factor."""
+    if torch.equal(expected, got):
+        return True
+    size = torch.where(expected.isfinite(), expected / factor, 0).double()
+    error = torch.where(expected.isfinite() | got.isfinite(), (got - expected) / factor, 0).double()
+    dims = tuple(d for d in range(size.ndim) if factor.shape[d] == 1)
+    allowed = _ROUNDING.get(expected.device.type, _ATOMICS) * torch.finfo(expected.dtype).eps
+    return bool((error.square().sum(dims) <= allowed**2 * size.square().sum(dims)).all())
+
+
+def _owners(c: Tensor, got: Tensor, w: Tensor) -> Tensor | None:
+    """For each row the example whose factor it came back with; None where the factors do not tell."""
+    if len(w.unique()) < len(w):
+        return None
+    by_row, after = c.transpose(0, 1).flatten(1), got.transpose(0, 1).flatten(1)
+    if not by_row.shape[1]:
+        return None
+    size, at = by_row.abs().max(1)
+    zero = (size == 0) & (after == 0).all(1)
+    ratio = torch.where(zero, w[0].to(c.dtype), (after.gather(1, at[:, None]) / by_row.gather(1, at[:, None]))[:, 0])
+    same = ratio[:, None] == w.to(c.dtype)
+    return same.to(torch.int64).argmax(1) if bool(same.any(1).all()) else None

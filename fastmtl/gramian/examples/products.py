@@ -1,0 +1,219 @@
+"""Inner products of the gradients of T · B losses of B examples, from the factors of their rows.
+
+The gradient of loss (t, b) of a weight is G_tb = C_tbᵀ A_b, from the inputs A_b [S, I] and the cotangents C_tb [S, O]
+of the S rows of example b. So ⟨G_tb, G_sc⟩ = Σ_pq (A_b A_cᵀ)_pq (C_tb C_scᵀ)_pq, which is cheaper where S² products of
+rows are less than the entries of a gradient, and the product of the gradients themselves where they are more.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.contraction import scale_of, times
+
+__all__ = ["Gram", "Per"]
+
+Per: TypeAlias = Literal["all", "example", "task"]
+
+_F64 = torch.float64
+_ENTRIES = 1 << 17  # of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
+_NEAR = (2.0**-19, 2.0**19)  # norms of rows that need no scaling
+_PAIR = 6.0  # multiply-adds that an entry of A Aᵀ ∘ C Cᵀ takes besides the products
+
+
+class Gram:
+    """The Gram matrix that contributions are added to, float64.
+
+    Args:
+        tasks: T.
+        examples: B.
+        per: "all" for one matrix of T · B losses; "example" for B of T; "task" for T of B.
+        device: where it lies.
+    """
+
+    def __init__(self, tasks: int, examples: int, per: Per, device: torch.device) -> None:
+        self.T, self.B, self.per = tasks, examples, per
+        shape = {
+            "all": (tasks, examples, tasks, examples),
+            "example": (examples, tasks, tasks),
+            "task": (tasks, examples, examples),
+        }
+        self._sum = torch.zeros(shape[per], dtype=_F64, device=device)
+
+    def like(self) -> Gram:
+        """An empty one of the same kind."""
+        return Gram(self.T, self.B, self.per, self._sum.device)
+
+    @property
+    def matrix(self) -> Tensor:
+        """M: [T·B, T·B] with loss (t, b) at t·B + b, [B, T, T] or [T, B, B]."""
+        n = self.T * self.B
+        return self._sum.view(n, n) if self.per == "all" else self._sum
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Squared norms of the gradients [T, B]."""
+        d = self.matrix.diagonal(dim1=-2, dim2=-1)
+        return d.mT if self.per == "example" else d.reshape(self.T, self.B)
+
+    def add(self, other: Gram) -> None:
+        """Adds another one."""
+        self._sum += other._sum
+
+    def replace(self, old: Gram, new: Gram) -> None:
+        """Adds one in place of another."""
+        self._sum += new._sum - old._sum
+
+    def add_rows(self, G: Tensor) -> None:
+        """Adds the products of gradients [T, B, P]."""
+        if self.per == "all":
+            flat = G.reshape(self.T * self.B, -1)
+            self.matrix.add_((flat @ flat.mT).to(_F64))
+        else:
+            own = G.transpose(0, 1) if self.per == "example" else G
+            self._sum += torch.bmm(own, own.mT)
+
+    def add_scaled(self, other: Gram, scale: Tensor) -> None:
+        """Adds one of gradients that were multiplied by powers of two [T, B]."""
+        if self.per == "all":
+            flat = scale.reshape(-1)
+            self.matrix.add_(other.matrix / flat[:, None] / flat)
+        else:
+            own = scale.mT if self.per == "example" else scale
+            self._sum += other._sum / own[:, :, None] / own[:, None, :]
+
+    def add_factors(self, A: Tensor, C: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Adds the products of the gradients C_tbᵀ A_b.
+
+        Args:
+            A: [B, S, I].
+            C: [T, B, S, O].
+
+        Returns:
+            The sizes [T, B] of what squared norms are added up from, where there is more than one row, and the
+            gradients [T, B, O, I] where they were formed and are no larger than A and C.
+        """
+        S = A.shape[1]
+        # Of rows: what they say of the sizes of sums says also where products could leave float32.
+        a, c = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(C, dim=3)
+        if _are_near(a, 1) and _are_near(c, 2):
+            return (a * c).double().square().sum(2) if S > 1 else None, self._add(A, C)
+        scale_a, scale_c = scale_of([A], 1), scale_of([C], 2)
+        scale = scale_c * scale_a
+        A, C = times(A, scale_a), times(C, scale_c)
+        own = self.like()
+        rows = own._add(A, C)
+        self.add_scaled(own, scale)
+        products = torch.linalg.vector_norm(A, dim=2).double() * torch.linalg.vector_norm(C, dim=3).double()
+        sizes = products.square().sum(2) / scale.square() if S > 1 else None
+        return sizes, None if rows is None else times(rows, 1 / scale)
+
+    def _add(self, A: Tensor, C: Tensor) -> Tensor | None:
+        """Adds the products, whichever way; the gradients where they were formed and are small."""
+        if _through_rows(self, A, C):
+            self._add_pairs(A, C)
+            return None
+        return self._add_gradients(A, C)
+
+    def _add_pairs(self, A: Tensor, C: Tensor) -> None:
+        T, B, S, _ = C.shape
+        if self.per == "example":
+            K = torch.bmm(A, A.mT)
+            for t in range(T):
+                for s in range(t, T):
+                    X = (torch.bmm(C[t], C[s].mT) * K).sum((1, 2), dtype=_F64)
+                    self._sum[:, t, s] += X
+                    if s != t:
+                        self._sum[:, s, t] += X
+            return
+        step = max(1, _ENTRIES // (B * S * S))
+        pairs = [(t, s) for t in range(T) for s in range(t, t + 1 if self.per == "task" else T)]
+        A, C = A.reshape(B * S, -1), C.reshape(T, B * S, -1)
+        for b in range(0, B, step):
+            e = min(b + step, B)
+            start = b if T == 1 else 0  # a symmetric matrix: what is left of the block on the diagonal is not made
+            K = A[b * S : e * S] @ A[start * S :].mT  # the same for all tasks
+            for t, s in pairs:
+                first = b if s == t else 0
+                X = C[t, b * S : e * S] @ C[s, first * S :].mT
+                X *= K[:, (first - start) * S :]
+                X = X.to(_F64) if S == 1 else X.view(e - b, S, -1, S).sum((1, 3), dtype=_F64)
+                block = self._sum[t] if self.per == "task" else self._sum[t, :, s]
+                block[b:e, first:] += X
+                if s == t:
+                    block[e:, b:e] += X[:, e - b :].mT
+                else:
+                    self._sum[s, :, t, b:e] += X.mT
+
+    def _add_gradients(self, A: Tensor, C: Tensor) -> Tensor | None:
+        T, B, _, width = C.shape
+        depth = A.shape[2]
+        small = T * B * width * depth <= A.numel() + C.numel()
+        step = width if small else max(1, 8 * _ENTRIES // (T * B * depth))
+        G = None
+        for o in range(0, width, step):
+            G = C[..., o : o + step].transpose(2, 3) @ A
+            self.add_rows(G.flatten(2))
+        return G if small else None
+
+    def add_indexed(self, ids: Tensor, C: Tensor) -> None:
+        """Adds the products of gradients whose rows A_b are unit vectors: ids [B, S], C [T, B, S, O]."""
+        T, B, _, width = C.shape
+        unique, place = ids.unique(return_inverse=True)
+        step = max(1, 8 * _ENTRIES // (T * B * max(1, width)))
+        for u in range(0, len(unique), step):
+            n = min(step, len(unique) - u)
+            b, s = ((place >= u) & (place < u + n)).nonzero(as_tuple=True)
+            G = C.new_zeros(T, B * n, width).index_add_(1, b * n + place[b, s] - u, C[:, b, s])
+            self.add_rows(G.view(T, B, n * width))
+
+    def add_cross(self, A: Tensor, C: Tensor, E: Tensor, D: Tensor) -> None:
+        """Adds ⟨C_tbᵀ A_b, E_cᵀ D_sc⟩ and its transpose, of uses on both sides of a weight.
+
+        Args:
+            A: [B, S, I] or ids [B, S].
+            C: [T, B, S, O].
+            E: [B, R, O] or ids [B, R].
+            D: [T, B, R, I].
+        """
+        for t in range(self.T):
+            for s in [t] if self.per == "task" else range(self.T):
+                for b in range(self.B):
+                    others = slice(b, b + 1) if self.per == "example" else slice(None)
+                    X = _paired(C[t, b], E[others]) * _paired(D[s, others].flatten(0, 1), A[b : b + 1]).mT
+                    x = X.view(len(X), -1, E.shape[1]).sum((0, 2), dtype=_F64)
+                    if self.per == "example":
+                        self._sum[b, t, s] += x[0]
+                        self._sum[b, s, t] += x[0]
+                    else:
+                        M = self._sum[t] if self.per == "task" else self._sum[t, :, s]
+                        M[b] += x
+                        M = self._sum[t] if self.per == "task" else self._sum[s, :, t]
+                        M[:, b] += x
+
+
+def _are_near(norms: Tensor, dims: int) -> bool:
+    """Whether each example's largest row is known to be of a size near 1."""
+    if norms.device.type != "cpu" or not norms.numel():  # nothing waits for a GPU
+        return False
+    least, most = norms.amax(dims).aminmax()
+    return _NEAR[0] < least.item() and most.item() < _NEAR[1]
+
+
+def _paired(C: Tensor, E: Tensor) -> Tensor:
+    """C [N, O] times the rows of E [b, R, O], or of the unit vectors of ids [b, R]: [N, b·R]."""
+    return C[:, E.flatten()] if E.dim() == 2 else C @ E.flatten(0, 1).mT
+
+
+def _through_rows(gram: Gram, A: Tensor, C: Tensor) -> bool:
+    """Whether products of rows take fewer multiply-adds than gradients and their products."""
+    T, B, S, width = C.shape
+    depth = A.shape[2]
+    pairs = B if gram.per == "example" else B * B  # of examples, both halves
+    tasks = T if gram.per == "task" else T * (T + 1) / 2
+    rows = pairs * S * S * (depth / 2 + tasks * (width / 2 + _PAIR))
+    gradients = T * B * S * width * depth + pairs * (T if gram.per == "task" else T * T) * width * depth / 2
+    return rows <= gradients

@@ -1,0 +1,165 @@
+"""Parameters that are broadcast, added or multiplied entry by entry: biases, affine parameters of norms, scales.
+
+The gradient is the cotangent times a factor of the same shape, summed over whatever the parameter is broadcast over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmtl.gramian.forms import convolution, product
+from fastmtl.gramian.saved import Saved, is_plain
+from fastmtl.graph import Edge
+
+__all__ = ["ENTRYWISE", "Broadcast", "Entrywise", "Factor"]
+
+Factor: TypeAlias = Any  # a tensor that the operation saved, or made of such, or a number
+Broadcast: TypeAlias = "tuple[torch.Size, torch.Size]"
+
+
+class Entrywise:
+    """One use of such a parameter.
+
+    Attributes:
+        edge: where the cotangents arrive.
+        shape: of a cotangent, as far as the parameter is concerned: as many dimensions as `spread`.
+        spread: the parameter's shape as it is broadcast: 1 where it does not vary.
+        operand: shape of what the operation reads.
+        outer: as in `Use`.
+    """
+
+    outer = 1
+
+    def __init__(self, node: Any, operand: torch.Size, broadcast: Broadcast, factor: Callable[[Any], Factor]) -> None:
+        self.edge: Edge = (node, 0)
+        self.operand = operand
+        self.shape, self.spread = broadcast
+        self._factor = factor
+        self._held: Factor = 1.0
+
+    @classmethod
+    def of(cls, node: Any, operand: int) -> Entrywise | None:
+        """That of an operation's operand, where there is one."""
+        known = ENTRYWISE.get((node.name(), operand))
+        if known is None or not known[0].covers(node):
+            return None
+        _, spread, factor = known
+        source, output = node.next_functions[operand]
+        shape = torch.Size(source._input_metadata[output].shape)
+        broadcast = spread(node, shape)
+        return None if broadcast is None else cls(node, shape, broadcast, factor)
+
+    @property
+    def node(self) -> Any:
+        """The graph node of the operation."""
+        return self.edge[0]
+
+    @property
+    def lead(self) -> int:
+        """Number of entries of a cotangent over its dimensions up to the last one along which nothing varies."""
+        return math.prod(self.shape[: self.leading])
+
+    @property
+    def leading(self) -> int:
+        """How many dimensions these are; all, where the parameter varies along all."""
+        k = len(self.shape)
+        while k and self.spread[k - 1] > 1:
+            k -= 1
+        return k or len(self.shape)
+
+    def hold(self) -> bool:
+        """Keeps what the operation saved; False where the form is not for it."""
+        self._held = self._factor(self.node)
+        return not isinstance(self._held, Tensor) or is_plain(self._held, self.node._input_metadata[0].device)
+
+    def products(self, arrived: Tensor) -> Tensor:
+        """The entries [c, *shape] that are summed, from c cotangents as they arrived."""
+        held = self._held
+        if isinstance(held, Tensor) or held != 1:
+            arrived = arrived * held
+        return arrived.reshape(len(arrived), *self.shape)
+
+
+# ------------------------------------------------------------------------------------------------- how it is broadcast
+
+
+def _aligned(node: Any, operand: torch.Size) -> Broadcast:
+    """As PyTorch broadcasts: from the right."""
+    shape = torch.Size(node._input_metadata[0].shape)
+    return shape, torch.Size([1] * (len(shape) - len(operand)) + list(operand))
+
+
+def _channels(node: Any, operand: torch.Size) -> Broadcast:
+    """Dimension 1."""
+    shape = torch.Size(node._input_metadata[0].shape)
+    return shape, torch.Size([1, *operand] + [1] * (len(shape) - 2))
+
+
+def _repeated(node: Any, operand: torch.Size) -> Broadcast | None:
+    """One after the other, all of it."""
+    if any(times != 1 for times in node._saved_repeats[1:]):
+        return None
+    n = operand.numel()
+    return torch.Size([math.prod(node._input_metadata[0].shape) // max(1, n), n]), torch.Size([1, n])
+
+
+# -------------------------------------------------------------------------------------------------------- the factors
+
+
+def _one(_: Any) -> Factor:
+    return 1.0
+
+
+def _standardised_layers(node: Any) -> Factor:
+    x: Tensor = node._saved_input
+    return (x - node._saved_result1) * node._saved_result2
+
+
+def _standardised_groups(node: Any) -> Factor:
+    x: Tensor = node._saved_input
+    mean, rstd = node._saved_result1, node._saved_result2
+    by_group = x.reshape(*mean.shape, -1)
+    return ((by_group - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+
+
+def _standardised_batch(node: Any) -> Factor:
+    x: Tensor = node._saved_input
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    if node._saved_training:
+        return (x - node._saved_result1.view(shape)) * node._saved_result2.view(shape)
+    rstd = (node._saved_running_var + node._saved_eps).rsqrt()
+    return (x - node._saved_running_mean.view(shape)) * rstd.view(shape)
+
+
+_LAYER = Saved("bias", "input", "normalized_shape", "result1", "result2", "weight")
+_GROUP = Saved("C", "HxW", "N", "group", "input", "result1", "result2", "weight")
+_BATCH = Saved("eps", "input", "result1", "result2", "running_mean", "running_var", "training", "weight")
+_ALPHA, _BOTH = Saved("alpha"), Saved("other", "self")
+
+# By operation and operand: what of the node is known, how the operand is broadcast, the factor.
+ENTRYWISE: dict[tuple[str, int], tuple[Saved, Any, Callable[[Any], Factor]]] = {
+    ("AddBackward0", 0): (_ALPHA, _aligned, _one),
+    ("AddBackward0", 1): (_ALPHA, _aligned, lambda node: float(node._saved_alpha)),
+    ("SubBackward0", 0): (_ALPHA, _aligned, _one),
+    ("SubBackward0", 1): (_ALPHA, _aligned, lambda node: -float(node._saved_alpha)),
+    ("MulBackward0", 0): (_BOTH, _aligned, lambda node: node._saved_other),
+    ("MulBackward0", 1): (_BOTH, _aligned, lambda node: node._saved_self),
+    ("DivBackward0", 0): (_BOTH, _aligned, lambda node: 1 / node._saved_other),
+    ("DivBackward0", 1): (_BOTH, _aligned, lambda node: -node._saved_self / node._saved_other.square()),
+    ("ExpandBackward0", 0): (Saved("self_sym_sizes"), _aligned, _one),
+    ("RepeatBackward0", 0): (Saved("repeats", "self_sym_sizes"), _repeated, _one),
+    ("NativeLayerNormBackward0", 1): (_LAYER, _aligned, _standardised_layers),
+    ("NativeLayerNormBackward0", 2): (_LAYER, _aligned, _one),
+    ("NativeGroupNormBackward0", 1): (_GROUP, _channels, _standardised_groups),
+    ("NativeGroupNormBackward0", 2): (_GROUP, _channels, _one),
+    ("NativeBatchNormBackward0", 1): (_BATCH, _channels, _standardised_batch),
+    ("NativeBatchNormBackward0", 2): (_BATCH, _channels, _one),
+    ("AddmmBackward0", 0): (product.BIAS, _aligned, _one),
+    ("ConvolutionBackward0", 2): (convolution.BIAS, _channels, _one),
+    ("PreluKernelBackward0", 1): (Saved("self", "weight"), _aligned, lambda node: node._saved_self.clamp_max(0)),
+}

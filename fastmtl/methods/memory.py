@@ -1,0 +1,165 @@
+"""Methods that keep something as large as gradients: flat buffers, updated from gradients where autograd left them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.info import Info
+from fastmtl.inputs import EPS
+from fastmtl.methods.base import Method
+from fastmtl.ops.reference.present import is_present
+from fastmtl.rule import Context
+
+__all__ = ["GradientMemory", "Pieces", "combined", "move", "present"]
+
+_BLOCK = 1 << 14  # below what torch deals out to threads, whose waits would cost more
+
+
+class Pieces:
+    """The gradients of T tasks as pieces of their rows.
+
+    A matrix [T, P] or [B, T, P] is one piece; of a list, each of K parameters is one.
+    """
+
+    def __init__(self, grads: Tensor | Sequence[Tensor | None], T: int, out: Tensor | Sequence[Tensor]) -> None:
+        self.T = T
+        self.grads = grads
+        self.out = [out] if isinstance(out, Tensor) else list(out)
+        self.batch: tuple[int, ...] = tuple(grads.shape[:-2]) if isinstance(grads, Tensor) else ()
+        ends = [0]
+        for target in self.out:
+            ends.append(ends[-1] + (target.shape[-1] if isinstance(grads, Tensor) else target.numel()))
+        self.spans = list(itertools.pairwise(ends))  # of columns, one a piece
+        self.P = ends[-1]
+        self.dtype = self.out[0].dtype
+        for target in self.out:
+            self.dtype = max(self.dtype, target.dtype, key=EPS.__getitem__)
+        wide = all(target.dtype is torch.float64 for target in self.out)
+        self.kept = torch.float64 if wide else torch.float32  # the dtype of what is kept of them
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, Tensor | None]]:
+        """(t, start, stop, gradient [..., stop - start]) for every task and piece; long ones in blocks of columns.
+
+        What a step computes of a block stays in the cache, and takes little memory.
+        """
+        block = _BLOCK if self.out[0].device.type == "cpu" else self.P
+        for k in range(len(self.out)):
+            for t, start, stop, g in self.piece(k):
+                for begin in range(start, stop, max(block, 1)):
+                    end = min(begin + block, stop)
+                    yield t, begin, end, None if g is None else g[..., begin - start : end - start]
+
+    def piece(self, k: int) -> Iterator[tuple[int, int, int, Tensor | None]]:
+        """The same for one piece, as it is."""
+        start, stop = self.spans[k]
+        for t in range(self.T):
+            if isinstance(self.grads, Tensor):
+                yield t, start, stop, self.grads[..., t, :]
+            else:
+                g = self.grads[t * len(self.out) + k]
+                yield t, start, stop, None if g is None else g.reshape(-1)
+
+    def gram(self) -> Tensor:
+        """M [..., T, T]."""
+        return ops.gram(self.grads) if isinstance(self.grads, Tensor) else ops.gram_rows(self.grads, self.T)
+
+    def combine(self, alpha: Tensor) -> None:
+        """Writes αᵀ G."""
+        if isinstance(self.grads, Tensor):
+            ops.combine(self.grads, alpha, self.out[0])
+        else:
+            ops.combine_rows(self.grads, alpha, self.out)
+
+    def write(self, flat: Tensor) -> None:
+        """Writes a result [..., P]."""
+        for (start, stop), target in zip(self.spans, self.out, strict=True):
+            target.copy_(flat[..., start:stop].view(target.shape))
+
+
+class GradientMemory(Method):
+    """A method whose state is as large as gradients, one row a task or one row.
+
+    The state's columns are those of the gradients in the first step, whose order and sizes later ones must have. It is
+    float64 for float64 gradients, else float32. A step with a gradient that is not finite leaves it as it was, and so
+    does an absent task the row that is its own; nothing waits for the device to say so.
+
+    Attributes:
+        memory: what the state takes, for T tasks and P parameters.
+    """
+
+    memory: ClassVar[str] = "T·P"
+    remembers = True
+
+    def __init__(self, *state: str) -> None:
+        super().__init__()
+        for name in state:
+            self.register_buffer(name, None)
+
+    def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
+        self._aggregate(Pieces(G, G.shape[-2], out), context)
+
+    def aggregate_list(
+        self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
+    ) -> Info:
+        return self._aggregate(Pieces(grads, T, out), context)
+
+    def _aggregate(self, G: Pieces, context: Context) -> Info:
+        """Writes the aggregation to `G.out`."""
+        raise NotImplementedError
+
+    def _kept(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, fill: float = 0
+    ) -> Tensor:
+        """The buffer of this name for a step to change: in evaluation a copy."""
+        value = self._buffers[name]
+        if value is None:
+            with torch.inference_mode(False):
+                value = torch.full(tuple(shape), fill, dtype=dtype, device=device)
+        elif value.shape != torch.Size(shape):
+            raise ValueError(
+                f"{type(self).__name__}: expected gradients as in the first step, for {name} of shape "
+                f"{list(value.shape)}, got them for shape {list(shape)}. Pass None for a task that is absent; "
+                "reset() begins anew"
+            )
+        else:
+            value = value.to(device, dtype)
+        if self.training:
+            self._buffers[name] = value
+        return value if self.training else value.clone()
+
+
+def present(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tasks are there, bool [..., T], and whether all gradients are finite, bool [..., 1]."""
+    finite = M.isfinite().all(-1).all(-1, keepdim=True)
+    return is_present(M), finite
+
+
+def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor: Tensor | None = None) -> None:
+    """Moves the rows of `memory` [..., T, P] towards those of G, times `factor` [..., T], `where` [..., T] is true.
+
+    A missing piece of a task that is there counts as zeros.
+    """
+    for t, start, stop, g in G:
+        row, when = memory[..., t, start:stop], where[..., t, None]
+        if g is None:
+            target = torch.where(when, 0.0, row)
+        else:
+            g = g.to(memory.dtype)
+            target = torch.where(when, g if factor is None else g * factor[..., t, None].to(memory.dtype), row)
+        if isinstance(step, Tensor):
+            row.lerp_(target, step[..., t, None].to(memory.dtype))
+        else:
+            row.lerp_(target, step)
+
+
+def combined(memory: Tensor, alpha: Tensor) -> Tensor:
+    """αᵀ of the memory's rows, [..., P]."""
+    out = memory.new_empty((*memory.shape[:-2], memory.shape[-1]))
+    ops.combine(memory, alpha, out)
+    return out

@@ -1,0 +1,71 @@
+"""PBI, penalty-based boundary intersection: MOEA/D (Zhang and Li, IEEE TEVC 2007)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import options
+from fastmtl.options import Numbers, Weights, number, numbers, option, show_weights
+from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.cosmos import preferred
+
+__all__ = ["PBI"]
+
+
+class PBI(Scalarization):
+    """PBI: how far the losses are along a direction, and θ times how far from it.
+
+        d₁ + θ d₂        d₁ = <L - z, u>        d₂ = ‖L - z - d₁ u‖        u = w / ‖w‖
+
+    Minimized, it leads to the point of the Pareto front in direction w from z. On the direction itself d₂ has no
+    derivative; there its part of the gradient is zero.
+
+    Source: Zhang, Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition", IEEE Transactions on
+    Evolutionary Computation 2007, section III.
+
+    Args:
+        weights: w: None or "mean" or "sum" for equal ones, or T numbers.
+        theta: θ; 5 in the paper.
+        reference: ideal point z, T numbers below the losses; default: zeros.
+
+    Raises:
+        TypeError: an option of another kind.
+        ValueError: an unknown word, numbers that are not one-dimensional or not finite, a negative `theta`; (in a step)
+            numbers of another length than T.
+    """
+
+    weights: Tensor | str = option(options.weights)
+    theta: float = option(number(low=0))
+    reference: Tensor | None = option(lambda x, name: None if x is None else numbers(x, name))
+
+    def __init__(self, *, weights: Weights = None, theta: float = 5.0, reference: Numbers | None = None) -> None:
+        super().__init__()
+        self.weights = weights  # type: ignore[assignment]
+        self.theta = theta
+        self.reference = reference  # type: ignore[assignment]
+        self._copies = options.Copies()
+
+    def check_tasks(self, T: int) -> None:
+        """Raises ValueError where the weights or the reference are of another number of tasks."""
+        options.check_weights(self.weights, T)
+        if self.reference is not None:
+            options.check_weights(self.reference, T, "reference")
+
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+        w = masked(preferred(self.weights, self._copies, L), here)
+        norm = w.norm()
+        u = torch.where(norm > 0, w / norm, 0.0)
+        F = masked(L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype), here)
+        along = (F * u).sum()
+        apart = F - along * u
+        squared = apart.square().sum()
+        # Not what rounding makes of losses in this very direction.
+        off = squared.detach() > (8 * torch.finfo(L.dtype).eps) ** 2 * F.detach().square().sum()
+        distance = torch.where(off, torch.where(off, squared, 1.0).sqrt(), 0.0)
+        slope = u + self.theta * torch.where(off, apart / distance, 0.0).detach()
+        return along + self.theta * distance, masked(slope, here)
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"weights={show_weights(self.weights)}, theta={self.theta}, reference={show_weights(self.reference)}"

@@ -1,0 +1,37 @@
+"""The emulated kernels under sanitizers: accesses outside of arrays, undefined behaviour and races."""
+
+import build
+import harness
+import pytest
+import weights_matrix
+
+WEIGHTS = harness.KERNELS.with_name("weights.cpp")
+ONLY_F32 = ("FASTMTL_EMULATE_ONLY_F32",)
+
+
+@pytest.mark.parametrize(
+    ("mode", "order", "defines", "brief"),
+    [
+        ("thread", "reversed", ONLY_F32, ["--brief"]),  # races do not depend on the type
+        ("address", "sequential", ONLY_F32, []),
+        pytest.param("thread", "reversed", ONLY_F32, [], marks=pytest.mark.slow),
+        pytest.param("address", "sequential", (), [], marks=pytest.mark.slow),
+    ],
+    ids=["thread", "address", "thread-full", "address-full"],
+)
+def test_kernels(mode, order, defines, brief):
+    """Over a smaller matrix of cases."""
+    matrix = str(harness.KERNELS.with_name("matrix.py"))
+    result = build.run(mode, [matrix, str(harness.built(mode, defines)), *brief, order])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("cases hold\n")
+
+
+@pytest.mark.parametrize(("mode", "order"), [("thread", "reversed"), ("address", "sequential")])
+def test_weights(mode, order):
+    """And the same bits as without a sanitizer."""
+    harness.require_tools()
+    script = str(WEIGHTS.with_name("weights_matrix.py"))
+    result = build.run(mode, [script, str(build.build(mode, WEIGHTS)), order])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == f"{weights_matrix.digest(build.load(build.build('plain', WEIGHTS)), 'shuffled')}\n"
