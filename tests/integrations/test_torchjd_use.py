@@ -67,7 +67,7 @@ SHAPES = [(1, 1, 1), (4, 3, 1), (4, 3, 2), (4, 3, 3), (9, 11, 5), (9, 11, 9), (4
 
 
 def test_every_aggregator_is_tried():
-    assert set(EVERY) == {name for name in ours.__all__ if not name.endswith("Weighting")}
+    assert set(EVERY) == {name for name in ours.__all__ if not name.endswith("Weighting") and name != "Engine"}
 
 
 @every
