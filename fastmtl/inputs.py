@@ -41,7 +41,8 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 FLOATING = "expected float32, float64, bfloat16 or float16"
 DENSE = "expected a dense (strided) tensor"
 
-_REQUIRES_GRAD, _IS_THERE = operator.attrgetter("requires_grad"), functools.partial(operator.is_not, None)
+_REQUIRES_GRAD, _LAYOUT = operator.attrgetter("requires_grad"), operator.attrgetter("layout")
+_IS_THERE = functools.partial(operator.is_not, None)
 
 # The gradients of one task: K tensors, None where it has none.
 Row: TypeAlias = "list[Tensor | None]"
@@ -74,6 +75,8 @@ def _check_detached(g: Tensor, name: str) -> None:
 def _check_overwritten(out: object, name: str) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(out)}")
+    if out.layout is not torch.strided:
+        raise TypeError(f"{name}: {DENSE}, got {describe(out)}")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: has requires_grad=True and would be overwritten without a derivative; detach it")
 
@@ -249,7 +252,7 @@ def check_outs(out: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
         got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
         raise ValueError(f"out: expected a sequence of {len(like)} tensors, got {got}")
     targets = [nothing_for(like) if g is None else target for target, g in zip(out, like, strict=True)]
-    if not _are_detached(targets):
+    if not _are_detached(targets) or set(map(_LAYOUT, targets)) != {torch.strided}:
         for k, target in enumerate(targets):
             _check_overwritten(target, f"out[{k}]")
     return targets

@@ -9,11 +9,11 @@ from pathlib import Path
 import build
 
 HERE = Path(__file__).resolve().parent
-CUDA = HERE.parents[1] / "csrc" / "cuda"
+CSRC = HERE.parents[1] / "csrc"
 
 
 def test_a_failed_launch_leaves_no_error_behind() -> None:
-    flags = [f"-I{HERE / 'runtime'}", f"-I{CUDA.parent}"]
+    flags = [f"-I{HERE / 'runtime'}", f"-I{CSRC}"]
     done = subprocess.run(build.program("plain", [HERE / "launch_errors.cpp"], flags), capture_output=True, text=True)
     assert done.stdout == "all hold\n", done.stdout + done.stderr
     assert done.returncode == 0
@@ -22,7 +22,7 @@ def test_a_failed_launch_leaves_no_error_behind() -> None:
 def test_every_call_of_the_runtime_is_checked() -> None:
     """By `check`, which takes the error: or it would be found by whoever looks next."""
     checked, others = set(), set()
-    for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]:
+    for path in [*CSRC.glob("cuda/*.*"), *CSRC.glob("ops/*.cu")]:
         for before, call in re.findall(r"(\w+\()?\s*\b(cuda[A-Z]\w*)\(", path.read_text()):
             (checked if before == "check(" else others).add(call)
     assert {"cudaLaunchKernelEx", "cudaFuncSetAttribute", "cudaMemcpyAsync"} <= checked

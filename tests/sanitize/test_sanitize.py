@@ -19,7 +19,7 @@ import build  # noqa: E402
 
 CPU = ROOT / "csrc" / "cpu"
 COMMON = [HERE / "driver.cpp", HERE / "dispatch.cpp"]
-COMMON += [CPU / name for name in ("definite.cpp", "pipeline.cpp", "solve.cpp", "tridiagonal.cpp")]
+COMMON += sorted({*CPU.glob("*.cpp")} - {CPU / "dispatch.cpp"})
 PORTABLE = [CPU / "isa" / "portable.cpp", HERE / "only_portable.cpp"]
 EVERY = [CPU / "isa" / f"{name}.cpp" for name in ("avx512", "avx2", "portable")]
 # Sums in float64 as in the plain loops; the warnings are about the compiler's own headers, as in setup.py.
