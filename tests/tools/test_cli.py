@@ -64,7 +64,7 @@ def test_methods_are_listed(tmp_path):
     assert "Navon et al., ICML 2022" in rows["NashMTL"]
     assert "tasks, temperature=2.0" in rows["scalarization.DWA"]
     markdown = python("-m", "fastmtl", "methods", "--markdown", cwd=tmp_path).stdout
-    columns = "| method | make | paper | needs | state | options | TorchJD | LibMTL | official |"
+    columns = "| method | make | paper | needs | state | memory | options | TorchJD | LibMTL | official |"
     assert markdown.startswith(f"{columns}\n|---|")
 
 
