@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from thinning import covering
+from thinning import covering, split
 
 TESTS = Path(__file__).parent
 
@@ -71,3 +71,9 @@ def test_what_is_skipped_was_probed_and_says_why():
 )
 def test_that_is_found(line):
     assert len(list(unprobed(ast.parse(line)))) == 1
+
+
+def test_the_sizes_of_a_shape_are_values_of_their_own():
+    assert split([["3x40", "float32"], ["5x1", "float64"]]) == [["3", "40", "float32"], ["5", "1", "float64"]]
+    assert split([["3x40", "float32"], ["2x5x1", "float64"]]) == [["3x40", "float32"], ["2x5x1", "float64"]]
+    assert split([["0x", "x"]]) == [["0x", "x"]]

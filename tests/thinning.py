@@ -7,6 +7,7 @@ product.
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import pytest
 
 Case = Sequence[str]
+_SHAPE = re.compile(r"\d+(x\d+)+")
 
 
 def covering(cases: Sequence[Case], strength: int) -> list[int]:
@@ -40,6 +42,16 @@ def covering(cases: Sequence[Case], strength: int) -> list[int]:
     return sorted(taken)
 
 
+def split(cases: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The cases, a shape such as 33x300 being two values, where all cases have as many."""
+
+    def values(value: str) -> list[str]:
+        return value.split("x") if _SHAPE.fullmatch(value) else [value]
+
+    parts = [[part for value in case for part in values(value)] for case in cases]
+    return parts if len({len(case) for case in parts}) == 1 else [list(case) for case in cases]
+
+
 def thinned(items: Sequence[pytest.Item], strength: int) -> list[pytest.Item]:
     """The items of the short suite, in order: see `covering`. `@pytest.mark.cover(1)` is less for one test."""
     tests = defaultdict(list)
@@ -54,7 +66,7 @@ def thinned(items: Sequence[pytest.Item], strength: int) -> list[pytest.Item]:
         shown = [item for item in group if not any(map(item.get_closest_marker, ("skip", "slow")))]
         kept.update(set(group) - set(shown))
         cover = group[0].get_closest_marker("cover")
-        cases = [item.callspec._idlist for item in shown]  # pytest has no public name for it
+        cases = split([item.callspec._idlist for item in shown])  # pytest has no public name for it
         if shown:
             kept.update(shown[k] for k in covering(cases, min(strength, cover.args[0]) if cover else strength))
     return [item for item in items if item in kept]
