@@ -751,6 +751,18 @@ class Parity:
                 if dtype is F64:  # eigenvalues have the size of the squares, which is out of range
                     assert not got.lam.isfinite().any() if size > 1 else got.lam.max() < 1e-300
 
+    @pytest.mark.parametrize("T", [3, 8, 12, 20])
+    def test_one_column_sets_the_scale(self, T):
+        """Wherever it is: all threads are asked for the largest entry, which says that the products overflow."""
+        for column in (0, 40, 100, 127, 128, 200, 255, 300, 599):
+            G = randn(T, 600, dtype=F64, seed=column)
+            G[:, column] *= 2.0**600
+            for backend in self.aligning(T, 600):
+                got, plain = backend.align(G), backend.align(G * 2.0**-600)
+                assert got.rank == plain.rank
+                assert relative(got.alpha, plain.alpha) <= 1e-12
+                assert relative(got.out * 2.0**-600, plain.out) <= 1e-12
+
     def test_float64_scales_of_ragged_rows_and_batches(self):
         for T, P in ((4, 300), (20, 2000), (40, 500)):
             G = randn(T, P, dtype=F64)
