@@ -138,7 +138,7 @@ def main() -> None:
     if args.json is not None:
         import measure  # here: the parent needs no torch without it
 
-        content = {"machine": measure.machine(), "old": old.name, "cases": found}
+        content = {"machine": measure.machine(), "old": old.name, "ratios": found}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(bool(slower))
 
