@@ -4,8 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
+#include "../common.h"
 #include "../math/thresholds.h"
 #include "kernels.h"
 #include "threads.h"
@@ -14,6 +16,8 @@ namespace fastmtl::cpu {
 
 namespace {
 
+// Tasks of a matrix that is factored in one piece.
+constexpr int64_t kSmallFactor = 64;
 // Rows of a factorisation, or of a product with a vector, that a thread takes at least; a multiple of every tile.
 constexpr int64_t kRows = 60;
 // Multiply-adds that are not worth another thread.
@@ -364,6 +368,13 @@ double row_norm(const double* M, int64_t T, bool normalized) {
 }
 
 bool is_positive_definite(const double* M, int64_t T, double shift) {
+  if (T <= kSmallFactor) { // panels are not worth their inverses
+    const int64_t stride = T + kSetPadding;
+    Buffer<double, 2048> memory(T * stride + T);
+    Buffer<int64_t, kSmallFactor> all(T);
+    std::iota(all.get(), all.get() + T, int64_t(0));
+    return kernels().set_factor(M, T, all.get(), 0, T, -shift, 0.0, memory.get(), stride, memory.get() + T * stride);
+  }
   return PanelCholesky(T).factor(M, shift);
 }
 

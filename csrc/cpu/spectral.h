@@ -28,15 +28,28 @@ class Spectral {
  public:
   explicit Spectral(int64_t T) : T_(T) {}
 
-  // Eigenvalues of M [T, T], finite, in descending order, none negative. False where they are not what is promised.
-  bool solve(const double* M, double* eigenvalues);
+  // S of M [T, T], finite. False where no accuracy can be promised.
+  bool reduce(const double* M);
+
+  // λ_min(M), between two numbers. False where M may be singular.
+  bool smallest(double* below, double* above) const;
+
+  // α = √s M^-½ w for scale min or rmse, all T rows being kept, `smallest` being the lower one of those numbers. False
+  // where it is not certified.
+  bool full_rank_weights(double smallest, const Policy& policy, double* alpha) const;
+
+  // Eigenvalues of M in descending order, none negative; the last word about S. False where QL does not converge.
+  bool solve(double* eigenvalues);
 
   // α = √s M_R^-½ w for the R largest of them. False where it is not certified.
   bool weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const;
 
  private:
-  bool certified_smallest(double smallest) const;
-  bool certified(int64_t R, const double* y, double size) const;
+  std::vector<double> task_weights(const Policy& policy) const;
+  // z = f(A) y has become x = L⁻ᵀ z, whose xᵀ S x has to be |w|²; α of it.
+  bool finish(std::vector<double>& z, double expected, double scale, double* alpha) const;
+  bool certified_smallest(double smallest, std::vector<double> x) const;
+  bool certified(double t, const double* y, const std::vector<double>& x, double least, double size) const;
   void unscale(double* x) const; // x = L⁻ᵀ x
 
   int64_t T_;
