@@ -275,18 +275,17 @@ std::vector<double> Spectral::task_weights(const Policy& policy) const {
   return w;
 }
 
-bool Spectral::finish(std::vector<double>& z, double expected, double scale, double* alpha) const {
-  unscale(z.data());
+bool Spectral::finish(const std::vector<double>& x, double expected, double squared_scale, double* alpha) const {
   std::vector<double> products(static_cast<size_t>(n_));
-  kernels().row_products(S_.get(), n_, z.data(), n_, 0, n_, products.data());
-  const double form = std::inner_product(z.begin(), z.end(), products.begin(), 0.0);
+  kernels().row_products(S_.get(), n_, x.data(), n_, 0, n_, products.data());
+  const double form = std::inner_product(x.begin(), x.end(), products.begin(), 0.0);
   if (!(std::fabs(form - expected) <= kFormError * expected)) {
     return false;
   }
-  const double root = std::sqrt(scale) * std::ldexp(1.0, -exponent_);
+  const double root = std::sqrt(squared_scale) * std::ldexp(1.0, -exponent_);
   std::fill_n(alpha, T_, 0.0);
   for (int64_t i = 0; i < n_; ++i) {
-    alpha[order_[size_t(i)]] = root * z[size_t(i)];
+    alpha[order_[size_t(i)]] = root * x[size_t(i)];
   }
   return true;
 }
@@ -310,11 +309,50 @@ bool Spectral::full_rank_weights(double smallest, const Policy& policy, double* 
     return false;
   }
   tri_->inverse_root(low, y.data(), y.data());
+  unscale(y.data());
+  return finish(y, size * size, full_rank_scale(smallest, policy), alpha);
+}
+
+double Spectral::full_rank_scale(double smallest, const Policy& policy) const {
+  if (policy.scale == Scale::min) {
+    return smallest;
+  }
   double mean = 0.0;
   for (int64_t i = 0; i < n_; ++i) {
     mean += S_[size_t(i * n_ + i)] / double(n_);
   }
-  return finish(y, size * size, std::ldexp(policy.scale == Scale::min ? low : mean, 2 * exponent_), alpha);
+  return std::ldexp(mean, 2 * exponent_);
+}
+
+bool Spectral::smallest_directly(double* smallest) const {
+  const double pivot = L_[size_t((n_ - 1) * stride_ + n_ - 1)];
+  if (found_ < T_ || !smallest_eigenvalue(S_.get(), n_, pivot * pivot, smallest)) {
+    return false;
+  }
+  *smallest = std::ldexp(*smallest, 2 * exponent_);
+  return true;
+}
+
+bool Spectral::direct_weights(double smallest, const Policy& policy, double* alpha) const {
+  const std::vector<double> w = task_weights(policy);
+  double high = 0.0;
+  for (int64_t i = 0; i < n_; ++i) {
+    high += S_[size_t(i * n_ + i)];
+  }
+  const PartialFractions f = inverse_root_fractions(std::ldexp(smallest, -2 * exponent_), high, kDirectError);
+  PanelCholesky shifted(n_);
+  std::vector<double> sum(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
+  for (size_t j = 0; j < f.t.size(); ++j) {
+    x = w;
+    if (!shifted.factor(S_.get(), -f.t[j])) {
+      return false;
+    }
+    shifted.solve(x.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      sum[i] += f.c[j] * x[i];
+    }
+  }
+  return finish(sum, squares(w.data(), n_), full_rank_scale(smallest, policy), alpha);
 }
 
 bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const {
@@ -352,6 +390,7 @@ bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& polic
   }
   tri_->apply(f.data(), y.data(), y.data());
   const double expected = full ? size * size : squares(y.data(), n_);
+  unscale(y.data());
   return finish(y, expected, squared_scale(eigenvalues, R, policy.scale), alpha);
 }
 

@@ -38,6 +38,11 @@ class Spectral {
   // where it is not certified.
   bool full_rank_weights(double smallest, const Policy& policy, double* alpha) const;
 
+  // The same without S, for rows in groups of norms that nothing lies between, for which reflections are not accurate
+  // enough: by a Cholesky factorisation of M + t_j I for each of some fifty t_j. `smallest_directly` is its λ_min.
+  bool smallest_directly(double* smallest) const;
+  bool direct_weights(double smallest, const Policy& policy, double* alpha) const;
+
   // Eigenvalues of M in descending order, none negative; the last word about S. False where QL does not converge.
   bool solve(double* eigenvalues);
 
@@ -46,8 +51,9 @@ class Spectral {
 
  private:
   std::vector<double> task_weights(const Policy& policy) const;
-  // z = f(A) y has become x = L⁻ᵀ z, whose xᵀ S x has to be |w|²; α of it.
-  bool finish(std::vector<double>& z, double expected, double scale, double* alpha) const;
+  // α from x = f(S) w, where xᵀ S x is as expected.
+  bool finish(const std::vector<double>& x, double expected, double squared_scale, double* alpha) const;
+  double full_rank_scale(double smallest, const Policy& policy) const; // s
   bool certified_smallest(double smallest, std::vector<double> x) const;
   bool certified(double t, const double* y, const std::vector<double>& x, double least, double size) const;
   void unscale(double* x) const; // x = L⁻ᵀ x

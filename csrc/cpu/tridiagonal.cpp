@@ -307,7 +307,8 @@ void Tridiagonal::resolvent(double t, const double* w, double* y) const {
 }
 
 void Tridiagonal::inverse_root(double smallest, const double* w, double* y) const {
-  PartialFractions f = inverse_root_fractions(std::ldexp(smallest, -exponent_), std::ldexp(largest(), -exponent_));
+  PartialFractions f =
+      inverse_root_fractions(std::ldexp(smallest, -exponent_), std::ldexp(largest(), -exponent_), kFractionsError);
   const int half = exponent_ >> 1; // of M = 2^exponent Q S Qᵀ
   for (double& c : f.c) {
     c = std::ldexp(exponent_ & 1 ? std::sqrt(0.5) * c : c, -half);

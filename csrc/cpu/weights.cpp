@@ -90,14 +90,14 @@ void task_weights(
   solver.apply(factors.data(), alpha, alpha);
 }
 
-// Whether no row is much longer than another: then a tridiagonalisation is as accurate as M is.
-bool even_rows(const double* M, int64_t T) {
+// How much longer than another a row is, squared. Where it is not, a tridiagonalisation is as accurate as M is.
+double row_ratio(const double* M, int64_t T) {
   double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < T; ++i) {
     largest = std::max(largest, M[i * T + i]);
     smallest = M[i * T + i] > 0.0 ? std::min(smallest, M[i * T + i]) : smallest;
   }
-  return largest <= kEvenRows * smallest;
+  return largest / smallest;
 }
 
 // `unit_solve` of one matrix.
@@ -238,11 +238,15 @@ bool balance_uneven(
     *rank = T;
     return true;
   }
-  if (!solver.solve(eigenvalues)) {
-    return false;
+  if (solver.solve(eigenvalues)) {
+    *rank = decide_rank(M, eigenvalues, T, policy);
+    if (solver.weights(eigenvalues, *rank, policy, alpha)) {
+      return true;
+    }
   }
-  *rank = decide_rank(M, eigenvalues, T, policy);
-  return solver.weights(eigenvalues, *rank, policy, alpha);
+  *rank = T;
+  return !wanted && policy.scale != Scale::median && solver.smallest_directly(&below) &&
+         full_rank(M, below, trace(M, T), T, policy) && solver.direct_weights(below, policy, alpha);
 }
 
 } // namespace
@@ -257,8 +261,9 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  const bool even = even_rows(M, T);
-  if (T > (even ? kJacobiTasks : kUnevenJacobiTasks) &&
+  const bool even = row_ratio(M, T) <= kEvenRows;
+  const bool few = T <= (even ? kJacobiTasks : kUnevenJacobiTasks);
+  if (T > 1 && (!few || row_ratio(M, T) > kJacobiRows) &&
       (even ? balance_even : balance_uneven)(M, T, policy, wanted, alpha, eigenvalues, rank)) {
     return;
   }

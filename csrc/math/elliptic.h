@@ -10,18 +10,18 @@
 
 namespace fastmtl {
 
-// x^-1/2 = Σ_j c_j / (x + t_j) for low <= x <= high, to a relative kFractionsError: Zolotarev's t_j = low sc²(u_j),
+// x^-1/2 = Σ_j c_j / (x + t_j) for low <= x <= high, to a relative `error`: Zolotarev's t_j = low sc²(u_j),
 // with the u_j evenly over a quarter period of Jacobi's elliptic functions of the complementary modulus √(low / high).
 // N terms leave 4 exp(-2 π² N / ln(16 high / low)).
 struct PartialFractions {
   std::vector<double> t, c;
 };
 
-inline PartialFractions inverse_root_fractions(double low, double high) {
+inline PartialFractions inverse_root_fractions(double low, double high, double error) {
   constexpr double kPi = 3.14159265358979323846;
   constexpr int kMaxMeans = 12; // of the arithmetic-geometric mean, which doubles its digits each time
   const double ratio = std::max(1.0, high / low);
-  const auto N = int64_t(std::ceil(std::log(4.0 / kFractionsError) * std::log(16.0 * ratio) / (2.0 * kPi * kPi)));
+  const auto N = int64_t(std::ceil(std::log(4.0 / error) * std::log(16.0 * ratio) / (2.0 * kPi * kPi)));
   double a[kMaxMeans], b[kMaxMeans];
   int means = 1;
   a[0] = 1.0;
