@@ -198,7 +198,7 @@ def test_nearly_equal_smallest_eigenvalues(T, gap):
 
 @pytest.mark.parametrize("smallest", [0.3, 0.05, 1e-3, 0.0, 1.0 - 1e-7])
 def test_as_many_as_krylov_spaces_are_for(smallest):
-    """Beyond 640 tasks: w is a sum of eigenvectors of others, or of all. The SVD is known; nothing here needs another."""
+    """Beyond 640 tasks: w is a sum of eigenvectors of others, or of all. The SVD is known."""
     T = 700
     U, V = orthonormal(T, T, seed=1), orthonormal(T, 2 * T, seed=2)
     s = torch.linspace(2.0, 1.0, T, dtype=F64)
