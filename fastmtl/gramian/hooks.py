@@ -6,7 +6,6 @@ there may change the gradient. A pass of all cotangents at once shows hooks a ba
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from operator import is_not
 from sys import getrefcount
@@ -58,12 +57,7 @@ def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
 def _zeros(edge: Edge) -> Tensor | None:
     """Such a gradient, without memory; None for a nested tensor."""
     like = edge[0]._input_metadata[edge[1]]
-    return None if like.is_nested_tensor else _zero(like.dtype, like.device).expand(like.shape)
-
-
-@functools.cache
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=device)
+    return None if like.is_nested_tensor else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _are_seen(probes: Sequence[tuple[Edge, Tensor]], watch: _Watch) -> bool:

@@ -91,6 +91,11 @@ class Weight:
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
         """Adds its part of the Gram matrix; returns the sizes [T, B] of what is added up, where they matter."""
         self._rows, sizes = None, None
+        if self._is_single(gram, arrived):
+            use = self.uses[0]
+            A, C = use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0]
+            if gram.add_products(A, C, self.bias is not None):
+                return None
         sides = []
         for side in (0, 1):
             found = [factors(u, arrived) for u in self.uses if u.side == side and u.edge in arrived.cotangents]
@@ -113,6 +118,17 @@ class Weight:
             # On side 0 a gradient is Cᵀ A, on side 1 its transpose: what the one has in A, the other has in D.
             gram.add_cross(A if A.dim() == 2 else A[0], C[0], E if E.dim() == 2 else E[0], D[0])
         return sizes
+
+    def _is_single(self, gram: Gram, arrived: Arrived) -> bool:
+        """Whether each example has one row, in one use and task."""
+        use = self.uses[0]
+        return (
+            gram.T == len(self.uses) == use.groups == use.outer == 1
+            and use.rows == use.lead == gram.B
+            and not use.is_indexed
+            and use.edge in arrived.cotangents
+            and arrived.layout(use).owner is None
+        )
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and Σ α_tb of its gradients; alpha [T, B]."""

@@ -69,16 +69,25 @@ class Gram:
 
     def add_rows(self, G: Tensor) -> None:
         """Adds the products of gradients [T, B, P]."""
-        if self.per == "all":
-            G = G.reshape(1, self.T * self.B, -1)
-        elif self.per == "example":
-            G = G.transpose(0, 1)
-        own = G @ G.mT
+        own = self._products(G)
         if not _are_near(own.diagonal(dim1=-2, dim2=-1), squares=True):
             scale = scale_of([G], 2)
-            G = times(G, scale)
-            own = (G @ G.mT).to(_F64) / scale[:, :, None] / scale[:, None, :]
-        self._sum.view(own.shape).add_(own)
+            other = self.like()
+            other._add(self._products(times(G, scale)))
+            self.add_scaled(other, scale)
+        else:
+            self._add(own)
+
+    def _products(self, G: Tensor) -> Tensor:
+        """Those of gradients [T, B, P], in their dtype: as the matrix is, or a part of them."""
+        if self.per == "all":
+            G = G.reshape(self.T * self.B, -1)
+        elif self.per == "example":
+            G = G.transpose(0, 1)
+        return G @ G.mT
+
+    def _add(self, products: Tensor) -> None:
+        self._sum.view(products.shape).add_(products)
 
     def add_scaled(self, other: Gram, scale: Tensor) -> None:
         """Adds one of gradients that were multiplied by powers of two [T, B]."""
@@ -102,38 +111,35 @@ class Gram:
             gradients [T, B, O, I] where they were formed and are no larger than A and C.
         """
         S = A.shape[1]
-        if S == 1 and self._add_products(A, C, biased):
-            return None, None
         ones = A.new_ones(len(A)) if biased else None
         # Of rows: what they say of the sizes of sums says also where products could leave float32.
         a, c = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(C, dim=3)
         if _are_near(a.amax(1)) and _are_near(c.amax(2)):
-            return (a * c).double().square().sum(2) if S > 1 else None, self._add(A, C, ones)
+            return (a * c).double().square().sum(2) if S > 1 else None, self._add_factors(A, C, ones)
         scale_a, scale_c = scale_of([A] if ones is None else [A, ones[:, None]], 1), scale_of([C], 2)
         scale = scale_c * scale_a
         A, C = times(A, scale_a), times(C, scale_c)
         own = self.like()
-        rows = own._add(A, C, None if ones is None else times(ones, scale_a))
+        rows = own._add_factors(A, C, None if ones is None else times(ones, scale_a))
         self.add_scaled(own, scale)
         products = torch.linalg.vector_norm(A, dim=2).double() * torch.linalg.vector_norm(C, dim=3).double()
         sizes = products.square().sum(2) / scale.square() if S > 1 else None
         return sizes, None if rows is None else times(rows, 1 / scale)
 
-    def _add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
-        """Adds those of one task and row for each example, all at once.
+    def add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
+        """Adds those of one task and row for each example, A [B, I] and C [B, O], all at once.
 
         False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
         """
-        if self.per == "example" or self.T > 1 or self.B**2 > _ENTRIES or A.device.type != "cpu":
+        if self.per == "example" or self.B**2 > _ENTRIES or A.device.type != "cpu":
             return False
-        A, C = A[:, 0], C[0, :, 0]
         K, X = A @ A.mT, C @ C.mT
         if not _are_near(torch.cat((K.diagonal(), X.diagonal())), squares=True):
             return False
-        self._sum.view_as(X).add_(X.addcmul_(X, K) if biased else X.mul_(K))
+        self._add(X.addcmul_(X, K) if biased else X.mul_(K))
         return True
 
-    def _add(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
+    def _add_factors(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
         """Adds the products, whichever way; the gradients where they were formed and are small.
 
         `last` [B] is one more column of A.
@@ -183,12 +189,12 @@ class Gram:
         T, B, _, width = C.shape
         depth = A.shape[2]
         small = T * B * width * depth <= A.numel() + C.numel()
-        most = min(8 * _ENTRIES, max(_ENTRIES, A.numel() + C.numel()))
+        most = min(8 * _ENTRIES, max(2 * _ENTRIES, A.numel() + C.numel()))
         step = width if small else max(1, most // (T * B * depth))
         G = None
         for o in range(0, width, step):
             G = C[..., o : o + step].transpose(2, 3) @ A
-            self.add_rows(G.flatten(2))
+            self._add(self._products(G.flatten(2)))  # of sizes that A and C have been brought to
         return G if small else None
 
     def add_indexed(self, ids: Tensor, C: Tensor) -> None:
