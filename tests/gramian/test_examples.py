@@ -652,11 +652,14 @@ def test_losses_without_a_gradient_have_no_weight():
 def test_losses_of_any_size(size):
     """Beside each other, too: entries are held to the norms of their rows."""
     torch.manual_seed(0)
-    net, one = encoder(F32)
     scale = torch.ones(8)
     scale[3] = size
-    agree(lambda: one() * scale, net.parameters(), F32)
-    agree(lambda: one() * size, net.parameters(), F32)
+    mlp, x = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)), randn(8, 5, seed=1)
+    for net, one in (encoder(F32), (mlp, lambda: mlp(x).square().mean(1))):
+        agree(lambda: one() * scale, net.parameters(), F32)  # noqa: B023
+        agree(lambda: one() * size, net.parameters(), F32)  # noqa: B023
+    # And inputs.
+    agree(lambda: mlp(x * scale[:, None] ** 0.5).square().mean(1), mlp.parameters(), F32)
 
 
 def test_sums_over_positions_that_cancel():
@@ -671,10 +674,11 @@ def test_sums_over_positions_that_cancel():
     assert ((info.gram - M).abs() / norms / norms[:, None]).max() < 1e-6
 
 
-def test_large_batches():
+@pytest.mark.parametrize("B", [300, 500])
+def test_large_batches(B):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
-    x = randn(300, 5, seed=1)
+    x = randn(B, 5, seed=1)
     agree(lambda: net(x).square().mean(1), net.parameters(), F32)
 
 

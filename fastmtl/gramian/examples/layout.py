@@ -167,13 +167,18 @@ def _parted(c: Tensor, got: Tensor, pre: int, w: Tensor) -> tuple[Tensor, Tensor
 
 
 def _are_same(c: Tensor, got: Tensor, pre: int, w: Tensor) -> bool:
-    """Whether they fit bit for bit; what is made of them stays in the cache."""
+    """Whether they are known to fit bit for bit; what is made of them stays in the cache."""
     c, got, factor = _parted(c, got, pre, w)
     step = max(1, len(w) * _ENTRIES // max(1, c.numel()))
     if step >= len(w) or c.device.type != "cpu":
-        return torch.equal(c * factor, got)
+        return _is_zero(torch.addcmul(got, c, factor, value=-1))
     parts = (slice(b, b + step) for b in range(0, len(w), step))
-    return all(torch.equal(c[:, b] * factor[b], got[:, b]) for b in parts)
+    return all(_is_zero(torch.addcmul(got[:, b], c[:, b], factor[b], value=-1)) for b in parts)
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether all entries are, and none is NaN: a sum of sizes takes a third of the time of `torch.equal`."""
+    return (x.abs() if x.is_complex() else x.abs_()).sum().item() == 0
 
 
 def _fits(c: Tensor, got: Tensor, pre: int, w: Tensor) -> bool:

@@ -234,12 +234,11 @@ class Gram:
 
 
 def _are_near(norms: Tensor, squares: bool = False) -> bool:
-    """Whether these norms of rows, or their squares, are known to be of a size near 1, or norms zero."""
+    """Whether these norms of rows, or their squares, are known to be of a size near 1."""
     if norms.device.type != "cpu" or not norms.numel():  # nothing waits for a GPU
         return False
+    # 0 may be the norm of a row that is small.
     least, most = (float(x) for x in norms.aminmax())
-    if least == 0 and not squares:
-        least, most = (float(x) for x in torch.where(norms == 0, 1.0, norms).aminmax())
     power = 2 if squares else 1
     return _NEAR[0] ** power < least and most < _NEAR[1] ** power
 
