@@ -327,6 +327,20 @@ def per_example_upgrad(network: str, B: int, kappa: float) -> Trial:
     return Trial(lambda: problem.step(method), base, lambda: x.sum(), error, tolerance=1e-5, rounds=0.2)
 
 
+def per_example_memory(network: str, B: int) -> float:
+    """What a step holds at its peak beyond the peak of a plain one, of the activations that a forward pass keeps."""
+    problem, method = examples.NETWORKS[network](B), fastmtl.Uniform()
+
+    def held(function: Callable[[], object]) -> measure.Held:
+        problem.network.zero_grad()  # what was there before would be given back within
+        return measure.held(function)
+
+    problem.step(method)
+    activations = held(problem.losses).left
+    plain, step = (held(f).peak for f in (problem.plain, lambda: problem.step(method)))
+    return (step - plain) / activations
+
+
 def threads(T: int, P: int, kappa: float) -> Trial:
     """A matrix [T, P] on as many threads as torch has now, against the same on one."""
     return against_one_thread(flat(T, P, kappa))
@@ -589,5 +603,5 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     )
 }
 FIGURES: dict[str, Callable[..., float]] = {
-    function.__name__: function for function in (resnet50_memory, step_memory, first_call)
+    function.__name__: function for function in (resnet50_memory, step_memory, per_example_memory, first_call)
 }

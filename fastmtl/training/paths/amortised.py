@@ -28,6 +28,12 @@ __all__ = ["check", "keep", "run", "takes"]
 # "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
 # second halve it.
 _ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
+# What has no weights for the steps in between, and why where that is no matter of course.
+_WITHOUT = {
+    "representation": "",
+    "groups": "",
+    "batch_dim": ": weights are those of the examples of one batch, and the next one has others",
+}
 
 
 def check(options: Options) -> None:
@@ -38,9 +44,9 @@ def check(options: Options) -> None:
         return
     if not options.method.on_gram:
         raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
-    for name in ("representation", "groups", "batch_dim"):
+    for name, why in _WITHOUT.items():
         if getattr(options, name) is not None:
-            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
+            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}{why}")
 
 
 def takes(step: Step) -> bool:
