@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.methods.memory import GradientMemory, Pieces, present
+from fastmtl.methods.memory import GradientMemory, Pieces, move, present
 from fastmtl.options import number, option
 from fastmtl.rule import Context
 
@@ -26,8 +27,7 @@ class Bloop(GradientMemory):
     `info` has `gram`; `alpha` is 1 for the first task and λ for the others, whose gradients are projected.
 
     Source: Hsieh, Thornton, Ndiaye, Klein, Cuturi, Ablin, "Careful with that Scalpel: Improving Gradient Surgery with
-        an
-    EMA", ICML 2024, Algorithm 1.
+    an EMA", ICML 2024, Algorithm 1.
 
     Args:
         lam: λ, the weight of the auxiliary direction.
@@ -61,25 +61,31 @@ class Bloop(GradientMemory):
         mean = self._kept("mean", (*G.batch, G.P), G.kept, M.device)
         steps = self._kept("steps", G.batch, torch.int64, M.device)
         scale: Tensor | float = 1.0 if context.grad_scale is None else context.grad_scale
-        others = self.lam * there.to(torch.float64)
-        others[..., 0] = 0
-        auxiliary = mean.new_zeros(mean.shape)
-        main = mean.new_zeros(mean.shape)
+        shares = self.lam * there.to(torch.float64)
+        shares[..., 0] = 0
+        first, counted = (steps == 0)[..., None], there[..., :1] & finite
+        products, squared = self._products(G, mean, shares)
+        # In the first step m is g_0, which M has the products with.
+        square, own = M[..., :1, 0], (shares * M[..., 0]).sum(-1, keepdim=True)
+        own = torch.where(square > 0, own / square, 0.0)
+        part = torch.where((squared > 0) & ~first, products / squared, 0.0)
+        alpha = shares.clone()
+        alpha[..., :1] = torch.where(there[..., :1], 1 - torch.where(first, own, 0.0), 0.0)
+        G.combine(torch.where(finite, alpha, torch.nan))
+        for (start, stop), target in zip(G.spans, G.out, strict=True):
+            along = mean[..., start:stop] * torch.where(finite, part, 0.0).to(mean.dtype)
+            target.sub_(along.view(target.shape).to(target.dtype))
+        step = torch.where(first, 1.0, self.rho)
+        move(mean[..., None, :], G.first(), counted, step, torch.ones_like(step) / scale)
+        steps += counted[..., 0]
+        shares[..., 0] = there[..., 0].to(torch.float64)
+        return Info.of(torch.where(finite, shares, torch.nan), M)
+
+    def _products(self, G: Pieces, mean: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """<Σ_t shares_t g_t, m> and ‖m‖², float64 [..., 1]."""
+        products = torch.zeros_like(shares)
         for t, start, stop, g in G:
-            if g is not None:
-                target = main if t == 0 else auxiliary
-                target[..., start:stop] += (g / scale).to(mean.dtype)
-        first, counted = steps == 0, there[..., 0] & finite[..., 0]
-        along = torch.where(first[..., None], main, mean)
-        product = (auxiliary.double() * along).sum(-1, keepdim=True)
-        squared = along.double().square().sum(-1, keepdim=True)
-        part = torch.where(squared > 0, product / squared, 0.0).to(mean.dtype)
-        result = (main + self.lam * (auxiliary - part * along)) * scale
-        G.write(torch.where(finite, result, torch.nan))  # all of it, where one is not
-        moved = torch.where(first[..., None], main, torch.lerp(mean, main, self.rho))
-        mean.copy_(torch.where(counted[..., None], moved, mean))
-        steps += counted
-        alpha = torch.where(there, others, 0.0)
-        alpha[..., 0] = there[..., 0].to(torch.float64)
-        alpha = torch.where(finite, alpha, torch.nan)
-        return Info.of(alpha, M)
+            if t and g is not None:
+                products[..., t] += (g.to(torch.float64) * mean[..., start:stop]).sum(-1)
+        squared = ops.gram(mean[..., None, :])[..., 0]
+        return (shares * products).sum(-1, keepdim=True), squared

@@ -16,7 +16,7 @@ from fastmtl.methods.base import Method
 from fastmtl.ops.reference.present import is_present
 from fastmtl.rule import Context
 
-__all__ = ["GradientMemory", "Pieces", "combined", "move", "present"]
+__all__ = ["GradientMemory", "Pieces", "move", "present"]
 
 _BLOCK = 1 << 14  # below what torch deals out to threads, whose waits would cost more
 
@@ -48,12 +48,16 @@ class Pieces:
 
         What a step computes of a block stays in the cache, and takes little memory.
         """
-        block = _BLOCK if self.out[0].device.type == "cpu" else self.P
         for k in range(len(self.out)):
             for t, start, stop, g in self.piece(k):
-                for begin in range(start, stop, max(block, 1)):
-                    end = min(begin + block, stop)
+                for begin, end in self.blocks(start, stop):
                     yield t, begin, end, None if g is None else g[..., begin - start : end - start]
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Blocks of these columns."""
+        block = max(1, _BLOCK if self.out[0].device.type == "cpu" else self.P)
+        for begin in range(start, stop, block):
+            yield begin, min(begin + block, stop)
 
     def piece(self, k: int) -> Iterator[tuple[int, int, int, Tensor | None]]:
         """The same for one piece, as it is."""
@@ -75,6 +79,25 @@ class Pieces:
             ops.combine(self.grads, alpha, self.out[0])
         else:
             ops.combine_rows(self.grads, alpha, self.out)
+
+    def first(self) -> Pieces:
+        """The same of the first task alone."""
+        if isinstance(self.grads, Tensor):
+            return Pieces(self.grads[..., :1, :], 1, self.out[0])
+        return Pieces(self.grads[: len(self.out)], 1, self.out)
+
+    def combine_rows(self, memory: Tensor, alpha: Tensor) -> None:
+        """Writes αᵀ of the rows of `memory` [..., T, P]."""
+        if any(target.dtype is not memory.dtype for target in self.out):
+            flat = memory.new_empty((*memory.shape[:-2], self.P))
+            ops.combine(memory, alpha, flat)
+            self.write(flat)
+        elif isinstance(self.grads, Tensor):
+            ops.combine(memory, alpha, self.out[0])
+        else:
+            places = list(zip(self.spans, self.out, strict=True))
+            rows = [row[start:stop].view(target.shape) for row in memory for (start, stop), target in places]
+            ops.combine_rows(rows, alpha, self.out)
 
     def write(self, flat: Tensor) -> None:
         """Writes a result [..., P]."""
@@ -156,10 +179,3 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
             row.lerp_(target, step[..., t, None].to(memory.dtype))
         else:
             row.lerp_(target, step)
-
-
-def combined(memory: Tensor, alpha: Tensor) -> Tensor:
-    """αᵀ of the memory's rows, [..., P]."""
-    out = memory.new_empty((*memory.shape[:-2], memory.shape[-1]))
-    ops.combine(memory, alpha, out)
-    return out

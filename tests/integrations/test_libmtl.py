@@ -32,7 +32,7 @@ GRADIENTS = {
     ),
     "GradDrop": ({"leak": 0.25}, lambda: fastmtl.GradDrop(leak=0.25)),
     "RGW": ({}, fastmtl.RLW),
-    "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}, fastmtl.UPGrad),
+    "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 0.1}, lambda: fastmtl.UPGrad(ridge=0.1)),
     "FairGrad": ({"FairGrad_alpha": 2.0}, lambda: fastmtl.FairGrad(fairness=2.0)),
 }
 # Of gradients of parameters alone; DB_MTL and ExcessMTL have tests of their own.

@@ -28,6 +28,7 @@ from fastmtl.scalarization import (
     STCH,
     GO4Align,
     GradNorm,
+    PiKE,
     ReLoBRaLo,
     Scalarization,
     SoftAdapt,
@@ -65,6 +66,7 @@ METHODS = {
     "SoftAdapt weighted": lambda T: SoftAdapt(T, variant="loss-weighted"),
     "ReLoBRaLo": lambda T: ReLoBRaLo(T),
     "NTK": lambda T: NTK(T),
+    "PiKE": lambda T: PiKE(T, weights=[1.0 + t for t in range(T)]),
 }
 # Those whose state_dict holds what a run depends on, apart from torch's random numbers.
 STATEFUL = [m for m in METHODS if m.startswith(("DWA", "Unc", "STCH w", "IMTLL", "FAMO", "GradNorm", "RLW gen"))]

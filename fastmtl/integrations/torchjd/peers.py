@@ -130,8 +130,8 @@ class PCD(methods.PCD):
 class _All:
     """Mixed into a method on matrices: all rows are there."""
 
-    def _there(self, M: Tensor) -> Tensor:
-        return torch.ones_like(_zero_rows(M))
+    def _there(self, M: Tensor) -> None:
+        pass
 
 
 class MoDo(_All, methods.MoDo):
