@@ -56,7 +56,7 @@ class PiKE(Scalarization):
     """
 
     logits: Tensor  # log w, float64 [T]
-    squares: Tensor  # ‖∇L_t‖² as in the last update, float64 [T]; NaN before one
+    squares: Tensor  # ‖∇L_t‖² as in the last update, float64 [T]; infinite before one
     variances: Tensor  # σ_t² likewise
     tilt: Tensor  # y, ones without `tau`
 
@@ -95,8 +95,8 @@ class PiKE(Scalarization):
             self.logits.copy_(self.weights.log().log_softmax(0))
         else:
             self.logits.fill_(-math.log(self.tasks))
-        self.squares.fill_(torch.nan)
-        self.variances.fill_(torch.nan)
+        self.squares.fill_(torch.inf)
+        self.variances.fill_(torch.inf)
         self.tilt.fill_(1)
 
     def update(

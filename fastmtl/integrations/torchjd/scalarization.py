@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
 from fastmtl import scalarization
+from fastmtl.integrations.torchjd.configured import state_of
 from fastmtl.integrations.torchjd.scalars import (
     IMTLL,
     UW,
@@ -31,6 +32,7 @@ from fastmtl.integrations.torchjd.scalars import (
     checked_shape,
     checked_tensor,
 )
+from fastmtl.inputs import describe
 from fastmtl.options import check_number
 from fastmtl.scalarization.base import Scalarization
 
@@ -54,11 +56,17 @@ class _Behind(Scalarizer):
     """With a method of `fastmtl` behind it, which sees the values as a vector."""
 
     method: Any  # None before the first step of one that has to know how many values there are
+    _total: ClassVar[bool] = False  # a formula for any values, without a state
     _shown: tuple[str, ...] = ()  # of its arguments
 
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
-        result: Tensor = self._of(values)(values.reshape(-1))
+        method, flat = self._of(values), values.reshape(-1)
+        if self._total:
+            if not torch.is_floating_point(flat):
+                raise TypeError(f"values: expected a floating tensor, got {describe(values)}")
+            return method.scalar(flat.to(torch.promote_types(flat.dtype, torch.float32))).to(values.dtype)
+        result: Tensor = method(flat)
         return result.to(values.dtype)
 
     def _of(self, values: Tensor) -> Scalarization:
@@ -81,6 +89,8 @@ class GeometricMean(_Behind):
 class Random(_Behind):
     """`fastmtl.scalarization.RLW`: a sum with random weights, drawn anew in every step."""
 
+    _total = True
+
     def __init__(self) -> None:
         super().__init__()
         self.method = scalarization.RLW()
@@ -89,16 +99,23 @@ class Random(_Behind):
 class _Weighted(_Behind):
     """With weights and perhaps a reference of the values' shape, which count as they are in the step."""
 
+    _total = True
     weights: Tensor | None
     reference: Tensor | None = None
+    _stamp: list[object] | None = None  # what the method was made of
 
     def _of(self, values: Tensor) -> Scalarization:
         vectors: dict[str, Any] = {}
         for name in ("weights", "reference"):
             if (vector := getattr(self, name)) is not None:
                 check_shape(values, vector.shape, f"the {name}")
-                vectors[name] = _flat(vector)
-        return self._method(vectors)
+                vectors[name] = vector
+        stamp = [getattr(self, self._shown[0]), *map(state_of, vectors.values())]
+        if self._stamp != stamp:
+            self.method = self._method({name: _flat(vector) for name, vector in vectors.items()})
+            self._stamp = stamp
+        method: Scalarization = self.method
+        return method
 
     def _method(self, vectors: dict[str, Any]) -> Scalarization:
         raise NotImplementedError
