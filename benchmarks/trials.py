@@ -282,6 +282,50 @@ def coordinates(method: str, T: int, P: int, kappa: float) -> Trial:
     )
 
 
+def projector(T: int, kappa: float) -> Trial:
+    """Weights of the projections of all T rows onto the dual cone against TorchJD's, for the same Gram matrix."""
+    linalg, ours = (importlib.import_module(name) for name in ("torchjd.linalg", "fastmtl.integrations.torchjd.linalg"))
+    G = workloads.conflicting(T, 3 * T).double()
+    M, U = G @ G.mT, torch.eye(T, dtype=torch.float64) / T
+    fast, base = ours.ActiveSetProjector(), linalg.QuadprogProjector()
+    return Trial(
+        fast=lambda: fast(U, M),
+        base=lambda: base(U, M),
+        read=lambda: M.sum(),
+        error=workloads.error(fast(U, M).sum(0) @ G, base(U, M).sum(0) @ G),
+        tolerance=1e-5,
+        rounds=1 if T < 100 else 1 / 3,
+    )
+
+
+def scalarizer(method: str, T: int, kappa: float) -> Trial:
+    """A scalarizer of T values, forward and backward, against TorchJD's; after FAMO's its update."""
+    names = "fastmtl.integrations.torchjd.scalarization", "torchjd.scalarization"
+    modules = [importlib.import_module(name) for name in names]
+    w = torch.rand(T) + 0.1
+    options = {"COSMOS": (2.0, w), "PBI": (3.0, w), "STCH": (0.1, w), "FAMO": (T,)}.get(method, ())
+    x = (torch.rand(T) + 0.3).requires_grad_()
+
+    def step_of(scalarizer: Any) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            value: Tensor = scalarizer(x)
+            value.backward()
+            if method == "FAMO":
+                scalarizer.update(0.9 * x.detach())
+            return value
+
+        return step
+
+    fast, base = (step_of(getattr(module, method)(*options)) for module in modules)
+    found = []
+    for step in (fast, base):
+        torch.manual_seed(peers.SEED)
+        x.grad = None
+        found.append((step().detach(), x.grad))
+    error = max(float((mine - its).abs().max() / its.abs().max()) for mine, its in zip(*found, strict=True))
+    return Trial(fast=fast, base=base, read=lambda: x.sum(), error=error, tolerance=1e-4, rounds=20)
+
+
 def drop_in(T: int, kappa: float) -> Trial:
     """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
     example = importlib.import_module("torchjd_example")
@@ -582,7 +626,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
         *(flat, real, real_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads),
-        *(import_, weighting, aggregation, graddrop, coordinates, drop_in),
+        *(import_, weighting, aggregation, graddrop, coordinates, projector, scalarizer, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),

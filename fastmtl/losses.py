@@ -92,8 +92,9 @@ def is_whole(losses: object) -> TypeGuard[Tensor]:
 
 
 def _is_vector(losses: object) -> TypeGuard[Tensor]:
-    plain = isinstance(losses, Tensor) and losses.dtype in DTYPES and losses.layout is torch.strided
-    return plain and losses.ndim == 1 and losses.numel() > 0
+    if not isinstance(losses, Tensor) or losses.dtype not in DTYPES or losses.layout is not torch.strided:
+        return False
+    return losses.ndim == 1 and losses.numel() > 0
 
 
 def _is_stack(losses: Tensor) -> bool:

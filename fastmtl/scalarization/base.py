@@ -55,6 +55,7 @@ class Scalarization(MethodModule):
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
     names: tuple[str, ...] | None
+    _weights: Tensor | Callable[[], Tensor] | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()
@@ -64,13 +65,14 @@ class Scalarization(MethodModule):
     @property
     def last_weights(self) -> Tensor | None:
         """See the attributes."""
-        if callable(self._weights):
-            self.last_weights = self._weights()
-        return self._weights
+        weights = self._weights
+        if weights is not None and not isinstance(weights, Tensor):
+            weights = self._weights = weights()
+        return weights
 
     @last_weights.setter
     def last_weights(self, value: Tensor | None) -> None:
-        self._weights: Tensor | Callable[[], Tensor] | None = value
+        self._weights = value
 
     def forward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> Tensor:
         """The scalarization f(L) of T losses.

@@ -215,7 +215,9 @@ def test_pike(tau):
         if tau is not None:
             y = y.clone()
             y[there] = tau * (tau * torch.stack([parts[t].mean() for t in there]).detach()).softmax(0)
-        step = torch.stack([y[t] ** 2 * (1e-3 * square - 0.02 / 20 * variance) for t, (square, variance) in enumerate(found)])
+        step = torch.stack(
+            [y[t] ** 2 * (1e-3 * square - 0.02 / 20 * variance) for t, (square, variance) in enumerate(found)]
+        )
         new = w * step.exp()
         w = w.clone()
         w[there] = new[there] / new[there].sum() * w[there].sum()
@@ -269,10 +271,10 @@ def test_pike_on_the_papers_example():
     ("call", "error", "message"),
     [
         (lambda m, p: m.update([p * 1], [p]), ValueError, r"losses: expected 2 \(the number of tasks\), got 1"),
-        (lambda m, p: m.update([p * 1, 3], [p]), TypeError, r"losses\[1\]: expected a floating tensor or None, got int"),
-        (lambda m, p: m.update([p.sum()[None], None], [p]), ValueError, r"losses\[0\]: expected the losses \[n\] of n >= 2"),
+        (lambda m, p: m.update([p * 1, 3], [p]), TypeError, r"losses\[1\]: expected a floating tensor or None, got"),
+        (lambda m, p: m.update([p.sum()[None], None], [p]), ValueError, r"losses\[0\]: expected the losses \[n\]"),
         (lambda m, p: m.update([p.detach(), None], [p]), ValueError, r"losses\[0\]: .* which require grad"),
-        (lambda m, p: m.update([p * 1, p * 2], [p.detach()]), ValueError, "parameters: expected at least one that requires"),
+        (lambda m, p: m.update([p * 1, p * 2], [p.detach()]), ValueError, "parameters: expected at least one"),
         (lambda m, p: m.update([(randn(4, 3) @ p).softmax(0), None], [p]), ValueError, "example"),
         (lambda m, p: m.sizes(0), ValueError, "batch_size: expected an integer >= 1"),
         (lambda m, p: PiKE(3, weights=[1.0, 2.0]), ValueError, "weights: expected length 3"),

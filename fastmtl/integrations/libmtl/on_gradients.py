@@ -193,7 +193,7 @@ class RGW(Weighting):
 
 
 class UPGrad(Weighting):
-    """`fastmtl.UPGrad`; `UPGrad_reg_eps` is its ridge. `UPGrad_norm_eps` has no effect: short gradients are like others."""
+    """`fastmtl.UPGrad`; `UPGrad_reg_eps` is its ridge. `UPGrad_norm_eps` has no effect, since none is too short."""
 
     @staticmethod
     def make(tasks: int, UPGrad_norm_eps: float = 0.0, UPGrad_reg_eps: float = 0.0) -> Method:

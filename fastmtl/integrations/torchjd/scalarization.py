@@ -21,6 +21,7 @@ from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
 from fastmtl import scalarization
+from fastmtl.inputs import describe
 from fastmtl.integrations.torchjd.configured import state_of
 from fastmtl.integrations.torchjd.scalars import (
     IMTLL,
@@ -32,7 +33,6 @@ from fastmtl.integrations.torchjd.scalars import (
     checked_shape,
     checked_tensor,
 )
-from fastmtl.inputs import describe
 from fastmtl.options import check_number
 from fastmtl.scalarization.base import Scalarization
 
