@@ -141,7 +141,7 @@ def test_go4align(groups, tasks):
         assert method.last_weights[1] == 0
 
 
-def test_ntk():
+def test_ntk(monkeypatch):
     """The traces of the kernels, from Jacobians row by row; estimates by random signs come near them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).double()
@@ -160,19 +160,26 @@ def test_ntk():
     expected = sum(traces) / torch.stack(traces)
     exact, few = NTK(2, probes=None), NTK(2, probes=10)
     assert slope(exact, torch.ones(2, dtype=F64))[1].tolist() == [1.0, 1.0]
-    exact.update(residuals(), net)
+    passes = []
+    plain = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (passes.append(1), plain(*a, **k))[1])
+    found = residuals()
+    passes.clear()
+    exact.update(found, net)
+    assert len(passes) < 12  # not one for each of 32 residuals
+    monkeypatch.undo()
     assert all(p.grad is None for p in net.parameters())
     assert relative(exact.traces, torch.stack(traces)) <= 1e-12
     assert relative(slope(exact, torch.ones(2, dtype=F64))[1], expected) <= 1e-12
     estimates = []
-    for _ in range(200):
+    for _ in range(60):
         few.update(residuals(), net)
         estimates.append(few.traces.clone())
     found = torch.stack(estimates)
-    error = found.std(0) / 200**0.5
+    error = found.std(0) / 60**0.5
     assert ((found.mean(0) - torch.stack(traces)).abs() <= 4 * error).all()
     exact.update([None, residuals()[1] * 0], net)
-    assert exact.traces[0] == traces[0]
+    assert relative(exact.traces[:1], traces[0][None]) <= 1e-12
     assert exact.traces[1] == 0
     assert slope(exact, torch.ones(2, dtype=F64))[1].tolist() == [1.0, 0.0]
 
