@@ -72,9 +72,9 @@ class Bloop(GradientMemory):
         alpha = shares.clone()
         alpha[..., :1] = torch.where(there[..., :1], 1 - torch.where(first, own, 0.0), 0.0)
         G.combine(torch.where(finite, alpha, torch.nan))
+        part = torch.where(finite, part, 0.0).to(mean.dtype)
         for (start, stop), target in zip(G.spans, G.out, strict=True):
-            along = mean[..., start:stop] * torch.where(finite, part, 0.0).to(mean.dtype)
-            target.sub_(along.view(target.shape).to(target.dtype))
+            target.addcmul_(mean[..., start:stop].view(target.shape), part, value=-1)
         step = torch.where(first, 1.0, self.rho)
         move(mean[..., None, :], G.first(), counted, step, torch.ones_like(step) / scale)
         steps += counted[..., 0]
