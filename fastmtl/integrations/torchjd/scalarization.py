@@ -21,7 +21,7 @@ from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
 from fastmtl import scalarization
-from fastmtl.inputs import describe
+from fastmtl.inputs import describe, has_numbers
 from fastmtl.integrations.torchjd.configured import state_of
 from fastmtl.integrations.torchjd.scalars import (
     IMTLL,
@@ -62,12 +62,16 @@ class _Behind(Scalarizer):
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
         method, flat = self._of(values), values.reshape(-1)
-        if self._total:
+        if self._holds(flat.detach()):
             if not torch.is_floating_point(flat):
                 raise TypeError(f"values: expected a floating tensor, got {describe(values)}")
             return method.scalar(flat.to(torch.promote_types(flat.dtype, torch.float32))).to(values.dtype)
         result: Tensor = method(flat)
         return result.to(values.dtype)
+
+    def _holds(self, values: Tensor) -> bool:
+        """Whether the formula alone will do: it is for these values [n], and has no state."""
+        return self._total
 
     def _of(self, values: Tensor) -> Scalarization:
         """The method for these values."""
@@ -84,6 +88,9 @@ class GeometricMean(_Behind):
     def __init__(self) -> None:
         super().__init__()
         self.method = scalarization.GLS()
+
+    def _holds(self, values: Tensor) -> bool:
+        return has_numbers(values) and min(values.tolist(), default=0.0) > 0
 
 
 class Random(_Behind):
