@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import math
+import pickle
 from collections import Counter
 
 import pytest
@@ -191,6 +192,15 @@ def test_copies_go_on_alike(name):
     twin.steps(5)
     same(twin.model.state_dict(), run.model.state_dict())
     same(state_of(twin.method), state_of(run.method))
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "RLW generator"])
+def test_pickles(name):
+    """As part of a model that is saved as a whole, or sent to another process."""
+    method = Run(name).steps(2).method
+    other = pickle.loads(pickle.dumps(method))
+    assert torch.equal(other.last_weights, method.last_weights)
+    same(state_of(other), state_of(method))
 
 
 @pytest.mark.parametrize("name", [m for m in STATEFUL if m != "RLW generator"])
