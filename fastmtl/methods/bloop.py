@@ -85,7 +85,7 @@ class Bloop(GradientMemory):
         """<Σ_t shares_t g_t, m> and ‖m‖², float64 [..., 1]."""
         products = torch.zeros_like(shares)
         for t, start, stop, g in G:
-            if t and g is not None:
-                products[..., t] += (g.to(torch.float64) * mean[..., start:stop]).sum(-1)
+            if g is not None:
+                products[..., t] += (g.to(torch.float64) * mean[..., None, start:stop]).sum(-1)
         squared = ops.gram(mean[..., None, :])[..., 0]
         return (shares * products).sum(-1, keepdim=True), squared

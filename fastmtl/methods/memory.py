@@ -43,19 +43,23 @@ class Pieces:
         wide = all(target.dtype is torch.float64 for target in self.out)
         self.kept = torch.float64 if wide else torch.float32  # the dtype of what is kept of them
 
-    def __iter__(self) -> Iterator[tuple[int, int, int, Tensor | None]]:
-        """(t, start, stop, gradient [..., stop - start]) for every task and piece; long ones in blocks of columns.
+    def __iter__(self) -> Iterator[tuple[slice, int, int, Tensor | None]]:
+        """(tasks, start, stop, gradients [..., tasks, stop - start]): all of a matrix, of a list each, in blocks.
 
         What a step computes of a block stays in the cache, and takes little memory.
         """
+        if isinstance(self.grads, Tensor):
+            for begin, end in self.blocks(0, self.P, self.T):
+                yield slice(0, self.T), begin, end, self.grads[..., begin:end]
+            return
         for k in range(len(self.out)):
             for t, start, stop, g in self.piece(k):
                 for begin, end in self.blocks(start, stop):
-                    yield t, begin, end, None if g is None else g[..., begin - start : end - start]
+                    yield slice(t, t + 1), begin, end, None if g is None else g[None, begin - start : end - start]
 
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Blocks of these columns."""
-        block = max(1, _BLOCK if self.out[0].device.type == "cpu" else self.P)
+    def blocks(self, start: int, stop: int, rows: int = 1) -> Iterator[tuple[int, int]]:
+        """Blocks of these columns, for so many rows at once."""
+        block = max(1, _BLOCK // rows if self.out[0].device.type == "cpu" else self.P)
         for begin in range(start, stop, block):
             yield begin, min(begin + block, stop)
 
