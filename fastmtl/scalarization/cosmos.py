@@ -52,11 +52,11 @@ class COSMOS(Scalarization):
         w = masked(preferred(self.weights, self._copies, L), here)
         L = masked(L, here)
         product, length = w @ L, torch.linalg.vector_norm(w) * torch.linalg.vector_norm(L)
-        fixed, lam = L.detach(), self.lam
+        fixed, lam, shared = L.detach(), self.lam, product
         if not (has_numbers(fixed) and length.item() > 0):
             some = length.detach() > 0  # where one of them is zero, the cosine is
-            product, length = torch.where(some, product, 0.0), torch.where(some, length, 1.0)
-        value, length = product - lam * (product / length), length.detach()
+            shared, length = torch.where(some, product, 0.0), torch.where(some, length, 1.0)
+        value, length = product - lam * (shared / length), length.detach()
 
         def weights() -> Tensor:
             square = fixed @ fixed

@@ -524,6 +524,20 @@ def test_scalarizers_at_every_scale(name, scale, dtype):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scalarizers_do_not_hide_what_is_not_finite(name, bad):
+    """Whatever the formula makes of it: a loss scaler sees it in the value, and in the gradient."""
+    x = torch.rand(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.3
+    x[1, 2] = bad
+    x.requires_grad_()
+    value = getattr(scalars, name)(*SCALARS[name])(x)
+    assert not value.isfinite()
+    (slope,) = torch.autograd.grad(value, x)
+    linear = ("Constant", "Mean", "Random", "Sum", "UW", "IMTLL", "GeometricMean")
+    assert name in linear or not slope.isfinite().all()
+
+
 def test_scalarizers_with_state_resume():
     for name in ("DWA", "FAMO"):
         mine, other = (getattr(scalars, name)(*SCALARS[name]) for _ in range(2))
