@@ -62,16 +62,18 @@ class _Behind(Scalarizer):
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
         method, flat = self._of(values), values.reshape(-1)
-        if self._holds(flat.detach()):
-            if not torch.is_floating_point(flat):
-                raise TypeError(f"values: expected a floating tensor, got {describe(values)}")
-            return method.scalar(flat.to(torch.promote_types(flat.dtype, torch.float32))).to(values.dtype)
-        result: Tensor = method(flat)
-        return result.to(values.dtype)
+        if not (self._total or self._holds(flat.detach())):
+            result: Tensor = method(flat)
+            return result.to(values.dtype)
+        if values.dtype in (torch.float32, torch.float64):
+            return method.scalar(flat)
+        if not values.is_floating_point():
+            raise TypeError(f"values: expected a floating tensor, got {describe(values)}")
+        return method.scalar(flat.to(torch.float32)).to(values.dtype)
 
     def _holds(self, values: Tensor) -> bool:
-        """Whether the formula alone will do: it is for these values [n], and has no state."""
-        return self._total
+        """Whether the formula is one for these values [n], and has no state."""
+        return False
 
     def _of(self, values: Tensor) -> Scalarization:
         """The method for these values."""
