@@ -71,15 +71,25 @@ class Bloop(GradientMemory):
         part = torch.where((squared > 0) & ~first, products / squared, 0.0)
         alpha = shares.clone()
         alpha[..., :1] = torch.where(there[..., :1], 1 - torch.where(first, own, 0.0), 0.0)
-        G.combine(torch.where(finite, alpha, torch.nan))
-        part = torch.where(finite, part, 0.0).to(mean.dtype)
-        for (start, stop), target in zip(G.spans, G.out, strict=True):
-            target.addcmul_(mean[..., start:stop].view(target.shape), part, value=-1)
+        self._write(G, torch.where(finite, alpha, torch.nan), mean, torch.where(finite, part, 0.0).to(mean.dtype))
         step = torch.where(first, 1.0, self.rho)
         move(mean[..., None, :], G.first(), counted, step, torch.ones_like(step) / scale)
         steps += counted[..., 0]
         shares[..., 0] = there[..., 0].to(torch.float64)
         return Info.of(torch.where(finite, shares, torch.nan), M)
+
+    def _write(self, G: Pieces, alpha: Tensor, mean: Tensor, part: Tensor) -> None:
+        """Writes αᵀ G - part m."""
+        if all(target.dtype is mean.dtype for target in G.out):
+            G.combine(alpha)
+            for (start, stop), target in zip(G.spans, G.out, strict=True):
+                target.addcmul_(mean[..., start:stop].view(target.shape), part, value=-1)
+            return
+        flat = mean * -part  # results of 16 bits are rounded once
+        for t, start, stop, g in G:
+            if g is not None:
+                flat[..., start:stop] += (g.to(flat.dtype) * alpha[..., t, None].to(flat.dtype)).sum(-2)
+        G.write(flat)
 
     def _products(self, G: Pieces, mean: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """<Σ_t shares_t g_t, m> and ‖m‖², float64 [..., 1]."""

@@ -264,6 +264,18 @@ def test_memory_in_a_training_loop(kind):
     assert all(x.is_meta for x in method.buffers())
 
 
+def test_bloop_of_16_bits_is_rounded_once():
+    """Where most of the auxiliary gradient is projected out, a rounding before that would be seen."""
+    G = torch.stack([randn(400), 9 * randn(400) + 0.5 * randn(400, seed=1)]).to(BF16)
+    method = fastmtl.Bloop(rho=0.5)
+    method(G + 0.1 * randn(2, 400, seed=2).to(BF16))
+    mean = method.mean.double()
+    g, a = G.double()
+    expected = g + a - (a @ mean) / (mean @ mean) * mean
+    assert relative(method(G), expected) <= 2.0**-8
+    assert a.norm() > 5 * expected.norm()
+
+
 class Largest(TorchDispatchMode):
     """The most numbers of a new tensor: of one that is no view of what was there, nor overwritten."""
 
