@@ -77,6 +77,42 @@ class Pieces:
         """M [..., T, T]."""
         return ops.gram(self.grads) if isinstance(self.grads, Tensor) else ops.gram_rows(self.grads, self.T)
 
+    def gram_with(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """M [..., T, T], the products [..., T] of the gradients with `row` [..., P], and its square [..., 1]."""
+        rows = self._rows_with(row)
+        if rows is not None:
+            N = ops.gram_rows(rows, self.T + 1)
+            return N[:-1, :-1].contiguous(), N[-1, :-1], N[-1, -1:]
+        M = self.gram()
+        products = M.new_zeros(M.shape[:-1])
+        for t, start, stop, g in self:
+            if g is not None:
+                products[..., t] += (g.to(torch.float64) * row[..., None, start:stop]).sum(-1)
+        return M, products, ops.gram(row[..., None, :])[..., 0]
+
+    def combine_with(self, row: Tensor, alpha: Tensor, last: Tensor) -> None:
+        """Writes αᵀ G + `last` [..., 1] times `row` [..., P]."""
+        rows = self._rows_with(row)
+        if rows is not None:
+            ops.combine_rows(rows, torch.cat([alpha, last]), self.out)
+            return
+        flat = row * last.to(row.dtype)  # results of 16 bits are rounded once
+        for t, start, stop, g in self:
+            if g is not None:
+                flat[..., start:stop] += (g.to(flat.dtype) * alpha[..., t, None].to(flat.dtype)).sum(-2)
+        self.write(flat)
+
+    def _rows_with(self, row: Tensor) -> list[Tensor | None] | None:
+        """The gradients and one more row for the ops on rows; None for batches, and where dtypes differ."""
+        if self.batch or any(target.dtype is not row.dtype for target in self.out):
+            return None
+        rows = self.grads.unbind() if isinstance(self.grads, Tensor) else self.grads
+        return [*rows, *self._parts(row)]
+
+    def _parts(self, row: Tensor) -> list[Tensor]:
+        """A row [P] as one piece for each result."""
+        return [row[start:stop].view(target.shape) for (start, stop), target in zip(self.spans, self.out, strict=True)]
+
     def combine(self, alpha: Tensor) -> None:
         """Writes αᵀ G."""
         if isinstance(self.grads, Tensor):
@@ -99,9 +135,7 @@ class Pieces:
         elif isinstance(self.grads, Tensor):
             ops.combine(memory, alpha, self.out[0])
         else:
-            places = list(zip(self.spans, self.out, strict=True))
-            rows = [row[start:stop].view(target.shape) for row in memory for (start, stop), target in places]
-            ops.combine_rows(rows, alpha, self.out)
+            ops.combine_rows([part for row in memory for part in self._parts(row)], alpha, self.out)
 
     def write(self, flat: Tensor) -> None:
         """Writes a result [..., P]."""
