@@ -97,7 +97,21 @@ def real(T: int, P: int, kappa: float, steps: int) -> Trial:
 
 def real_weights(method: str, T: int, kappa: float, steps: int) -> Trial:
     """Task weights of such gradients against LAPACK's eigenvectors of the same Gram matrix, in float64."""
-    G = digits.per_example(T, steps=steps).double()
+    return eigh_beside(method, digits.per_example(T, steps=steps).double())
+
+
+def hard_weights(method: str, T: int, kappa: float) -> Trial:
+    """The same of rows in no order whose norms lie over 1e9, evenly or (`groups`) 1e3 apart."""
+    torch.manual_seed(1)
+    decades = 9 * torch.rand(T, 1, dtype=torch.float64)
+    if method == "groups":
+        decades = 3 * (decades / 3).floor()
+    G = workloads.matrix(T, 2 * T, kappa=kappa, dtype=torch.float64)
+    return eigh_beside("aligned-min", G / G.norm(dim=1, keepdim=True) * 10**decades)
+
+
+def eigh_beside(method: str, G: torch.Tensor) -> Trial:
+    """Task weights of G against LAPACK's eigenvectors of its Gram matrix."""
     M = G @ G.T
     kind, _, scale = method.partition("-")
     options: dict[str, Any] = {"scale": scale} if scale else {}
@@ -110,7 +124,7 @@ def real_weights(method: str, T: int, kappa: float, steps: int) -> Trial:
         read=lambda: M.sum(),
         error=residual if info.alpha.isfinite().all() else float("inf"),
         tolerance=1e-8,
-        rounds=1 if T < 500 else 1 / 3,  # seconds
+        rounds=1 if len(M) < 500 else 1 / 3,  # seconds
     )
 
 
@@ -697,8 +711,8 @@ print(1e3 * (time.perf_counter() - start))
 TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
-        *(flat, real, real_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads),
-        *(import_, weighting, aggregation, graddrop, coordinates, memory, projector, scalarizer, drop_in),
+        *(flat, real, real_weights, hard_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18),
+        *(threads, import_, weighting, aggregation, graddrop, coordinates, memory, projector, scalarizer, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
