@@ -35,11 +35,13 @@ class Context(NamedTuple):
         losses: the T task losses [T], detached and unscaled, for the methods that need them.
         grad_scale: the factor S by which a loss scaler has multiplied losses and gradients, a float or a tensor [].
         agree: makes a tensor the same on all processes that aggregate together; None for one process.
+        due: whether weights are to be computed even by a method that has a period of its own: the caller counts.
     """
 
     losses: Tensor | None = None
     grad_scale: Tensor | float | None = None
     agree: Callable[[Tensor], Tensor] | None = None
+    due: bool = False
 
     def unscaled(self, M: Tensor) -> Tensor:
         """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
@@ -61,7 +63,7 @@ class Kept(NamedTuple):
     """Task weights that steps after theirs go on with: see `every` of `Method.backward`.
 
     Attributes:
-        alpha: float64 [T].
+        alpha: float64 [T], before what `Rule.shortening` makes of them.
         present: which tasks were there.
         age: how many steps ago that was.
         period: after how many the next ones are due, with `every="auto"`.
@@ -86,10 +88,16 @@ class Rule(Protocol):
             gradients to aggregate.
         names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
         kept: weights of an earlier step, where it was told to keep some.
+        holds: for how many steps its weights hold, if nothing else is said.
+        training: whether it may change its state.
     """
 
     names: tuple[str, ...] | None
     kept: Kept | None
+    training: bool
+
+    @property
+    def holds(self) -> int: ...
 
     @property
     def on_gram(self) -> bool: ...
@@ -117,6 +125,10 @@ class Rule(Protocol):
 
         `dtype` is the coarsest among the gradients.
         """
+        ...
+
+    def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
+        """What kept weights are multiplied by, float64 [], where αᵀ G is of this norm; None for 1."""
         ...
 
 
@@ -160,6 +172,11 @@ class MethodModule(nn.Module):
 
     names: tuple[str, ...] | None = None
     kept: Kept | None = None
+    holds: int = 1
+
+    def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
+        """See `Rule.shortening`."""
+        return None
 
     def reset(self) -> None:
         """Back to the state of a new instance."""

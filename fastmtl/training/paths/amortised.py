@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,18 @@ from fastmtl.graph import SEVERAL, Edge, Leaves, behind_joints, edge_of, is_leaf
 from fastmtl.info import Info
 from fastmtl.inputs import Row
 from fastmtl.options import integer
-from fastmtl.rule import Kept
+from fastmtl.rule import Context, Kept
 from fastmtl.training import passes
 from fastmtl.training.parameters import are_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
-__all__ = ["check", "keep", "run", "takes"]
+__all__ = ["check", "keep", "run", "scheduled", "takes"]
 
 # "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
 # second halve it.
 _ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
+# What has no weights of all shared parameters, or one pass anyway.
+_OTHERS = ("representation", "groups", "batch_dim")
 
 
 def check(options: Options) -> None:
@@ -38,9 +41,21 @@ def check(options: Options) -> None:
         return
     if not options.method.on_gram:
         raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
-    for name in ("representation", "groups", "batch_dim"):
+    for name in _OTHERS:
         if getattr(options, name) is not None:
             raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
+
+
+def scheduled(step: Step) -> Step:
+    """The step with the period that it has: the method's own where the call names none, and one pass can serve."""
+    options = step.options
+    every = options.every
+    one_pass = all(getattr(options, name) is None for name in _OTHERS) and are_plain(step.parameters)
+    if every == 1 and options.method.training and one_pass:
+        every = options.method.holds
+    if every == 1:
+        return step
+    return step._replace(options=options._replace(every=every), context=step.context._replace(due=True))
 
 
 def takes(step: Step) -> bool:
@@ -79,24 +94,47 @@ def run(step: Step) -> Outcome | None:
     if step.group is not None:
         row = _averaged(step, row)
     check_reached([row], "shared")
-    method.kept = kept._replace(age=kept.age + 1)
-    info = Info.of(kept.alpha)
+    alpha, factor = kept.alpha, method.shortening(partial(_norm, row, step.context))
+    if factor is not None:
+        alpha, row = alpha * factor, _times(row, factor)
+        if step.options.scale_heads:
+            own = [_times(grads, factor) for grads in own]
+    if method.training:
+        method.kept = kept._replace(age=kept.age + 1)
+    info = Info.of(alpha)
     info.age = kept.age + 1
     return step._replace(options=step.options._replace(scale_heads=False)).outcome(heads, row, own, info)
 
 
+def _norm(row: Row, context: Context) -> Tensor:
+    """Of the gradient as it is without a loss scaler, float64 []."""
+    parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in row if g is not None]
+    return context.scaled(torch.stack(parts).norm())
+
+
+def _times(row: Row, factor: Tensor) -> Row:
+    return [None if g is None else g * factor.to(g.dtype) for g in row]
+
+
 def keep(step: Step, info: Info) -> None:
-    """Remembers the weights of a step that computed them; those before it where they are not finite."""
+    """Remembers the weights of a step that computed them.
+
+    Where they are not finite, as in a step that overflows, those before go on; or ones, if there are none yet.
+    """
     method, every = step.options.method, step.options.every
     if every == 1 or info.age is not None:
         return
     info.age = 0
+    if not method.training:
+        return
     old: Kept | None = method.kept
-    alpha, turn = info.alpha.detach().clone(), None
-    period = 1 if every == "auto" else every
-    if old is not None and old.alpha.shape == alpha.shape:
+    alpha, turn = (info.alpha if info.lasting is None else info.lasting).detach(), None
+    finite, period = alpha.isfinite().all(), 1 if every == "auto" else every
+    if old is None or old.alpha.shape != alpha.shape:
+        alpha = torch.where(finite, alpha, 1.0)
+    else:
         before = old.alpha.to(alpha.device)
-        alpha = torch.where(alpha.isfinite().all(), alpha, before)
+        alpha = torch.where(finite, alpha, before)
         turn = torch.nn.functional.cosine_similarity(alpha, before, dim=0)
         if every == "auto":
             period = _adapted(old)
