@@ -1,4 +1,4 @@
-"""A method's steps inside of a trainer that owns the loop: what the integrations of Lightning and transformers share."""
+"""A method's steps inside of a trainer that owns the loop: what Lightning's and transformers' integrations share."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _WAYS = ("representation", "features")
 class Steps:
     """From the losses of a trainer's step to `.grad`.
 
-    The trainer gets the sum of the losses, multiplies it by what it likes (a loss scaler's factor, one over the number of
-    micro-batches) and passes that back; here each loss is multiplied by the same and passed back in its place.
+    The trainer gets the sum of the losses, multiplies it by what it likes (a loss scaler's factor, one over the number
+    of micro-batches) and passes that back; here each loss is multiplied by the same and passed back in its place.
 
     Args:
         method: any method, on gradients or on losses.
