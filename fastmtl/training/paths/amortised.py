@@ -162,7 +162,7 @@ def _pass(step: Step, heads: Leaves, border: _Border, alpha: Tensor) -> tuple[Ro
     if there:
         scale_heads = step.options.scale_heads
         starts = [
-            (alpha[t] if scale_heads or border.begins(loss) else torch.ones_like(alpha[t])).to(loss).expand_as(loss)
+            alpha[t].to(loss).expand_as(loss) if scale_heads or border.begins(loss) else None  # ones
             for t, loss in there
         ]
         with border.scaled(None if scale_heads else alpha):
@@ -231,7 +231,8 @@ class _Border:
     @contextmanager
     def scaled(self, alpha: Tensor | None) -> Iterator[None]:
         """Within, what passes the border is multiplied by the weights."""
-        handles = [] if alpha is None else [self._hook(*entry, alpha) for entry in self._hooked]
+        factors: dict[torch.dtype, Sequence[Tensor]] = {}
+        handles = [] if alpha is None else [self._hook(*entry, alpha, factors) for entry in self._hooked]
         try:
             yield
         finally:
@@ -239,8 +240,15 @@ class _Border:
                 handle.remove()
 
     @staticmethod
-    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor) -> Any:
+    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor, factors: dict[Any, Sequence[Tensor]]) -> Any:
         def scale(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-            return tuple(g * alpha[t].to(g.dtype) if g is not None and i in beyond else g for i, g in enumerate(grads))
+            scaled = list(grads)
+            for i in beyond:
+                g = grads[i]
+                if g is not None:
+                    if g.dtype not in factors:  # once a pass, not once a task
+                        factors[g.dtype] = alpha.to(g.dtype).unbind()
+                    scaled[i] = g * factors[g.dtype][t]
+            return tuple(scaled)
 
         return node.register_hook(scale)
