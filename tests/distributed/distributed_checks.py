@@ -321,6 +321,33 @@ def check_accumulation_under_ddp() -> None:
             assert_same_bits(grads(model))
 
 
+def check_groups_are_aggregated_each_on_its_own() -> None:
+    """Layers under data parallelism: the averaged gradients of each, in one batch of problems; accumulated, too."""
+    x, y = batch()
+    alone = Model()
+    rows = torch.stack(task_rows(alone, x, y))
+    sizes = [sum(p.numel() for p in alone.trunk[k].parameters()) for k in (0, 2)]
+    expected = torch.cat([svd_align(part) for part in rows.split(sizes, 1)])
+    for way in ("shared", "features", "accumulate"):
+        model = Model()
+        ddp = DistributedDataParallel(model)
+        layers, method = [model.trunk[0], model.trunk[2]], fastmtl.AlignedMTL()
+        losses = losses_of(ddp(part(x))[0], part(y))
+        if way == "accumulate":
+            accumulator = method.accumulate(groups=layers, process_group=True)
+            accumulator.add(losses)
+            info = accumulator.backward()
+        else:
+            where = {"features": model.h} if way == "features" else {}
+            info = method.backward(losses, groups=layers, process_group=True, **where)
+        assert relative(grads(model.trunk), expected) <= 1e-9
+        assert relative(grads(model.heads), head_gradients(alone, x, y)) <= 1e-12
+        assert info.alpha.shape == (2, TASKS)
+        assert relative(info.gram, torch.stack([part @ part.T for part in rows.split(sizes, 1)])) <= 1e-12
+        assert_same_bits(grads(model))
+        assert_same_bits(info.alpha)
+
+
 def check_accumulation_where_ranks_lack_losses() -> None:
     """The first rank lacks a task in one micro-batch, the last one all tasks in both: it takes part with zeros."""
     rank, W = dist.get_rank(), dist.get_world_size()

@@ -46,7 +46,7 @@ def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
 def rows_for(step: Step) -> Any:
     """What takes the tasks' gradients of the shared parameters, by `append`, and aggregates them, by `combine`."""
     if step.group is not None:
-        return averaged.Rows(step.parameters, len(step.losses), step.group)
+        return averaged.Rows(step)
     return groups.Rows(step.groups) if step.groups else _Rows(step.parameters)
 
 
