@@ -45,6 +45,8 @@ class Accumulator:
         count: how many micro-batches have been added since the last `backward`.
     """
 
+    count: int
+
     def __init__(
         self,
         method: Rule,

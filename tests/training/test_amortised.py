@@ -376,6 +376,23 @@ def test_nash_elsewhere_holds_its_weights_as_ever():
     assert aligned.kept is kept
 
 
+def test_nash_holds_its_weights_where_one_pass_cannot_bring_both():
+    """Losses written into one tensor, as LibMTL's trainer does: T passes, and weights of every third step."""
+    model, method, other = Model(), fastmtl.NashMTL(every=3), fastmtl.NashMTL(every=3)
+    for step in range(5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.03 * randn(*p.shape, dtype=F64, seed=step))
+        written = torch.zeros(3, dtype=F64)
+        for t, loss in enumerate(model.losses()):
+            written[t] = loss
+        info = method.backward(written, shared=model.trunk)
+        expected = other.backward(model.losses(), shared=model.trunk)
+        assert info.age is None
+        assert expected.age == step % 3
+        assert relative(info.alpha, expected.alpha) <= 1e-9
+
+
 def test_nash_with_a_loss_scaler_and_scaled_heads():
     """The limit is one on the gradient as it is without a scaler, and heads have the weights of `info`."""
     model, method = Model(), fastmtl.NashMTL(max_norm=0.1, every=2)

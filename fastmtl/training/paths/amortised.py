@@ -50,12 +50,19 @@ def scheduled(step: Step) -> Step:
     """The step with the period that it has: the method's own where the call names none, and one pass can serve."""
     options = step.options
     every = options.every
-    one_pass = all(getattr(options, name) is None for name in _OTHERS) and are_plain(step.parameters)
-    if every == 1 and options.method.training and one_pass:
+    if every == 1 and options.method.holds > 1 and options.method.training and _takes_one_pass(step):
         every = options.method.holds
     if every == 1:
         return step
     return step._replace(options=options._replace(every=every), context=step.context._replace(due=True))
+
+
+def _takes_one_pass(step: Step) -> bool:
+    """Whether steps in between could take one; else a method with a period of its own holds its weights by itself."""
+    options = step.options
+    if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _OTHERS):
+        return False
+    return options.scale_heads or _Border(step.uncut()).clean
 
 
 def takes(step: Step) -> bool:
