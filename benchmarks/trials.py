@@ -230,7 +230,7 @@ def repeated(problem: workloads.MultiTask, steps: int, every: int, rounds: float
     def step() -> None:
         problem.zero_grad()
         h = problem.forward()
-        method.backward(problem.losses([h] * problem.tasks), shared=problem.shared, every=every)
+        method.backward(problem.losses([h] * problem.tasks), shared=problem.shared, every=every, engine="auto")
 
     def fast() -> None:
         if solve:

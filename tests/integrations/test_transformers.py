@@ -145,6 +145,18 @@ def test_accumulation_sums_before_it_aggregates(tmp_path):
     same(trainer, by_hand(step, pieces=2, steps=3))
 
 
+def test_a_loss_scaler_is_seen(tmp_path):
+    """Gradients come scaled, and Nash-MTL's length is that of the unscaled ones; in bfloat16, without a scaler, too."""
+    trainer = train(tmp_path, fastmtl.NashMTL(max_norm=0.1), max_steps=1, bf16=True)
+    for factor in (None, 64.0):
+        scaler = None if factor is None else torch.amp.GradScaler("cpu", init_scale=factor)
+        trainer.accelerator.scaler = scaler
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, collated(0))
+        norm = flat([p.grad for p in trainer.model.bert.parameters() if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(0.1 * (factor or 1.0), rel=1e-2)
+
+
 @pytest.mark.parametrize("make", [lambda: fastmtl.NashMTL(every=4), fastmtl.MoCo], ids=["Nash", "MoCo"])
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(make, tmp_path):
     whole = train(tmp_path / "whole", make(), save_strategy="steps", save_steps=3, save_only_model=False)
