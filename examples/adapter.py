@@ -1,7 +1,7 @@
 """A LoRA adapter with two objectives in Hugging Face's Trainer: the next byte of a text, and where its line ends.
 
 The language model is frozen (here a small GPT-2 from its initialisation, so that nothing is downloaded), and so what
-both objectives share are the adapter's factors: only these are aligned. Each objective has a head of its own.
+both objectives share are the adapter's factors: only these are aligned, each kind on its own. Heads are their own.
 
     python examples/adapter.py --help
 """
@@ -60,6 +60,11 @@ class AdapterTrainer(MultiTaskTrainer):
         }
 
 
+def factors(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The adapter's two kinds of factors: B begins at zero, and A's gradients with it, so that each is a group."""
+    return [[p for name, p in model.named_parameters() if kind in name] for kind in ("lora_A", "lora_B")]
+
+
 def texts() -> list[dict[str, Tensor]]:
     """This file, in pieces of so many bytes."""
     ids = torch.tensor(list(Path(__file__).read_bytes()))
@@ -88,7 +93,7 @@ def main(arguments: list[str] | None = None) -> AdapterTrainer:
         ),
         train_dataset=texts(),
         method=fastmtl.AlignedMTL(),
-        shared="gpt",  # of which the adapter alone requires grad
+        groups=factors,
     )
     trainer.train()
     return trainer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmtl.info import Info
 from fastmtl.inputs import describe
-from fastmtl.integrations.steps import Shared, Steps
+from fastmtl.integrations.steps import Groups, Shared, Steps
 from fastmtl.methods.base import Method
 from fastmtl.scalarization.base import Scalarization
 
@@ -40,8 +40,8 @@ else:
 
 __all__ = ["MultiTask"]
 
-# Strategies whose engines run the backward themselves.
-_OWN_BACKWARD = ("DeepSpeedStrategy", "FSDPStrategy")
+# Strategies whose engines run the backward themselves, or put other parameters in place of the module's for it.
+_OWN_BACKWARD = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class MultiTask(pl.Callback):
@@ -63,6 +63,8 @@ class MultiTask(pl.Callback):
         shared: the shared parameters: the name of a submodule or several, a function of the module that returns what
             `Method.backward` takes, or that itself. Default: parameters that at least two losses reach, or what lies
             behind `representation` or `features`.
+        groups: parts of the shared parameters that are aggregated each on its own, each given as `shared` is, or a
+            function of the module that returns them; then `shared` has to be None.
         every: as in `Method.backward`; not with `accumulate_grad_batches`.
         engine: as in `Method.backward`; "full" with `accumulate_grad_batches`.
         scale_heads: as in `Method.backward`.
@@ -84,6 +86,7 @@ class MultiTask(pl.Callback):
         method: Method | Scalarization,
         shared: Shared = None,
         *,
+        groups: Groups = None,
         every: int | Literal["auto"] = 1,
         engine: Literal["full", "gramian", "auto"] = "full",
         scale_heads: bool = False,
@@ -93,7 +96,7 @@ class MultiTask(pl.Callback):
         prefix: str = "mtl/",
     ) -> None:
         options = {"every": every, "engine": engine, "scale_heads": scale_heads}
-        self._steps = Steps(method, shared, options, process_group, accumulate)
+        self._steps = Steps(method, shared, groups, options, process_group, accumulate)
         self._log = log
         self._prefix = prefix
         self._index = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,10 +16,11 @@ from fastmtl.scalarization.base import Scalarization
 from fastmtl.training.accumulate import Accumulator
 from fastmtl.training.parameters import are_plain, checked_parameters
 
-__all__ = ["Shared", "Steps"]
+__all__ = ["Groups", "Shared", "Steps"]
 
 # What is shared: the name of a submodule or several, a function of the model, or what `Method.backward` takes.
 Shared: TypeAlias = "str | Sequence[str] | nn.Module | Iterable[Tensor] | Callable[[Any], Any] | None"
+Groups: TypeAlias = "Sequence[Shared] | Callable[[Any], Sequence[Any]] | None"
 
 # What may come beside the losses, for a backward of another kind.
 _WAYS = ("representation", "features")
@@ -34,6 +35,8 @@ class Steps:
     Args:
         method: any method, on gradients or on losses.
         shared: the shared parameters.
+        groups: parts of them that are aggregated each on its own, each as `shared`, or a function of the model that
+            returns them; None for none.
         options: `every`, `engine` and `scale_heads` of `Method.backward`.
         process_group: as there; None is True where there are several processes.
         accumulate: whether micro-batches of a step are summed before they are aggregated.
@@ -46,6 +49,7 @@ class Steps:
         self,
         method: Method | Scalarization,
         shared: Shared,
+        groups: Groups,
         options: Mapping[str, Any],
         process_group: Any,
         accumulate: bool,
@@ -56,7 +60,9 @@ class Steps:
             raise ValueError(f"every: expected 1 for {method!r}, whose step is one pass, got {options['every']!r}")
         self.method = method
         self.info: Info | None = None
-        self._shared: Any = shared
+        # A generator's parameters are wanted in each step.
+        self._shared: Any = list(shared) if isinstance(shared, Iterator) else shared
+        self._groups: Any = groups
         self._options = dict(options)
         self._process_group = process_group
         self._accumulate = accumulate
@@ -113,8 +119,13 @@ class Steps:
         (losses, total, where), self._pending = self._pending, None
         (factor,) = torch.autograd.grad(scaled, total)
         losses = _times(losses, factor)
-        if self._shared is not None and "representation" not in where:
-            where["shared"] = self._named(model)
+        if self._groups is not None:
+            groups = self._groups
+            if callable(groups) and not isinstance(groups, nn.Module):
+                groups = groups(model)
+            where["groups"] = [self._named(model, part) for part in groups]
+        elif self._shared is not None and "representation" not in where:
+            where["shared"] = self._named(model, self._shared)
         if isinstance(self.method, Scalarization):
             self.info = self.method.backward(losses, grad_scale=grad_scale, **where)
             return
@@ -123,9 +134,9 @@ class Steps:
             where |= self._options
             self.info = self.method.backward(losses, process_group=group, grad_scale=grad_scale, **where)
             return
-        shared = where.pop("shared", None)
+        named = where.pop("shared", None), where.pop("groups", None)
         if self._accumulator is None:
-            self._accumulator = self._accumulating(self.method, shared, group)
+            self._accumulator = self._accumulating(self.method, *named, group)
         self._accumulator.add(losses, **where)
         if not within:
             self.info = self._accumulator.backward(grad_scale=grad_scale)
@@ -142,7 +153,7 @@ class Steps:
             numbers["conflicts"] = float(against) / (T * (T - 1))
         return {prefix + name: x for name, x in numbers.items()}
 
-    def _accumulating(self, method: Method, shared: Any, group: Any) -> Accumulator:
+    def _accumulating(self, method: Method, shared: Any, groups: Any, group: Any) -> Accumulator:
         options = dict(self._options)
         scale_heads = bool(options.pop("scale_heads", False))
         for name, value in options.items():
@@ -151,10 +162,10 @@ class Steps:
                     f"{name}: expected its default where micro-batches are accumulated, got {value!r}; "
                     "accumulate=False aggregates each by itself"
                 )
-        return method.accumulate(shared, scale_heads=scale_heads, process_group=group)
+        return method.accumulate(shared, groups=groups, scale_heads=scale_heads, process_group=group)
 
-    def _named(self, model: nn.Module) -> Any:
-        shared = self._shared
+    @staticmethod
+    def _named(model: nn.Module, shared: Any) -> Any:
         if isinstance(shared, str):
             return model.get_submodule(shared)
         if isinstance(shared, nn.Module):
@@ -165,14 +176,13 @@ class Steps:
         names = [part for part in parts if isinstance(part, str)]
         if names and len(names) == len(parts):
             return nn.ModuleList(model.get_submodule(name) for name in names)
-        self._shared = parts  # they may have come from a generator
         return parts
 
     def _group(self, model: nn.Module, where: Mapping[str, Any], several: bool) -> Any:
         if self._process_group is not None or not several:
             return self._process_group
         # Shards are averaged in the passes.
-        return True if are_plain(checked_parameters(where.get("shared", model))) else None
+        return True if are_plain(checked_parameters(where.get("shared") or model)) else None
 
 
 class _Pending(NamedTuple):

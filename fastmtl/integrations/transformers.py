@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.info import Info
-from fastmtl.integrations.steps import Shared, Steps
+from fastmtl.integrations.steps import Groups, Shared, Steps
 from fastmtl.methods.base import Method
 from fastmtl.scalarization.base import Scalarization
 
@@ -59,6 +59,8 @@ class MultiTaskTrainer(Trainer):
         shared: the shared parameters: the name of a submodule or several, a function of the model that returns what
             `Method.backward` takes, or that itself. Default: parameters that at least two losses reach, or what lies
             behind `representation` or `features`.
+        groups: parts of the shared parameters that are aggregated each on its own, each given as `shared` is, or a
+            function of the model that returns them; then `shared` has to be None.
         every: as in `Method.backward`; not with gradient accumulation.
         engine: as in `Method.backward`; "full" with gradient accumulation.
         scale_heads: as in `Method.backward`.
@@ -69,7 +71,7 @@ class MultiTaskTrainer(Trainer):
     Raises:
         TypeError: `method` is no method.
         ValueError: a `compute_loss_func`, which has no place here.
-        NotImplementedError: DeepSpeed, or several GPUs in one process.
+        NotImplementedError: DeepSpeed, FSDP, or several GPUs in one process.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class MultiTaskTrainer(Trainer):
         *args: Any,
         method: Method | Scalarization,
         shared: Shared = None,
+        groups: Groups = None,
         every: int | Literal["auto"] = 1,
         engine: Literal["full", "gramian", "auto"] = "full",
         scale_heads: bool = False,
@@ -89,11 +92,15 @@ class MultiTaskTrainer(Trainer):
                 "compute_loss_func: expected None, got a function: compute_losses is where losses come from"
             )
         options = {"every": every, "engine": engine, "scale_heads": scale_heads}
-        self._steps = Steps(method, shared, options, process_group, accumulate)
+        self._steps = Steps(method, shared, groups, options, process_group, accumulate)
         super().__init__(*args, **kwargs)
-        if self.is_deepspeed_enabled or self.args.n_gpu > 1:
-            what = "DeepSpeed" if self.is_deepspeed_enabled else f"{self.args.n_gpu} GPUs in one process"
-            raise NotImplementedError(f"MultiTaskTrainer: expected one process a GPU, without DeepSpeed, got {what}")
+        for name, used in (
+            ("DeepSpeed", self.is_deepspeed_enabled),
+            ("FSDP", self.is_fsdp_enabled),
+            (f"{self.args.n_gpu} GPUs in one process", self.args.n_gpu > 1),
+        ):
+            if used:
+                raise NotImplementedError(f"MultiTaskTrainer: expected one process for each GPU (DDP), got {name}")
         self.model_accepts_loss_kwargs = False  # the sum of the losses is none that the model has divided by tokens
         method.to(self.args.device)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.graph import Leaves, vjp
+from fastmtl.graph import Leaves, leaves_of, trunk_of, vjp
 from fastmtl.info import Info
 from fastmtl.inputs import Row, wrong_kind
 from fastmtl.losses import Losses, check_losses, names_of, present_losses, stack_losses
@@ -146,8 +146,10 @@ class Accumulator:
             rows, own = upper_bound.gather(step)
             self._add_own(step.heads, own)
             self._parts.append(_Part(step.cut, rows, step.parameters, retain_graph))
-        self._step = step
         self._reached |= {id(leaf): leaf for leaf in step.reached()}
+        # Without what would keep the graph alive.
+        options = self._options._replace(tasks=len(tasks))
+        self._step = step._replace(options=options, losses=[], cut=[], heads=leaves_of([], []), trunk=trunk_of([]))
         if method.needs_losses:
             stacked = stack_losses(given, names=names).detach().to(torch.float64)
             self._losses = stacked if self._losses is None else self._losses + stacked

@@ -149,6 +149,25 @@ def test_every_and_the_gramian_engine():
         fit(Module(), [MultiTask(method, "model.encoder", every=3)], accumulate_grad_batches=2)
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_groups(pieces):
+    """By name, or by a function of the module; each is aggregated on its own."""
+    module, method = Module(), fastmtl.AlignedMTL()
+    groups = ["model.encoder.0", lambda module: module.model.encoder[2]]
+    callback = MultiTask(fastmtl.AlignedMTL(), groups=groups if pieces == 1 else lambda module: groups)
+    fit(module, [callback], accumulate_grad_batches=pieces)
+    accumulators = []
+
+    def step(model, losses, h, last):
+        accumulators[:] = accumulators or [method.accumulate(groups=[model.encoder[0], model.encoder[2]])]
+        accumulators[0].add(losses)
+        if last:
+            accumulators[0].backward()
+
+    same(module, by_hand(step, accumulate=pieces))
+    assert callback.info.alpha.shape == (2, 3)
+
+
 def test_methods_on_losses():
     module, method = Module(), scalarization.DWA(3)
     fit(module, [MultiTask(scalarization.DWA(3), accumulate=False)])

@@ -19,7 +19,7 @@ def test_an_adapter_with_two_objectives(tmp_path):
     trainer = adapter.main(["--steps", "20", "--out", str(tmp_path)])
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    assert {"mtl/alpha/byte", "mtl/alpha/end", "mtl/conflicts"} <= lines[0].keys()
+    assert {"mtl/alpha/0/byte", "mtl/alpha/1/end", "mtl/conflicts"} <= lines[0].keys()
     for name, p in trainer.model.named_parameters():
         changed = not torch.equal(p, before[name])
         assert changed == (p.requires_grad), name

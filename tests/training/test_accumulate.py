@@ -1,7 +1,9 @@
 """Accumulate, then aggregate: what is committed is one `backward` on the sums of the micro-batches' losses."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -201,6 +203,43 @@ def test_memory_is_one_flat_buffer_of_views():
     h.grad_fn  # noqa: B018
     with pytest.raises(RuntimeError, match="second time"):
         h.sum().backward()
+
+
+class Marked(torch.autograd.Function):
+    """A node that shows whether its graph is there."""
+
+    @staticmethod
+    def forward(ctx, x, mark):
+        ctx.mark = mark
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+class Mark:
+    pass
+
+
+@pytest.mark.parametrize("way", ["shared", "features", "representation"])
+def test_a_micro_batchs_graph_goes_with_it(way):
+    """All of it, but for the encoder's in the upper bound; and that goes with the step."""
+    model, method = Model(), fastmtl.AlignedMTL()
+    accumulator = method.accumulate(model.encoder if way == "shared" else None)
+    x, y = pieces()[0]
+    marks = [Mark(), Mark()]
+    seen = [weakref.ref(mark) for mark in marks]
+    h = Marked.apply(model.encoder(x), marks[0])
+    losses = model.losses(h, y)
+    losses[0] = Marked.apply(losses[0], marks[1])
+    accumulator.add(losses, **({} if way == "shared" else {way: h}))
+    del marks, losses, h
+    gc.collect()
+    assert [ref() is None for ref in seen] == [way != "representation", True]
+    accumulator.backward()
+    gc.collect()
+    assert seen[0]() is None
 
 
 @pytest.mark.parametrize("way", ["shared", "representation"])
