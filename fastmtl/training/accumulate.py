@@ -123,7 +123,7 @@ class Accumulator:
             retain_graph=retain_graph,
         )
         paths.check(options)
-        if self.count and (representation is None) == bool(self._parts):
+        if self._step is not None and (representation is None) == bool(self._parts):
             expected, got = ("one", "none") if self._parts else ("none", "one")
             raise ValueError(f"representation: expected {expected}, as in the micro-batches before, got {got}")
         if not _is_named(options):
