@@ -151,9 +151,9 @@ class MultiTask(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs what the method saw and did."""
-        each = max(getattr(trainer, "log_every_n_steps", 1), 1)
+        each = getattr(trainer, "log_every_n_steps", 1) if self._log else 0
         # Lightning logs after the step, and counts it then.
-        if self._log and not self._is_within(trainer) and (trainer.global_step + 1) % each == 0:
+        if each and not self._is_within(trainer) and (trainer.global_step + 1) % each == 0:
             pl_module.log_dict(self._steps.numbers(self._prefix))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
