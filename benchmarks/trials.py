@@ -668,11 +668,11 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
         *(flat, real, real_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads),
-        *(amortised_mlp, amortised_resnet18, between_solutions, accumulate),
         *(import_, weighting, aggregation, graddrop, coordinates, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
+        *(amortised_mlp, amortised_resnet18, between_solutions, accumulate),
     )
 }
 FIGURES: dict[str, Callable[..., float]] = {

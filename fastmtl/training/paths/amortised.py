@@ -29,8 +29,12 @@ __all__ = ["check", "keep", "run", "scheduled", "takes"]
 # "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
 # second halve it.
 _ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
-# What has no weights of all shared parameters, or one pass anyway.
-_OTHERS = ("representation", "groups", "batch_dim")
+# What has no weights for the steps in between, and why where that is no matter of course.
+_WITHOUT = {
+    "representation": "",
+    "groups": "",
+    "batch_dim": ": weights are those of the examples of one batch, and the next one has others",
+}
 
 
 def check(options: Options) -> None:
@@ -41,9 +45,9 @@ def check(options: Options) -> None:
         return
     if not options.method.on_gram:
         raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
-    for name in _OTHERS:
+    for name, why in _WITHOUT.items():
         if getattr(options, name) is not None:
-            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
+            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}{why}")
 
 
 def scheduled(step: Step) -> Step:
@@ -60,7 +64,7 @@ def scheduled(step: Step) -> Step:
 def _takes_one_pass(step: Step) -> bool:
     """Whether steps in between could take one; else a method with a period of its own holds its weights by itself."""
     options = step.options
-    if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _OTHERS):
+    if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _WITHOUT):
         return False
     return options.scale_heads or _Border(step.uncut()).clean
 
