@@ -50,6 +50,21 @@ def check(options: Options) -> None:
             raise ValueError(f"every: expected 1 with {name}, got {options.every!r}{why}")
 
 
+def takes(step: Step) -> bool:
+    """Steps for which there are weights that are young enough, of all tasks that are there."""
+    every, kept = step.options.every, step.options.method.kept
+    if every == 1:
+        return False
+    if not are_plain(step.parameters):
+        raise ValueError(f"every: expected 1 for shared parameters that are sharded, got {every!r}")
+    if kept is None or len(kept.alpha) != len(step.losses):
+        return False
+    period = kept.period if every == "auto" else every
+    # Other processes would not know that a task is new here.
+    new = step.group is None and any(now and not then for now, then in zip(_present(step), kept.present, strict=True))
+    return kept.age + 1 < period and not new
+
+
 def scheduled(step: Step) -> Step:
     """The step with the period that it has: the method's own where the call names none, and one pass can serve."""
     options = step.options
@@ -67,21 +82,6 @@ def _takes_one_pass(step: Step) -> bool:
     if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _WITHOUT):
         return False
     return options.scale_heads or _Border(step.uncut()).clean
-
-
-def takes(step: Step) -> bool:
-    """Steps for which there are weights that are young enough, of all tasks that are there."""
-    every, kept = step.options.every, step.options.method.kept
-    if every == 1:
-        return False
-    if not are_plain(step.parameters):
-        raise ValueError(f"every: expected 1 for shared parameters that are sharded, got {every!r}")
-    if kept is None or len(kept.alpha) != len(step.losses):
-        return False
-    period = kept.period if every == "auto" else every
-    # Other processes would not know that a task is new here.
-    new = step.group is None and any(now and not then for now, then in zip(_present(step), kept.present, strict=True))
-    return kept.age + 1 < period and not new
 
 
 def run(step: Step) -> Outcome | None:
