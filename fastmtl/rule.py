@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -75,6 +75,17 @@ class Kept(NamedTuple):
     age: int
     period: int
     turn: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors, as a `state_dict()` is expected to hold."""
+        numbers = {"present": torch.tensor(self.present), "steps": torch.tensor([self.age, self.period])}
+        return {"alpha": self.alpha, **numbers} | ({} if self.turn is None else {"turn": self.turn})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Kept:
+        """The weights of such tensors."""
+        age, period = tensors["steps"].tolist()
+        return cls(tensors["alpha"], tuple(tensors["present"].tolist()), age, period, tensors.get("turn"))
 
 
 class Rule(Protocol):
@@ -194,15 +205,16 @@ class MethodModule(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kept is not None:
-            destination[f"{prefix}_kept"] = self.kept._asdict()
+            destination.update({f"{prefix}_kept.{name}": x for name, x in self.kept.tensors().items()})
         if self.names is not None and any(key.startswith(prefix) for key in destination):
             destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
         self.names = None if names is None else tuple(names)
-        kept = state_dict.pop(f"{prefix}_kept", None)
-        self.kept = None if kept is None else Kept(**kept | {"present": tuple(kept["present"])})
+        start = f"{prefix}_kept."
+        kept = {key[len(start) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        self.kept = Kept.of(kept) if kept else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

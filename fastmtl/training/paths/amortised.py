@@ -100,6 +100,7 @@ def run(step: Step) -> Outcome | None:
     method = step.options.method
     kept = method.kept
     assert kept is not None  # see `takes`
+    kept = kept._replace(alpha=kept.alpha.to(step.parameters[0].device))  # as it was loaded
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
         row, own = _pass(step, heads, border, kept.alpha)
     if step.group is not None:
