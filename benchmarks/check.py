@@ -98,6 +98,7 @@ class Case:
     max_floor: float | None = None
     max_extra_mb: float | None = None
     max_ms: float | None = None
+    max_activations: float | None = None
     min_efficiency: float | None = None
     yardstick: str = "read"
     usual: tuple[float, float] | None = None
@@ -251,8 +252,8 @@ def run(
 
 def figure(case: Case) -> tuple[list[Line], dict[str, Any]]:
     """The line of a case that is no ratio."""
-    name, target = ("ms", case.max_ms) if case.max_extra_mb is None else ("extra MB", case.max_extra_mb)
-    assert target is not None
+    limits = {"ms": case.max_ms, "extra MB": case.max_extra_mb, "x activations": case.max_activations}
+    ((name, target),) = ((name, limit) for name, limit in limits.items() if limit is not None)
     with others_busy() as others:
         reached = FIGURES[case.kind](*case.arguments)
     verdict = "ok" if reached <= target else "NOISY" if name == "ms" and others() > BUSY else "MISSED"

@@ -21,7 +21,6 @@ import copy
 import dataclasses
 import importlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -284,22 +283,11 @@ def memory(name: str, make: Model) -> dict[str, Any]:
 def allocated(way: Way) -> int:
     """Peak bytes of the blocks that a backward takes from torch's allocator and holds at once, `.grad` included.
 
-    Exact: the profiler sees every block, also those of the autograd engine and of C++ kernels. It does not see what
-    oneDNN and BLAS libraries take from elsewhere. Activations that the backward frees are not subtracted.
+    See `measure.held`. Activations that the backward frees are not subtracted.
     """
     way.step()  # what is allocated once is there
     h, losses = way.forward()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        way.backward(h, losses)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
+    return measure.held(lambda: way.backward(h, losses)).peak
 
 
 def grid(name: str, make: Model, seconds: float) -> dict[str, Any]:

@@ -368,6 +368,108 @@ def coordinates(method: str, T: int, P: int, kappa: float) -> Trial:
     )
 
 
+class PlainMemory:
+    """Methods with a memory as one would write them: MoCo and DB-MTL as in LibMTL, the others as in their papers."""
+
+    def __init__(self, G: Tensor) -> None:
+        T, P = G.shape
+        self.step, self.y, self.w = 0, torch.zeros_like(G), G.new_full((T,), 1 / T)
+        self.fake, self.second = G.new_zeros(2, P)
+
+    def MoCo(self, G: Tensor, losses: Tensor) -> Tensor:
+        self.step += 1
+        G = G / G.norm(dim=1, keepdim=True) * losses[:, None]
+        self.y = self.y - 0.5 / self.step**0.5 * (self.y - G)
+        self.w = (self.w - 0.1 / self.step**0.5 * (self.y @ self.y.T) @ self.w).softmax(0)
+        return self.y.T @ self.w
+
+    def DBMTL(self, G: Tensor, losses: Tensor) -> Tensor:
+        G = G / losses[:, None]
+        self.y = G + 0.9 * (self.y - G)
+        norms = self.y.norm(dim=1)
+        return (norms.max() / norms) @ self.y
+
+    def Bloop(self, G: Tensor, losses: Tensor) -> Tensor:
+        mean = self.y[0] if self.step else G[0]
+        self.step += 1
+        a = G[1:].sum(0)
+        g = G[0] + a - (a @ mean) / (mean @ mean) * mean
+        self.y = torch.lerp(mean, G[0], 0.01)[None]
+        return g
+
+    def MConFIG(self, G: Tensor, losses: Tensor) -> Tensor:
+        self.step += 1
+        self.y = 0.9 * self.y + 0.1 * G
+        m = self.y / (1 - 0.9**self.step)
+        units = m / m.norm(dim=1, keepdim=True)
+        u = torch.linalg.pinv(units) @ units.new_ones(len(G))
+        u = u / u.norm()
+        c = (m @ u).sum() * u
+        new = c * (1 - 0.9**self.step)
+        self.second = 0.999 * self.second + 0.001 * ((new - 0.9 * self.fake) / 0.1).square()
+        self.fake = new
+        return c / ((self.second / (1 - 0.999**self.step)).sqrt() + 1e-8)
+
+
+def memory(method: str, T: int, P: int, kappa: float) -> Trial:
+    """A step of a method that keeps something as large as gradients, [T, P], against plain PyTorch."""
+    G, out, losses = workloads.conflicting(T, P), torch.empty(P), torch.rand(T) + 0.5
+    fast, other = (getattr(fastmtl, method)() for _ in range(2))
+    base, wide = (getattr(PlainMemory(x), method) for x in (G, G.double()))
+    error = max(workloads.error(other(k * G, losses=losses), wide(k * G.double(), losses)) for k in (1.0, 1.5))
+    return Trial(
+        fast=lambda: fast(G, out=out, losses=losses),
+        base=lambda: base(G, losses),
+        read=lambda: G.sum(),
+        error=error,
+        tolerance=1e-4,
+    )
+
+
+def projector(T: int, kappa: float) -> Trial:
+    """Weights of the projections of all T rows onto the dual cone against TorchJD's, for the same Gram matrix."""
+    linalg, ours = (importlib.import_module(name) for name in ("torchjd.linalg", "fastmtl.integrations.torchjd.linalg"))
+    G = workloads.conflicting(T, 3 * T).double()
+    M, U = G @ G.mT, torch.eye(T, dtype=torch.float64) / T
+    fast, base = ours.ActiveSetProjector(), linalg.QuadprogProjector()
+    return Trial(
+        fast=lambda: fast(U, M),
+        base=lambda: base(U, M),
+        read=lambda: M.sum(),
+        error=workloads.error(fast(U, M).sum(0) @ G, base(U, M).sum(0) @ G),
+        tolerance=1e-5,
+        rounds=1 if T < 100 else 1 / 3,
+    )
+
+
+def scalarizer(method: str, T: int, kappa: float) -> Trial:
+    """A scalarizer of T values, forward and backward, against TorchJD's; after FAMO's its update."""
+    names = "fastmtl.integrations.torchjd.scalarization", "torchjd.scalarization"
+    modules = [importlib.import_module(name) for name in names]
+    w = torch.rand(T) + 0.1
+    options = {"COSMOS": (2.0, w), "PBI": (3.0, w), "STCH": (0.1, w), "FAMO": (T,)}.get(method, ())
+    x = (torch.rand(T) + 0.3).requires_grad_()
+
+    def step_of(scalarizer: Any) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            value: Tensor = scalarizer(x)
+            value.backward()
+            if method == "FAMO":
+                scalarizer.update(0.9 * x.detach())
+            return value
+
+        return step
+
+    fast, base = (step_of(getattr(module, method)(*options)) for module in modules)
+    found = []
+    for step in (fast, base):
+        torch.manual_seed(peers.SEED)
+        x.grad = None
+        found.append((step().detach(), x.grad))
+    error = max(float((mine - its).abs().max() / its.abs().max()) for mine, its in zip(*found, strict=True))
+    return Trial(fast=fast, base=base, read=lambda: x.sum(), error=error, tolerance=1e-4, rounds=20)
+
+
 def drop_in(T: int, kappa: float) -> Trial:
     """A step of TorchJD's documented example, with our UPGrad in its import line against with theirs."""
     example = importlib.import_module("torchjd_example")
@@ -411,6 +513,20 @@ def per_example_upgrad(network: str, B: int, kappa: float) -> Trial:
     error = problem.error(problem.step(method))
     base = other.autogram(weightings.UPGradWeighting())
     return Trial(lambda: problem.step(method), base, lambda: x.sum(), error, tolerance=1e-5, rounds=0.2)
+
+
+def per_example_memory(network: str, B: int) -> float:
+    """What a step holds at its peak beyond the peak of a plain one, of the activations that a forward pass keeps."""
+    problem, method = examples.NETWORKS[network](B), fastmtl.Uniform()
+
+    def held(function: Callable[[], object]) -> measure.Held:
+        problem.network.zero_grad()  # what was there before would be given back within
+        return measure.held(function)
+
+    problem.step(method)
+    activations = held(problem.losses).left
+    plain, step = (held(f).peak for f in (problem.plain, lambda: problem.step(method)))
+    return (step - plain) / activations
 
 
 def threads(T: int, P: int, kappa: float) -> Trial:
@@ -668,7 +784,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     function.__name__.rstrip("_"): function
     for function in (
         *(flat, real, real_weights, batched, bfloat16, eigh, resnet50, backward, step_mlp, step_resnet18, threads),
-        *(import_, weighting, aggregation, graddrop, coordinates, drop_in),
+        *(import_, weighting, aggregation, graddrop, coordinates, memory, projector, scalarizer, drop_in),
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
@@ -676,5 +792,5 @@ TRIALS: dict[str, Callable[..., Trial]] = {
     )
 }
 FIGURES: dict[str, Callable[..., float]] = {
-    function.__name__: function for function in (resnet50_memory, step_memory, first_call)
+    function.__name__: function for function in (resnet50_memory, step_memory, per_example_memory, first_call)
 }

@@ -32,4 +32,9 @@ class Buffer {
   X* data_ = inline_;
 };
 
+// The first address from p on that a vector register is loaded from at once; there are eight doubles to spare.
+inline double* aligned(double* p) {
+  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
+}
+
 } // namespace fastmtl

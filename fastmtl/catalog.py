@@ -62,6 +62,7 @@ _NAMES: dict[_Kind, tuple[str, str, str, str]] = {
     scalarization.SoftAdapt: ("softadapt", "", "", ""),
     scalarization.ReLoBRaLo: ("relobralo", "", "", ""),
     scalarization.NTK: ("ntk", "", "", ""),
+    scalarization.PiKE: ("pike", "", "", ""),
 }
 _HEADINGS = ("method", "make", "paper", "needs", "state", "memory", "options", "TorchJD", "LibMTL", "official")
 
@@ -169,6 +170,8 @@ def _needs(kind: _Kind) -> str:
         return "losses, gradients of a layer"
     if kind is scalarization.NTK:
         return "losses, gradients of residuals"
+    if kind is scalarization.PiKE:
+        return "losses, gradients of examples"
     if issubclass(kind, Scalarization):
         return "losses"
     if kind is methods.MGDA:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastmtl.inputs import DTYPES, describe
 
-__all__ = ["Losses", "check_losses", "check_names", "names_of", "present_losses", "stack_losses"]
+__all__ = ["Losses", "check_losses", "check_names", "is_whole", "names_of", "present_losses", "stack_losses"]
 
 # T task losses, None for a task that is absent: in the order of the tasks, or by their names.
 Losses: TypeAlias = "Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor"
@@ -70,8 +70,7 @@ def stack_losses(
         TypeError: as `check_losses`.
         ValueError: as `check_losses`, or losses on several devices.
     """
-    plain = isinstance(losses, Tensor) and losses.dtype in DTYPES and losses.layout is torch.strided
-    if plain and losses.ndim == 1 and losses.numel() and tasks in (None, losses.shape[0]):
+    if _is_vector(losses) and tasks in (None, losses.shape[0]):
         result: Tensor = losses
         return result
     parts = check_losses(losses, tasks, names)
@@ -87,10 +86,25 @@ def stack_losses(
     return torch.stack([filler if loss is None else loss.reshape(()) for loss in parts])
 
 
+def is_whole(losses: object) -> TypeGuard[Tensor]:
+    """Whether these are losses [T] of which one sees at once that all tasks are there."""
+    return _is_vector(losses) and (torch.compiler.is_compiling() or not _is_stack(losses))
+
+
+def _is_vector(losses: object) -> TypeGuard[Tensor]:
+    if not isinstance(losses, Tensor) or losses.dtype not in DTYPES or losses.layout is not torch.strided:
+        return False
+    return losses.ndim == 1 and losses.numel() > 0
+
+
+def _is_stack(losses: Tensor) -> bool:
+    return type(losses.grad_fn).__name__ == "StackBackward0"
+
+
 def _entries(losses: Tensor) -> list[Tensor]:
     """The entries of losses [T]; one that was a constant before they were stacked requires no grad."""
     parts = losses.unbind()
-    if torch.compiler.is_compiling() or type(losses.grad_fn).__name__ != "StackBackward0":
+    if torch.compiler.is_compiling() or not _is_stack(losses):
         return list(parts)
     stacked: Any = losses.grad_fn
     edges = stacked.next_functions

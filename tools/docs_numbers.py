@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -42,7 +43,7 @@ import cuda_model  # noqa: E402  (from benchmarks)
 
 __all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "per-example.md", ROOT / "README.md")
 MACHINE = "xeon-2core-avx512"  # whose numbers the pages show, CUDA's apart
 SECTION = re.compile(r"(<!-- numbers: (?P<name>[^>]+?) -->\n)(?:(?!<!-- numbers: ).)*?(<!-- end -->)", re.DOTALL)
 SPAN = re.compile(r"(<!-- n: (?P<name>[^>]+?) -->)[^<]*(<!-- /n -->)")
@@ -276,21 +277,34 @@ def float32_blocks(results: Results) -> str:
     return "\n".join(text) or absent(f"python benchmarks/blocks.py --json benchmarks/results/{MACHINE}/blocks.json")
 
 
-def real(results: Results) -> str:
-    """Gradients of single examples, on every machine that has measured them."""
-    text = []
-    for folder in sorted(path for path in results.folder.parent.iterdir() if path.is_dir()):
-        cases = Results(folder).named("real *")
-        if cases:
+def everywhere(only: str, *patterns: str, head: str) -> Callable[[Results], str]:
+    """A section: every line of these cases, one a row, on every machine that has measured them; `only` selects them."""
+
+    def section(results: Results) -> str:
+        text = []
+        for folder in sorted(path for path in results.folder.parent.iterdir() if path.is_dir()):
+            cases = Results(folder).named(*patterns)
             rows = [
-                [line["name"], f"{case['seconds']['fast'] * 1e3:.3g}", reached(line), bound(line)]
+                [
+                    line["name"],
+                    f"{case['seconds']['fast'] * 1e3:.3g}" if "seconds" in case else "",
+                    reached(line),
+                    bound(line),
+                ]
                 for case in cases
                 for line in case["lines"]
+                if line["verdict"] != "ABSENT"
             ]
-            said = source(cases).replace("Measured at", f"Measured on {folder.name},")
-            text.append(table(["case", "ms", "× plain PyTorch, or eigh", "target"], rows) + said)
-    command = "python benchmarks/check.py --only real --json benchmarks/results/<machine>/real.json"
-    return "\n".join(text) or absent(command)
+            if rows:
+                said = source(cases).replace("Measured at", f"Measured on {folder.name},")
+                text.append(table(["case", "ms", head, "target"], rows) + said)
+        name = only.replace(" ", "-")
+        command = (
+            f"python benchmarks/check.py --only {shlex.quote(only)} --json benchmarks/results/<machine>/{name}.json"
+        )
+        return "\n".join(text) or absent(command)
+
+    return section
 
 
 def engines(results: Results) -> str:
@@ -419,7 +433,14 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "more": lines("flat 4x1e3", "batched *", "eigh *", "resnet50 T=*", "bfloat16 *", "backward *"),
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
-    "real": real,
+    "real": everywhere("real", "real *", head="× plain PyTorch, or eigh"),
+    "per example": everywhere(
+        "per example", *(f"per example {net} *" for net in ("mlp", "lenet", "transformer")), head="× plain step"
+    ),
+    "per example memory": everywhere("per example", "per example memory *", head="× activations"),
+    "per example peers": everywhere(
+        "per example", "per example autogram *", "per example upgrad *", head="TorchJD's step / this one"
+    ),
     "float32 blocks": float32_blocks,
     "steps": steps,
     "engines": engines,

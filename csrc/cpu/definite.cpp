@@ -4,8 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
+#include "../common.h"
 #include "../math/thresholds.h"
 #include "kernels.h"
 #include "threads.h"
@@ -14,6 +16,8 @@ namespace fastmtl::cpu {
 
 namespace {
 
+// Tasks of a matrix that is factored in one piece.
+constexpr int64_t kSmallFactor = 64;
 // Rows of a factorisation, or of a product with a vector, that a thread takes at least; a multiple of every tile.
 constexpr int64_t kRows = 60;
 // Multiply-adds that are not worth another thread.
@@ -35,42 +39,6 @@ void share_rows(int64_t first, int64_t T, int64_t work, F&& f) {
 // M^(-1/2) w may take a quarter of T steps, or so many: more in vain would cost as much as the tridiagonalisation that
 // follows.
 constexpr int64_t kKrylovLeastSteps = 48;
-
-class PanelCholesky {
- public:
-  explicit PanelCholesky(int64_t T)
-      : T_(T),
-        stride_((T + 7) / 8 * 8 + 8), // not a power of two: rows would share a set of the cache
-        L_(new double[size_t(T * stride_)]),
-        inverses_(new double[size_t(
-            (T / kernels().cholesky_panel + 1) * kernels().cholesky_panel * kernels().cholesky_panel)]),
-        rows_(new double[size_t(T * kernels().cholesky_panel)]) {}
-
-  // Whether M - shift I is positive definite: then it is what `solve` divides by.
-  bool factor(const double* M, double shift) {
-    const int64_t panel = kernels().cholesky_panel;
-    for (int64_t j = 0; j < T_; j += panel) {
-      double* inverse = inverses_.get() + j * panel;
-      if (!kernels().cholesky_diagonal(M, T_, shift, L_.get(), stride_, j, rows_.get(), inverse)) {
-        return false;
-      }
-      share_rows(std::min(T_, j + panel), T_, (j + panel) * panel, [&](int64_t begin, int64_t end) {
-        kernels().cholesky_below(M, T_, L_.get(), stride_, j, rows_.get(), inverse, begin, end);
-      });
-    }
-    return true;
-  }
-
-  void solve(double* x) const { // [T]
-    kernels().cholesky_solve(L_.get(), T_, stride_, inverses_.get(), x);
-  }
-
- private:
-  int64_t T_, stride_;
-  std::unique_ptr<double[]> L_;        // [T, stride]
-  std::unique_ptr<double[]> inverses_; // [panels, panel, panel]
-  std::unique_ptr<double[]> rows_;     // [T, panel]
-};
 
 double norm(const double* x, int64_t n) {
   double square = 0.0;
@@ -363,8 +331,62 @@ double row_norm(const double* M, int64_t T, bool normalized) {
   return largest;
 }
 
+PanelCholesky::PanelCholesky(int64_t T)
+    : T_(T),
+      stride_((T + 7) / 8 * 8 + 8), // not a power of two: rows would share a set of the cache
+      L_(new double[size_t(T * stride_)]),
+      inverses_(
+          new double[size_t((T / kernels().cholesky_panel + 1) * kernels().cholesky_panel * kernels().cholesky_panel)]),
+      rows_(new double[size_t(T * kernels().cholesky_panel)]) {}
+
+bool PanelCholesky::factor(const double* M, double shift) {
+  const int64_t panel = kernels().cholesky_panel;
+  for (int64_t j = 0; j < T_; j += panel) {
+    double* inverse = inverses_.get() + j * panel;
+    if (!kernels().cholesky_diagonal(M, T_, shift, L_.get(), stride_, j, rows_.get(), inverse)) {
+      return false;
+    }
+    share_rows(std::min(T_, j + panel), T_, (j + panel) * panel, [&](int64_t begin, int64_t end) {
+      kernels().cholesky_below(M, T_, L_.get(), stride_, j, rows_.get(), inverse, begin, end);
+    });
+  }
+  return true;
+}
+
+void PanelCholesky::solve(double* x) const {
+  kernels().cholesky_solve(L_.get(), T_, stride_, inverses_.get(), x);
+}
+
 bool is_positive_definite(const double* M, int64_t T, double shift) {
+  if (T <= kSmallFactor) { // panels are not worth their inverses
+    const int64_t stride = T + kSetPadding;
+    Buffer<double, 2048> memory(T * stride + T);
+    Buffer<int64_t, kSmallFactor> all(T);
+    std::iota(all.get(), all.get() + T, int64_t(0));
+    return kernels().set_factor(M, T, all.get(), 0, T, -shift, 0.0, memory.get(), stride, memory.get() + T * stride);
+  }
   return PanelCholesky(T).factor(M, shift);
+}
+
+bool smallest_eigenvalue(const double* M, int64_t T, double estimate, double* below) {
+  PanelCholesky cholesky(T);
+  double shift = 0.0;
+  for (const double part : {0.95, 0.8, 0.5, 0.0}) {
+    shift = part * estimate;
+    if (cholesky.factor(M, shift)) {
+      break;
+    }
+    if (part == 0.0) {
+      return false;
+    }
+  }
+  std::vector<double> start(static_cast<size_t>(T));
+  scatter(start.data(), T);
+  if (!inverse_iteration(cholesky, start.data(), T, 1.0, shift, &estimate)) {
+    return false;
+  }
+  *below = (1.0 - kCertified) * estimate;
+  return *below > 0.0 && cholesky.factor(M, *below);
 }
 
 bool definite_weights(const double* M, int64_t T, const Policy& policy, double* alpha, double* smallest) {

@@ -233,15 +233,37 @@ struct Kernels {
   // x := Gᵀ x for the rotations of a sweep, or G x.
   void (*rotate)(const double* rotations, int64_t step, int64_t n, bool back, double* x);
 
+  // And of S alone, diagonal d [n], beside it e [n - 1]: the first of the ascending shifts [`shifts`] for which S - s I
+  // is not positive definite, and x = Σ_j c_j (S + t_j I)⁻¹ y over j < count; scratch [shifted_scratch(n)], aligned.
+  int64_t shifts;
+  int64_t (*definite_shifts)(const double* d, const double* e, int64_t n, const double* shifts);
+  void (*shifted_solves)(
+      const double* d,
+      const double* e,
+      int64_t n,
+      const double* y, // [n]
+      const double* t, // [count]
+      const double* c, // [count]
+      int64_t count,
+      double* x, // [n]
+      double* scratch);
+
   const SolverKernel* solvers; // [number of Solvers]
 };
 
 constexpr int64_t kMaxCholeskyPanel = 48;
 constexpr int64_t kSetPadding = 16; // of the rows of `set_factor`
 
+constexpr int64_t kMaxShifts = 32;
+constexpr int64_t shifted_scratch(int64_t n) {
+  return 5 * 8 * n;
+}
+
 constexpr int64_t psd_stride(int64_t T) {
   return (T + 7) / 8 * 8;
 }
+
+constexpr int64_t kMaxLanesTasks = 32;
 
 constexpr int64_t eigh_lanes_scratch(int64_t T) {
   return (2 * T * (T + 1) + 32 * T) * 8; // matrix, vectors, the rotations of a sweep

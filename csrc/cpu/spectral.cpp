@@ -111,7 +111,7 @@ void product(const double* L, int64_t n, int64_t stride, double* A) {
       for (int64_t k0 = std::max<int64_t>(0, i0 - kTile); k0 < n; k0 += kTile) { // a tile may begin further left
         for (int64_t i = i0; i < i1; ++i) {
           for (int64_t k = k0; k < std::min(n, k0 + kTile); ++k) {
-            upper[size_t(i * stride + k)] = k < i ? 0.0 : L[k * stride + i];
+            upper[size_t(i * stride + k)] = L[k * stride + i];
           }
         }
       }
@@ -145,9 +145,18 @@ double squares(const double* x, int64_t n) {
   return sum;
 }
 
+// A vector that no eigenvector is orthogonal to but by accident.
+std::vector<double> scattered(int64_t n) {
+  std::vector<double> x(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    x[size_t(i)] = 1.0 / double(1 + i % 7) - (i % 2 ? 0.6 : 0.0);
+  }
+  return x;
+}
+
 } // namespace
 
-bool Spectral::solve(const double* M, double* eigenvalues) {
+bool Spectral::reduce(const double* M) {
   double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
   order_.clear();
   for (int64_t i = 0; i < T_; ++i) {
@@ -185,6 +194,9 @@ bool Spectral::solve(const double* M, double* eigenvalues) {
       return false;
     }
   }
+  for (int64_t i = 0; i < n_; ++i) {
+    std::fill_n(L_.get() + i * stride_ + i + 1, n_ - i - 1, 0.0);
+  }
   A_.reset(new double[size_t(n_ * n_)]);
   product(L_.get(), n_, stride_, A_.get());
   lengths_.resize(size_t(n_));
@@ -192,13 +204,6 @@ bool Spectral::solve(const double* M, double* eigenvalues) {
     lengths_[size_t(i)] = std::sqrt(A_[size_t(i * n_ + i)]);
   }
   tri_.reset(new Tridiagonal(A_.get(), n_));
-  lam_.resize(size_t(n_));
-  if (!tri_->solve(lam_.data(), true)) {
-    return false;
-  }
-  for (int64_t j = 0; j < T_; ++j) {
-    eigenvalues[j] = j < found_ ? std::max(0.0, lam_[size_t(j)]) / half / half : 0.0;
-  }
   S_.reset(new double[size_t(n_ * n_)]);
   for (int64_t i = 0; i < n_; ++i) {
     const double* row = M + order_[size_t(i)] * T_;
@@ -219,89 +224,174 @@ void Spectral::unscale(double* x) const {
   }
 }
 
-// λ_min from below by a factorisation, from above by a Rayleigh quotient.
-bool Spectral::certified_smallest(double smallest) const {
+bool Spectral::smallest(double* below, double* above) const {
+  if (found_ < T_ || !tri_->smallest(below, above)) {
+    return false;
+  }
+  *below = std::ldexp(*below, 2 * exponent_);
+  *above = std::ldexp(*above, 2 * exponent_);
+  return true;
+}
+
+bool Spectral::solve(double* eigenvalues) {
+  lam_.resize(size_t(n_));
+  if (!tri_->solve(lam_.data(), true)) {
+    return false;
+  }
+  for (int64_t j = 0; j < T_; ++j) {
+    eigenvalues[j] = j < found_ ? std::ldexp(std::max(0.0, lam_[size_t(j)]), 2 * exponent_) : 0.0;
+  }
+  return true;
+}
+
+// λ_min of S from below by a factorisation, from above by a Rayleigh quotient, x being the eigenvector of A.
+bool Spectral::certified_smallest(double smallest, std::vector<double> x) const {
   if (!(smallest > 0.0) || !is_positive_definite(S_.get(), n_, (1.0 - kCertified) * smallest)) {
     return false;
   }
-  std::vector<double> f(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
-  f[size_t(n_ - 1)] = 1.0;
-  for (int64_t i = 0; i < n_; ++i) { // no eigenvector is orthogonal to it but by accident
-    x[size_t(i)] = 1.0 / double(1 + i % 7) - (i % 2 ? 0.6 : 0.0);
-  }
-  tri_->apply(f.data(), x.data(), x.data());
   const double above = squares(x.data(), n_);
   unscale(x.data());
   return above > 0.0 && above <= (1.0 + kCertified) * smallest * squares(x.data(), n_);
 }
 
-// Whether x = (A + t)⁻¹ y, as the eigenvalues and rotations have it, solves that in units of each row.
-bool Spectral::certified(int64_t R, const double* y, double size) const {
-  std::vector<double> f(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
-  const double low = lam_[size_t(R - 1)];
+// Whether x = (A + t)⁻¹ y solves that in units of each row, which are at least `least`.
+bool Spectral::certified(double t, const double* y, const std::vector<double>& x, double least, double size) const {
+  std::vector<double> products(static_cast<size_t>(n_));
+  kernels().row_products(A_.get(), n_, x.data(), n_, 0, n_, products.data());
   double worst = 0.0;
-  for (const double t : {R == n_ ? 0.0 : low, std::sqrt(low * lam_[0])}) {
-    for (int64_t j = 0; j < n_; ++j) {
-      f[size_t(j)] = 1.0 / (std::max(0.0, lam_[size_t(j)]) + t);
-    }
-    tri_->apply(f.data(), y, x.data());
-    for (int64_t i = 0; i < n_; ++i) {
-      const double* row = A_.get() + i * n_;
-      double left = y[i] - t * x[size_t(i)];
-      for (int64_t j = 0; j < n_; ++j) {
-        left -= row[j] * x[size_t(j)];
-      }
-      worst = std::max(worst, std::fabs(left) / std::max(lengths_[size_t(i)], R == n_ ? 0.0 : std::sqrt(low)));
-    }
+  for (int64_t i = 0; i < n_; ++i) {
+    const double left = y[i] - t * x[size_t(i)] - products[size_t(i)];
+    worst = std::max(worst, std::fabs(left) / std::max(lengths_[size_t(i)], least));
   }
   return worst <= kRowError * size;
 }
 
-bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const {
+// Of the rows of L, in their order.
+std::vector<double> Spectral::task_weights(const Policy& policy) const {
+  std::vector<double> w(static_cast<size_t>(n_));
+  for (int64_t i = 0; i < n_; ++i) {
+    w[size_t(i)] = policy.weights ? policy.weights[order_[size_t(i)]] : 1.0 / double(T_);
+  }
+  return w;
+}
+
+bool Spectral::finish(const std::vector<double>& x, double expected, double squared_scale, double* alpha) const {
+  std::vector<double> products(static_cast<size_t>(n_));
+  kernels().row_products(S_.get(), n_, x.data(), n_, 0, n_, products.data());
+  const double form = std::inner_product(x.begin(), x.end(), products.begin(), 0.0);
+  if (!(std::fabs(form - expected) <= kFormError * expected)) {
+    return false;
+  }
+  const double root = std::sqrt(squared_scale) * std::ldexp(1.0, -exponent_);
   std::fill_n(alpha, T_, 0.0);
+  for (int64_t i = 0; i < n_; ++i) {
+    alpha[order_[size_t(i)]] = root * x[size_t(i)];
+  }
+  return true;
+}
+
+bool Spectral::full_rank_weights(double smallest, const Policy& policy, double* alpha) const {
+  const std::vector<double> w = task_weights(policy);
+  std::vector<double> y(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
+  kernels().add_rows(L_.get(), stride_, w.data(), n_, n_, y.data()); // y = Lᵀ w
+  const double size = std::sqrt(squares(w.data(), n_)), low = std::ldexp(smallest, -2 * exponent_);
+  if (!(tri_->growth(lengths_.data(), 0.0) <= kMaxGrowth)) {
+    return false;
+  }
+  for (const double t : {0.0, std::sqrt(low * tri_->largest())}) {
+    tri_->resolvent(t, y.data(), x.data());
+    if (!certified(t, y.data(), x, 0.0, size)) {
+      return false;
+    }
+  }
+  tri_->resolvent(-low, scattered(n_).data(), x.data()); // so near an eigenvalue nothing else counts
+  if (!certified_smallest(low, x)) {
+    return false;
+  }
+  tri_->inverse_root(low, y.data(), y.data());
+  unscale(y.data());
+  return finish(y, size * size, full_rank_scale(smallest, policy), alpha);
+}
+
+double Spectral::full_rank_scale(double smallest, const Policy& policy) const {
+  if (policy.scale == Scale::min) {
+    return smallest;
+  }
+  double mean = 0.0;
+  for (int64_t i = 0; i < n_; ++i) {
+    mean += S_[size_t(i * n_ + i)] / double(n_);
+  }
+  return std::ldexp(mean, 2 * exponent_);
+}
+
+bool Spectral::smallest_directly(double* smallest) const {
+  const double pivot = L_[size_t((n_ - 1) * stride_ + n_ - 1)];
+  if (found_ < T_ || !smallest_eigenvalue(S_.get(), n_, pivot * pivot, smallest)) {
+    return false;
+  }
+  *smallest = std::ldexp(*smallest, 2 * exponent_);
+  return true;
+}
+
+bool Spectral::direct_weights(double smallest, const Policy& policy, double* alpha) const {
+  const std::vector<double> w = task_weights(policy);
+  double high = 0.0;
+  for (int64_t i = 0; i < n_; ++i) {
+    high += S_[size_t(i * n_ + i)];
+  }
+  const PartialFractions f = inverse_root_fractions(std::ldexp(smallest, -2 * exponent_), high, kDirectError);
+  PanelCholesky shifted(n_);
+  std::vector<double> sum(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
+  for (size_t j = 0; j < f.t.size(); ++j) {
+    x = w;
+    if (!shifted.factor(S_.get(), -f.t[j])) {
+      return false;
+    }
+    shifted.solve(x.data());
+    for (size_t i = 0; i < x.size(); ++i) {
+      sum[i] += f.c[j] * x[i];
+    }
+  }
+  return finish(sum, squares(w.data(), n_), full_rank_scale(smallest, policy), alpha);
+}
+
+bool Spectral::weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const {
   if (R == 0 || R > found_ || !(lam_[size_t(R - 1)] > 0.0)) {
     return false;
   }
   const bool full = R == n_;
-  std::vector<double> w(static_cast<size_t>(n_)), y(static_cast<size_t>(n_)), f(static_cast<size_t>(n_));
-  for (int64_t i = 0; i < n_; ++i) {
-    w[size_t(i)] = policy.weights ? policy.weights[order_[size_t(i)]] : 1.0 / double(T_);
+  const std::vector<double> w = task_weights(policy);
+  std::vector<double> y(static_cast<size_t>(n_)), x(static_cast<size_t>(n_)), f(static_cast<size_t>(n_));
+  kernels().add_rows(L_.get(), stride_, w.data(), n_, n_, y.data()); // y = Lᵀ w
+  const double size = std::sqrt(squares(w.data(), n_)), low = lam_[size_t(R - 1)];
+  const double least = full ? 0.0 : std::sqrt(low); // of a row that counts
+  if (!(tri_->growth(lengths_.data(), least) <= (full ? kMaxGrowth : kMaxGrowthTruncated))) {
+    return false;
   }
-  for (int64_t i = 0; i < n_; ++i) { // y = Lᵀ w
-    const double* row = L_.get() + i * stride_;
-    for (int64_t j = 0; j <= i; ++j) {
-      y[size_t(j)] += row[j] * w[size_t(i)];
+  for (const double t : {full ? 0.0 : low, std::sqrt(low * lam_[0])}) {
+    for (int64_t j = 0; j < n_; ++j) {
+      f[size_t(j)] = 1.0 / (std::max(0.0, lam_[size_t(j)]) + t);
+    }
+    tri_->apply(f.data(), y.data(), x.data());
+    if (!certified(t, y.data(), x, least, size)) {
+      return false;
     }
   }
-  const double growth = tri_->growth(lengths_.data(), full ? 0.0 : std::sqrt(lam_[size_t(R - 1)]));
-  const double size = std::sqrt(squares(w.data(), n_));
-  if (!(growth <= (full ? kMaxGrowth : kMaxGrowthTruncated)) || !certified(R, y.data(), size) ||
-      (full && !certified_smallest(lam_[size_t(n_ - 1)]))) {
-    return false;
+  std::fill(f.begin(), f.end(), 0.0);
+  if (full) {
+    f[size_t(n_ - 1)] = 1.0;
+    tri_->apply(f.data(), scattered(n_).data(), x.data());
+    if (!certified_smallest(low, x)) {
+      return false;
+    }
   }
   for (int64_t j = 0; j < R; ++j) {
     f[size_t(j)] = 1.0 / std::sqrt(lam_[size_t(j)]);
   }
   tri_->apply(f.data(), y.data(), y.data());
-  const double along = squares(y.data(), n_);
+  const double expected = full ? size * size : squares(y.data(), n_);
   unscale(y.data());
-  double form = 0.0;
-  for (int64_t i = 0; i < n_; ++i) {
-    double sum = 0.0;
-    for (int64_t j = 0; j < n_; ++j) {
-      sum += S_[size_t(i * n_ + j)] * y[size_t(j)];
-    }
-    form += y[size_t(i)] * sum;
-  }
-  const double expected = full ? size * size : along;
-  if (!(std::fabs(form - expected) <= kFormError * expected)) {
-    return false;
-  }
-  const double root = std::sqrt(squared_scale(eigenvalues, R, policy.scale)) * std::ldexp(1.0, -exponent_);
-  for (int64_t i = 0; i < n_; ++i) {
-    alpha[order_[size_t(i)]] = root * y[size_t(i)];
-  }
-  return true;
+  return finish(y, expected, squared_scale(eigenvalues, R, policy.scale), alpha);
 }
 
 } // namespace fastmtl::cpu

@@ -28,15 +28,34 @@ class Spectral {
  public:
   explicit Spectral(int64_t T) : T_(T) {}
 
-  // Eigenvalues of M [T, T], finite, in descending order, none negative. False where they are not what is promised.
-  bool solve(const double* M, double* eigenvalues);
+  // S of M [T, T], finite. False where no accuracy can be promised.
+  bool reduce(const double* M);
+
+  // λ_min(M), between two numbers. False where M may be singular.
+  bool smallest(double* below, double* above) const;
+
+  // α = √s M^-½ w for scale min or rmse, all T rows being kept, `smallest` being the lower one of those numbers. False
+  // where it is not certified.
+  bool full_rank_weights(double smallest, const Policy& policy, double* alpha) const;
+
+  // The same without S, for rows in groups of norms that nothing lies between, for which reflections are not accurate
+  // enough: by a Cholesky factorisation of M + t_j I for each of some fifty t_j. `smallest_directly` is its λ_min.
+  bool smallest_directly(double* smallest) const;
+  bool direct_weights(double smallest, const Policy& policy, double* alpha) const;
+
+  // Eigenvalues of M in descending order, none negative; the last word about S. False where QL does not converge.
+  bool solve(double* eigenvalues);
 
   // α = √s M_R^-½ w for the R largest of them. False where it is not certified.
   bool weights(const double* eigenvalues, int64_t R, const Policy& policy, double* alpha) const;
 
  private:
-  bool certified_smallest(double smallest) const;
-  bool certified(int64_t R, const double* y, double size) const;
+  std::vector<double> task_weights(const Policy& policy) const;
+  // α from x = f(S) w, where xᵀ S x is as expected.
+  bool finish(const std::vector<double>& x, double expected, double squared_scale, double* alpha) const;
+  double full_rank_scale(double smallest, const Policy& policy) const; // s
+  bool certified_smallest(double smallest, std::vector<double> x) const;
+  bool certified(double t, const double* y, const std::vector<double>& x, double least, double size) const;
   void unscale(double* x) const; // x = L⁻ᵀ x
 
   int64_t T_;

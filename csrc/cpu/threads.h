@@ -66,9 +66,15 @@ class AtWork {
   const Mode mode_;
 };
 
-// f(begin, end) over parts of a range, on torch's threads.
+// f(begin, end) over parts of a range, on torch's threads; on this one, which is at work already, where it is one part.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (end - begin <= grain) {
+    if (begin < end) {
+      f(begin, end);
+    }
+    return;
+  }
   torch::stable::parallel_for(begin, end, grain, [&f](int64_t first, int64_t last) {
     const AtWork at_work;
     f(first, last);

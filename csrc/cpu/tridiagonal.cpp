@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../common.h"
 #include "../math/thresholds.h"
 #include "kernels.h"
 #include "threads.h"
@@ -35,10 +36,6 @@ int64_t part_begin(int64_t part, int64_t parts, int64_t blocks) {
 int64_t vectors_before(int64_t n) {
   const int64_t q = (n - 1) / kSide, r = (n - 1) % kSide;
   return (kSide * q * (q + 1) / 2 + r * (q + 1)) * kSide;
-}
-
-double* aligned(double* p) {
-  return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
 }
 
 } // namespace
@@ -229,16 +226,29 @@ double Tridiagonal::growth(const double* lengths, double floor) const {
   return most;
 }
 
-void Tridiagonal::apply(const double* f, const double* w, double* y) const {
-  std::vector<double> memory(static_cast<size_t>(blocks_of(T_) * kSide + 8));
-  double* const x = aligned(memory.data());
+void Tridiagonal::to_basis(const double* w, double* x) const {
   for (int64_t i = 0; i < T_; ++i) {
     x[i] = w[rows_[size_t(i)]];
   }
-  const Kernels& kernel = kernels();
   for (int64_t n = T_ - 1; n > 0; --n) {
-    kernel.reflect(vectors_ + vectors_before(n), n, tau_[size_t(n)], x);
+    kernels().reflect(vectors_ + vectors_before(n), n, tau_[size_t(n)], x);
   }
+}
+
+void Tridiagonal::from_basis(double* x, double* y) const {
+  for (int64_t n = 1; n < T_; ++n) {
+    kernels().reflect(vectors_ + vectors_before(n), n, tau_[size_t(n)], x);
+  }
+  for (int64_t i = 0; i < T_; ++i) {
+    y[rows_[size_t(i)]] = x[i];
+  }
+}
+
+void Tridiagonal::apply(const double* f, const double* w, double* y) const {
+  std::vector<double> memory(static_cast<size_t>(blocks_of(T_) * kSide + 8));
+  double* const x = aligned(memory.data());
+  to_basis(w, x);
+  const Kernels& kernel = kernels();
   for (const Sweep& sweep : sweeps_) {
     kernel.rotate(sweep.rotations, sweep.step, sweep.count, false, x + sweep.first);
   }
@@ -248,12 +258,62 @@ void Tridiagonal::apply(const double* f, const double* w, double* y) const {
   for (auto sweep = sweeps_.rbegin(); sweep != sweeps_.rend(); ++sweep) {
     kernel.rotate(sweep->rotations, sweep->step, sweep->count, true, x + sweep->first);
   }
-  for (int64_t n = 1; n < T_; ++n) {
-    kernel.reflect(vectors_ + vectors_before(n), n, tau_[size_t(n)], x);
-  }
+  from_basis(x, y);
+}
+
+double Tridiagonal::largest() const {
+  double most = 0.0; // Gershgorin's
   for (int64_t i = 0; i < T_; ++i) {
-    y[rows_[size_t(i)]] = x[i];
+    most = std::max(most, diagonal_[size_t(i)] + std::fabs(off_[size_t(i)]) + std::fabs(off_[size_t(i + 1)]));
   }
+  return std::ldexp(most, exponent_);
+}
+
+bool Tridiagonal::smallest(double* below, double* above) const {
+  const Kernels& kernel = kernels();
+  double high = *std::min_element(diagonal_.begin(), diagonal_.end()), low = 0.0;
+  double shifts[kMaxShifts];
+  while (high > 0.0 && high - low > kSmallestWidth * high) {
+    // Evenly, or by factors where nobody knows its size.
+    const double from = low > 0.0 ? low : kRounding * high, pieces = double(kernel.shifts);
+    const double factor = std::pow(high / from, 1.0 / pieces);
+    for (int64_t j = 0; j < kernel.shifts; ++j) {
+      shifts[j] = from < 0.5 * high ? from * std::pow(factor, double(j)) : from + (high - from) * double(j) / pieces;
+    }
+    const int64_t first = kernel.definite_shifts(diagonal_.data(), off_.data() + 1, T_, shifts);
+    if (first == 0) {
+      return false;
+    }
+    low = shifts[first - 1];
+    high = first < kernel.shifts ? shifts[first] : high;
+  }
+  *below = std::ldexp(low, exponent_);
+  *above = std::ldexp(high, exponent_);
+  return low > 0.0;
+}
+
+void Tridiagonal::shifted(const PartialFractions& f, const double* w, double* y) const {
+  const int64_t rows = blocks_of(T_) * kSide;
+  std::vector<double> memory(static_cast<size_t>(2 * rows + shifted_scratch(T_) + 8));
+  double *const scratch = aligned(memory.data()), *const x = scratch + shifted_scratch(T_), *const z = x + rows;
+  to_basis(w, x);
+  kernels().shifted_solves(
+      diagonal_.data(), off_.data() + 1, T_, x, f.t.data(), f.c.data(), int64_t(f.t.size()), z, scratch);
+  from_basis(z, y);
+}
+
+void Tridiagonal::resolvent(double t, const double* w, double* y) const {
+  shifted({{std::ldexp(t, -exponent_)}, {std::ldexp(1.0, -exponent_)}}, w, y);
+}
+
+void Tridiagonal::inverse_root(double smallest, const double* w, double* y) const {
+  PartialFractions f =
+      inverse_root_fractions(std::ldexp(smallest, -exponent_), std::ldexp(largest(), -exponent_), kFractionsError);
+  const int half = exponent_ >> 1; // of M = 2^exponent Q S Qᵀ
+  for (double& c : f.c) {
+    c = std::ldexp(exponent_ & 1 ? std::sqrt(0.5) * c : c, -half);
+  }
+  shifted(f, w, y);
 }
 
 } // namespace fastmtl::cpu

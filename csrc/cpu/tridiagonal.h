@@ -26,12 +26,27 @@
 #include <memory>
 #include <vector>
 
+#include "../math/elliptic.h"
+
 namespace fastmtl::cpu {
 
 class Tridiagonal {
  public:
   // M [T, T], symmetric and finite.
   Tridiagonal(const double* M, int64_t T);
+
+  // How λ_min lies: below < λ_min <= above, a relative 1e-13 apart. False where M is not positive definite but for
+  // rounding. Like all that follows up to `solve`, before that.
+  bool smallest(double* below, double* above) const;
+
+  // A number that no eigenvalue exceeds.
+  double largest() const;
+
+  // y = (M + t I)⁻¹ w, where that is positive definite. y may be w.
+  void resolvent(double t, const double* w, double* y) const;
+
+  // y = M^-1/2 w, where all eigenvalues are at least `smallest` > 0. y may be w.
+  void inverse_root(double smallest, const double* w, double* y) const;
 
   // Eigenvalues in descending order, once only; `rotations` keeps what `apply` needs. False and NaN should QL not
   // converge.
@@ -53,7 +68,11 @@ class Tridiagonal {
   };
 
   void reduce(double* tiles);
-  double* keep(int64_t rotations); // memory for so many more of them
+  // y = Q Σ_j c_j (S + t_j I)⁻¹ Qᵀ w
+  void shifted(const PartialFractions& f, const double* w, double* y) const;
+  void to_basis(const double* w, double* x) const; // x = Qᵀ w, whole blocks
+  void from_basis(double* x, double* y) const;     // y = Q x; overwrites x
+  double* keep(int64_t rotations);                 // memory for so many more of them
   // QL of rows first ... last of S, between which no off-diagonal entry is small. False where it does not converge.
   bool solve_block(int64_t first, int64_t last, bool rotations);
   bool falls(int64_t i); // whether e_i counts as zero; makes it so

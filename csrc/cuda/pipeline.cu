@@ -26,11 +26,6 @@ void with_type(Dtype dtype, F&& f) {
   }
 }
 
-template <class X>
-X* allocate(const Context& context, int64_t count) {
-  return static_cast<X*>(context.allocate(std::max<int64_t>(count, 1) * int64_t(sizeof(X))));
-}
-
 bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }

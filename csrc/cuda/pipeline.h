@@ -3,6 +3,7 @@
 // graph.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <vector>
 
@@ -18,6 +19,11 @@ struct Context {
   bool slow_float64;                      // consumer cards have a 64th of the float32 rate, others half of it
   int64_t shared_limit;                   // bytes of shared memory that a block can have
 };
+
+template <class X>
+X* allocate(const Context& context, int64_t count) { // [count]
+  return static_cast<X*>(context.allocate(std::max<int64_t>(count, 1) * int64_t(sizeof(X))));
+}
 
 // B gradient matrices of T tasks on the device: for each type of gradient a source.
 class Batch {

@@ -27,18 +27,24 @@ constexpr double kFewProbesSafety = 20.0;         // two vectors all see less th
 constexpr double kManyProbesSafety = 5.0;         // four vectors all see less than 1/5 of it as rarely
 
 // Spectrum of many tasks
-constexpr int64_t kJacobiTasks = 32;            // above, tridiagonalisation is faster than Jacobi
+constexpr int64_t kJacobiTasks = 8;             // above, tridiagonalisation is faster than Jacobi
+constexpr int64_t kUnevenJacobiTasks = 16;      // the same where rows are uneven: Jacobi has less to rotate
 constexpr double kEvenRows = 1e2;               // of squared norms: the Gram itself has an error of eps λ_max
+constexpr double kJacobiRows = 1e12;            // of squared norms: beyond, Jacobi's vectors lose too much at long rows
 constexpr double kSpectralMaxRatio = 0x1p100;   // of squared norms: their products stay in range
 constexpr double kMaxGrowth = 3e2;              // eps growth² is the error of a tridiagonalisation: 1e-11
 constexpr double kMaxGrowthTruncated = 3e3;     // of what is kept: rows that are far below the cut do not count
 constexpr double kPivotNoise = 4.0 * kRounding; // times sqrt(T), of a row: what elimination leaves of a dependent one
 constexpr double kLift = 16.0 * kRounding;      // times T, of a dependent row: its pivot then is no noise
 constexpr double kFormError = 1e-7;             // relative, of αᵀ M α: κ(C) = 1e8 has half of the digits of rounding
+constexpr double kSmallestWidth = 1e-13;        // relative, of the interval in which λ_min is found
+constexpr double kFractionsError = 1e-14;       // relative, of x^-1/2 as partial fractions: fifty times rounding
+constexpr double kDirectError = 1e-9;           // the same where every term is a factorisation of M
+constexpr double kMeansEqual = 1e-9;            // relative: the mean of the two means has twice the digits
 constexpr double kRowError = 1e-10;             // of (A + t) x = y, in units of each row: a hundred times growth's
 
 // Krylov spaces
-constexpr int64_t kKrylovTasks = 96; // above, weights of a well-conditioned M cost less than a tridiagonalisation
+constexpr int64_t kKrylovTasks = 640; // above, weights of a well-conditioned M cost less than a tridiagonalisation
 constexpr double kKrylovMaxDiagonalRatio = 1e2; // squared norms further apart take more steps than are worth it
 constexpr int64_t kKrylovMaxSteps = 96;         // beyond, a tridiagonalisation is not dearer
 constexpr double kKrylovEnd = 1e-14;            // what is left of a new direction, relative: the space is complete

@@ -1,13 +1,10 @@
-// The CPU ops: what torch hands over becomes row pointers, and the pipeline runs on them.
-//
-// Schemas, fakes and the reference implementation are in fastmtl/ops; this file adds implementations for the CPU.
+// The ops on gradients, and on matrices, of the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <limits>
 #include <optional>
 #include <string>
@@ -15,9 +12,11 @@
 #include <vector>
 
 #include "../common.h"
+#include "../cpu/gram.h"
 #include "../cpu/pipeline.h"
+#include "../cpu/weights.h"
 #include "../cpu/threads.h"
-#include "tensors.h"
+#include "gradients.h"
 
 namespace fastmtl::cpu {
 
@@ -25,180 +24,96 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// A matrix [T, P] or batch [B, T, P] as row pointers.
-class Matrix {
- public:
-  explicit Matrix(const Tensor& G, const Tensor* out = nullptr)
-      : strided_(G, out), rows_(B() * T()), segments_(B()), matrices_(B()) {
-    for (int64_t b = 0; b < B(); ++b) {
-      const char* base = strided_.base + b * strided_.next_matrix;
-      for (int64_t t = 0; t < T(); ++t) {
-        rows_[b * T() + t] = base + t * strided_.next_row;
+struct Cpu {
+  struct Scope {
+    explicit Scope(const Tensor&) {}
+  };
+
+  // B gradient matrices of one T.
+  class Batch {
+   public:
+    explicit Batch(const Gradients& one) : B_(1), rows_(0), segments_(0), matrices_(1) {
+      matrices_[0] = one;
+    }
+    explicit Batch(const Strided& G) : B_(G.B), rows_(G.B * G.T), segments_(G.B), matrices_(G.B) {
+      for (int64_t b = 0; b < B_; ++b) {
+        const char* base = G.base + b * G.next_matrix;
+        for (int64_t t = 0; t < G.T; ++t) {
+          rows_[b * G.T + t] = base + t * G.next_row;
+        }
+        char* result = G.out ? G.out + b * G.next_out : nullptr;
+        segments_[b] = {rows_.get() + b * G.T, result, G.P, G.dtype};
+        matrices_[b] = {segments_.get() + b, 1, G.T};
       }
-      char* result = strided_.out ? strided_.out + b * strided_.next_out : nullptr;
-      segments_[b] = {rows_.get() + b * T(), result, strided_.P, strided_.dtype};
-      matrices_[b] = {segments_.get() + b, 1, T()};
+    }
+
+    int64_t size() const {
+      return B_;
+    }
+    const Gradients* matrices() {
+      return matrices_.get();
+    }
+
+   private:
+    int64_t B_;
+    Buffer<const void*, 64> rows_;
+    Buffer<Segment, 4> segments_;
+    Buffer<Gradients, 4> matrices_;
+  };
+
+  static Batch batch(const Strided& G, const Scope&) {
+    return Batch(G);
+  }
+  static Batch batch(const RaggedRows& G, const Scope&) {
+    return Batch(G.gradients());
+  }
+
+  static void gram(Batch G, const Tensor& M, const Scope&) {
+    gram_batch(G.matrices(), G.size(), doubles(M));
+  }
+
+  static void balance(
+      const Tensor& M, // [..., T, T] float64
+      const Options& options,
+      const Tensor& alpha,
+      const Tensor* eigenvalues, // null where nobody wants them
+      const Tensor& rank,
+      const Scope&) {
+    const int64_t T = M.size(-1), B = M.numel() / (T * T);
+    const Policy policy = options.policy(T, M);
+    auto* ranks = static_cast<int64_t*>(rank.mutable_data_ptr());
+    if (eigenvalues) {
+      cpu::balance(const_doubles(M), B, T, policy, doubles(alpha), doubles(*eigenvalues), ranks);
+    } else {
+      cpu::align_gram(const_doubles(M), B, T, policy, doubles(alpha), ranks);
     }
   }
 
-  void start() {
-    strided_.start();
-  }
-  void finish() {
-    strided_.finish();
-  }
-  const Gradients* matrices() {
-    return matrices_.get();
-  }
-  int64_t B() const {
-    return strided_.B;
-  }
-  int64_t T() const {
-    return strided_.T;
+  static void combine(Batch G, const Tensor& alpha, const Scope&) {
+    combine_batch(G.matrices(), G.size(), const_doubles(alpha));
   }
 
- private:
-  Strided strided_;
-  Buffer<const void*, 64> rows_;
-  Buffer<Segment, 4> segments_;
-  Buffer<Gradients, 4> matrices_;
+  static void sign_drop(Batch G, const Tensor& seed, const std::optional<Tensor>& leak, const Scope&) {
+    const auto number = uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+    cpu::sign_drop(G.matrices(), G.size(), number, const_doubles(leak));
+  }
+
+  static void align(Batch G, const Options&, const Policy& policy, const Tensor&, const Scope&) {
+    align_batch(G.matrices(), G.size(), policy);
+  }
+
+  static void align(
+      Batch G,
+      const Options&,
+      const Policy& policy,
+      const Tensor& M,
+      const Tensor& alpha,
+      const Tensor& rank,
+      const Scope&) {
+    auto* ranks = static_cast<int64_t*>(rank.mutable_data_ptr());
+    cpu::align(G.matrices()[0], policy, doubles(M), doubles(alpha), ranks);
+  }
 };
-
-uint64_t seed_of(const Tensor& seed) {
-  return uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
-}
-
-// --- the ops
-
-Tensor gram_op(const Tensor& G) {
-  Matrix matrix(G);
-  std::vector<int64_t> size = leading(G, 1);
-  size.push_back(matrix.T());
-  const Tensor M = empty_float64(size, G);
-  gram_batch(matrix.matrices(), matrix.B(), doubles(M));
-  return M;
-}
-
-// Where the result will go is checked here, before a method has solved, and changed, anything.
-Tensor gram_rows_op(std::vector<std::optional<Tensor>> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
-  const RaggedRows rows(grads, tasks, out ? &*out : nullptr);
-  const Tensor M = empty_float64({tasks, tasks}, any_of(grads));
-  gram(rows.gradients(), doubles(M));
-  return M;
-}
-
-std::tuple<Tensor, Tensor, Tensor> balance_op(
-    const Tensor& M,
-    std::optional<Tensor> weights,
-    std::string scale,
-    double rtol,
-    double zero,
-    std::string rank_rule) {
-  check_square(M);
-  const Tensor wide = as_float64(M);
-  const int64_t T = M.size(-1), B = M.numel() / (T * T);
-  const Tensor alpha = empty_float64(leading(M, 1), wide), eigenvalues = empty_float64(leading(M, 1), wide);
-  const Tensor rank = empty_int64(leading(M, 2), wide);
-  balance(
-      const_doubles(wide),
-      B,
-      T,
-      policy_of(weights, T, scale, rtol, zero, rank_rule, M),
-      doubles(alpha),
-      doubles(eigenvalues),
-      static_cast<int64_t*>(rank.mutable_data_ptr()));
-  return {alpha, eigenvalues, rank};
-}
-
-std::tuple<Tensor, Tensor> align_gram_op(
-    const Tensor& M,
-    std::optional<Tensor> weights,
-    std::string scale,
-    double rtol,
-    double zero,
-    std::string rank_rule) {
-  check_square(M);
-  const Tensor wide = as_float64(M);
-  const int64_t T = M.size(-1), B = M.numel() / (T * T);
-  const Tensor alpha = empty_float64(leading(M, 1), wide), rank = empty_int64(leading(M, 2), wide);
-  const Policy policy = policy_of(weights, T, scale, rtol, zero, rank_rule, M);
-  align_gram(const_doubles(wide), B, T, policy, doubles(alpha), static_cast<int64_t*>(rank.mutable_data_ptr()));
-  return {alpha, rank};
-}
-
-void combine_op(const Tensor& G, const Tensor& alpha, Tensor out) {
-  Matrix matrix(G, &out);
-  check_alpha(alpha, G);
-  check_apart(alpha, out);
-  matrix.start();
-  combine_batch(matrix.matrices(), matrix.B(), const_doubles(alpha));
-  matrix.finish();
-}
-
-void combine_rows_op(std::vector<std::optional<Tensor>> grads, const Tensor& alpha, std::vector<Tensor> out) {
-  RaggedRows rows(grads, check_alpha(alpha, grads, out), &out);
-  rows.start();
-  combine(rows.gradients(), const_doubles(alpha));
-  rows.finish();
-}
-
-void sign_drop_op(const Tensor& G, const Tensor& seed, std::optional<Tensor> leak, Tensor out) {
-  Matrix matrix(G, &out);
-  check_seed(seed, G);
-  check_vector("leak", leak, matrix.T(), G);
-  matrix.start();
-  sign_drop(matrix.matrices(), matrix.B(), seed_of(seed), const_doubles(leak));
-  matrix.finish();
-}
-
-void sign_drop_rows_op(
-    std::vector<std::optional<Tensor>> grads,
-    int64_t tasks,
-    const Tensor& seed,
-    std::optional<Tensor> leak,
-    std::vector<Tensor> out) {
-  RaggedRows rows(grads, tasks, &out);
-  check_seed(seed, any_of(grads));
-  check_vector("leak", leak, tasks, seed);
-  rows.start();
-  sign_drop(&rows.gradients(), 1, seed_of(seed), const_doubles(leak));
-  rows.finish();
-}
-
-void align_op(
-    const Tensor& G,
-    std::optional<Tensor> weights,
-    std::string scale,
-    double rtol,
-    double zero,
-    std::string rank_rule,
-    Tensor out) {
-  Matrix matrix(G, &out);
-  const Policy policy = policy_of(weights, matrix.T(), scale, rtol, zero, rank_rule, G);
-  matrix.start();
-  align_batch(matrix.matrices(), matrix.B(), policy);
-  matrix.finish();
-}
-
-std::tuple<Tensor, Tensor, Tensor> align_rows_op(
-    std::vector<std::optional<Tensor>> grads,
-    int64_t tasks,
-    std::optional<Tensor> weights,
-    std::string scale,
-    double rtol,
-    double zero,
-    std::string rank_rule,
-    std::vector<Tensor> out) {
-  RaggedRows rows(grads, tasks, &out);
-  const Tensor& like = any_of(grads);
-  const Policy policy = policy_of(weights, tasks, scale, rtol, zero, rank_rule, like);
-  rows.start();
-  const Tensor M = empty_float64({tasks, tasks}, like), alpha = empty_float64({tasks}, like),
-               rank = empty_int64({}, like);
-  align(rows.gradients(), policy, doubles(M), doubles(alpha), static_cast<int64_t*>(rank.mutable_data_ptr()));
-  rows.finish();
-  return {M, alpha, rank};
-}
 
 std::tuple<Tensor, Tensor> call_linalg_eigh(const Tensor& M) {
   StableIValue stack[2] = {torch::stable::detail::from(M), torch::stable::detail::from(std::string("L"))};
@@ -278,6 +193,8 @@ std::string cpu_isa() {
   return kernels().name;
 }
 
+using Ops = GradientOps<Cpu>;
+
 } // namespace
 
 } // namespace fastmtl::cpu
@@ -291,15 +208,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
-  m.impl("gram", FASTMTL_CPU_OP(fastmtl::cpu::gram_op));
-  m.impl("gram_rows", FASTMTL_CPU_OP(fastmtl::cpu::gram_rows_op));
-  m.impl("balance", FASTMTL_CPU_OP(fastmtl::cpu::balance_op));
-  m.impl("combine", FASTMTL_CPU_OP(fastmtl::cpu::combine_op));
-  m.impl("combine_rows", FASTMTL_CPU_OP(fastmtl::cpu::combine_rows_op));
-  m.impl("sign_drop", FASTMTL_CPU_OP(fastmtl::cpu::sign_drop_op));
-  m.impl("sign_drop_rows", FASTMTL_CPU_OP(fastmtl::cpu::sign_drop_rows_op));
-  m.impl("align", FASTMTL_CPU_OP(fastmtl::cpu::align_op));
-  m.impl("align_rows", FASTMTL_CPU_OP(fastmtl::cpu::align_rows_op));
-  m.impl("align_gram", FASTMTL_CPU_OP(fastmtl::cpu::align_gram_op));
+  FASTMTL_GRADIENT_OPS(m, fastmtl::cpu::Ops, FASTMTL_CPU_OP);
   m.impl("eigh", FASTMTL_CPU_OP(fastmtl::cpu::eigh_op));
 }

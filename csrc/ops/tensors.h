@@ -415,8 +415,12 @@ class Strided {
 // result) share one dense layout; the others of that parameter are copied.
 class RaggedRows {
  public:
-  RaggedRows(const std::vector<std::optional<Tensor>>& grads, int64_t tasks, const std::vector<Tensor>* out)
-      : T_(tasks) {
+  RaggedRows(
+      const std::vector<std::optional<Tensor>>& grads,
+      int64_t tasks,
+      const std::vector<Tensor>* out,
+      const Tensor& like) // on the device where all are
+      : T_(tasks), like_(like), same_(like.is_cpu()) {
     FASTMTL_CHECK(tasks >= 1, "tasks: expected at least one, got ", tasks);
     FASTMTL_CHECK(
         int64_t(grads.size()) % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
@@ -476,6 +480,7 @@ class RaggedRows {
       const std::string name = from >= 0 ? row_name(from / K_, k) : out_name(k);
       fail(name, ": expected float32, float64, bfloat16 or float16, got ", describe(*first));
     }
+    check_device(*first, [&] { return from >= 0 ? row_name(from / K_, k) : out_name(k); });
     if (!layout.dense()) {
       copies_.push_back(
           torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
@@ -493,13 +498,9 @@ class RaggedRows {
 
   void add_row(const Tensor& g, int64_t t, int64_t k, const Tensor& first, const View& layout, bool apart) {
     const View row(g);
+    check_device(g, [&] { return row_name(t, k); });
     FASTMTL_CHECK(
-        row.same_shape(layout), // and on one device: on the CPU the dispatcher sees to that
-        row_name(t, k),
-        ": expected the other tasks' ",
-        describe(first),
-        ", got ",
-        describe(g));
+        row.same_shape(layout), row_name(t, k), ": expected the other tasks' ", describe(first), ", got ", describe(g));
     if (apart) {
       spans_.push_back({row.data, row.data + row.span(), -1});
     }
@@ -516,7 +517,7 @@ class RaggedRows {
   char* add_result(const Tensor& target, int64_t k, const Tensor& first, const View& layout) {
     const View view = View::to_write(target);
     FASTMTL_CHECK(
-        view.same_shape(layout) && same_device(target, first),
+        view.same_shape(layout) && same_device(target, like_),
         out_name(k),
         ": expected a ",
         describe(first),
@@ -569,6 +570,14 @@ class RaggedRows {
     }
   }
 
+  // All gradients are on one device: on the CPU the dispatcher sees to that.
+  template <class Name>
+  void check_device(const Tensor& x, Name&& name) const {
+    if (!same_ && !same_device(x, like_)) {
+      fail(name(), ": expected all gradients on ", device_of(like_), ", got ", describe(x));
+    }
+  }
+
   // As users of a method know them.
   std::string row_name(int64_t t, int64_t k) const {
     return "rows[" + std::to_string(t) + "][" + std::to_string(k) + "]";
@@ -583,6 +592,8 @@ class RaggedRows {
   };
 
   int64_t T_, K_;
+  const Tensor& like_;
+  bool same_;
   std::vector<Span> spans_;       // of results, and of gradients where there are results
   std::vector<const void*> rows_; // [K, T]
   std::vector<Segment> segments_;

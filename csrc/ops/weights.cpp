@@ -4,7 +4,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../cpu/pipeline.h"
+#include "../cpu/weights.h"
 #include "../cpu/threads.h"
 #include "../cpu/solve.h"
 #include "solver_op.h"

@@ -4,33 +4,16 @@
 // CUDA graph.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 
 #include "../cuda/solve.h"
 #include "cuda_call.h"
+#include "large_cuda.h"
 #include "solver_op.h"
 
 namespace fastmtl::cuda {
 
 namespace {
-
-template <class Argument>
-Argument on_host(const Argument& x) {
-  return x;
-}
-
-template <>
-Tensor on_host(const Tensor& x) {
-  return torch::stable::to(x, kHost); // waits: T > 64
-}
-
-template <>
-std::optional<Tensor> on_host(const std::optional<Tensor>& x) {
-  return x ? std::optional(on_host(*x)) : x;
-}
 
 template <class Option, class Argument>
 void take_back([[maybe_unused]] const Argument& x, [[maybe_unused]] const Argument& there) {
@@ -48,19 +31,13 @@ void solve_on_host(
     Tensor* residual,
     const std::tuple<Option...>&,
     const Arguments&... arguments) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  const Tensor M = torch::stable::to(weighing.gram, kHost); // waits: T > 64
   const std::tuple<Arguments...> there(on_host(arguments)...);
   std::apply(
       [&](const Arguments&... values) {
-        StableIValue stack[std::max<size_t>(2, 1 + sizeof...(values))] = {from(M), from(values)...};
-        const std::string op = std::string("fastmtl::") + name;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack, TORCH_ABI_VERSION));
-        Tensor alpha = weighing.alpha;
-        torch::stable::copy_(alpha, to<Tensor>(stack[0]));
         if (residual) {
-          torch::stable::copy_(*residual, to<Tensor>(stack[1]));
+          take(call_on_host<2>(name, on_host(weighing.gram), values...), weighing.alpha, *residual);
+        } else {
+          take(call_on_host<1>(name, on_host(weighing.gram), values...), weighing.alpha);
         }
         (take_back<Option>(arguments, values), ...);
       },

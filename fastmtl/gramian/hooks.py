@@ -6,7 +6,8 @@ there may change the gradient. A pass of all cotangents at once shows hooks a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import is_not
 from sys import getrefcount
 from typing import Any
 
@@ -37,13 +38,16 @@ def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
     """Those of the edges, or the first, whose gradient hooks of tensors would see, `retain_grad` included.
 
     Nobody lists such hooks. So a pass for each edge, which ends where it begins, brings zeros to it: all that runs is
-    hooks, once.
+    hooks. One pass for all of them comes first, which most often is enough.
     """
     found: list[Edge] = []
-    probes = [(edge, _zeros(edge)) for edge in edges]
+    probes = [(edge, _zeros(edge)) for edge in dict.fromkeys(edges)]
+    known = [(edge, zeros) for edge, zeros in probes if zeros is not None]
     with _Watch() as watch:
+        if len(known) > 1 and len(known) == len(probes) and not _are_seen(known, watch):
+            return found
         for edge, zeros in probes:
-            if zeros is None or _is_seen(edge, zeros, watch):
+            if zeros is None or _are_seen([(edge, zeros)], watch):
                 found.append(edge)
                 if first:
                     break
@@ -56,18 +60,20 @@ def _zeros(edge: Edge) -> Tensor | None:
     return None if like.is_nested_tensor else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-def _is_seen(edge: Edge, zeros: Tensor, watch: _Watch) -> bool:
-    way = (GradientEdge(*edge),)
+def _are_seen(probes: Sequence[tuple[Edge, Tensor]], watch: _Watch) -> bool:
+    """Whether hooks see what arrives at one of these; also where an edge lies behind another, of several."""
+    ways = tuple(GradientEdge(*edge) for edge, _ in probes)
+    zeros = tuple(zeros for _, zeros in probes)
     watch.active = False
-    owners = getrefcount(zeros)
+    owners = [getrefcount(x) for x in zeros]
     try:
         # What `torch.autograd.grad` calls, which takes longer than this does to check what it is given.
-        arrived = _engine_run_backward(way, (zeros,), True, False, way, allow_unreachable=True, accumulate_grad=False)
+        arrived = _engine_run_backward(ways, zeros, True, False, ways, allow_unreachable=True, accumulate_grad=False)
     except Exception:  # a hook's, that takes no zeros
         return True
-    replaced = arrived[0] is not zeros
+    replaced = any(map(is_not, arrived, zeros))
     del arrived
-    return replaced or watch.active or getrefcount(zeros) > owners
+    return replaced or watch.active or [getrefcount(x) for x in zeros] != owners
 
 
 def is_hooked(graph: Survey) -> bool:

@@ -35,14 +35,16 @@ class Saved:
     def __init__(self, *read: str, **neutral: object) -> None:
         self.read: frozenset[str] = frozenset(read)
         self.neutral: dict[str, object] = neutral
+        self._to_compare: dict[Any, list[str] | None] = {}
 
     def covers(self, node: Any) -> bool:
         """Whether the formula is that of this node: every attribute is read, or neutral."""
         kind: Any = type(node)
-        return all(
-            name in self.read or (name in self.neutral and getattr(node, _PREFIX + name) == self.neutral[name])
-            for name in attributes(kind)
-        )
+        if kind not in self._to_compare:
+            rest = [name for name in attributes(kind) if name not in self.read]
+            self._to_compare[kind] = rest if self.neutral.keys() >= set(rest) else None
+        names = self._to_compare[kind]
+        return names is not None and all(getattr(node, _PREFIX + name) == self.neutral[name] for name in names)
 
 
 def is_plain(x: Tensor, device: torch.device) -> bool:

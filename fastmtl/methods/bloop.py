@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.methods.memory import GradientMemory, Pieces, present
+from fastmtl.methods.memory import GradientMemory, Pieces, move, present
 from fastmtl.options import number, option
 from fastmtl.rule import Context
 
@@ -26,8 +26,7 @@ class Bloop(GradientMemory):
     `info` has `gram`; `alpha` is 1 for the first task and λ for the others, whose gradients are projected.
 
     Source: Hsieh, Thornton, Ndiaye, Klein, Cuturi, Ablin, "Careful with that Scalpel: Improving Gradient Surgery with
-        an
-    EMA", ICML 2024, Algorithm 1.
+    an EMA", ICML 2024, Algorithm 1.
 
     Args:
         lam: λ, the weight of the auxiliary direction.
@@ -56,30 +55,23 @@ class Bloop(GradientMemory):
         return f"lam={self.lam}, rho={self.rho}"
 
     def _aggregate(self, G: Pieces, context: Context) -> Info:
-        M = G.gram()
+        mean = self._kept("mean", (*G.batch, G.P), G.kept, G.out[0].device)
+        steps = self._kept("steps", G.batch, torch.int64, mean.device)
+        M, products, square = G.gram_with(mean)
         there, finite = present(M)
-        mean = self._kept("mean", (*G.batch, G.P), G.kept, M.device)
-        steps = self._kept("steps", G.batch, torch.int64, M.device)
         scale: Tensor | float = 1.0 if context.grad_scale is None else context.grad_scale
-        others = self.lam * there.to(torch.float64)
-        others[..., 0] = 0
-        auxiliary = mean.new_zeros(mean.shape)
-        main = mean.new_zeros(mean.shape)
-        for t, start, stop, g in G:
-            if g is not None:
-                target = main if t == 0 else auxiliary
-                target[..., start:stop] += (g / scale).to(mean.dtype)
-        first, counted = steps == 0, there[..., 0] & finite[..., 0]
-        along = torch.where(first[..., None], main, mean)
-        product = (auxiliary.double() * along).sum(-1, keepdim=True)
-        squared = along.double().square().sum(-1, keepdim=True)
-        part = torch.where(squared > 0, product / squared, 0.0).to(mean.dtype)
-        result = (main + self.lam * (auxiliary - part * along)) * scale
-        G.write(torch.where(finite, result, torch.nan))  # all of it, where one is not
-        moved = torch.where(first[..., None], main, torch.lerp(mean, main, self.rho))
-        mean.copy_(torch.where(counted[..., None], moved, mean))
-        steps += counted
-        alpha = torch.where(there, others, 0.0)
-        alpha[..., 0] = there[..., 0].to(torch.float64)
-        alpha = torch.where(finite, alpha, torch.nan)
-        return Info.of(alpha, M)
+        shares = self.lam * there.to(torch.float64)
+        shares[..., 0] = 0
+        first, counted = (steps == 0)[..., None], there[..., :1] & finite
+        # In the first step m is g_0, which M has the products with.
+        products, square = torch.where(first, M[..., 0], products), torch.where(first, M[..., :1, 0], square)
+        part = torch.where(square > 0, (shares * products).sum(-1, keepdim=True) / square, 0.0)
+        alpha = shares.clone()
+        alpha[..., :1] = torch.where(there[..., :1], 1 - torch.where(first, part, 0.0), 0.0)
+        part = torch.where(finite & ~first, part, 0.0)
+        G.combine_with(mean, torch.where(finite, alpha, torch.nan), -part)
+        step = torch.where(first, 1.0, self.rho)
+        move(mean[..., None, :], G.first(), counted, step, torch.ones_like(step) / scale)
+        steps += counted[..., 0]
+        shares[..., 0] = there[..., 0].to(torch.float64)
+        return Info.of(torch.where(finite, shares, torch.nan), M)

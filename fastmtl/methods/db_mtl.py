@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.methods.memory import GradientMemory, Pieces, combined, move, present
+from fastmtl.methods.memory import GradientMemory, Pieces, move, present
 from fastmtl.options import flag, number, option
 from fastmtl.rule import Context
 
@@ -78,6 +78,5 @@ class DBMTL(GradientMemory):
         longest = torch.where(here, norms, 0.0).amax(-1, keepdim=True)
         alpha = torch.where(here, longest / norms, 0.0)
         alpha = torch.where(finite, alpha, torch.nan)
-        flat = combined(y, alpha)
-        G.write(flat if context.grad_scale is None else flat * scale)
+        G.combine_rows(y, alpha if context.grad_scale is None else alpha * scale)
         return Info.of(alpha, M)

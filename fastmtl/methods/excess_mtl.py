@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import check_matrix
+from fastmtl.inputs import check_matrix, has_numbers
 from fastmtl.methods.memory import GradientMemory, Pieces, present
 from fastmtl.options import integer, number, option
 from fastmtl.rule import NOTHING, Context
@@ -93,11 +93,14 @@ class ExcessMTL(GradientMemory):
         start = first / max(self.warmup, 1)
         relative = torch.where(known | (self.warmup > 0), risks / (start + _EPS), risks)
         new = torch.where(counted & ~warm, logs + self.step_size * relative, logs)
+        steps += counted
+        if has_numbers(counted) and bool(counted.all()):
+            logs.copy_(new.log_softmax(-1))
+            return Info.of(logs.exp(), M)
         # Their sum stays 1, and what the absent ones have of it.
         total = torch.where(there, logs, -torch.inf).logsumexp(-1, keepdim=True)
         shift = torch.where(there, new, -torch.inf).logsumexp(-1, keepdim=True) - total
         logs.copy_(torch.where(counted, new - shift, logs))
-        steps += counted
         alpha = torch.where(there, torch.where(there, new, -torch.inf).softmax(-1), 0.0)
         alpha = torch.where(finite, alpha, torch.nan)
         return Info.of(alpha, M)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.methods.config import ConFIG, Length
-from fastmtl.methods.memory import GradientMemory, Pieces, combined, move, present
+from fastmtl.methods.memory import GradientMemory, Pieces, move, present
 from fastmtl.options import Weights, number, option
 from fastmtl.rule import Context
 
@@ -132,13 +132,17 @@ class MConFIG(GradientMemory):
         N = ops.gram(m) * inverse[..., :, None] * inverse[..., None, :]
         weights = self._config.solve(N, G.dtype).alpha
         alpha = torch.where(started, weights, 0.0)
-        c = combined(m, alpha * inverse)
-        new = c * (1 - self.beta1**k).to(c.dtype)
-        gradient = (new - self.beta1 * fake) / (1 - self.beta1)
-        moment = self.beta2 * second + (1 - self.beta2) * gradient.square()
-        fake.copy_(torch.where(going, new, fake))
-        second.copy_(torch.where(going, moment, second))
-        step = c / ((moment / (1 - self.beta2**k).to(c.dtype)).sqrt() + _EPS)
-        alpha = torch.where(finite, alpha, torch.nan)
-        G.write(torch.where(finite, torch.where(started, step, 0.0) * scale, torch.nan))
-        return Info.of(alpha, M)
+        c = m.new_empty((*batch, P))
+        ops.combine(m, alpha * inverse, c)
+        first, other = (1 - self.beta1**k).to(c.dtype), (1 - self.beta2**k).to(c.dtype)
+        for begin, end in G.blocks(0, P):
+            part, f, s = (x[..., begin:end] for x in (c, fake, second))
+            new = part * first
+            gradient = (new - self.beta1 * f) / (1 - self.beta1)
+            moment = self.beta2 * s + (1 - self.beta2) * gradient.square()
+            f.copy_(torch.where(going, new, f))
+            s.copy_(torch.where(going, moment, s))
+            step = part / ((moment / other).sqrt() + _EPS)
+            part.copy_(torch.where(finite, torch.where(started, step, 0.0) * scale, torch.nan))
+        G.write(c)
+        return Info.of(torch.where(finite, alpha, torch.nan), M)

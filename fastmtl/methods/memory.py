@@ -16,7 +16,7 @@ from fastmtl.methods.base import Method
 from fastmtl.ops.reference.present import is_present
 from fastmtl.rule import Context
 
-__all__ = ["GradientMemory", "Pieces", "combined", "move", "present"]
+__all__ = ["GradientMemory", "Pieces", "move", "present"]
 
 _BLOCK = 1 << 14  # below what torch deals out to threads, whose waits would cost more
 
@@ -43,17 +43,25 @@ class Pieces:
         wide = all(target.dtype is torch.float64 for target in self.out)
         self.kept = torch.float64 if wide else torch.float32  # the dtype of what is kept of them
 
-    def __iter__(self) -> Iterator[tuple[int, int, int, Tensor | None]]:
-        """(t, start, stop, gradient [..., stop - start]) for every task and piece; long ones in blocks of columns.
+    def __iter__(self) -> Iterator[tuple[slice, int, int, Tensor | None]]:
+        """(tasks, start, stop, gradients [..., tasks, stop - start]): all of a matrix, of a list each, in blocks.
 
         What a step computes of a block stays in the cache, and takes little memory.
         """
-        block = _BLOCK if self.out[0].device.type == "cpu" else self.P
+        if isinstance(self.grads, Tensor):
+            for begin, end in self.blocks(0, self.P, self.T):
+                yield slice(0, self.T), begin, end, self.grads[..., begin:end]
+            return
         for k in range(len(self.out)):
             for t, start, stop, g in self.piece(k):
-                for begin in range(start, stop, max(block, 1)):
-                    end = min(begin + block, stop)
-                    yield t, begin, end, None if g is None else g[..., begin - start : end - start]
+                for begin, end in self.blocks(start, stop):
+                    yield slice(t, t + 1), begin, end, None if g is None else g[None, begin - start : end - start]
+
+    def blocks(self, start: int, stop: int, rows: int = 1) -> Iterator[tuple[int, int]]:
+        """Blocks of these columns, for so many rows at once."""
+        block = max(1, _BLOCK // rows if self.out[0].device.type == "cpu" else self.P)
+        for begin in range(start, stop, block):
+            yield begin, min(begin + block, stop)
 
     def piece(self, k: int) -> Iterator[tuple[int, int, int, Tensor | None]]:
         """The same for one piece, as it is."""
@@ -69,12 +77,65 @@ class Pieces:
         """M [..., T, T]."""
         return ops.gram(self.grads) if isinstance(self.grads, Tensor) else ops.gram_rows(self.grads, self.T)
 
+    def gram_with(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """M [..., T, T], the products [..., T] of the gradients with `row` [..., P], and its square [..., 1]."""
+        rows = self._rows_with(row)
+        if rows is not None:
+            N = ops.gram_rows(rows, self.T + 1)
+            return N[:-1, :-1].contiguous(), N[-1, :-1], N[-1, -1:]
+        M = self.gram()
+        products = M.new_zeros(M.shape[:-1])
+        for t, start, stop, g in self:
+            if g is not None:
+                products[..., t] += (g.to(torch.float64) * row[..., None, start:stop]).sum(-1)
+        return M, products, ops.gram(row[..., None, :])[..., 0]
+
+    def combine_with(self, row: Tensor, alpha: Tensor, last: Tensor) -> None:
+        """Writes αᵀ G + `last` [..., 1] times `row` [..., P]."""
+        rows = self._rows_with(row)
+        if rows is not None:
+            ops.combine_rows(rows, torch.cat([alpha, last]), self.out)
+            return
+        flat = row * last.to(row.dtype)  # results of 16 bits are rounded once
+        for t, start, stop, g in self:
+            if g is not None:
+                flat[..., start:stop] += (g.to(flat.dtype) * alpha[..., t, None].to(flat.dtype)).sum(-2)
+        self.write(flat)
+
+    def _rows_with(self, row: Tensor) -> list[Tensor | None] | None:
+        """The gradients and one more row for the ops on rows; None for batches, and where dtypes differ."""
+        if self.batch or any(target.dtype is not row.dtype for target in self.out):
+            return None
+        rows = self.grads.unbind() if isinstance(self.grads, Tensor) else self.grads
+        return [*rows, *self._parts(row)]
+
+    def _parts(self, row: Tensor) -> list[Tensor]:
+        """A row [P] as one piece for each result."""
+        return [row[start:stop].view(target.shape) for (start, stop), target in zip(self.spans, self.out, strict=True)]
+
     def combine(self, alpha: Tensor) -> None:
         """Writes αᵀ G."""
         if isinstance(self.grads, Tensor):
             ops.combine(self.grads, alpha, self.out[0])
         else:
             ops.combine_rows(self.grads, alpha, self.out)
+
+    def first(self) -> Pieces:
+        """The same of the first task alone."""
+        if isinstance(self.grads, Tensor):
+            return Pieces(self.grads[..., :1, :], 1, self.out[0])
+        return Pieces(self.grads[: len(self.out)], 1, self.out)
+
+    def combine_rows(self, memory: Tensor, alpha: Tensor) -> None:
+        """Writes αᵀ of the rows of `memory` [..., T, P]."""
+        if any(target.dtype is not memory.dtype for target in self.out):
+            flat = memory.new_empty((*memory.shape[:-2], self.P))
+            ops.combine(memory, alpha, flat)
+            self.write(flat)
+        elif isinstance(self.grads, Tensor):
+            ops.combine(memory, alpha, self.out[0])
+        else:
+            ops.combine_rows([part for row in memory for part in self._parts(row)], alpha, self.out)
 
     def write(self, flat: Tensor) -> None:
         """Writes a result [..., P]."""
@@ -156,10 +217,3 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
             row.lerp_(target, step[..., t, None].to(memory.dtype))
         else:
             row.lerp_(target, step)
-
-
-def combined(memory: Tensor, alpha: Tensor) -> Tensor:
-    """αᵀ of the memory's rows, [..., P]."""
-    out = memory.new_empty((*memory.shape[:-2], memory.shape[-1]))
-    ops.combine(memory, alpha, out)
-    return out

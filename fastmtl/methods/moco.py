@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.methods.memory import GradientMemory, Pieces, combined, move, present
+from fastmtl.methods.memory import GradientMemory, Pieces, move, present
 from fastmtl.methods.simplex import Shares
 from fastmtl.options import flag, number, option
 from fastmtl.rule import Context
@@ -103,6 +103,5 @@ class MoCo(GradientMemory):
         now = shares.now
         step = (self.gamma / k**self.gamma_decay) * ((N @ now[..., None]).squeeze(-1) + self.rho * now)
         alpha = shares.put_back((now - shares.keep_out(step)).softmax(-1), finite[..., 0])
-        flat = combined(y, alpha)
-        G.write(flat if context.grad_scale is None else flat * scale)
+        G.combine_rows(y, alpha if context.grad_scale is None else alpha * scale)
         return Info.of(alpha, M)

@@ -65,16 +65,18 @@ class MoDo(StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
-    def _there(self, M: Tensor) -> Tensor:
-        """Which tasks are there: M need not be symmetric, and so its diagonal says nothing."""
-        return (M != 0).any(-1)
+    def _there(self, M: Tensor) -> Tensor | None:
+        """Which tasks are there, None for all: M need not be symmetric, and so its diagonal says nothing."""
+        return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
         (state,) = self._state(M.shape, M.device)
         shares = Shares(state, self._there(wide))
         w = shares.now
-        slope = (wide @ w[..., None]).squeeze(-1).add_(w, alpha=self.rho)
-        finite = slope.isfinite().all(-1)
+        if wide.ndim == 2:
+            slope = torch.addmv(w, wide, w, beta=self.rho)
+        else:
+            slope = torch.baddbmm(w[..., None], wide, w[..., None], beta=self.rho)[..., 0]
         w = to_simplex(torch.sub(w, shares.keep_out(slope), alpha=self.gamma))
-        return Info.of(shares.put_back(w, finite), M)
+        return Info.of(shares.put_back(w), M)

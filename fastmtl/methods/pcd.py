@@ -1,4 +1,4 @@
-"""PCD: Not All Objectives Are Born Equal: Priority-Constrained Descent (TMLR 2026)."""
+"""PCD: Not All Objectives Are Born Equal: Priority-Constrained Descent (Varam and AlHajri, TMLR 2026)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class PCD(StatefulMethod):
 
     `info` has `alpha`, `gram` and `residual`.
 
-    Source: "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective
-    Optimization", TMLR 2026, and its authors' code.
+    Source: Varam, AlHajri, "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical
+    Multi-Objective Optimization", TMLR 2026, and the authors' code.
 
     Args:
         tau: τ, one number in [0, 1] for all other tasks, or T - 1 of them.

@@ -87,21 +87,21 @@ class SDMGrad(Weighted, StatefulMethod):
     def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
-    def _there(self, M: Tensor) -> Tensor:
-        """Which tasks are there: M need not be symmetric, and so its diagonal says nothing."""
-        return (M != 0).any(-1)
+    def _there(self, M: Tensor) -> Tensor | None:
+        """Which tasks are there, None for all: M need not be symmetric, and so its diagonal says nothing."""
+        return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
         (state,) = self._state(M.shape, M.device)
-        finite = wide.isfinite().all(-1).all(-1)
-        there = self._there(wide)
+        T, there = M.shape[-1], self._there(wide)
         norms = wide.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        scale = norms.sum(-1) / there.sum(-1).clamp_min(1)
+        scale = norms.sum(-1) / (T if there is None else there.sum(-1).clamp_min(1))
         A = torch.where(scale > 0, 1 / scale, 0.0)[..., None, None]
         A = wide * A * A
-        preferred = self._task_weights(M.shape[-1], M)
-        preferred = there.to(torch.float64) * (1 / M.shape[-1] if preferred is None else preferred)
+        weights = self._task_weights(T, M)
+        some = torch.ones_like(norms) if there is None else there.to(torch.float64)
+        preferred = some / T if weights is None else some * weights
         shares = Shares(state, there)
         w = shares.now
         pull = shares.keep_out(self.lam * (A @ preferred[..., None]).squeeze(-1))[..., None]
@@ -110,5 +110,5 @@ class SDMGrad(Weighted, StatefulMethod):
             slope = torch.addmm(pull, A, w[:, None]) if A.ndim == 2 else torch.baddbmm(pull, A, w[..., None])
             velocity = slope.add_(velocity, alpha=self.momentum)
             w = to_simplex(torch.sub(w, velocity[..., 0], alpha=self.lr))
-        w = shares.put_back(w, finite)
+        w = shares.put_back(w)
         return Info.of((w + self.lam * preferred) / (1 + self.lam), M)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,28 @@ from fastmtl.inputs import has_numbers
 
 __all__ = ["Shares", "to_simplex"]
 
+_FEW = 256  # numbers that Python has sorted before torch has made a handful of small tensors
+
 
 def to_simplex(x: Tensor) -> Tensor:
-    """The point nearest to x [..., T] with w >= 0 and Σ w = 1; 0 where x is -∞."""
+    """The point nearest to x [..., T] with w >= 0 and Σ w = 1; 0 where x is -∞. Overwrites x."""
+    if x.ndim == 1 and len(x) <= _FEW and has_numbers(x):
+        return x.sub_(_excess(x.tolist())).clamp_min_(0)
     sums = x.sort(-1, descending=True).values.cumsum(-1)
     # (Σ_{i <= k} x_i - 1) / k is largest for the k that are not cut off.
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     return x.sub_(((sums - 1) / counts).amax(-1, keepdim=True)).clamp_min_(0)
+
+
+def _excess(x: list[float]) -> float:
+    """The same largest quotient: it rises with k, and then falls."""
+    total, excess = -1.0, -math.inf
+    for k, largest in enumerate(sorted(x, reverse=True), 1):
+        total += largest
+        if total < excess * k:
+            break
+        excess = total / k
+    return excess
 
 
 class Shares:
@@ -23,31 +40,39 @@ class Shares:
 
     Args:
         w: the weights [..., T], whose sum is one.
-        there: which tasks are there, bool [..., T].
+        there: which tasks are there, bool [..., T]; None for all.
     """
 
-    def __init__(self, w: Tensor, there: Tensor) -> None:
-        self.w, self.there = w, there
+    def __init__(self, w: Tensor, there: Tensor | None) -> None:
         # On a CPU one can see, without waiting, that nobody is absent.
-        self.all = has_numbers(there) and bool(there.all())
-        if not self.all:
+        if there is not None and has_numbers(there) and bool(there.all()):
+            there = None
+        self.w, self.there, self.now = w, there, w
+        if there is not None:
             some = torch.where(there, w, 0.0)
             self.total = some.sum(-1, keepdim=True)
             equal = there.to(w.dtype) / there.sum(-1, keepdim=True).clamp_min(1)
             self.now = torch.where(self.total > 0, some / self.total, equal)
-        else:
-            self.now = w
 
     def keep_out(self, slope: Tensor) -> Tensor:
         """`slope` [..., T], along which no step leads to an absent task; overwritten."""
-        return slope if self.all else slope.masked_fill_(~self.there, torch.inf)
+        return slope if self.there is None else slope.masked_fill_(~self.there, torch.inf)
 
-    def put_back(self, shares: Tensor, when: Tensor) -> Tensor:
-        """Keeps new shares where `when` [...] is true, and returns them: 0 for absent tasks, NaN elsewhere."""
-        when = when[..., None]
-        if self.all:
+    def put_back(self, shares: Tensor, when: Tensor | None = None) -> Tensor:
+        """Keeps new shares and returns them, 0 for absent tasks; all are NaN where `when` [...] is false.
+
+        By default that is where one of them is not finite.
+        """
+        if when is None and self.there is None and shares.ndim == 1 and has_numbers(shares):
+            if not math.isfinite(sum(shares.tolist())):
+                return torch.full_like(shares, torch.nan)
+            self.w.copy_(shares)
+            return shares
+        if self.there is not None:
+            shares = torch.where(self.there, shares, 0.0)
+        when = shares.isfinite().all(-1, keepdim=True) if when is None else when[..., None]
+        if self.there is None:
             self.w.copy_(torch.where(when, shares, self.w))
         else:
-            shares = torch.where(self.there, shares, 0.0)
             self.w.copy_(torch.where(when & self.there, shares * self.total, self.w))
         return torch.where(when, shares, torch.nan)

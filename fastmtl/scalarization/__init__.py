@@ -11,6 +11,7 @@ from fastmtl.scalarization.imtl_l import IMTLL
 from fastmtl.scalarization.ls import LS
 from fastmtl.scalarization.ntk import NTK
 from fastmtl.scalarization.pbi import PBI
+from fastmtl.scalarization.pike import PiKE
 from fastmtl.scalarization.relobralo import ReLoBRaLo
 from fastmtl.scalarization.rlw import RLW
 from fastmtl.scalarization.softadapt import SoftAdapt
@@ -30,6 +31,7 @@ __all__ = [
     "STCH",
     "GO4Align",
     "GradNorm",
+    "PiKE",
     "ReLoBRaLo",
     "Scalarization",
     "SoftAdapt",

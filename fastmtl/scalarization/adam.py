@@ -55,5 +55,5 @@ class Adam(nn.Module):
         moved = x - lr / (1 - first**steps) * mean / size
         self.mean.copy_(torch.where(when, mean, self.mean))
         self.square.copy_(torch.where(when, square, self.square))
-        self.steps += when
+        self.steps.add_(when)
         return torch.where(when, moved, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl.info import Info
 from fastmtl.inputs import describe, has_numbers
-from fastmtl.losses import Losses, check_losses, names_of, stack_losses
+from fastmtl.losses import Losses, check_losses, is_whole, names_of, stack_losses
 from fastmtl.options import integer, option
 from fastmtl.rule import MethodModule, checked_scale
 
@@ -54,13 +54,25 @@ class Scalarization(MethodModule):
     remembers: ClassVar[bool] = True
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
-    last_weights: Tensor | None
     names: tuple[str, ...] | None
+    _weights: Tensor | Callable[[], Tensor] | None
 
     def __init__(self, tasks: int | None = None) -> None:
         super().__init__()
         self.tasks = tasks
         self.last_weights = None
+
+    @property
+    def last_weights(self) -> Tensor | None:
+        """See the attributes."""
+        weights = self._weights
+        if weights is not None and not isinstance(weights, Tensor):
+            weights = self._weights = weights()
+        return weights
+
+    @last_weights.setter
+    def last_weights(self, value: Tensor | None) -> None:
+        self._weights = value
 
     def forward(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> Tensor:
         """The scalarization f(L) of T losses.
@@ -84,15 +96,21 @@ class Scalarization(MethodModule):
         S = checked_scale(grad_scale)
         L, here = self._stacked(losses)
         L = divided(L, S)
-        valid = L.detach().isfinite().all() & self._within(L.detach())
+        fixed = L.detach()
+        within = self._within(fixed)
         value, weights = self._scalarize(L, here)
-        self.last_weights = weights.detach().to(L.dtype)
-        valid = valid & value.detach().isfinite()
+        if callable(weights) and torch.compiler.is_compiling():
+            weights = weights()
+        self._weights = weights if callable(weights) else weights.detach().to(L.dtype)
+        if within is True and has_numbers(fixed) and _are_finite(fixed, value):
+            valid = torch.ones((), dtype=torch.bool, device=L.device)
+        else:
+            valid = fixed.isfinite().all() & within & value.detach().isfinite()
+            # A factor, not a choice: it makes the gradient NaN as well, so that a loss scaler skips the step.
+            value = value * torch.where(valid, 1.0, math.nan)
         if self.training:
             with torch.no_grad():
-                self._remember(L.detach(), valid if here is None else valid & here)
-        # A factor, not a choice: it makes the gradient NaN as well, so that a loss scaler skips the step.
-        value = value * torch.where(valid, 1.0, math.nan)
+                self._remember(fixed, valid if here is None else valid & here)
         return (value if S is None else value * S).to(L.dtype)
 
     def backward(
@@ -152,6 +170,10 @@ class Scalarization(MethodModule):
         assert self.info is not None  # after a call
         return self.info
 
+    def scalar(self, L: Tensor) -> Tensor:
+        """f(L) alone, unchecked, of float32 or float64 losses [T] that are all there; remembers nothing."""
+        return self._scalarize(L, None)[0]
+
     @property
     def info(self) -> Info | None:
         """What the last call did: `alpha`, float64 [T], and the tasks' names; None before one."""
@@ -191,8 +213,8 @@ class Scalarization(MethodModule):
         result: Tensor = self(losses, grad_scale=grad_scale)
         return result
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The result [] and its derivative [T] for losses [T].
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
+        """The result [] and its derivative [T] for losses [T], or what computes it once somebody asks.
 
         `here` [T], bool, says which tasks are there; None for all. The loss of another is 1, a constant.
         """
@@ -218,6 +240,8 @@ class Scalarization(MethodModule):
         outside = self._outside(L)
         if outside is None:
             return True
+        if has_numbers(L) and not bool(outside.any()):
+            return True
         outside = outside & L.isfinite()
         if has_numbers(L) and bool(outside.any()):
             t = outside.tolist().index(True)
@@ -235,11 +259,12 @@ class Scalarization(MethodModule):
     def _stacked(self, losses: Losses) -> tuple[Tensor, Tensor | None]:
         """The checked losses as one tensor [T] of at least float32, and which tasks are there (see `_scalarize`)."""
         here = None
-        parts = self._parts(losses)
-        there = present(parts)
-        if isinstance(losses, Tensor) and all(there):
+        if is_whole(losses):
             L = losses
+            self.check_tasks(len(L))
         else:
+            parts = self._parts(losses)
+            there = present(parts)
             if not any(there):
                 raise ValueError(f"losses: expected at least one task that is there, got None for all {len(parts)}")
             L = stack_losses([loss if known else None for loss, known in zip(parts, there, strict=True)], absent=1.0)
@@ -252,8 +277,17 @@ class Scalarization(MethodModule):
             raise ValueError(f"losses: expected losses on {place}, got {describe(L)}")
         return L.to(torch.promote_types(L.dtype, torch.float32)), here
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.last_weights = self.last_weights  # numbers, in place of what computes them
+        return self.__dict__.copy()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _are_finite(L: Tensor, value: Tensor) -> bool:
+    """Whether losses [T] and the result [] are; sums that leave the range of numbers count as not."""
+    return math.isfinite(sum(L.tolist()) + value.item())
 
 
 def masked(x: Tensor, here: Tensor | None, other: float = 0.0) -> Tensor:

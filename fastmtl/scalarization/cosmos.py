@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastmtl import options
+from fastmtl.inputs import has_numbers
 from fastmtl.options import Weights, number, option, show_weights
 from fastmtl.scalarization.base import Scalarization, masked
 
@@ -45,18 +48,22 @@ class COSMOS(Scalarization):
         """Raises ValueError where the weights are of another number of tasks."""
         options.check_weights(self.weights, T)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
         w = masked(preferred(self.weights, self._copies, L), here)
         L = masked(L, here)
-        length = w.norm() * L.norm()
-        some = length.detach() > 0
-        length = torch.where(some, length, 1.0)
-        cosine = torch.where(some, (w * L).sum() / length, 0.0)
-        fixed = L.detach()
-        squared = torch.where(some, fixed.square().sum(), 1.0)
-        slope = w / length.detach() - cosine.detach() * fixed / squared
-        slope = torch.where(some, slope, 0.0)
-        return (w * L).sum() - self.lam * cosine, w - self.lam * slope
+        product, length = w @ L, torch.linalg.vector_norm(w) * torch.linalg.vector_norm(L)
+        fixed, lam, shared = L.detach(), self.lam, product
+        if not (has_numbers(fixed) and length.item() > 0):
+            some = length.detach() > 0  # where one of them is zero, the cosine is
+            shared, length = torch.where(some, product, 0.0), torch.where(some, length, 1.0)
+        value, length = product - lam * (shared / length), length.detach()
+
+        def weights() -> Tensor:
+            square = fixed @ fixed
+            slope = w / length - (w @ fixed) / length * fixed / square
+            return w - lam * torch.where((square > 0) & (w != 0).any(), slope, 0.0)
+
+        return value, weights
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastmtl.inputs import has_numbers
 from fastmtl.options import integer, number, option
 from fastmtl.scalarization.base import Scalarization, masked, number_of
 
@@ -77,15 +78,18 @@ class DWA(Scalarization):
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         known = ~self.older.isnan()
+        if here is None and has_numbers(known) and not bool(known.any()):  # as below, at once
+            return L.sum(), torch.ones_like(L)
         ratio = torch.where(known & (self.newer != self.older), self.newer / self.older, 1.0)
         shares = masked((ratio / self.temperature).clamp_max(1e300), here, -math.inf).softmax(0)
         w = masked(torch.where(known.any(), number_of(L, here) * shares, 1.0), here).to(L.dtype)
         return (w * L).sum(), w
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
-        self.total += torch.where(valid, L, 0.0)
-        self.count += valid
-        self.steps += valid.any()
+        # In place: to a module, `self.count += 1` is another buffer to register.
+        self.total.add_(torch.where(valid, L, 0.0))
+        self.count.add_(valid)
+        self.steps.add_(valid.any())
         if self.window is not None:
             self._end(self.steps >= self.window)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastmtl.scalarization.base import Scalarization, masked, number_of
@@ -22,10 +24,11 @@ class GLS(Scalarization):
         tasks: number of tasks T that is expected; None for any.
     """
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
         n = number_of(L, here)
         value = (masked(L.log(), here).sum() / n).exp()
-        return value, masked(value / L / n, here)
+        fixed, mean = L.detach(), value.detach()
+        return value, lambda: masked(mean / fixed / n, here)
 
     def _outside(self, L: Tensor) -> Tensor:
         return L <= 0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.gramian import examples
 from fastmtl.inputs import describe
 from fastmtl.options import integer, option
 from fastmtl.scalarization.base import Scalarization, masked
 
 __all__ = ["NTK"]
+
+_ONE_PASS = 1024  # residuals whose kernel [n, n] is small enough to be formed
 
 
 class NTK(Scalarization):
@@ -27,15 +31,16 @@ class NTK(Scalarization):
         ntk.backward([...])                                          # the losses
 
     By default it estimates the traces from `probes` backward passes a task: E ‖Jᵀ z‖² = Tr(J Jᵀ) for random signs z.
-    `probes=None` takes a pass for each residual, which is exact. Before the first update the weights are 1. A task
-    whose residuals are None keeps its trace; one that depends on no parameter has the weight 0.
+    `probes=None` is exact: up to 1024 residuals [n], each of a point of its own, take one pass, which brings K_t itself
+    (docs/per-example.md); others take a pass each. Before the first update the weights are 1. A task whose residuals
+    are None keeps its trace; one that depends on no parameter has the weight 0.
 
     Source: Wang, Yu, Perdikaris, "When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective", Journal of
     Computational Physics 2022, Eq. 6.5 and 6.6.
 
     Args:
         tasks: number of tasks T.
-        probes: number of backward passes for each task; None for one a residual.
+        probes: number of backward passes for each task; None for exact traces.
 
     Raises:
         TypeError: `tasks` or `probes` is not an int.
@@ -95,6 +100,9 @@ class NTK(Scalarization):
         zero = self.traces.new_zeros(())
         if not r.requires_grad:
             return zero
+        if self.probes is None and r.ndim == 1 and 1 < r.numel() <= _ONE_PASS:
+            with contextlib.suppress(ValueError, NotImplementedError):  # points that mix, operations it cannot read
+                return examples.gram(r[None], parameters).trace().to(zero)
         exact = self.probes is None or self.probes >= r.numel()
         passes = r.numel() if exact else self.probes or 1
         total = zero

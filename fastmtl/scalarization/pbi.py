@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastmtl import options
+from fastmtl.inputs import has_numbers
 from fastmtl.options import Numbers, Weights, number, numbers, option, show_weights
 from fastmtl.scalarization.base import Scalarization, masked
 from fastmtl.scalarization.cosmos import preferred
@@ -52,19 +55,27 @@ class PBI(Scalarization):
         if self.reference is not None:
             options.check_weights(self.reference, T, "reference")
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
         w = masked(preferred(self.weights, self._copies, L), here)
-        norm = w.norm()
-        u = torch.where(norm > 0, w / norm, 0.0)
+        norm, host = torch.linalg.vector_norm(w), has_numbers(L.detach())
+        u = w / norm if host and norm.item() > 0 else torch.where(norm > 0, w / norm, 0.0)
         F = masked(L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype), here)
-        along = (F * u).sum()
+        along = F @ u
         apart = F - along * u
-        squared = apart.square().sum()
+        squared = apart @ apart
         # Not what rounding makes of losses in this very direction.
-        off = squared.detach() > (8 * torch.finfo(L.dtype).eps) ** 2 * F.detach().square().sum()
-        distance = torch.where(off, torch.where(off, squared, 1.0).sqrt(), 0.0)
-        slope = u + self.theta * torch.where(off, apart / distance, 0.0).detach()
-        return along + self.theta * distance, masked(slope, here)
+        rounding = (8 * torch.finfo(L.dtype).eps) ** 2
+        if host and squared.item() > rounding * (squared.item() + along.item() ** 2):
+            distance, off = squared.sqrt(), torch.ones((), dtype=torch.bool, device=L.device)
+        else:
+            off = squared.detach() > rounding * (squared.detach() + along.detach().square())
+            distance = torch.where(off, torch.where(off, squared, 1.0).sqrt(), 0.0)
+        theta, fixed, length = self.theta, apart.detach(), distance.detach()
+
+        def weights() -> Tensor:
+            return masked(u + theta * torch.where(off, fixed / length, 0.0), here)
+
+        return along + theta * distance, weights
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

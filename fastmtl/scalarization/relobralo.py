@@ -86,7 +86,7 @@ class ReLoBRaLo(Scalarization):
         self.w.copy_(torch.where(valid, self._new, self.w))
         self.first.copy_(torch.where(valid & self.first.isnan(), L, self.first))
         self.last.copy_(torch.where(valid, L, self.last))
-        self.steps += valid.any()
+        self.steps.add_(valid.any())
         self._new = None
 
     def _outside(self, L: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -95,9 +96,9 @@ class STCH(Scalarization):
     def end_epoch(self) -> None:
         """Ends an epoch, which the warm-up counts."""
         if self.warmup is not None:
-            self.epochs += 1
+            self.epochs.add_(1)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
         if self.warmup is not None:
             return self._scalarize_logs(L, here, self.warmup)
         if isinstance(self.weights, str):
@@ -105,8 +106,8 @@ class STCH(Scalarization):
         else:
             preference = self._copies.get(self.weights, L).to(L.dtype)
         y = preference * (L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype))
-        value, shares = self._smooth_maximum(y, here)
-        return value, shares * preference
+        value, centred = self._smooth_maximum(y, here)
+        return value, lambda: centred.softmax(0) * preference
 
     def _scalarize_logs(self, L: Tensor, here: Tensor | None, warmup: int) -> tuple[Tensor, Tensor]:
         n = number_of(L, here)
@@ -115,22 +116,22 @@ class STCH(Scalarization):
         average = torch.where(self.count > 0, self.total / self.count, L.detach()).to(L.dtype)
         average = torch.where(warm, 1.0, average)
         logs = L.log()
-        value, shares = self._smooth_maximum(logs - average.log(), here)
-        weights = torch.where(warm, 1.0, n * shares) / L
+        value, centred = self._smooth_maximum(logs - average.log(), here)
+        weights = torch.where(warm, 1.0, n * centred.softmax(0)) / L
         return torch.where(warm, masked(logs, here).sum(), n * value), masked(weights, here)
 
     def _smooth_maximum(self, y: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        """μ log Σ exp(y / μ) and its derivative; centred before the division, which could overflow."""
+        """μ log Σ exp(y / μ), and y / μ centred: before the division, which could overflow."""
         y = masked(y, here, -math.inf)
         largest = y.detach().max()
         centred = (y - largest) / self.mu
-        return self.mu * centred.logsumexp(0) + largest, centred.softmax(0)
+        return self.mu * centred.logsumexp(0) + largest, centred.detach()
 
     def _remember(self, L: Tensor, valid: Tensor) -> None:
         if self.warmup is not None:
             averaged = (self.epochs == self.warmup) | ((self.epochs > self.warmup) & (self.count == 0))
-            self.total += torch.where(valid & averaged, L, 0.0)
-            self.count += valid & averaged
+            self.total.add_(torch.where(valid & averaged, L, 0.0))
+            self.count.add_(valid & averaged)
 
     def _outside(self, L: Tensor) -> Tensor | None:
         return None if self.warmup is None else L <= 0

@@ -10,19 +10,18 @@ ONLY_F32 = ("FASTMTL_EMULATE_ONLY_F32",)
 
 
 @pytest.mark.parametrize(
-    ("mode", "order", "defines", "brief"),
+    ("mode", "order", "defines"),
     [
-        ("thread", "reversed", ONLY_F32, ["--brief"]),  # races do not depend on the type
-        ("address", "sequential", ONLY_F32, []),
-        pytest.param("thread", "reversed", ONLY_F32, [], marks=pytest.mark.slow),
-        pytest.param("address", "sequential", (), [], marks=pytest.mark.slow),
+        ("address", "sequential", ONLY_F32),
+        pytest.param("thread", "reversed", ONLY_F32, marks=pytest.mark.slow),  # races do not depend on the type
+        pytest.param("address", "sequential", (), marks=pytest.mark.slow),
     ],
-    ids=["thread", "address", "thread-full", "address-full"],
+    ids=["address", "thread", "address-full"],
 )
-def test_kernels(mode, order, defines, brief):
+def test_kernels(mode, order, defines):
     """Over a smaller matrix of cases."""
     matrix = str(harness.KERNELS.with_name("matrix.py"))
-    result = build.run(mode, [matrix, str(harness.built(mode, defines)), *brief, order])
+    result = build.run(mode, [matrix, str(harness.built(mode, defines)), order])
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("cases hold\n")
 

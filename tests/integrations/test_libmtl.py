@@ -32,7 +32,7 @@ GRADIENTS = {
     ),
     "GradDrop": ({"leak": 0.25}, lambda: fastmtl.GradDrop(leak=0.25)),
     "RGW": ({}, fastmtl.RLW),
-    "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}, fastmtl.UPGrad),
+    "UPGrad": ({"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 0.1}, lambda: fastmtl.UPGrad(ridge=0.1)),
     "FairGrad": ({"FairGrad_alpha": 2.0}, lambda: fastmtl.FairGrad(fairness=2.0)),
 }
 # Of gradients of parameters alone; DB_MTL and ExcessMTL have tests of their own.
@@ -96,18 +96,66 @@ class Architecture(nn.Module):
         return self.encoder.parameters()
 
 
+class Mixture(Architecture):
+    """Experts, shared or a task's own, mixed by a gate of each task: MMoE, with own experts CGC.
+
+    As they present themselves: representations by task, of one input, and no `encoder`.
+    """
+
+    own = False
+
+    def __init__(self, rep_grad, multi_input):
+        super().__init__(rep_grad, multi_input)
+        del self.encoder
+        self.experts_shared = nn.ModuleList(nn.Sequential(nn.Linear(5, 6), nn.Tanh()) for _ in range(2))
+        if self.own:
+            self.experts_specific = nn.ModuleDict({task: nn.Sequential(nn.Linear(5, 6), nn.Tanh()) for task in TASKS})
+        self.gate_specific = nn.ModuleDict({
+            task: nn.Sequential(nn.Linear(5, 2 + self.own), nn.Softmax(dim=-1)) for task in TASKS
+        })  # fmt: skip
+
+    def forward(self, x, only=None):
+        shared = [expert(x) for expert in self.experts_shared]
+        predictions = {}
+        for task in TASKS if only is None else [only]:
+            experts = torch.stack([*shared, self.experts_specific[task](x)] if self.own else shared)
+            rep = torch.einsum("ij...,ji->j...", experts, self.gate_specific[task](x))
+            if self.rep_grad:
+                self.rep[task], self.rep_tasks[task] = rep, rep.detach().clone().requires_grad_()
+                rep = self.rep_tasks[task]
+            predictions[task] = self.decoders[task](rep)
+        return predictions
+
+    def get_share_params(self):
+        return self.experts_shared.parameters()
+
+
+class Customized(Mixture):
+    own = True
+
+
 class Trainer:
     """Two epochs of three steps on the same six batches; task "b" has larger losses."""
 
-    def __init__(self, weighting, weight_args=None, rep_grad=False, multi_input=False, dtype=torch.float32, lr=0.02):
-        class Model(Architecture, weighting):
+    def __init__(
+        self,
+        weighting,
+        weight_args=None,
+        rep_grad=False,
+        multi_input=False,
+        dtype=torch.float32,
+        lr=0.02,
+        architecture=Architecture,
+    ):
+        class Model(architecture, weighting):
             def __init__(self):
                 super().__init__(rep_grad, multi_input)
                 self.init_param()
 
         self.model, self.weight_args = Model(), weight_args or {}
-        for part in (self.model.encoder, self.model.decoders):
-            part.to(dtype)  # LibMTL moves a model to a device, never to a dtype: the state of methods is float64
+        for name, part in self.model.named_children():
+            if name not in ("method", "scales"):
+                part.to(dtype)  # LibMTL moves a model to a device, never to a dtype: the state of methods is float64
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.batches = [
             (
@@ -245,7 +293,8 @@ def test_losses_may_be_a_list(rep_grad):
     first.backward()
     predictions = second.model(second.batches[0][0])
     second.model.backward(
-        [3.0**t * (predictions[task] - second.batches[0][1][task]).square().mean() for t, task in enumerate(TASKS)]
+        [3.0**t * (predictions[task] - second.batches[0][1][task]).square().mean() for t, task in enumerate(TASKS)],
+        **second.weight_args,
     )
     torch.testing.assert_close(gradients(first.model), gradients(second.model))
 
@@ -493,6 +542,65 @@ def test_weights_of_gradients_summed_over_the_batch(name):
     trainer.weight_args["rep_sum"] = 3
     with pytest.raises(TypeError, match="rep_sum: expected True or False"):
         trainer.backward()
+
+
+mixtures = pytest.mark.parametrize("architecture", [Mixture, Customized])
+
+
+@mixtures
+@pytest.mark.parametrize("multi_input", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("name", ["Aligned_MTL", "GradDrop", "Nash_MTL", "UW"])
+def test_mixtures_of_experts_by_representations(name, multi_input, architecture):
+    """Every task's cotangent goes through its own gate into the experts, whatever the weighting makes of it."""
+    trainer = trainer_of(name, rep_grad=True, multi_input=multi_input, dtype=F64, architecture=architecture)
+    torch.manual_seed(4)
+    alpha = trainer.backward()
+    model, got = trainer.model, gradients(trainer.model)
+    losses = trainer.losses(trainer.batches[0])
+    heads = list(model.decoders.parameters())
+    copies = [model.rep_tasks[task] for task in TASKS]
+    rows = torch.autograd.grad(losses.sum(), copies, retain_graph=True)
+    if name == "GradDrop":
+        votes = torch.stack([(g * model.rep[task].detach().sign()).sum(0) for g, task in zip(rows, TASKS, strict=True)])
+        torch.manual_seed(4)
+        positive = 0.5 * (1 + votes.sum(0) / votes.abs().sum(0)) > torch.rand_like(votes[0])
+        cotangents = [g * (0.25 + 0.75 * (positive == (v > 0))) for g, v in zip(rows, votes, strict=True)]
+    else:
+        cotangents = [float(a) * g for a, g in zip(alpha, rows, strict=True)]
+    weights = torch.as_tensor(alpha) if name == "UW" else torch.ones(2)  # heads of other methods get their own
+    trunk = [p for part, p in model.named_parameters() if part.startswith(("experts_shared", "gate"))]
+    expected = torch.autograd.grad([model.rep[task] for task in TASKS], trunk, cotangents)
+    names = [part for part, _ in model.named_parameters() if part.startswith(("experts_shared", "gate"))]
+    torch.testing.assert_close([got[part] for part in names], list(expected))
+    own = torch.autograd.grad((weights * losses).sum(), heads)
+    torch.testing.assert_close([got[f"decoders.{part}"] for part, _ in model.decoders.named_parameters()], list(own))
+
+
+@mixtures
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("MoDo", "SDMGrad")])
+def test_mixtures_of_experts_by_parameters(name, architecture):
+    """Shared are the experts of all; a gate gets what a head gets."""
+    trainer = trainer_of(name, dtype=F64, architecture=architecture)
+    torch.manual_seed(4)
+    alpha = trainer.backward()
+    got, model = gradients(trainer.model), trainer.model
+    losses = trainer.losses(trainer.batches[0])
+    of_heads = torch.ones(2) if name in GRADIENTS or name == "MoCo" else torch.as_tensor(alpha)
+    if name == "IMTL":  # the scales are one at first
+        assert not model.scales.s.any()
+    if name == "DB_MTL":
+        of_heads = 1 / (losses.detach() + 1e-8)
+    rest = [part for part, _ in model.named_parameters() if part.startswith(("gate", "decoders"))]
+    wanted = torch.autograd.grad((of_heads * losses).sum(), [model.get_parameter(part) for part in rest])
+    torch.testing.assert_close([got[part] for part in rest], list(wanted), rtol=1e-6, atol=1e-9)
+    assert all(got[part].any() for part in got if part.startswith("experts_shared"))
+
+
+def test_grad_vac_by_layers_of_experts():
+    trainer = trainer_of("GradVac", dtype=F64, architecture=Mixture)
+    trainer.weight_args = {"GradVac_group_type": 1}
+    trainer.backward()
+    assert trainer.model.method.targets.shape == (2, 2, 2)  # a layer an expert
 
 
 # ------------------------------------------------------------------------------------------------ by name

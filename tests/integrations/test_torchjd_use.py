@@ -84,6 +84,34 @@ def test_the_expected_structure(name, dtype, scale):
         assert g.isfinite().all(), (m, n, rank)
 
 
+def weighting_for(name, m):
+    if name == "CRMOGMWeighting":
+        return ours.CRMOGMWeighting(ours.UPGradWeighting())
+    kind = getattr(ours, name)
+    of = {
+        "CAGrad": (0.5,),
+        "Constant": (torch.linspace(0.5, 1.5, m),),
+        "FairGrad": (1.0,),
+        "Krum": (0,),
+        "NashMTL": (m,),
+    }
+    return kind(*of.get(name.removesuffix("Weighting"), ()))
+
+
+@pytest.mark.parametrize("name", [name for name in ours.__all__ if name.endswith("Weighting")])
+@dtypes
+@pytest.mark.parametrize("scale", [0.0, 1e-10, 1.0, 1e15])
+def test_the_expected_structure_of_weights(name, dtype, scale):
+    for m, n, rank in SHAPES:
+        if m < SMALLEST.get(name.removesuffix("Weighting"), 1):
+            continue
+        G = scale * of_rank(m, n, rank, dtype, seed=m)
+        weights = weighting_for(name, m)(G if name == "ExcessMTLWeighting" else G @ G.T)
+        assert weights.shape == (m,)
+        assert weights.dtype is dtype
+        assert weights.isfinite().all(), (m, n, rank)
+
+
 @every
 @dtypes
 def test_permutations(name, dtype):
@@ -395,6 +423,20 @@ def test_states_have_torchjds_names():
     assert (other.gramian_weighting.method.targets == 0.25).all()
 
 
+def test_a_state_of_torchjds_pcd():
+    """Theirs goes on here as it does there."""
+    mine, its = pairs("PCD", 0.3, 0.9)
+    for step in range(3):
+        its(randn(4, 9, dtype=F64, seed=step))
+    assert not mine.load_state_dict(its.state_dict()).missing_keys
+    G = randn(4, 9, dtype=F64, seed=9)
+    assert relative(mine(G), its(G)) <= 1e-9
+    assert relative(mine(G), ours.PCD(0.3, 0.9)(G)) > 1e-3
+    other = ours.PCD(0.3, 0.9)
+    other.load_state_dict(mine.state_dict())
+    assert torch.equal(other(G), mine(G))
+
+
 def test_the_weighting_of_a_preference():
     w = torch.tensor([1.0, 2.0])
     for kind in ("UPGrad", "DualProj", "AlignedMTL"):
@@ -463,6 +505,37 @@ def test_scalarizers(name):
     if hasattr(its, "reset"):
         mine.reset(), its.reset()
         assert mine(x).item() == pytest.approx(its(x).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("scale", [0.0, 1e-10, 1.0, 1e15])
+@dtypes
+def test_scalarizers_at_every_scale(name, scale, dtype):
+    x = (scale * (torch.rand(2, 3, dtype=dtype, generator=torch.Generator().manual_seed(1)) + 0.3)).requires_grad_()
+    if name == "GeometricMean" and not scale:
+        return  # it has no derivative there, and says so
+    options = ((2, 3),) if name == "FAMO" else SCALARS[name]
+    scalarizer = getattr(scalars, name)(*(o.to(dtype) if isinstance(o, torch.Tensor) else o for o in options))
+    value = scalarizer(x)
+    assert value.shape == ()
+    assert value.dtype is dtype
+    value.backward()
+    assert value.isfinite()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scalarizers_do_not_hide_what_is_not_finite(name, bad):
+    """Whatever the formula makes of it: a loss scaler sees it in the value, and in the gradient."""
+    x = torch.rand(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.3
+    x[1, 2] = bad
+    x.requires_grad_()
+    value = getattr(scalars, name)(*SCALARS[name])(x)
+    assert not value.isfinite()
+    (slope,) = torch.autograd.grad(value, x)
+    linear = ("Constant", "Mean", "Random", "Sum", "UW", "IMTLL", "GeometricMean")
+    assert name in linear or not slope.isfinite().all()
 
 
 def test_scalarizers_with_state_resume():

@@ -90,6 +90,7 @@ LOSSES = {
     "SoftAdapt": lambda: scalarization.SoftAdapt(T),
     "ReLoBRaLo": lambda: scalarization.ReLoBRaLo(T),
     "NTK": lambda: scalarization.NTK(T),
+    "PiKE": lambda: scalarization.PiKE(T),
 }
 # Of whose task the first is another than the rest.
 RANKED = {"PCD", "PCD taus"}

@@ -1,11 +1,13 @@
 """Methods that keep something as large as gradients, and the trimmed mean: by the letter of their papers."""
 
 import copy
+import math
 
 import pytest
 import torch
 from helpers import BF16, F32, F64, dtype_id, randn, relative
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmtl
 
@@ -260,3 +262,44 @@ def test_memory_in_a_training_loop(kind):
     assert all(torch.equal(method.state_dict()[key], state[key]) for key in state)
     assert method.to("meta") is method
     assert all(x.is_meta for x in method.buffers())
+
+
+def test_bloop_of_16_bits_is_rounded_once():
+    """Where most of the auxiliary gradient is projected out, a rounding before that would be seen."""
+    G = torch.stack([randn(400), 9 * randn(400) + 0.5 * randn(400, seed=1)]).to(BF16)
+    method = fastmtl.Bloop(rho=0.5)
+    method(G + 0.1 * randn(2, 400, seed=2).to(BF16))
+    mean = method.mean.double()
+    g, a = G.double()
+    expected = g + a - (a @ mean) / (mean @ mean) * mean
+    assert relative(method(G), expected) <= 2.0**-8
+    assert a.norm() > 5 * expected.norm()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a new tensor: of one that is no view of what was there, nor overwritten."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there, self.found = {x.untyped_storage().data_ptr() for x in there}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.there:
+                self.found = max(self.found, x.numel())
+        return result
+
+
+@kinds
+def test_nothing_is_concatenated(kind):
+    """A step allocates nothing as large as the gradient of all parameters; M-ConFIG that, once."""
+    method, shapes = getattr(fastmtl, kind)(), [(300, 200), (70_000,), (5,)]
+    P = sum(math.prod(shape) for shape in shapes)
+    rows = [[randn(*shape, seed=7 * t + k) for k, shape in enumerate(shapes)] for t in range(T)]
+    out = [torch.empty(shape) for shape in shapes]
+    losses = torch.ones(T)
+    method(rows, out=out, losses=losses)
+    with Largest([*(g for row in rows for g in row), *out, *method.buffers()]) as largest:
+        method(rows, out=out, losses=losses)
+    assert largest.found <= (P if kind == "MConFIG" else P // 2)

@@ -144,6 +144,12 @@ OPTIONS = {
         "lookback": (0.1, [*NUMBERS, (1.5, ValueError, "[0, 1]")]),
     },
     S.NTK: {"probes": (None, [*INTEGERS, (0, ValueError, ">= 1")])},
+    S.PiKE: {
+        "zeta1": (0.5, NUMBERS),
+        "zeta2": (0.5, NUMBERS),
+        "batch_size": (8, [*INTEGERS, (0, ValueError, ">= 1")]),
+        "tau": (2.0, [*NUMBERS, (0, ValueError, "> 0")]),
+    },
 }
 # What the state depends on is given once.
 FIXED = {
@@ -173,6 +179,10 @@ FIXED = {
     S.SoftAdapt: {"tasks": (4, INTEGERS)},
     S.ReLoBRaLo: {"tasks": (4, INTEGERS)},
     S.NTK: {"tasks": (4, INTEGERS)},
+    S.PiKE: {
+        "tasks": (4, INTEGERS),
+        "weights": (FOUR, [*WEIGHTS, ("sum", ValueError, "positive"), ([1.0, 0.0, 1.0, 1.0], ValueError, "positive")]),
+    },
     methods.CRMOGM: {"method": (None, [(3, TypeError, "expected a method on the Gram matrix or None, got int")])},
 }
 

@@ -196,6 +196,20 @@ def test_nearly_equal_smallest_eigenvalues(T, gap):
             assert relative(got, svd_align(G, w, scale, 1e-4)) <= limit, scale
 
 
+@pytest.mark.parametrize("smallest", [0.3, 0.05, 1e-3, 0.0, 1.0 - 1e-7])
+def test_as_many_as_krylov_spaces_are_for(smallest):
+    """Beyond 640 tasks: w is a sum of eigenvectors of others, or of all. The SVD is known."""
+    T = 700
+    U, V = orthonormal(T, T, seed=1), orthonormal(T, 2 * T, seed=2)
+    s = torch.linspace(2.0, 1.0, T, dtype=F64)
+    s[-1] = smallest
+    rank = T if smallest else T - 1
+    for w in (U[:, 0] + U[:, 7] + 2 * U[:, T // 2], uneven(T)):
+        for scale, size in (("min", s[rank - 1]), ("rmse", s[:rank].square().mean().sqrt())):
+            got = fastmtl.AlignedMTL(weights=w, scale=scale, rtol=1e-4)((U * s) @ V)
+            assert relative(got, size * (w @ U)[:rank] @ V[:rank]) <= 5e-7, scale
+
+
 def duplicated(T):
     G = randn(T, 5 * T)
     return torch.cat([G[: T - 3], G[:3]])

@@ -17,9 +17,12 @@
 #include <string>
 #include <vector>
 
+#include "cpu/definite.h"
+#include "cpu/gram.h"
 #include "cpu/pipeline.h"
 #include "cpu/solve.h"
 #include "cpu/tridiagonal.h"
+#include "cpu/weights.h"
 #include "math/probe.h"
 
 #include "memory.h"
@@ -996,10 +999,22 @@ void tridiagonal(int64_t T, Spectrum spectrum) {
   std::generate_n(w + 0, T, normal);
   std::fill_n(ones + 0, T, 1.0);
   const double size = *std::max_element(M + 0, M + T * T) * double(T); // of a diagonal entry, so at least λ_max
-  Exact<double> first(3 * T);
+  Exact<double> first(5 * T);
+  const Policy policy{nullptr, Scale::min, RankRule::normalized, 1e-4, 1e-12};
   with_threads([&](int64_t n) {
-    Exact<double> lam(T), alone(T), same(T), times(T), all(3 * T);
+    Exact<double> lam(T), alone(T), same(T), times(T), root(T), alpha(T), all(5 * T);
     cpu::Tridiagonal solver(M, T);
+    std::fill_n(root + 0, T, 0.0);
+    std::fill_n(alpha + 0, T, 0.0);
+    double below = 0.0, above = 0.0, smallest;
+    const bool definite = solver.smallest(&below, &above) && below > 1e-8 * solver.largest();
+    if (definite) {
+      solver.inverse_root(below, w, root);
+      solver.inverse_root(below, root, root);
+      if (!cpu::definite_weights(M, T, policy, alpha, &smallest)) {
+        std::fill_n(alpha + 0, T, 0.0); // nothing of use
+      }
+    }
     solver.solve(lam, true);
     solver.apply(ones, w, same);
     solver.apply(lam, w, times);
@@ -1009,18 +1024,23 @@ void tridiagonal(int64_t T, Spectrum spectrum) {
       all[i] = lam[i];
       all[T + i] = same[i];
       all[2 * T + i] = times[i];
+      all[3 * T + i] = root[i];
+      all[4 * T + i] = alpha[i];
     }
     if (n > 1) {
       check(first.same_bits(all), "tridiagonal depends on the number of threads");
       return;
     }
-    std::copy_n(all + 0, 3 * T, first + 0);
+    std::copy_n(all + 0, 5 * T, first + 0);
+    check(!definite || (below <= lam[T - 1] * (1.0 + 1e-9) && lam[T - 1] <= above * (1.0 + 1e-9)), "the smallest one");
     double trace = 0.0;
     for (int64_t i = 0; i < T; ++i) {
-      double product = 0.0;
+      double product = 0.0, back = 0.0;
       for (int64_t j = 0; j < T; ++j) {
         product += M[i * T + j] * w[j];
+        back += M[i * T + j] * root[j];
       }
+      check_near(definite ? back : w[i], w[i], 1e-6, "M M^-1/2 M^-1/2 w");
       check_near(same[i], w[i], 1e-12, "V Vᵀ w");
       check_near(times[i], product, 1e-12 * size, "V Λ Vᵀ w");
       check(i == 0 || lam[i - 1] >= lam[i], "eigenvalues descend");

@@ -1,4 +1,4 @@
-"""COSMOS, PBI, SoftAdapt, ReLoBRaLo, GO4Align and NTK weights, each against its formula written down."""
+"""COSMOS, PBI, SoftAdapt, ReLoBRaLo, GO4Align, NTK weights and PiKE, each against its formula written down."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from helpers import F64, randn, relative
 from torch import nn
 
-from fastmtl.scalarization import COSMOS, NTK, PBI, GO4Align, ReLoBRaLo, SoftAdapt
+from fastmtl.scalarization import COSMOS, NTK, PBI, GO4Align, PiKE, ReLoBRaLo, SoftAdapt
 
 T = 4
 
@@ -141,7 +141,7 @@ def test_go4align(groups, tasks):
         assert method.last_weights[1] == 0
 
 
-def test_ntk():
+def test_ntk(monkeypatch):
     """The traces of the kernels, from Jacobians row by row; estimates by random signs come near them."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).double()
@@ -160,19 +160,26 @@ def test_ntk():
     expected = sum(traces) / torch.stack(traces)
     exact, few = NTK(2, probes=None), NTK(2, probes=10)
     assert slope(exact, torch.ones(2, dtype=F64))[1].tolist() == [1.0, 1.0]
-    exact.update(residuals(), net)
+    passes = []
+    plain = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (passes.append(1), plain(*a, **k))[1])
+    found = residuals()
+    passes.clear()
+    exact.update(found, net)
+    assert len(passes) < 12  # not one for each of 32 residuals
+    monkeypatch.undo()
     assert all(p.grad is None for p in net.parameters())
     assert relative(exact.traces, torch.stack(traces)) <= 1e-12
     assert relative(slope(exact, torch.ones(2, dtype=F64))[1], expected) <= 1e-12
     estimates = []
-    for _ in range(200):
+    for _ in range(60):
         few.update(residuals(), net)
         estimates.append(few.traces.clone())
     found = torch.stack(estimates)
-    error = found.std(0) / 200**0.5
+    error = found.std(0) / 60**0.5
     assert ((found.mean(0) - torch.stack(traces)).abs() <= 4 * error).all()
     exact.update([None, residuals()[1] * 0], net)
-    assert exact.traces[0] == traces[0]
+    assert relative(exact.traces[:1], traces[0][None]) <= 1e-12
     assert exact.traces[1] == 0
     assert slope(exact, torch.ones(2, dtype=F64))[1].tolist() == [1.0, 0.0]
 
@@ -189,3 +196,97 @@ def test_ntk():
 def test_ntk_checks(call, error, message):
     with pytest.raises(error, match=message):
         call(NTK(2), torch.ones(3, requires_grad=True))
+
+
+def estimates(losses, parameters):
+    """‖∇L‖² and σ² without bias, from a gradient an example."""
+    rows = [torch.autograd.grad(x, parameters, retain_graph=True) for x in losses]
+    G = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    variance = G.var(0).sum()
+    return G.mean(0).square().sum() - variance / len(G), variance
+
+
+@pytest.mark.parametrize("tau", [None, 1.5])
+def test_pike(tau):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    prior = torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+    method = PiKE(3, zeta1=1e-3, zeta2=0.02, batch_size=10, tau=tau, weights=5 * prior)
+    w, y = prior, torch.ones(3, dtype=F64)
+    for k in range(3):
+        x = [randn(6 + t, 3, dtype=F64, seed=9 * k + t) for t in range(3)]
+        parts = [(net(one)[:, t] - 2 * t - 3).square() for t, one in enumerate(x)]
+        there = [0, 2] if k == 2 else [0, 1, 2]
+        found = [estimates(part, list(net.parameters())) for part in parts]
+        assert min(square for square, _ in found) > 0  # no estimate is cut off
+        if tau is not None:
+            y = y.clone()
+            y[there] = tau * (tau * torch.stack([parts[t].mean() for t in there]).detach()).softmax(0)
+        step = torch.stack(
+            [y[t] ** 2 * (1e-3 * square - 0.02 / 20 * variance) for t, (square, variance) in enumerate(found)]
+        )
+        new = w * step.exp()
+        w = w.clone()
+        w[there] = new[there] / new[there].sum() * w[there].sum()
+        named = {name: parts[t] if t in there else None for t, name in enumerate("abc")}
+        method.update(dict(reversed(named.items())) if k else named, net)
+        assert relative(method.logits.exp(), w) <= 1e-10
+        assert all(p.grad is None for p in net.parameters())
+        L = torch.rand(3, dtype=F64) + 0.2
+        value, g = slope(method, L)
+        assert relative(g, w * y) <= 1e-10
+        assert value == pytest.approx((w * y * L).sum().item())
+    method([L[0], None, L[2]])
+    assert relative(method.last_weights[[0, 2]], (w * y)[[0, 2]] / (w[0] + w[2])) <= 1e-10
+    sizes = method.sizes(1000)
+    assert sum(sizes) == 1000
+    assert all(abs(n - 1000 * share) < 1 for n, share in zip(sizes, w.tolist(), strict=True))
+    before = method.state_dict()["logits"].clone()
+    broken = parts[0] * torch.nan
+    method.update([broken, parts[1], parts[2]], net)
+    assert torch.equal(method.logits, before)
+    method.reset()
+    assert relative(method.logits.exp(), prior) <= 1e-14
+
+
+def test_pike_on_the_papers_example():
+    """Example 2.1: losses ½ (θ·e_t)² + x·θ of known gradients and variances, of which estimates are unbiased."""
+    theta = torch.tensor([1.5, -0.5], dtype=F64, requires_grad=True)
+    noise = (0.5, 2.0)
+    method, found = PiKE(2, zeta1=0.0, zeta2=0.0), []
+    for k in range(60):
+        parts = []
+        for t, sigma in enumerate(noise):
+            x = sigma * randn(20, 2, dtype=F64, seed=2 * k + t)
+            parts.append(0.5 * theta[t] ** 2 + x @ theta)
+        method.update(parts, [theta])
+        found.append(torch.stack([method.squares, method.variances]))
+    found = torch.stack(found)
+    expected = torch.tensor([[1.5**2, 0.5**2], [2 * s**2 for s in noise]], dtype=F64)
+    error = found.std(0) / len(found) ** 0.5
+    miss = (found.mean(0) - expected).abs() / error
+    miss[0, 1] = 0  # a square that is often cut off at 0: an estimate that is too large
+    assert (miss <= 4).all()
+    assert method.sizes() == [128, 128]
+    method.zeta1 = method.zeta2 = 1.0
+    method.batch_size = 4
+    method.update(parts, [theta])
+    assert method.sizes(100)[0] > 70  # more to gain, less noise
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, p: m.update([p * 1], [p]), ValueError, r"losses: expected 2 \(the number of tasks\), got 1"),
+        (lambda m, p: m.update([p * 1, 3], [p]), TypeError, r"losses\[1\]: expected a floating tensor or None, got"),
+        (lambda m, p: m.update([p.sum()[None], None], [p]), ValueError, r"losses\[0\]: expected the losses \[n\]"),
+        (lambda m, p: m.update([p.detach(), None], [p]), ValueError, r"losses\[0\]: .* which require grad"),
+        (lambda m, p: m.update([p * 1, p * 2], [p.detach()]), ValueError, "parameters: expected at least one"),
+        (lambda m, p: m.update([(randn(4, 3) @ p).softmax(0), None], [p]), ValueError, "example"),
+        (lambda m, p: m.sizes(0), ValueError, "batch_size: expected an integer >= 1"),
+        (lambda m, p: PiKE(3, weights=[1.0, 2.0]), ValueError, "weights: expected length 3"),
+    ],
+)
+def test_pike_checks(call, error, message):
+    with pytest.raises(error, match=message):
+        call(PiKE(2), torch.ones(3, requires_grad=True))

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import math
+import pickle
 from collections import Counter
 
 import pytest
@@ -28,6 +29,7 @@ from fastmtl.scalarization import (
     STCH,
     GO4Align,
     GradNorm,
+    PiKE,
     ReLoBRaLo,
     Scalarization,
     SoftAdapt,
@@ -65,6 +67,7 @@ METHODS = {
     "SoftAdapt weighted": lambda T: SoftAdapt(T, variant="loss-weighted"),
     "ReLoBRaLo": lambda T: ReLoBRaLo(T),
     "NTK": lambda T: NTK(T),
+    "PiKE": lambda T: PiKE(T, weights=[1.0 + t for t in range(T)]),
 }
 # Those whose state_dict holds what a run depends on, apart from torch's random numbers.
 STATEFUL = [m for m in METHODS if m.startswith(("DWA", "Unc", "STCH w", "IMTLL", "FAMO", "GradNorm", "RLW gen"))]
@@ -189,6 +192,15 @@ def test_copies_go_on_alike(name):
     twin.steps(5)
     same(twin.model.state_dict(), run.model.state_dict())
     same(state_of(twin.method), state_of(run.method))
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "RLW generator"])
+def test_pickles(name):
+    """As part of a model that is saved as a whole, or sent to another process."""
+    method = Run(name).steps(2).method
+    other = pickle.loads(pickle.dumps(method))
+    assert torch.equal(other.last_weights, method.last_weights)
+    same(state_of(other), state_of(method))
 
 
 @pytest.mark.parametrize("name", [m for m in STATEFUL if m != "RLW generator"])

@@ -174,7 +174,8 @@ def test_every_promise_has_a_problem(check):
     assert len({case.name for case in cases}) == len(cases)
     assert all(case.kind in check.TRIALS or case.kind in check.FIGURES for case in cases)
     figures = [case for case in cases if case.kind in check.FIGURES]
-    assert all((case.max_extra_mb is None) != (case.max_ms is None) for case in figures)
+    limits = [(case.max_extra_mb, case.max_ms, case.max_activations) for case in figures]
+    assert all(sum(limit is not None for limit in of_case) == 1 for of_case in limits)
 
 
 # ------------------------------------------------------------------------------------------------ verdicts of the gate
@@ -358,7 +359,9 @@ def test_a_peer_that_is_not_installed_is_absent(check, monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(19.0, "ok"), (21.0, "MISSED")])
-@pytest.mark.parametrize(("limit", "measure"), [("max_ms", "ms"), ("max_extra_mb", "extra MB")])
+@pytest.mark.parametrize(
+    ("limit", "measure"), [("max_ms", "ms"), ("max_extra_mb", "extra MB"), ("max_activations", "x activations")]
+)
 def test_a_figure(check, monkeypatch, value, verdict, limit, measure):
     monkeypatch.setitem(check.FIGURES, "synthetic", lambda: value)
     monkeypatch.setattr(check, "BUSY", math.inf)  # the machine of this test is busy

@@ -44,7 +44,7 @@ constexpr int64_t lanes_stride(int64_t T) {
 // Above this many tasks the vectors are rotated after each sweep of the matrix, a few components at a time: both then
 // stay in the first-level cache.
 constexpr int64_t kMaxTogether = 12;
-constexpr int64_t kMaxPairs = 16;
+constexpr int64_t kMaxPairs = kMaxLanesTasks / 2;
 
 struct Round {
   int64_t p[kMaxPairs], q[kMaxPairs];

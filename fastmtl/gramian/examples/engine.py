@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmtl.gramian.engine import without_autocast, working_dtype
-from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, is_use
+from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, edges_of, is_use
 from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
 from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
-from fastmtl.gramian.examples.passes import Brought, edges_of, keys_of, one_pass, run
+from fastmtl.gramian.examples.passes import Brought, keys_of, one_pass, run
 from fastmtl.gramian.examples.products import Gram, Per
 from fastmtl.gramian.forms import Entrywise, Use
 from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
@@ -35,13 +36,16 @@ _MIXING: Memory[bool] = Memory()
 _CANCELLED = 4.0
 
 
+_Part: TypeAlias = Weight | Entries | Formed
+
+
 class _Plan(NamedTuple):
     weights: list[Weight]
     entries: list[Entries]
     formed: Formed | None
     explicit: tuple[str, ...]
 
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[_Part]:
         return [*self.weights, *self.entries, *([self.formed] if self.formed is not None else [])]
 
     def readings(self) -> list[Reading]:
@@ -110,12 +114,27 @@ def update(
             info = method.solve(gram.matrix, coarsest(parameters), context)
             info.explicit = todo.explicit
             alpha = info.alpha.view(T, B) if per == "all" else info.alpha.mT if per == "example" else info.alpha
-            updates = [pair for part in todo.parts() for pair in part.gradients(alpha, found)]
-        own = brought.heads
+            own, parts = brought.heads, todo.parts()
+            del todo, brought
+            updates = _gradients(parts, alpha.to(found.dtype), found)
         if weighted:
-            own = one_pass(losses, (), heads, alpha.to(losses.dtype), retain_graph=retain_graph)
+            own = one_pass(losses, heads, alpha.to(losses.dtype), retain_graph=retain_graph)
         updates += [(p, g) for p, g in zip(heads, own, strict=True) if g is not None]
     return updates, info
+
+
+def _gradients(parts: list[_Part], alpha: Tensor, found: Arrived) -> list[tuple[Tensor, Tensor]]:
+    """Every parameter with Σ α_tb of its gradients; empties `parts`, and drops what has been read."""
+    readers = Counter(edge for part in parts for edge in part.edges)
+    updates: list[tuple[Tensor, Tensor]] = []
+    for _ in range(len(parts)):
+        part = parts.pop(0)
+        updates += part.gradients(alpha, found)
+        for edge in part.edges:
+            readers[edge] -= 1
+            if not readers[edge]:
+                found.cotangents.pop(edge, None)
+    return updates
 
 
 def gram(losses: Tensor, parameters: Sequence[Tensor], check: bool = True) -> Tensor:
@@ -164,7 +183,7 @@ def _resolved(
     odd = {nodes[k] for k in known.odd} if known is not None else set[Any]()
     while True:
         derived = Derived((node for node, _, _ in reached), constant)
-        todo = _plan(reached, graph, derived, odd)
+        todo = _plan(reached, graph, derived, odd, B)
         readings = todo.readings()
         keys = list(dict.fromkeys(k for reading in readings for k in keys_of(reading)))
         layouts = dict.fromkeys(keys, Layout()) if B == 1 else None
@@ -216,7 +235,7 @@ def _graph(leaves: Leaves) -> Survey:
     return Survey([], frozenset(), {}, [], False, nodes, not all(map(is_builtin, nodes)), users)
 
 
-def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: Derived, odd: set[Any]) -> _Plan:
+def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: Derived, odd: set[Any], B: int) -> _Plan:
     weights: list[Weight] = []
     entries: list[Entries] = []
     others: list[tuple[Tensor, str]] = []
@@ -253,7 +272,26 @@ def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: De
         for reading in formed.uses:
             if not isinstance(reading, Operation) and not reading.hold():
                 raise NotImplementedError(f"batch_dim: {reading.node.name()} saved a tensor that is not plain")
-    return _Plan(weights, entries, formed, tuple(name for _, name in others))
+    return _Plan(weights, _without_biases(entries, weights, B), formed, tuple(name for _, name in others))
+
+
+def _without_biases(entries: Sequence[Entries], weights: Sequence[Weight], B: int) -> list[Entries]:
+    """Those that are no biases of a weight with one row for each example, which gets those."""
+    single = {
+        use.node: weight
+        for weight in weights
+        for use in weight.uses
+        if len(weight.uses) == 1 and use.groups == 1 and use.rows == B and use.outer == 1 and not use.is_indexed
+    }
+    rest = []
+    for entry in entries:
+        node = entry.bias_of()
+        weight = None if node is None else single.get(node)
+        if weight is None or weight.bias is not None or entry.parameter.shape != (weight.uses[0].width,):
+            rest.append(entry)
+        else:
+            weight.bias = entry.parameter
+    return rest
 
 
 def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:

@@ -16,7 +16,7 @@ from fastmtl.gramian.forms import ENTRYWISE, Entrywise, Use, use_of
 from fastmtl.gramian.survey import Consumer
 from fastmtl.graph import Edge, edge_of, is_leaf, vjp
 
-__all__ = ["Derived", "Formed", "Operation", "Reading", "is_use"]
+__all__ = ["Derived", "Formed", "Operation", "Reading", "edges_of", "is_use"]
 
 
 # Operations that repeat what they are given, or take parts of it, by indices that are no part of the graph.
@@ -86,6 +86,11 @@ def _only(c: Tensor, layout: Layout, b: int, B: int) -> Tensor:
 
 Reading = Use | Entrywise | Operation
 Reader: TypeAlias = "tuple[Any, int, int]"  # a node, which of its inputs, and which output of what it reads
+
+
+def edges_of(reading: Reading) -> list[Edge]:
+    """Where a use needs cotangents."""
+    return reading.edges if isinstance(reading, Operation) else [reading.edge]
 
 
 def _readings(
@@ -192,6 +197,11 @@ class Formed:
         self._rows: list[Tensor | None] = []
 
     @property
+    def edges(self) -> list[Edge]:
+        """Where cotangents are needed."""
+        return list(dict.fromkeys(e for use in self.uses for e in edges_of(use)))
+
+    @property
     def uses(self) -> Iterator[Reading]:
         """All readings."""
         return (reading for found in self.readings.values() for reading in found)
@@ -232,8 +242,7 @@ class Formed:
 
 
 def _arrives(reading: Reading, arrived: Arrived) -> bool:
-    edges = reading.edges if isinstance(reading, Operation) else [reading.edge]
-    return any(edge in arrived.cotangents for edge in edges)
+    return any(edge in arrived.cotangents for edge in edges_of(reading))
 
 
 def _rows(reading: Reading, arrived: Arrived) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Arrived(NamedTuple):
         dtype: of products.
     """
 
-    cotangents: Mapping[Edge, Tensor]
+    cotangents: dict[Edge, Tensor]
     layouts: Mapping[Key, Layout]
     examples: int
     dtype: torch.dtype
@@ -66,10 +66,17 @@ def factors(use: Use, arrived: Arrived) -> tuple[Tensor, Tensor]:
 
 
 class Weight:
-    """A weight, or one of the blocks that it is split into, of which every use has a closed form."""
+    """A weight, or one of the blocks that it is split into, of which every use has a closed form.
+
+    Attributes:
+        parameter: the weight.
+        uses: its uses.
+        bias: that of the only use, which has a row for each example: one more column of A, of ones.
+    """
 
     def __init__(self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None) -> None:
         self.parameter, self.uses, self._block = parameter, uses, block
+        self.bias: Tensor | None = None
         self._rows: Tensor | None = None
 
     @property
@@ -84,6 +91,11 @@ class Weight:
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
         """Adds its part of the Gram matrix; returns the sizes [T, B] of what is added up, where they matter."""
         self._rows, sizes = None, None
+        if self._is_single(gram, arrived):
+            use = self.uses[0]
+            A, C = use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0]
+            if gram.add_products(A, C, self.bias is not None):
+                return None
         sides = []
         for side in (0, 1):
             found = [factors(u, arrived) for u in self.uses if u.side == side and u.edge in arrived.cotangents]
@@ -96,16 +108,27 @@ class Weight:
                 continue
             rows = []
             for a, c in zip(A, C, strict=True):
-                size, formed = gram.add_factors(a, c)
+                size, formed = gram.add_factors(a, c, self.bias is not None)
                 sizes = size if sizes is None or size is None else sizes + size
                 rows.append(formed)
             if len(sides) == 1 and rows[0] is not None:
-                self._rows = torch.stack([row for row in rows if row is not None])
+                self._rows = rows[0][None] if len(rows) == 1 else torch.stack([x for x in rows if x is not None])
         if len(sides) == 2:
             (A, C), (E, D) = sides
             # On side 0 a gradient is Cᵀ A, on side 1 its transpose: what the one has in A, the other has in D.
             gram.add_cross(A if A.dim() == 2 else A[0], C[0], E if E.dim() == 2 else E[0], D[0])
         return sizes
+
+    def _is_single(self, gram: Gram, arrived: Arrived) -> bool:
+        """Whether each example has one row, in one use and task."""
+        use = self.uses[0]
+        return (
+            gram.T == len(self.uses) == use.groups == use.outer == 1
+            and use.rows == use.lead == gram.B
+            and not use.is_indexed
+            and use.edge in arrived.cotangents
+            and arrived.layout(use).owner is None
+        )
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and Σ α_tb of its gradients; alpha [T, B]."""
@@ -118,7 +141,13 @@ class Weight:
             g = torch.tensordot(a, self._rows, ([0, 1], [1, 2]))  # [g, O, I]
             g = used[0].restored(g if used[0].side == 0 else g.mT, shape)
         else:
-            g = sum(use.whole_gradient(self._weighted(use, alpha, arrived), shape) for use in used)
+            g = None
+            for use in used:
+                weighted = self._weighted(use, alpha, arrived)
+                if self.bias is not None:
+                    yield self.bias, weighted.sum(0, dtype=arrived.dtype).to(self.bias.dtype)
+                own = use.whole_gradient(weighted, shape)
+                g = own if g is None else g + own
         yield self.parameter, _whole(g, self.parameter, self._block)
 
     @staticmethod
@@ -161,6 +190,12 @@ class Entries:
     def edges(self) -> list[Edge]:
         """Where cotangents are needed."""
         return [use.edge for use, _ in self.uses]
+
+    def bias_of(self) -> Any:
+        """The node of a matrix product that this is the bias of, and nothing else; None where it is not."""
+        use, _ = self.uses[0]
+        plain = len(self.uses) == 1 and self._block is None and use.node.name() == "AddmmBackward0"
+        return use.node if plain else None
 
     def form(self, arrived: Arrived) -> Tensor | None:
         """The gradients [T, B, P]; None where none arrives."""

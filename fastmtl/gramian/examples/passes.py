@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fastmtl.gramian.examples import layout
-from fastmtl.gramian.examples.formed import Operation, Reading
+from fastmtl.gramian.examples.formed import Operation, Reading, edges_of
+from fastmtl.gramian.examples.kinds import Memory
 from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.parts import Key, key
 from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 from fastmtl.inputs import Row
 
-__all__ = ["Brought", "edges_of", "keys_of", "one_pass", "run"]
+__all__ = ["Brought", "keys_of", "one_pass", "run"]
 
 
 class Brought(NamedTuple):
@@ -39,11 +40,6 @@ class Brought(NamedTuple):
     heads: Row
 
 
-def edges_of(reading: Reading) -> list[Edge]:
-    """Where a use needs cotangents."""
-    return reading.edges if isinstance(reading, Operation) else [reading.edge]
-
-
 def run(
     losses: Tensor,
     readings: Sequence[Reading],
@@ -61,43 +57,98 @@ def run(
     """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
-    before: Row = []
-    if layouts is None:
-        w = layout.draw(B, losses.dtype, losses.device, half=half)
-        if T > 1:  # sums of cotangents are not, bit by bit, the cotangents of sums
-            before = one_pass(losses, edges, (), torch.ones_like(losses), retain_graph=True)
-    rows = []
+    sums: dict[Edge, Tensor] = {}
+    if layouts is None and T > 1:  # sums of cotangents are not, bit by bit, the cotangents of sums
+        _pass(losses, edges, (), torch.ones_like(losses), sums.__setitem__, retain_graph=True)
+    found: list[dict[Edge, Tensor]] = []
+    rows: list[Row] = []
+    passed: set[Edge] = set()
     for t in range(T):
         alone = torch.zeros_like(losses)
         alone[t] = 1
         keep = retain_graph or layouts is None or t < T - 1
-        rows.append(one_pass(losses, edges, heads, alone, retain_graph=keep))
-    columns = list(zip(*rows, strict=True))
-    rows.clear()
-    cotangents = {
-        edge: column[0][None] if T == 1 else torch.stack([torch.zeros_like(like) if g is None else g for g in column])
-        for edge, column in zip(edges, columns, strict=False)
-        if (like := next((g for g in column if g is not None), None)) is not None
-    }
-    own = [_sum(column) for column in columns[len(edges) :]]
+        found.append({})
+        own, through = _pass(losses, edges, heads, alone, found[t].__setitem__, retain_graph=keep)
+        rows.append(own)
+        passed |= through
+    own = [_sum(column) for column in zip(*rows, strict=True)]
+    if T == 1:
+        cotangents = {edge: c[None] for edge, c in found[0].items()}
+    else:
+        arrived = list(dict.fromkeys(edge for row in found for edge in row))
+        like = {edge: next(row[edge] for row in found if edge in row) for edge in arrived}
+        cotangents = {
+            e: torch.stack([row[e] if e in row else torch.zeros_like(like[e]) for row in found]) for e in arrived
+        }
     if layouts is not None:
         return Brought(cotangents, layouts, [], True, own)
-    if T == 1:
-        before = [cotangents[edge][0] if edge in cotangents else None for edge in edges]
-    after = one_pass(losses, edges, (), w.expand_as(losses), retain_graph=retain_graph)
-    sums = {edge: (c, g) for edge, c, g in zip(edges, before, after, strict=True) if c is not None and g is not None}
-    return Brought(cotangents, *_layouts(readings, sums, w, sure), own)
+    check = _Check(readings, found[0] if T == 1 else sums, layout.draw(B, losses.dtype, losses.device, half=half), sure)
+    # What is compared as it arrives need not be kept until the end. With other leaves it may have gone on to those.
+    last = None if heads else [edge for edge in edges if edge not in passed]
+    _pass(losses, edges, (), check.factors.expand_as(losses), check, last=last, retain_graph=retain_graph)
+    return Brought(cotangents, *check.results(), own)
 
 
-def one_pass(
-    losses: Tensor, edges: Iterable[Edge], leaves: Iterable[Tensor], grad: Tensor, *, retain_graph: bool
-) -> Row:
-    """An ordinary backward pass from Σ grad · losses, without the weights' gradients."""
-    inputs: list[Any] = [*(GradientEdge(*edge) for edge in edges), *leaves]
+def one_pass(losses: Tensor, leaves: Sequence[Tensor], grad: Tensor, *, retain_graph: bool) -> Row:
+    """An ordinary backward pass from Σ grad · losses."""
+    return list(torch.autograd.grad(losses, leaves, grad, retain_graph=retain_graph, allow_unused=True))
+
+
+def _pass(
+    losses: Tensor,
+    edges: Sequence[Edge],
+    leaves: Sequence[Tensor],
+    grad: Tensor,
+    see: Callable[[Edge, Tensor], object],
+    *,
+    last: Sequence[Edge] | None = None,
+    retain_graph: bool,
+) -> tuple[Row, set[Edge]]:
+    """The same without the weights' gradients: `see` takes what arrives at edges, as hooks of tensors leave it.
+
+    Autograd hands out what arrives at an edge before those hooks where it goes on from there, and after them elsewhere.
+
+    Args:
+        losses: where it begins.
+        edges: where cotangents are wanted.
+        leaves: other parameters.
+        grad: of the losses.
+        see: what takes a cotangent.
+        last: those of the edges from where it does not go on, if known.
+        retain_graph: whether the graph is kept.
+
+    Returns:
+        The gradients of the leaves, and the edges from where it went on.
+    """
+    through: set[Edge] = set()
+    outputs: dict[Any, list[Edge]] = {}
+    for edge in edges:
+        outputs.setdefault(edge[0], []).append(edge)
+
+    def catch(ways: list[Edge]) -> Any:
+        def hook(grads: Sequence[Tensor | None]) -> None:
+            for edge in ways:
+                through.add(edge)
+                g = grads[edge[1]]
+                if g is not None:
+                    see(edge, _dense(g))
+
+        return hook
+
+    last = edges if last is None else last
+    inputs: list[Any] = [*(GradientEdge(*edge) for edge in last), *leaves]
     if not inputs:
-        return []
-    grads = torch.autograd.grad(losses, inputs, grad, retain_graph=retain_graph, allow_unused=True)
-    return [None if g is None else _dense(g) for g in grads]
+        return [], through
+    handles = [node.register_prehook(catch(ways)) for node, ways in outputs.items()]
+    try:
+        grads: Row = list(torch.autograd.grad(losses, inputs, grad, retain_graph=retain_graph, allow_unused=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for edge, g in zip(last, grads, strict=False):
+        if g is not None and edge not in through:
+            see(edge, _dense(g))
+    return grads[len(last) :], through
 
 
 def _dense(g: Tensor) -> Tensor:
@@ -121,31 +172,58 @@ def keys_of(reading: Reading) -> list[Key]:
     return [key(reading)]
 
 
-def _layouts(
-    readings: Iterable[Reading], sums: dict[Edge, tuple[Tensor, Tensor]], w: Tensor, sure: bool
-) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
-    """The layout of every use; where there is none; and whether there is no other."""
-    found: dict[Key, Layout] = {}
-    regular: dict[tuple[Edge, int], int] = {}
-    mixed: list[tuple[Edge, Reading]] = []
-    for reading in readings:
-        for k in keys_of(reading):
-            edge, outer, lead = k
-            if k in found or edge not in sums:
-                sure &= k in found
-                continue
-            pre = regular.get((edge, outer))
+# How many rows preceded the batch, at all uses in their order, in passes of such shapes: tried first the next time.
+_BEFORE: Memory[list[int]] = Memory()
+
+
+class _Check:
+    """Finds the layouts of all uses, one cotangent after the other as the second pass brings them.
+
+    Args:
+        readings: the uses.
+        sums: what came for the sums of all losses.
+        factors: what the losses are multiplied by now [B].
+        sure: whether to look for other layouts that would fit.
+    """
+
+    def __init__(self, readings: Iterable[Reading], sums: dict[Edge, Tensor], factors: Tensor, sure: bool) -> None:
+        self.factors = factors
+        self._sums, self._sure = sums, sure
+        self._todo: dict[Edge, dict[Key, Reading]] = {}
+        for reading in readings:
+            for k in keys_of(reading):
+                if k[0] in sums:
+                    self._todo.setdefault(k[0], {}).setdefault(k, reading)
+                else:
+                    self._sure = False
+        self._keys = [k for found in self._todo.values() for k in found]
+        self._kind = tuple((outer, lead, sums[edge].shape) for edge, outer, lead in self._keys)
+        self._first = dict(zip(self._keys, _BEFORE.get(self._kind, ()), strict=False))
+        self._found: dict[Key, Layout] = {}
+        self._mixed: list[tuple[Edge, Reading]] = []
+
+    def __call__(self, edge: Edge, after: Tensor) -> None:
+        """Takes what has come to an edge."""
+        w, regular = self.factors, dict[int, int]()
+        for k, reading in self._todo.pop(edge, {}).items():
+            _, outer, lead = k
+            pre = regular.get(outer)
             if pre is not None and lead % (pre * len(w)) == 0:  # of the same cotangent, counted in finer rows
-                found[k] = Layout(pre)
+                self._found[k] = Layout(pre)
                 continue
-            before, after = sums[edge]
+            before = self._sums[edge]
             shape = () if isinstance(reading, Use) else before.shape
-            own = layout.find(before, after, w, outer, lead, shape)
+            own = layout.find(before, after, w, outer, lead, shape, first=self._first.get(k, 1))
             if own is None:
-                mixed.append((edge, reading))
+                self._mixed.append((edge, reading))
                 continue
-            found[k] = own
-            sure = sure and layout.is_sure(before, after, w, outer, lead, shape)
+            self._found[k] = own
+            self._sure = self._sure and layout.is_sure(before, after, w, outer, lead, shape)
             if own.owner is None:
-                regular[edge, outer] = own.pre
-    return found, mixed, sure
+                regular[outer] = own.pre
+
+    def results(self) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
+        """The layouts; where there is none; and whether there is no other."""
+        if not self._mixed and not self._todo:
+            _BEFORE[self._kind] = [self._found[k].pre for k in self._keys]
+        return self._found, self._mixed, self._sure and not self._todo

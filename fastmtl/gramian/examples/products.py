@@ -69,12 +69,25 @@ class Gram:
 
     def add_rows(self, G: Tensor) -> None:
         """Adds the products of gradients [T, B, P]."""
-        if self.per == "all":
-            flat = G.reshape(self.T * self.B, -1)
-            self.matrix.add_((flat @ flat.mT).to(_F64))
+        own = self._products(G)
+        if not _are_near(own.diagonal(dim1=-2, dim2=-1), squares=True):
+            scale = scale_of([G], 2)
+            other = self.like()
+            other._add(self._products(times(G, scale)))
+            self.add_scaled(other, scale)
         else:
-            own = G.transpose(0, 1) if self.per == "example" else G
-            self._sum += torch.bmm(own, own.mT)
+            self._add(own)
+
+    def _products(self, G: Tensor) -> Tensor:
+        """Those of gradients [T, B, P], in their dtype: as the matrix is, or a part of them."""
+        if self.per == "all":
+            G = G.reshape(self.T * self.B, -1)
+        elif self.per == "example":
+            G = G.transpose(0, 1)
+        return G @ G.mT
+
+    def _add(self, products: Tensor) -> None:
+        self._sum.view(products.shape).add_(products)
 
     def add_scaled(self, other: Gram, scale: Tensor) -> None:
         """Adds one of gradients that were multiplied by powers of two [T, B]."""
@@ -85,43 +98,63 @@ class Gram:
             own = scale.mT if self.per == "example" else scale
             self._sum += other._sum / own[:, :, None] / own[:, None, :]
 
-    def add_factors(self, A: Tensor, C: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def add_factors(self, A: Tensor, C: Tensor, biased: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Adds the products of the gradients C_tbᵀ A_b.
 
         Args:
             A: [B, S, I].
             C: [T, B, S, O].
+            biased: of a bias, too.
 
         Returns:
             The sizes [T, B] of what squared norms are added up from, where there is more than one row, and the
             gradients [T, B, O, I] where they were formed and are no larger than A and C.
         """
         S = A.shape[1]
+        ones = A.new_ones(len(A)) if biased else None
         # Of rows: what they say of the sizes of sums says also where products could leave float32.
         a, c = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(C, dim=3)
-        if _are_near(a, 1) and _are_near(c, 2):
-            return (a * c).double().square().sum(2) if S > 1 else None, self._add(A, C)
-        scale_a, scale_c = scale_of([A], 1), scale_of([C], 2)
+        if _are_near(a.amax(1)) and _are_near(c.amax(2)):
+            return (a * c).double().square().sum(2) if S > 1 else None, self._add_factors(A, C, ones)
+        scale_a, scale_c = scale_of([A] if ones is None else [A, ones[:, None]], 1), scale_of([C], 2)
         scale = scale_c * scale_a
         A, C = times(A, scale_a), times(C, scale_c)
         own = self.like()
-        rows = own._add(A, C)
+        rows = own._add_factors(A, C, None if ones is None else times(ones, scale_a))
         self.add_scaled(own, scale)
         products = torch.linalg.vector_norm(A, dim=2).double() * torch.linalg.vector_norm(C, dim=3).double()
         sizes = products.square().sum(2) / scale.square() if S > 1 else None
         return sizes, None if rows is None else times(rows, 1 / scale)
 
-    def _add(self, A: Tensor, C: Tensor) -> Tensor | None:
-        """Adds the products, whichever way; the gradients where they were formed and are small."""
-        if _through_rows(self, A, C):
-            self._add_pairs(A, C)
+    def add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
+        """Adds those of one task and row for each example, A [B, I] and C [B, O], all at once.
+
+        False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
+        """
+        if self.per == "example" or self.B**2 > _ENTRIES or A.device.type != "cpu":
+            return False
+        K, X = A @ A.mT, C @ C.mT
+        if not _are_near(torch.cat((K.diagonal(), X.diagonal())), squares=True):
+            return False
+        self._add(X.addcmul_(X, K) if biased else X.mul_(K))
+        return True
+
+    def _add_factors(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
+        """Adds the products, whichever way; the gradients where they were formed and are small.
+
+        `last` [B] is one more column of A.
+        """
+        if last is not None or _through_rows(self, A, C):
+            self._add_pairs(A, C, last)
             return None
         return self._add_gradients(A, C)
 
-    def _add_pairs(self, A: Tensor, C: Tensor) -> None:
+    def _add_pairs(self, A: Tensor, C: Tensor, last: Tensor | None) -> None:
         T, B, S, _ = C.shape
         if self.per == "example":
             K = torch.bmm(A, A.mT)
+            if last is not None:
+                K += last.square()[:, None, None]
             for t in range(T):
                 for s in range(t, T):
                     X = (torch.bmm(C[t], C[s].mT) * K).sum((1, 2), dtype=_F64)
@@ -132,31 +165,36 @@ class Gram:
         step = max(1, _ENTRIES // (B * S * S))
         pairs = [(t, s) for t in range(T) for s in range(t, t + 1 if self.per == "task" else T)]
         A, C = A.reshape(B * S, -1), C.reshape(T, B * S, -1)
+        last = None if last is None else last.repeat_interleave(S) if S > 1 else last
         for b in range(0, B, step):
             e = min(b + step, B)
             start = b if T == 1 else 0  # a symmetric matrix: what is left of the block on the diagonal is not made
             K = A[b * S : e * S] @ A[start * S :].mT  # the same for all tasks
+            if last is not None:
+                K.addr_(last[b * S : e * S], last[start * S :])
             for t, s in pairs:
                 first = b if s == t else 0
                 X = C[t, b * S : e * S] @ C[s, first * S :].mT
                 X *= K[:, (first - start) * S :]
-                X = X.to(_F64) if S == 1 else X.view(e - b, S, -1, S).sum((1, 3), dtype=_F64)
+                if S > 1:
+                    X = X.view(e - b, S, -1, S).sum((1, 3), dtype=_F64)
                 block = self._sum[t] if self.per == "task" else self._sum[t, :, s]
                 block[b:e, first:] += X
-                if s == t:
-                    block[e:, b:e] += X[:, e - b :].mT
-                else:
+                if s != t:
                     self._sum[s, :, t, b:e] += X.mT
+                elif e < B:
+                    block[e:, b:e] += X[:, e - b :].mT
 
     def _add_gradients(self, A: Tensor, C: Tensor) -> Tensor | None:
         T, B, _, width = C.shape
         depth = A.shape[2]
         small = T * B * width * depth <= A.numel() + C.numel()
-        step = width if small else max(1, 8 * _ENTRIES // (T * B * depth))
+        most = min(8 * _ENTRIES, max(2 * _ENTRIES, A.numel() + C.numel()))
+        step = width if small else max(1, most // (T * B * depth))
         G = None
         for o in range(0, width, step):
             G = C[..., o : o + step].transpose(2, 3) @ A
-            self.add_rows(G.flatten(2))
+            self._add(self._products(G.flatten(2)))  # of sizes that A and C have been brought to
         return G if small else None
 
     def add_indexed(self, ids: Tensor, C: Tensor) -> None:
@@ -195,12 +233,14 @@ class Gram:
                         M[:, b] += x
 
 
-def _are_near(norms: Tensor, dims: int) -> bool:
-    """Whether each example's largest row is known to be of a size near 1."""
+def _are_near(norms: Tensor, squares: bool = False) -> bool:
+    """Whether these norms of rows, or their squares, are known to be of a size near 1."""
     if norms.device.type != "cpu" or not norms.numel():  # nothing waits for a GPU
         return False
-    least, most = norms.amax(dims).aminmax()
-    return _NEAR[0] < least.item() and most.item() < _NEAR[1]
+    # 0 may be the norm of a row that is small.
+    least, most = (float(x) for x in norms.aminmax())
+    power = 2 if squares else 1
+    return _NEAR[0] ** power < least and most < _NEAR[1] ** power
 
 
 def _paired(C: Tensor, E: Tensor) -> Tensor:

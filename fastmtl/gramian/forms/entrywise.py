@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +18,17 @@ from fastmtl.graph import Edge
 
 __all__ = ["ENTRYWISE", "Broadcast", "Entrywise", "Factor"]
 
-Factor: TypeAlias = Any  # a tensor that the operation saved, or made of such, or a number
 Broadcast: TypeAlias = "tuple[torch.Size, torch.Size]"
+
+
+class Made(NamedTuple):
+    """A factor that is made, when it is needed, of what the operation saved."""
+
+    make: Callable[..., Tensor]
+    saved: tuple[Tensor, ...]
+
+
+Factor: TypeAlias = Made | Tensor | float
 
 
 class Entrywise:
@@ -30,6 +39,8 @@ class Entrywise:
         shape: of a cotangent, as far as the parameter is concerned: as many dimensions as `spread`.
         spread: the parameter's shape as it is broadcast: 1 where it does not vary.
         operand: shape of what the operation reads.
+        leading: how many dimensions of a cotangent there are up to the last one along which nothing varies.
+        lead: the number of its entries over these.
         outer: as in `Use`.
     """
 
@@ -39,6 +50,11 @@ class Entrywise:
         self.edge: Edge = (node, 0)
         self.operand = operand
         self.shape, self.spread = broadcast
+        k = len(self.shape)
+        while k and self.spread[k - 1] > 1:
+            k -= 1
+        self.leading = k or len(self.shape)  # all, where it varies along all
+        self.lead = math.prod(self.shape[: self.leading])
         self._factor = factor
         self._held: Factor = 1.0
 
@@ -59,28 +75,19 @@ class Entrywise:
         """The graph node of the operation."""
         return self.edge[0]
 
-    @property
-    def lead(self) -> int:
-        """Number of entries of a cotangent over its dimensions up to the last one along which nothing varies."""
-        return math.prod(self.shape[: self.leading])
-
-    @property
-    def leading(self) -> int:
-        """How many dimensions these are; all, where the parameter varies along all."""
-        k = len(self.shape)
-        while k and self.spread[k - 1] > 1:
-            k -= 1
-        return k or len(self.shape)
-
     def hold(self) -> bool:
         """Keeps what the operation saved; False where the form is not for it."""
-        self._held = self._factor(self.node)
-        return not isinstance(self._held, Tensor) or is_plain(self._held, self.node._input_metadata[0].device)
+        held = self._held = self._factor(self.node)
+        saved = held.saved if isinstance(held, Made) else (held,) if isinstance(held, Tensor) else ()
+        device = self.node._input_metadata[0].device
+        return all(is_plain(x, device) for x in saved)
 
     def products(self, arrived: Tensor) -> Tensor:
         """The entries [c, *shape] that are summed, from c cotangents as they arrived."""
         held = self._held
-        if isinstance(held, Tensor) or held != 1:
+        if isinstance(held, Made):
+            arrived = arrived * held.make(*held.saved)
+        elif isinstance(held, Tensor) or held != 1:
             arrived = arrived * held
         return arrived.reshape(len(arrived), *self.shape)
 
@@ -116,24 +123,36 @@ def _one(_: Any) -> Factor:
 
 
 def _standardised_layers(node: Any) -> Factor:
-    x: Tensor = node._saved_input
-    return (x - node._saved_result1) * node._saved_result2
+    return Made(lambda x, mean, rstd: (x - mean) * rstd, (node._saved_input, node._saved_result1, node._saved_result2))
 
 
 def _standardised_groups(node: Any) -> Factor:
-    x: Tensor = node._saved_input
-    mean, rstd = node._saved_result1, node._saved_result2
-    by_group = x.reshape(*mean.shape, -1)
-    return ((by_group - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    def make(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        by_group = x.reshape(*mean.shape, -1)
+        return ((by_group - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+
+    return Made(make, (node._saved_input, node._saved_result1, node._saved_result2))
 
 
 def _standardised_batch(node: Any) -> Factor:
-    x: Tensor = node._saved_input
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    if node._saved_training:
-        return (x - node._saved_result1.view(shape)) * node._saved_result2.view(shape)
-    rstd = (node._saved_running_var + node._saved_eps).rsqrt()
-    return (x - node._saved_running_mean.view(shape)) * rstd.view(shape)
+    eps, training = node._saved_eps, node._saved_training
+
+    def make(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        rstd = scale if training else (scale + eps).rsqrt()
+        return (x - mean.view(shape)) * rstd.view(shape)
+
+    if training:
+        return Made(make, (node._saved_input, node._saved_result1, node._saved_result2))
+    return Made(make, (node._saved_input, node._saved_running_mean, node._saved_running_var))
+
+
+def _negative(x: Tensor) -> Tensor:
+    return x.clamp_max(0)
+
+
+def _of_divisor(node: Any) -> Factor:
+    return Made(lambda x, y: -x / y.square(), (node._saved_self, node._saved_other))
 
 
 _LAYER = Saved("bias", "input", "normalized_shape", "result1", "result2", "weight")
@@ -149,8 +168,8 @@ ENTRYWISE: dict[tuple[str, int], tuple[Saved, Any, Callable[[Any], Factor]]] = {
     ("SubBackward0", 1): (_ALPHA, _aligned, lambda node: -float(node._saved_alpha)),
     ("MulBackward0", 0): (_BOTH, _aligned, lambda node: node._saved_other),
     ("MulBackward0", 1): (_BOTH, _aligned, lambda node: node._saved_self),
-    ("DivBackward0", 0): (_BOTH, _aligned, lambda node: 1 / node._saved_other),
-    ("DivBackward0", 1): (_BOTH, _aligned, lambda node: -node._saved_self / node._saved_other.square()),
+    ("DivBackward0", 0): (_BOTH, _aligned, lambda node: Made(torch.reciprocal, (node._saved_other,))),
+    ("DivBackward0", 1): (_BOTH, _aligned, _of_divisor),
     ("ExpandBackward0", 0): (Saved("self_sym_sizes"), _aligned, _one),
     ("RepeatBackward0", 0): (Saved("repeats", "self_sym_sizes"), _repeated, _one),
     ("NativeLayerNormBackward0", 1): (_LAYER, _aligned, _standardised_layers),
@@ -161,5 +180,5 @@ ENTRYWISE: dict[tuple[str, int], tuple[Saved, Any, Callable[[Any], Factor]]] = {
     ("NativeBatchNormBackward0", 2): (_BATCH, _channels, _one),
     ("AddmmBackward0", 0): (product.BIAS, _aligned, _one),
     ("ConvolutionBackward0", 2): (convolution.BIAS, _channels, _one),
-    ("PreluKernelBackward0", 1): (Saved("self", "weight"), _aligned, lambda node: node._saved_self.clamp_max(0)),
+    ("PreluKernelBackward0", 1): (Saved("self", "weight"), _aligned, lambda node: Made(_negative, (node._saved_self,))),
 }

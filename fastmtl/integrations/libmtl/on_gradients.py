@@ -69,8 +69,8 @@ class PCGrad(Weighting):
 class GradVac(Weighting):
     """`fastmtl.GradVac`; `beta` is what earlier versions of LibMTL call `GradVac_beta`.
 
-    `GradVac_group_type`: 0, the whole model; 1, every layer of `encoder` has targets of its own; 2, every tensor of the
-    shared parameters. With `rep_grad=True` it has to be 0.
+    `GradVac_group_type`: 0, the whole model; 1, every layer of shared parameters has targets of its own; 2, every
+    tensor of them. With `rep_grad=True` it has to be 0.
     """
 
     @staticmethod
@@ -91,8 +91,7 @@ class GradVac(Weighting):
         shared = {id(p): p for p in self.get_share_params() if p.requires_grad}
         groups: list[list[Tensor]] = []
         if by_layer:
-            encoder: Any = self.encoder
-            for layer in encoder.modules():
+            for layer in self.modules():
                 groups.append([p for p in layer.parameters(recurse=False) if shared.pop(id(p), None) is not None])
         return [*(group for group in groups if group), *([p] for p in shared.values())]
 
@@ -194,12 +193,12 @@ class RGW(Weighting):
 
 
 class UPGrad(Weighting):
-    """`fastmtl.UPGrad`. `UPGrad_norm_eps` and `UPGrad_reg_eps` have no effect: nothing has to be regularized."""
+    """`fastmtl.UPGrad`; `UPGrad_reg_eps` is its ridge. `UPGrad_norm_eps` has no effect, since none is too short."""
 
     @staticmethod
     def make(tasks: int, UPGrad_norm_eps: float = 0.0, UPGrad_reg_eps: float = 0.0) -> Method:
         """See the class."""
-        return fastmtl.UPGrad()
+        return fastmtl.UPGrad(ridge=UPGrad_reg_eps)
 
 
 class MoCo(Weighting):

@@ -12,7 +12,7 @@ from torchjd.linalg import DualConeProjector
 from fastmtl.methods.base import Method
 from fastmtl.options import integer, number, plain
 
-__all__ = ["Configured", "argument", "at_least", "count", "naming", "part_of", "positive", "suffix_of"]
+__all__ = ["Configured", "argument", "at_least", "count", "naming", "part_of", "positive", "state_of", "suffix_of"]
 
 # TorchJD's names of what fastmtl's messages are about.
 _NAMES = {
@@ -63,7 +63,7 @@ class Configured(nn.Module):
     @property
     def method(self) -> Any:
         """The method of `fastmtl` that computes."""
-        if self._stamp != [_state_of(value) for value in self._options.values()]:
+        if self._stamp != [state_of(value) for value in self._options.values()]:
             self._set({})  # a vector or a projector has been changed in place
         return self._modules["method"]
 
@@ -79,7 +79,7 @@ class Configured(nn.Module):
             method.train(self.training)
         self._modules["method"] = method
         self._options = options
-        self._stamp = [_state_of(value) for value in options.values()]
+        self._stamp = [state_of(value) for value in options.values()]
 
     @classmethod
     def _checks(cls) -> dict[str, Check]:
@@ -177,7 +177,7 @@ def suffix_of(vector: Tensor | None) -> str:
     return "" if vector is None else f"([{', '.join(f'{x:.2f}'.rstrip('0') for x in vector.tolist())}])"
 
 
-def _state_of(value: object) -> object:
+def state_of(value: object) -> object:
     """What changes when a value is changed in place."""
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version

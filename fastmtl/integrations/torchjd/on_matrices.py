@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.aggregation import Weighting
 
-from fastmtl.inputs import describe
+from fastmtl.inputs import describe, has_numbers
 from fastmtl.integrations.torchjd import peers
 from fastmtl.integrations.torchjd.configured import Configured, argument, naming
 from fastmtl.integrations.torchjd.tasks import vector
@@ -194,11 +195,16 @@ class CRMOGMWeighting(Weighting[Tensor], Stateful):
         if before.shape != weights.shape:
             name, rest = ("initial_weights", "") if self._lambda is None else ("weighting", "; reset() begins anew")
             raise ValueError(f"{name}: expected {len(before)} weights for every step, got {len(weights)}{rest}")
-        mixed = self._alpha * before.to(weights) + (1 - self._alpha) * weights
+        before = before.to(weights)
+        mixed = self._alpha * before + (1 - self._alpha) * weights
+        fixed = mixed.detach()
+        if has_numbers(fixed) and math.isfinite(sum(fixed.tolist())):
+            self._lambda = mixed
+            return mixed
         # A first step that is not finite leaves NaN here, which the next finite one replaces: nothing waits for it.
         known = before.detach().isfinite().all()
         mixed = torch.where(known, mixed, weights)
-        self._lambda = torch.where(weights.detach().isfinite().all(), mixed, before.to(weights))
+        self._lambda = torch.where(weights.detach().isfinite().all(), mixed, before)
         return mixed
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -6,6 +6,8 @@ weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] do
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -123,6 +125,11 @@ class NashMTL(methods.NashMTL):
 class PCD(methods.PCD):
     """A zero row counts in the averages."""
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.steps is not None and not self.steps.ndim:  # TorchJD's, for all tasks
+            self.steps = self.steps.expand_as(self.mean).clone()
+
     def _counted(self, M: Tensor) -> Tensor:
         return torch.ones_like(_zero_rows(M))
 
@@ -130,8 +137,8 @@ class PCD(methods.PCD):
 class _All:
     """Mixed into a method on matrices: all rows are there."""
 
-    def _there(self, M: Tensor) -> Tensor:
-        return torch.ones_like(_zero_rows(M))
+    def _there(self, M: Tensor) -> None:
+        pass
 
 
 class MoDo(_All, methods.MoDo):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
 from fastmtl import scalarization
+from fastmtl.inputs import describe, has_numbers
+from fastmtl.integrations.torchjd.configured import state_of
 from fastmtl.integrations.torchjd.scalars import (
     IMTLL,
     UW,
@@ -54,12 +56,24 @@ class _Behind(Scalarizer):
     """With a method of `fastmtl` behind it, which sees the values as a vector."""
 
     method: Any  # None before the first step of one that has to know how many values there are
+    _total: ClassVar[bool] = False  # a formula for any values, without a state
     _shown: tuple[str, ...] = ()  # of its arguments
 
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
-        result: Tensor = self._of(values)(values.reshape(-1))
-        return result.to(values.dtype)
+        method, flat = self._of(values), values.reshape(-1)
+        if not (self._total or self._holds(flat.detach())):
+            result: Tensor = method(flat)
+            return result.to(values.dtype)
+        if values.dtype in (torch.float32, torch.float64):
+            return method.scalar(flat)
+        if not values.is_floating_point():
+            raise TypeError(f"values: expected a floating tensor, got {describe(values)}")
+        return method.scalar(flat.to(torch.float32)).to(values.dtype)
+
+    def _holds(self, values: Tensor) -> bool:
+        """Whether the formula is one for these values [n], and has no state."""
+        return False
 
     def _of(self, values: Tensor) -> Scalarization:
         """The method for these values."""
@@ -77,9 +91,14 @@ class GeometricMean(_Behind):
         super().__init__()
         self.method = scalarization.GLS()
 
+    def _holds(self, values: Tensor) -> bool:
+        return has_numbers(values) and min(values.tolist(), default=0.0) > 0
+
 
 class Random(_Behind):
     """`fastmtl.scalarization.RLW`: a sum with random weights, drawn anew in every step."""
+
+    _total = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,16 +108,23 @@ class Random(_Behind):
 class _Weighted(_Behind):
     """With weights and perhaps a reference of the values' shape, which count as they are in the step."""
 
+    _total = True
     weights: Tensor | None
     reference: Tensor | None = None
+    _stamp: list[object] | None = None  # what the method was made of
 
     def _of(self, values: Tensor) -> Scalarization:
         vectors: dict[str, Any] = {}
         for name in ("weights", "reference"):
             if (vector := getattr(self, name)) is not None:
                 check_shape(values, vector.shape, f"the {name}")
-                vectors[name] = _flat(vector)
-        return self._method(vectors)
+                vectors[name] = vector
+        stamp = [getattr(self, self._shown[0]), *map(state_of, vectors.values())]
+        if self._stamp != stamp:
+            self.method = self._method({name: _flat(vector) for name, vector in vectors.items()})
+            self._stamp = stamp
+        method: Scalarization = self.method
+        return method
 
     def _method(self, vectors: dict[str, Any]) -> Scalarization:
         raise NotImplementedError

@@ -354,6 +354,7 @@ class PCDWeighting(StatefulWeighting):
         ValueError: an argument out of its range; (in a step) a `tau` of another length than m - 1.
     """
 
+    _kept = {"mean": "_sq_norm_ema", "steps": "_n_steps"}  # noqa: RUF012
     tau: float | Tensor = argument()
     beta: float = argument()
     eps: float = argument()

@@ -18,6 +18,14 @@ from fastmtl.training.step import Options, Outcome, Step, check_reached
 __all__ = ["check", "checked_losses", "run", "takes"]
 
 _PER = get_args(examples.Per)
+# What does not go with losses of examples, and why where that is no matter of course.
+_WITHOUT = {
+    "representation": "",
+    "features": "",
+    "groups": "",
+    "process_group": ": products of gradients of examples on several processes are computed on none. With False each "
+    "aggregates those of its own batch, and what averages gradients averages that",
+}
 _MANY = 8  # losses from which on one backward pass of them all, twice, takes less than one each
 
 
@@ -56,10 +64,10 @@ def check(options: Options) -> None:
             name = "per" if options.per != "all" else "check"
             raise ValueError(f"batch_dim: expected a dimension of the losses with {name}, got None")
         return
-    for name in ("representation", "features", "groups", "process_group"):
+    for name, why in _WITHOUT.items():
         value = getattr(options, name)
         if value is not None:
-            raise ValueError(f"{name}: expected None with batch_dim, got {describe(value)}")
+            raise ValueError(f"{name}: expected None with batch_dim, got {describe(value)}{why}")
     if options.batched:
         raise ValueError("batched: expected False with batch_dim, got True")
     if not options.method.on_gram:
