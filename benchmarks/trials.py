@@ -228,6 +228,92 @@ def step(problem: workloads.MultiTask, rounds: float) -> Trial:
     )
 
 
+def repeated(problem: workloads.MultiTask, steps: int, every: int, rounds: float, solve: bool = True) -> Trial:
+    """So many exact steps with task weights in every k-th, of which the first is one, against as many plain ones.
+
+    Args:
+        problem: the model.
+        steps: how many.
+        every: k.
+        rounds: see `Trial`.
+        solve: whether the first one computes weights; else weights are there already, and no step does.
+    """
+    measure.keep_memory()
+    method = fastmtl.AlignedMTL()
+
+    def step() -> None:
+        problem.zero_grad()
+        h = problem.forward()
+        method.backward(problem.losses([h] * problem.tasks), shared=problem.shared, every=every, engine="auto")
+
+    def fast() -> None:
+        if solve:
+            method.reset()
+        for _ in range(steps):
+            step()
+
+    def base() -> None:
+        for _ in range(steps):
+            problem.step()
+
+    expected = problem.exact()
+    step()
+    fast()  # the last of them is one in between, and weights, for the same gradients, are the same
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: expected.sum(),
+        error=workloads.error(problem.shared_grad(), expected),
+        tolerance=workloads.tolerance(problem.tasks),
+        rounds=rounds,
+        calls=steps,
+    )
+
+
+def amortised_mlp(T: int, every: int, kappa: float) -> Trial:
+    """A cycle of `every` steps on an MLP."""
+    return repeated(workloads.mlp(T), every, every, rounds=2)
+
+
+def amortised_resnet18(T: int, every: int, kappa: float) -> Trial:
+    """The same on convolutions."""
+    return repeated(workloads.resnet18(T), every, every, rounds=1 / 2)
+
+
+def between_solutions(T: int, kappa: float) -> Trial:
+    """A step with weights of an earlier one, on an MLP."""
+    return repeated(workloads.mlp(T), 1, 10**9, rounds=5, solve=False)
+
+
+def accumulate(T: int, pieces: int, kappa: float) -> Trial:
+    """Micro-batches whose gradients are summed and aggregated once, against each one aggregated by itself."""
+    measure.keep_memory()
+    problem, method = workloads.mlp(T), fastmtl.AlignedMTL()
+    accumulator = method.accumulate(problem.shared)
+
+    def fast() -> None:
+        problem.zero_grad()
+        for _ in range(pieces):
+            accumulator.add(problem.losses([problem.forward()] * T))
+        accumulator.backward()
+
+    def base() -> None:
+        problem.zero_grad()
+        for _ in range(pieces):
+            method.backward(problem.losses([problem.forward()] * T), shared=problem.shared)
+
+    expected = pieces * problem.exact()
+    fast()
+    return Trial(
+        fast=fast,
+        base=base,
+        read=lambda: expected.sum(),
+        error=workloads.error(problem.shared_grad(), expected),
+        tolerance=workloads.tolerance(T),
+        rounds=2,
+    )
+
+
 def step_mlp(T: int, kappa: float) -> Trial:
     """T heads on an MLP: a step of a few milliseconds."""
     return step(workloads.mlp(T), rounds=10)
@@ -716,6 +802,7 @@ TRIALS: dict[str, Callable[..., Trial]] = {
         *(per_example, per_example_autogram, per_example_upgrad),
         *(ragged, aliases, op, solver),
         *(small_tensors, as_rows, batch_threads),
+        *(amortised_mlp, amortised_resnet18, between_solutions, accumulate),
     )
 }
 FIGURES: dict[str, Callable[..., float]] = {

@@ -35,6 +35,7 @@ from fastmtl.methods.base import GramMethod, Method
 from fastmtl.observe import diagnostics, metrics
 from fastmtl.observe.monitor import Monitor
 from fastmtl.ops.eigen import eigh
+from fastmtl.training.accumulate import Accumulator
 from fastmtl.training.attach import Attached, attach
 from fastmtl.training.fan_out import FanOut, fan_out
 
@@ -45,6 +46,7 @@ __all__ = [
     "MGDA",
     "PCD",
     "RLW",
+    "Accumulator",
     "AlignedMTL",
     "Attached",
     "Bloop",

@@ -41,6 +41,8 @@ class Info:
         explicit: names of the shared parameters whose T gradients `engine="gramian"`, or `batch_dim`, formed because it
             knows no closed form for their use; None without these.
         age: how many steps ago the weights were computed, with `every=`; None without.
+        lasting: the weights before what depends on this step's gradients alone, as the norm that `NashMTL` shortens
+            them to; None where these are `alpha`.
         names: of the tasks, where they have names: `backward({"seg": ..., "depth": ...})`.
     """
 
@@ -52,6 +54,7 @@ class Info:
     residual: Tensor | None
     explicit: tuple[str, ...] | None = None
     age: int | None = None
+    lasting: Tensor | None = None
     names: tuple[str, ...] | None = None
     _eigenvalues: Tensor | None
     _spectrum = False  # whether they are still to be had

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,11 +35,13 @@ class Context(NamedTuple):
         losses: the T task losses [T], detached and unscaled, for the methods that need them.
         grad_scale: the factor S by which a loss scaler has multiplied losses and gradients, a float or a tensor [].
         agree: makes a tensor the same on all processes that aggregate together; None for one process.
+        due: whether weights are to be computed even by a method that has a period of its own: the caller counts.
     """
 
     losses: Tensor | None = None
     grad_scale: Tensor | float | None = None
     agree: Callable[[Tensor], Tensor] | None = None
+    due: bool = False
 
     def unscaled(self, M: Tensor) -> Tensor:
         """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
@@ -61,7 +63,7 @@ class Kept(NamedTuple):
     """Task weights that steps after theirs go on with: see `every` of `Method.backward`.
 
     Attributes:
-        alpha: float64 [T].
+        alpha: float64 [T], before what `Rule.shortening` makes of them.
         present: which tasks were there.
         age: how many steps ago that was.
         period: after how many the next ones are due, with `every="auto"`.
@@ -73,6 +75,17 @@ class Kept(NamedTuple):
     age: int
     period: int
     turn: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors, as a `state_dict()` is expected to hold."""
+        numbers = {"present": torch.tensor(self.present), "steps": torch.tensor([self.age, self.period])}
+        return {"alpha": self.alpha, **numbers} | ({} if self.turn is None else {"turn": self.turn})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Kept:
+        """The weights of such tensors."""
+        age, period = tensors["steps"].tolist()
+        return cls(tensors["alpha"], tuple(tensors["present"].tolist()), age, period, tensors.get("turn"))
 
 
 class Rule(Protocol):
@@ -86,10 +99,16 @@ class Rule(Protocol):
             gradients to aggregate.
         names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
         kept: weights of an earlier step, where it was told to keep some.
+        holds: for how many steps its weights hold, if nothing else is said.
+        training: whether it may change its state.
     """
 
     names: tuple[str, ...] | None
     kept: Kept | None
+    training: bool
+
+    @property
+    def holds(self) -> int: ...
 
     @property
     def on_gram(self) -> bool: ...
@@ -117,6 +136,10 @@ class Rule(Protocol):
 
         `dtype` is the coarsest among the gradients.
         """
+        ...
+
+    def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
+        """What kept weights are multiplied by, float64 [], where αᵀ G is of this norm; None for 1."""
         ...
 
 
@@ -160,6 +183,11 @@ class MethodModule(nn.Module):
 
     names: tuple[str, ...] | None = None
     kept: Kept | None = None
+    holds: int = 1
+
+    def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
+        """See `Rule.shortening`."""
+        return None
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
@@ -177,15 +205,16 @@ class MethodModule(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kept is not None:
-            destination[f"{prefix}_kept"] = self.kept._asdict()
+            destination.update({f"{prefix}_kept.{name}": x for name, x in self.kept.tensors().items()})
         if self.names is not None and any(key.startswith(prefix) for key in destination):
             destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
         self.names = None if names is None else tuple(names)
-        kept = state_dict.pop(f"{prefix}_kept", None)
-        self.kept = None if kept is None else Kept(**kept | {"present": tuple(kept["present"])})
+        start = f"{prefix}_kept."
+        kept = {key[len(start) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        self.kept = Kept.of(kept) if kept else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -562,11 +562,6 @@ OPTIONS = {
         ValueError,
         ("scale_heads", "False with groups", "True"),
     ),
-    "process_group with groups": (
-        lambda trunk, heads, h, table: {"groups": [trunk.parameters()], "process_group": True},
-        ValueError,
-        ("process_group", "None with groups"),
-    ),
 }
 
 

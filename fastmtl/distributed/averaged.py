@@ -41,19 +41,24 @@ class AveragedRows:
             ranks; they and their order must be the same on every rank.
         tasks: number of tasks T.
         group: from `gram_group`.
+        sizes: of groups of parameters, one after the other, that are aggregated each on its own; None for one problem.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], tasks: int, group: ProcessGroup) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], tasks: int, group: ProcessGroup, sizes: Sequence[int] | None = None
+    ) -> None:
         self._group = group
         self._tasks = tasks
         self._filled = 0
         self._device = parameters[0].device
         self._coarsest = coarsest(parameters)
         self._reached = [False] * len(parameters)  # on this rank
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for k, p in enumerate(parameters):
-            by_dtype.setdefault(p.dtype, []).append(k)
-        self._buckets = [_Bucket(parameters, members, tasks, group) for members in by_dtype.values()]
+        self._problems = () if sizes is None else (len(sizes),)
+        problems = [b for b, size in enumerate(sizes or [len(parameters)]) for _ in range(size)]
+        kinds: dict[tuple[int, torch.dtype], list[int]] = {}
+        for k, (b, p) in enumerate(zip(problems, parameters, strict=True)):
+            kinds.setdefault((b, p.dtype), []).append(k)
+        self._buckets = [(b, _Bucket(parameters, members, tasks, group)) for (b, _), members in kinds.items()]
 
     def append(self, row: Sequence[Tensor | None]) -> None:
         """Takes the next task's K gradients on this rank (None: no gradient) and starts to average them.
@@ -64,7 +69,7 @@ class AveragedRows:
         for k, g in enumerate(row):
             self._reached[k] |= g is not None
         with torch.no_grad():
-            for bucket in self._buckets:
+            for _, bucket in self._buckets:
                 bucket.scatter(self._filled, row)
         self._filled += 1
 
@@ -72,8 +77,8 @@ class AveragedRows:
         """The aggregation of the averaged gradients, the same bits on every rank.
 
         Args:
-            weigh: a method's map from the Gram matrix (float64 [T, T]), the coarsest dtype of the gradients and the
-                context to an `Info` with the task weights `alpha`.
+            weigh: a method's map from the Gram matrix (float64 [T, T], or [B, T, T] of groups), the coarsest dtype of
+                the gradients and the context to an `Info` with the task weights `alpha`.
             context: what the step brings besides gradients; where `weigh` draws at random it has to have `agree`.
 
         Returns:
@@ -85,21 +90,21 @@ class AveragedRows:
         """
         T = self._tasks
         with torch.no_grad():
-            M = torch.zeros(T, T, dtype=torch.float64, device=self._device)
-            for bucket in self._buckets:
-                M += ops.gram(bucket.rows())
+            M = torch.zeros(*self._problems, T, T, dtype=torch.float64, device=self._device)
+            for b, bucket in self._buckets:
+                M.view(-1, T, T)[b] += ops.gram(bucket.rows())
             # One collective for both: the Gram, and which parameters any rank has a gradient of.
             reached = torch.tensor(self._reached, dtype=torch.float64)
             message = torch.cat([M.view(-1), reached.to(self._device, non_blocking=True)])
             all_reduce(message, self._group)
-            info = weigh(message[: T * T].view(T, T), self._coarsest, context)
+            info = weigh(message[: M.numel()].view(M.shape), self._coarsest, context)
             updates: list[Tensor | None] = [None] * len(self._reached)
-            for bucket in self._buckets:
-                for k, update in bucket.gather(info.alpha):
+            for b, bucket in self._buckets:
+                for k, update in bucket.gather(info.alpha.reshape(-1, T)[b]):
                     updates[k] = update
         # A rank that has a gradient of each parameter knows the answer without waiting for the device.
         if not all(self._reached):
-            anywhere = message[T * T :].tolist()
+            anywhere = message[M.numel() :].tolist()
             updates = [update if n else None for update, n in zip(updates, anywhere, strict=True)]
         return updates, info
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import DTYPES, Rows, check_tangent, checked_out, describe, transforming
+from fastmtl.inputs import DTYPES, Rows, checked_out
 from fastmtl.losses import Losses
-from fastmtl.methods.checks import checked_weights
+from fastmtl.methods.checks import check_gram, checked_weights
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
+from fastmtl.training.accumulate import Accumulator
 from fastmtl.training.backward import backward
 from fastmtl.training.parameters import Parameters
 
@@ -201,6 +202,17 @@ class Method(MethodModule):
             check=check,
         )
 
+    def accumulate(
+        self,
+        shared: Parameters | None = None,
+        *,
+        groups: Sequence[Parameters] | None = None,
+        scale_heads: bool = False,
+        process_group: Any = None,
+    ) -> Accumulator:
+        """For micro-batches: sums of their T gradients are aggregated once. The arguments are those of `backward`."""
+        return Accumulator(self, shared, groups, scale_heads, process_group)
+
     def after_step(self, losses: Callable[[], Losses]) -> None:
         """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
 
@@ -345,18 +357,10 @@ class GramMethod(Method):
             ValueError: `M` is not square, requires grad or has a forward-mode tangent, weights or losses of another
                 length than T, losses that are missing.
         """
-        if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
-            raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
-        shape = M.shape
-        if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
-            raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
-        if M.requires_grad and torch.is_grad_enabled():
-            raise ValueError("M: has requires_grad=True, but task weights have no derivative; pass it detached")
-        if transforming():
-            check_tangent(M, "M", "task weights have")
+        check_gram(M)
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype!r}")
-        T = shape[-1]
+        T = M.shape[-1]
         self.check_tasks(T)
         return solved(self, M, dtype or M.dtype, context_of(self, losses, T, grad_scale)).alpha
 

@@ -1,13 +1,31 @@
-"""What a method of one's own returns, before it is used."""
+"""What comes as a Gram matrix, and what a method of one's own returns for it, before either is used."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastmtl.inputs import describe
+from fastmtl.inputs import check_tangent, describe, transforming
 
-__all__ = ["checked_weights"]
+__all__ = ["check_gram", "checked_weights"]
+
+
+def check_gram(M: object) -> None:
+    """Accepts [T, T] and [B, T, T] with T >= 1.
+
+    Raises:
+        TypeError: no dense float32 or float64 tensor.
+        ValueError: of another shape, or one that requires grad or has a forward-mode tangent.
+    """
+    if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
+        raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
+    shape = M.shape
+    if not 2 <= len(shape) <= 3 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(f"M: expected shape [T, T] or [B, T, T] with T >= 1, got {describe(M)}")
+    if M.requires_grad and torch.is_grad_enabled():
+        raise ValueError("M: has requires_grad=True, but task weights have no derivative; pass it detached")
+    if transforming():
+        check_tangent(M, "M", "task weights have")
 
 
 def checked_weights(method: object, alpha: object, M: Tensor) -> Tensor:

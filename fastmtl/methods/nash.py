@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,9 +32,10 @@ class NashMTL(StatefulMethod):
 
     Args:
         max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
-        every: solve in every k-th step and keep the weights in between. The only state: `reset()` forgets it. A task
-            that is absent when it is solved keeps the weight that it had; in a step in which a task is there that has
-            none yet, it is solved as well.
+        every: solve in every k-th step and keep the weights in between, where `backward` then takes one pass in place
+            of T (see its `every`), with the same result. The only state: `reset()` forgets it. In a step in which a
+            task is there that has no weight yet, it is solved as well. Elsewhere (`method(G)`, `fan_out`,
+            `representation=`, `groups=`) a task that is absent when it is solved keeps the weight that it had.
 
     Raises:
         TypeError: an option of another kind.
@@ -58,6 +59,10 @@ class NashMTL(StatefulMethod):
     def remembers(self) -> bool:  # type: ignore[override]
         return self.every > 1
 
+    @property
+    def holds(self) -> int:  # type: ignore[override]
+        return self.every
+
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         return f"max_norm={self.max_norm}, every={self.every}"
@@ -75,8 +80,13 @@ class NashMTL(StatefulMethod):
         wide = context.unscaled(M)
         alpha, residual = ops.nash(wide, 1.0)
         if self.every > 1 or self._first:
-            alpha = self._kept(alpha, wide)
-        return Info.of(self._shortened(alpha, wide), M, residual=residual)
+            alpha = self._held(alpha, wide, context.due)
+        info = Info.of(self._shortened(alpha, wide), M, residual=residual)
+        info.lasting = alpha
+        return info
+
+    def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
+        return self.max_norm / norm().clamp_min(self.max_norm) if self.max_norm else None
 
     def _shortened(self, alpha: Tensor, M: Tensor) -> Tensor:
         if not self.max_norm:
@@ -85,13 +95,13 @@ class NashMTL(StatefulMethod):
         # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
         return alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
 
-    def _kept(self, alpha: Tensor, M: Tensor) -> Tensor:
+    def _held(self, alpha: Tensor, M: Tensor, due: bool) -> Tensor:
         """The weights of the last step that was to solve; this one's, if it is."""
         solution, steps = self._state(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
         there = is_present(M)
-        due = self._solvable(M) & ((steps % self.every == 0) | (there & (solution == 0)).any(-1))
-        kept = torch.where(due[..., None] & there, alpha, solution)
+        now = (steps % self.every == 0) | (there & (solution == 0)).any(-1) | due
+        kept = torch.where((self._solvable(M) & now)[..., None] & there, alpha, solution)
         solution.copy_(torch.where(finite[..., None], kept, solution))
         steps.add_(finite)
         return torch.where(finite[..., None], torch.where(there, kept, 0.0), torch.nan)

@@ -52,7 +52,7 @@ def backward(
     paths.check(options)
     if isinstance(losses, Tensor) and batch_dim is None and shared is representation is groups is None:
         _warn_of_arithmetic(losses)
-    step = prepare(options, tasks, grad_scale, unsaid=process_group is None)
+    step = amortised.scheduled(prepare(options, tasks, grad_scale, unsaid=process_group is None))
     updates, info, reached = _run(step)
     info.names = names
     commit(updates, reached)

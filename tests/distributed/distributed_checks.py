@@ -5,6 +5,7 @@ Starting a process costs far more than a check, so one world runs them all and r
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import inspect
 import traceback
@@ -292,6 +293,87 @@ def check_full_method_accumulates_under_no_sync() -> None:
         fastmtl.AlignedMTL().backward(losses, model.module.trunk.parameters(), process_group=True)
     assert relative(grads(model.module.trunk), trunk) <= 1e-9
     assert relative(grads(model.module.heads), heads) <= 1e-12
+
+
+def check_accumulation_under_ddp() -> None:
+    """Micro-batches are summed on each rank, under no_sync, and averaged once: one process on the whole batch."""
+    for way in ("shared", "features", "representation"):
+        model, alone = Model(), Model()
+        ddp = DistributedDataParallel(model)
+        where = {} if way == "representation" else {"shared": model.trunk}
+        accumulator = fastmtl.AlignedMTL().accumulate(**where, process_group=True)
+        for step in range(2):
+            ddp.zero_grad(set_to_none=True)
+            x, y = batch(step)
+            for i, (x_i, y_i) in enumerate(zip(part(x).chunk(2), part(y).chunk(2), strict=True)):
+                with ddp.no_sync() if i == 0 else contextlib.nullcontext():
+                    losses = [loss / 2 for loss in losses_of(ddp(x_i)[0], y_i)]
+                accumulator.add(losses, **({} if way == "shared" else {way: model.h}))
+            info = accumulator.backward()
+            if way == "representation":
+                trunk, M = encoder_truth(alone, x, y)
+            else:
+                rows = torch.stack(task_rows(alone, x, y))
+                trunk, M = svd_align(rows), rows @ rows.T
+            assert relative(grads(model.trunk), trunk) <= 1e-9
+            assert relative(grads(model.heads), head_gradients(alone, x, y)) <= 1e-12
+            assert relative(info.gram, M) <= 1e-12
+            assert_same_bits(grads(model))
+
+
+def check_groups_are_aggregated_each_on_its_own() -> None:
+    """Layers under data parallelism: the averaged gradients of each, in one batch of problems; accumulated, too."""
+    x, y = batch()
+    alone = Model()
+    rows = torch.stack(task_rows(alone, x, y))
+    sizes = [sum(p.numel() for p in alone.trunk[k].parameters()) for k in (0, 2)]
+    expected = torch.cat([svd_align(part) for part in rows.split(sizes, 1)])
+    for way in ("shared", "features", "accumulate"):
+        model = Model()
+        ddp = DistributedDataParallel(model)
+        layers, method = [model.trunk[0], model.trunk[2]], fastmtl.AlignedMTL()
+        losses = losses_of(ddp(part(x))[0], part(y))
+        if way == "accumulate":
+            accumulator = method.accumulate(groups=layers, process_group=True)
+            accumulator.add(losses)
+            info = accumulator.backward()
+        else:
+            where = {"features": model.h} if way == "features" else {}
+            info = method.backward(losses, groups=layers, process_group=True, **where)
+        assert relative(grads(model.trunk), expected) <= 1e-9
+        assert relative(grads(model.heads), head_gradients(alone, x, y)) <= 1e-12
+        assert info.alpha.shape == (2, TASKS)
+        assert relative(info.gram, torch.stack([part @ part.T for part in rows.split(sizes, 1)])) <= 1e-12
+        assert_same_bits(grads(model))
+        assert_same_bits(info.alpha)
+
+
+def check_accumulation_where_ranks_lack_losses() -> None:
+    """The first rank lacks a task in one micro-batch, the last one all tasks in both: it takes part with zeros."""
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y = batch()
+    model, alone = Model(), Model()
+    accumulator = fastmtl.AlignedMTL().accumulate(model.trunk, process_group=True)
+    rows = torch.zeros(TASKS, sum(p.numel() for p in alone.trunk.parameters()), dtype=F64)
+    for i, (x_i, y_i) in enumerate(zip(part(x).chunk(2), part(y).chunk(2), strict=True)):
+        there = [rank != W - 1 and not (rank == 0 and i == 0 and t == 1) for t in range(TASKS)]
+        losses = losses_of(model(x_i)[0], y_i)
+        accumulator.add([loss if here else None for loss, here in zip(losses, there, strict=True)])
+        rows += torch.stack(task_rows(alone, x_i, y_i)) * torch.tensor(there, dtype=F64)[:, None]
+    accumulator.backward()
+    assert relative(grads(model.trunk), svd_align(torch.stack(everywhere(rows)).mean(0))) <= 1e-9
+    assert_same_bits(grads(model.trunk))
+    assert all((p.grad is None) == (rank == W - 1) for p in model.heads.parameters())
+
+
+def check_accumulation_of_shards_is_refused() -> None:
+    model = Model()
+    shard_each(model)
+    shared = list(model.trunk.parameters())
+    accumulator = fastmtl.AlignedMTL().accumulate(shared)
+    x, y = batch()
+    losses = losses_of(model(part(x))[0], part(y))
+    assert_raises(ValueError, "expected plain parameters with accumulate, got a DTensor", accumulator.add, losses)
 
 
 def check_full_method_through_features() -> None:

@@ -317,3 +317,114 @@ def test_a_step_in_between_costs_one_pass():
 
     assert [step() for _ in range(4)] == [3, 1, 1, 3]
     assert flat([p.grad for p in model.trunk.parameters()]).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ a period of its own
+
+
+def nash_by_hand(model, alpha, max_norm, losses=None):
+    """Σ α_t g_t of the trunk, clipped to `max_norm`, as the authors' code clips it after one backward pass."""
+    wanted = expected(model, losses or model.losses(), alpha)
+    trunk = [f"trunk.{name}" for name, _ in model.trunk.named_parameters()]
+    norm = flat([wanted[name] for name in trunk]).norm()
+    factor = max_norm / norm.clamp_min(max_norm) if max_norm else 1.0
+    return wanted | {name: wanted[name] * factor for name in trunk}
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.2, 1e3])
+def test_nash_takes_one_pass_in_between_and_the_authors_step(max_norm):
+    model, method, passes = Model(), fastmtl.NashMTL(max_norm=max_norm, every=3), []
+    solver = fastmtl.NashMTL(max_norm=0)  # the weights before they are shortened
+    for step in range(7):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.03 * randn(*p.shape, dtype=F64, seed=step))
+        model.zero_grad()
+        if step % 3 == 0:
+            alpha = solver.backward(model.losses(), shared=model.trunk).alpha
+            model.zero_grad()
+        wanted = nash_by_hand(model, alpha, max_norm)
+        h = model.trunk(model.x)
+        h.grad_fn.register_hook(lambda *_: passes.append(1))
+        passes.clear()
+        info = method.backward(model.losses(h), shared=model.trunk)
+        assert (info.age, len(passes)) == ((0, 3), (1, 1), (2, 1))[step % 3]
+        close(model, wanted)
+        if max_norm == 0.2:
+            assert flat([p.grad for p in model.trunk.parameters()]).norm() == pytest.approx(0.2)
+
+
+def test_nash_elsewhere_holds_its_weights_as_ever():
+    """Ways that take one pass anyway, and methods in evaluation, which change nothing."""
+    model, method = Model(), fastmtl.NashMTL(every=3)
+    for step in range(4):
+        h = model.trunk(model.x)
+        info = method.backward(model.losses(h), representation=h)
+        assert info.age is None
+        assert method.steps == step + 1
+    method.reset()
+    method.eval()
+    for _ in range(2):
+        assert method.backward(model.losses(), shared=model.trunk).age is None
+    assert method.kept is None
+    assert not method.state_dict()
+    aligned = fastmtl.AlignedMTL()
+    aligned.backward(model.losses(), shared=model.trunk, every=3)
+    kept = aligned.kept
+    aligned.eval()
+    assert [aligned.backward(model.losses(), shared=model.trunk, every=3).age for _ in range(2)] == [1, 1]
+    assert aligned.kept is kept
+
+
+def test_nash_holds_its_weights_where_one_pass_cannot_bring_both():
+    """Losses written into one tensor, as LibMTL's trainer does: T passes, and weights of every third step."""
+    model, method, other = Model(), fastmtl.NashMTL(every=3), fastmtl.NashMTL(every=3)
+    for step in range(5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.03 * randn(*p.shape, dtype=F64, seed=step))
+        written = torch.zeros(3, dtype=F64)
+        for t, loss in enumerate(model.losses()):
+            written[t] = loss
+        info = method.backward(written, shared=model.trunk)
+        expected = other.backward(model.losses(), shared=model.trunk)
+        assert info.age is None
+        assert expected.age == step % 3
+        assert relative(info.alpha, expected.alpha) <= 1e-9
+
+
+def test_nash_with_a_loss_scaler_and_scaled_heads():
+    """The limit is one on the gradient as it is without a scaler, and heads have the weights of `info`."""
+    model, method = Model(), fastmtl.NashMTL(max_norm=0.1, every=2)
+    for step in range(2):
+        model.zero_grad()
+        losses = [1024.0 * loss for loss in model.losses()]
+        info = method.backward(losses, shared=model.trunk, grad_scale=1024.0, scale_heads=True)
+        assert info.age == step
+    assert flat([p.grad for p in model.trunk.parameters()]).norm() == pytest.approx(102.4)
+    for t, head in enumerate(model.heads):
+        (g,) = torch.autograd.grad(1024.0 * model.losses()[t], [head.weight])
+        assert relative(head.weight.grad, info.alpha[t] * g) <= 1e-12
+
+
+def test_nash_goes_on_from_its_state():
+    model, method = Model(), fastmtl.NashMTL(every=4)
+    for _ in range(3):
+        method.backward(model.losses(), shared=model.trunk)
+    other = fastmtl.NashMTL(every=4)
+    other.load_state_dict(method.state_dict())
+    for age in (3, 0, 1):
+        infos = [m.backward(model.losses(), shared=model.trunk) for m in (method, other)]
+        assert [info.age for info in infos] == [age, age]
+        assert torch.equal(infos[0].alpha, infos[1].alpha)
+
+
+def test_a_first_step_that_overflows_costs_one_step():
+    """A loss scaler begins too high: steps until the next solution are those of the sum, not lost as well."""
+    model, method = Model(), fastmtl.AlignedMTL()
+    first = method.backward([loss * float("inf") for loss in model.losses()], shared=model.trunk, every=3)
+    assert first.alpha.isnan().all()
+    model.zero_grad()
+    wanted = expected(model, model.losses(), torch.ones(3, dtype=F64))
+    assert method.backward(model.losses(), shared=model.trunk, every=3).age == 1
+    close(model, wanted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from fastmtl.graph import SEVERAL, Edge, Leaves, behind_joints, edge_of, is_leaf
 from fastmtl.info import Info
 from fastmtl.inputs import Row
 from fastmtl.options import integer
-from fastmtl.rule import Kept
+from fastmtl.rule import Context, Kept
 from fastmtl.training import passes
 from fastmtl.training.parameters import are_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
-__all__ = ["check", "keep", "run", "takes"]
+__all__ = ["check", "keep", "run", "scheduled", "takes"]
 
 # "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
 # second halve it.
@@ -64,6 +65,25 @@ def takes(step: Step) -> bool:
     return kept.age + 1 < period and not new
 
 
+def scheduled(step: Step) -> Step:
+    """The step with the period that it has: the method's own where the call names none, and one pass can serve."""
+    options = step.options
+    every = options.every
+    if every == 1 and options.method.holds > 1 and options.method.training and _takes_one_pass(step):
+        every = options.method.holds
+    if every == 1:
+        return step
+    return step._replace(options=options._replace(every=every), context=step.context._replace(due=True))
+
+
+def _takes_one_pass(step: Step) -> bool:
+    """Whether steps in between could take one; else a method with a period of its own holds its weights by itself."""
+    options = step.options
+    if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _WITHOUT):
+        return False
+    return options.scale_heads or _Border(step.uncut()).clean
+
+
 def run(step: Step) -> Outcome | None:
     """See `Path`."""
     step = step.uncut()
@@ -80,29 +100,53 @@ def run(step: Step) -> Outcome | None:
     method = step.options.method
     kept = method.kept
     assert kept is not None  # see `takes`
+    kept = kept._replace(alpha=kept.alpha.to(step.parameters[0].device))  # as it was loaded
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
         row, own = _pass(step, heads, border, kept.alpha)
     if step.group is not None:
         row = _averaged(step, row)
     check_reached([row], "shared")
-    method.kept = kept._replace(age=kept.age + 1)
-    info = Info.of(kept.alpha)
+    alpha, factor = kept.alpha, method.shortening(partial(_norm, row, step.context))
+    if factor is not None:
+        alpha, row = alpha * factor, _times(row, factor)
+        if step.options.scale_heads:
+            own = [_times(grads, factor) for grads in own]
+    if method.training:
+        method.kept = kept._replace(age=kept.age + 1)
+    info = Info.of(alpha)
     info.age = kept.age + 1
     return step._replace(options=step.options._replace(scale_heads=False)).outcome(heads, row, own, info)
 
 
+def _norm(row: Row, context: Context) -> Tensor:
+    """Of the gradient as it is without a loss scaler, float64 []."""
+    parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in row if g is not None]
+    return context.scaled(torch.stack(parts).norm())
+
+
+def _times(row: Row, factor: Tensor) -> Row:
+    return [None if g is None else g * factor.to(g.dtype) for g in row]
+
+
 def keep(step: Step, info: Info) -> None:
-    """Remembers the weights of a step that computed them; those before it where they are not finite."""
+    """Remembers the weights of a step that computed them.
+
+    Where they are not finite, as in a step that overflows, those before go on; or ones, if there are none yet.
+    """
     method, every = step.options.method, step.options.every
     if every == 1 or info.age is not None:
         return
     info.age = 0
+    if not method.training:
+        return
     old: Kept | None = method.kept
-    alpha, turn = info.alpha.detach().clone(), None
-    period = 1 if every == "auto" else every
-    if old is not None and old.alpha.shape == alpha.shape:
+    alpha, turn = (info.alpha if info.lasting is None else info.lasting).detach(), None
+    finite, period = alpha.isfinite().all(), 1 if every == "auto" else every
+    if old is None or old.alpha.shape != alpha.shape:
+        alpha = torch.where(finite, alpha, 1.0)
+    else:
         before = old.alpha.to(alpha.device)
-        alpha = torch.where(alpha.isfinite().all(), alpha, before)
+        alpha = torch.where(finite, alpha, before)
         turn = torch.nn.functional.cosine_similarity(alpha, before, dim=0)
         if every == "auto":
             period = _adapted(old)
@@ -130,7 +174,7 @@ def _pass(step: Step, heads: Leaves, border: _Border, alpha: Tensor) -> tuple[Ro
     if there:
         scale_heads = step.options.scale_heads
         starts = [
-            (alpha[t] if scale_heads or border.begins(loss) else torch.ones_like(alpha[t])).to(loss).expand_as(loss)
+            alpha[t].to(loss).expand_as(loss) if scale_heads or border.begins(loss) else None  # ones
             for t, loss in there
         ]
         with border.scaled(None if scale_heads else alpha):
@@ -199,7 +243,8 @@ class _Border:
     @contextmanager
     def scaled(self, alpha: Tensor | None) -> Iterator[None]:
         """Within, what passes the border is multiplied by the weights."""
-        handles = [] if alpha is None else [self._hook(*entry, alpha) for entry in self._hooked]
+        factors: dict[torch.dtype, Sequence[Tensor]] = {}
+        handles = [] if alpha is None else [self._hook(*entry, alpha, factors) for entry in self._hooked]
         try:
             yield
         finally:
@@ -207,8 +252,15 @@ class _Border:
                 handle.remove()
 
     @staticmethod
-    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor) -> Any:
+    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor, factors: dict[Any, Sequence[Tensor]]) -> Any:
         def scale(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-            return tuple(g * alpha[t].to(g.dtype) if g is not None and i in beyond else g for i, g in enumerate(grads))
+            scaled = list(grads)
+            for i in beyond:
+                g = grads[i]
+                if g is not None:
+                    if g.dtype not in factors:  # once a pass, not once a task
+                        factors[g.dtype] = alpha.to(g.dtype).unbind()
+                    scaled[i] = g * factors[g.dtype][t]
+            return tuple(scaled)
 
         return node.register_hook(scale)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl.info import Info
 from fastmtl.inputs import Row, describe
 from fastmtl.rule import Context, Rule
-from fastmtl.training.step import Options, check_reached
+from fastmtl.training.step import Options, Step, check_reached
 
 __all__ = ["Rows", "check"]
 
@@ -31,10 +28,11 @@ def check(options: Options) -> None:
 class Rows:
     """The tasks' gradients, of which each process keeps its share of the averages."""
 
-    def __init__(self, parameters: Sequence[Tensor], tasks: int, group: Any) -> None:
+    def __init__(self, step: Step) -> None:
         from fastmtl import distributed  # here: not every torch is built with it
 
-        self._rows = distributed.AveragedRows(parameters, tasks, group)
+        sizes = [len(group) for group in step.groups] or None
+        self._rows = distributed.AveragedRows(step.parameters, step.options.tasks, step.group, sizes)
 
     def append(self, row: Row) -> None:
         """Takes the next task's gradients."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fastmtl.graph import Leaves
 from fastmtl.inputs import Row
 from fastmtl.training import passes
 from fastmtl.training.commit import check_gathered
 from fastmtl.training.paths.full import rows_for
 from fastmtl.training.step import Options, Outcome, Step
 
-__all__ = ["check", "run", "takes"]
+__all__ = ["check", "gather", "run", "takes"]
 
 
 def check(options: Options) -> None:
@@ -33,10 +34,18 @@ def takes(step: Step) -> bool:
 
 def run(step: Step) -> Outcome:
     """See `Path`."""
+    rows = rows_for(step)
+    heads, own = gather(step, rows)
+    updates, info = rows.combine(step.options.method, step.context)
+    del rows  # they need not live while the gradients are committed
+    return step.outcome(heads, updates, own, info)
+
+
+def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
+    """Appends T rows of gradients of the shared parameters; returns the other leaves, and theirs."""
     heads = step.heads.without(step.parameters)
     options = step.options
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
-        rows = rows_for(step)
         cotangents: list[Row] = []
         own = passes.from_losses(
             step.losses, step.cut, heads, options.retain_graph, cotangents, closed=bool(step.trunk.nested)
@@ -44,6 +53,4 @@ def run(step: Step) -> Outcome:
         check_gathered([*step.parameters, *heads.all()])  # there may be no way on from the cut
         through = passes.from_cotangents_at_once if options.batched else passes.from_cotangents
         through(step.cut, cotangents, step.parameters, options.retain_graph, rows)
-        updates, info = rows.combine(options.method, step.context)
-        del rows  # they need not live while the gradients are committed
-    return step.outcome(heads, updates, own, info)
+    return heads, own

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl.graph import Leaves
 from fastmtl.info import Info
 from fastmtl.inputs import Row
 from fastmtl.pipeline import aggregate_rows
@@ -16,7 +17,7 @@ from fastmtl.training import passes
 from fastmtl.training.paths import averaged, groups
 from fastmtl.training.step import Outcome, Step, check_reached
 
-__all__ = ["rows_for", "run", "takes"]
+__all__ = ["gather", "rows_for", "run", "takes"]
 
 
 def takes(step: Step) -> bool:
@@ -27,19 +28,25 @@ def takes(step: Step) -> bool:
 def run(step: Step) -> Outcome:
     """See `Path`."""
     step = step.uncut()
+    rows = rows_for(step)
+    heads, own = gather(step, rows)
+    updates, info = rows.combine(step.options.method, step.context)
+    del rows  # they need not live while the gradients are committed
+    return step.outcome(heads, updates, own, info)
+
+
+def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
+    """Appends T rows of gradients of the shared parameters; returns the other leaves, and theirs."""
+    step = step.uncut()
     heads = step.heads.without(step.parameters)
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
-        rows = rows_for(step)
-        own = passes.from_losses(step.losses, step.parameters, heads, step.options.retain_graph, rows)
-        updates, info = rows.combine(step.options.method, step.context)
-        del rows  # they need not live while the gradients are committed
-    return step.outcome(heads, updates, own, info)
+        return heads, passes.from_losses(step.losses, step.parameters, heads, step.options.retain_graph, rows)
 
 
 def rows_for(step: Step) -> Any:
     """What takes the tasks' gradients of the shared parameters, by `append`, and aggregates them, by `combine`."""
     if step.group is not None:
-        return averaged.Rows(step.parameters, len(step.losses), step.group)
+        return averaged.Rows(step)
     return groups.Rows(step.groups) if step.groups else _Rows(step.parameters)
 
 

@@ -21,8 +21,6 @@ def check(options: Options) -> None:
         raise ValueError(f"shared: expected None where groups is given, got {describe(options.shared)}")
     if options.scale_heads:
         raise ValueError("scale_heads: expected False with groups, got True: each group has task weights of its own")
-    if options.process_group is not None:
-        raise ValueError("process_group: expected None with groups, got a process group")
     if not options.method.on_gram:
         raise ValueError(f"groups: expected a method that works on the Gram matrix, got {describe(options.method)}")
 

@@ -15,7 +15,7 @@ from fastmtl.training import passes
 from fastmtl.training.commit import check_gathered
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
-__all__ = ["check", "run", "takes"]
+__all__ = ["aggregate", "check", "gather", "run", "takes"]
 
 
 def check(options: Options) -> None:
@@ -35,20 +35,26 @@ def takes(step: Step) -> bool:
 
 def run(step: Step) -> Outcome:
     """See `Path`."""
-    heads, trunk, options = step.heads, step.trunk, step.options
+    rows, own = gather(step)
+    cotangents, info = aggregate(step, rows)
+    rows.clear()
+    with passes.without_tensor_hooks(step.parameters):
+        updates = vjp(step.cut, cotangents, step.parameters, retain_graph=step.options.retain_graph)
+    return step.outcome(step.heads, updates, own, info)
+
+
+def gather(step: Step) -> tuple[list[Row], list[Row]]:
+    """T rows of gradients of the representation, and those of what the losses reach before it."""
+    heads, trunk, rows = step.heads, step.trunk, list[Row]()
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
-        rows: list[Row] = []
         closed = bool(step.tied or trunk.nested)
-        own = passes.from_losses(step.losses, step.cut, heads, options.retain_graph, rows, closed=closed)
+        own = passes.from_losses(step.losses, step.cut, heads, step.options.retain_graph, rows, closed=closed)
         check_gathered([*step.parameters, *heads.all()])  # there may be no way on from the cut
-        _warn_around(step, rows)
-        cotangents, info = _aggregate(step, rows)
-        rows.clear()
-        updates = vjp(step.cut, cotangents, step.parameters, retain_graph=options.retain_graph)
-    return step.outcome(heads, updates, own, info)
+    _warn_around(step, rows)
+    return rows, own
 
 
-def _aggregate(step: Step, rows: list[Row]) -> tuple[Sequence[Tensor | None], Info]:
+def aggregate(step: Step, rows: list[Row]) -> tuple[Sequence[Tensor | None], Info]:
     """One cotangent of the representation from those of the tasks."""
     method = step.options.method
     if step.group is None:
