@@ -128,7 +128,7 @@ class MultiTaskTrainer(Trainer):
         raise NotImplementedError(f"{type(self).__name__}: expected it to define compute_losses(self, model, inputs)")
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """The sum of the losses; see `Trainer`."""
         output = self.compute_losses(model, inputs)
