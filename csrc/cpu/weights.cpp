@@ -261,15 +261,19 @@ void balance_one(const double* M, int64_t T, const Policy& policy, double* alpha
     poison(T, alpha, eigenvalues, rank);
     return;
   }
-  const bool even = row_ratio(M, T) <= kEvenRows;
-  const bool few = T <= (even ? kJacobiTasks : kUnevenJacobiTasks);
-  if (T > 1 && (!few || row_ratio(M, T) > kJacobiRows) &&
+  const double ratio = row_ratio(M, T);
+  const bool even = ratio <= kEvenRows, few = T <= (even ? kJacobiTasks : kUnevenJacobiTasks);
+  if (T > 1 && (!few || ratio > kJacobiRows) &&
       (even ? balance_even : balance_uneven)(M, T, policy, wanted, alpha, eigenvalues, rank)) {
     return;
   }
   Buffer<double, 1024> memory(psd_workspace(T) + 8);
   double* X = aligned(memory.get());
   kernels().psd_eigh(M, T, eigenvalues, X, X + T * psd_stride(T));
+  if (wanted && ratio > kJacobiRows) { // the eigenvalues are right, the vectors need not be
+    balance_one(M, T, policy, alpha, nullptr, rank);
+    return;
+  }
   *rank = decide_rank(M, eigenvalues, T, policy);
   task_weights({eigenvalues, X, psd_stride(T), 1}, *rank, T, policy, alpha);
 }
@@ -307,6 +311,10 @@ void balance_lanes(
     std::reverse(lam, lam + T);
     for (int64_t j = 0; j < T; ++j) {
       lam[j] = std::max(lam[j], 0.0);
+    }
+    if (row_ratio(M + b * T * T, T) > kJacobiRows) {
+      balance_one(M + b * T * T, T, policy, alpha + b * T, nullptr, rank + b);
+      continue;
     }
     rank[b] = decide_rank(M + b * T * T, lam, T, policy);
     task_weights({lam, vectors + b * T * T + T - 1, -1, T}, rank[b], T, policy, alpha + b * T);
