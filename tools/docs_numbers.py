@@ -434,6 +434,9 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "large": lambda results: flat(results, lambda T: T >= LARGE),
     "large stages": scaling_large,
     "real": everywhere("real", "real *", head="× plain PyTorch, or eigh"),
+    "small": everywhere(
+        "batch", "batched *", "batch threads *", "eigh *", "small tensors *", "as rows *", head="reached"
+    ),
     "hard": everywhere("hard", "hard *", head="× eigh"),
     "per example": everywhere(
         "per example", *(f"per example {net} *" for net in ("mlp", "lenet", "transformer")), head="× plain step"
