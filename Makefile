@@ -18,7 +18,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emu
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint format clean
+.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -118,12 +118,18 @@ scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in s
 docs-numbers: develop ## the numbers of the documentation, from benchmarks/results
 	$(BIN)/python tools/docs_numbers.py
 
-lint: develop ## formatting, lint and types, as CI checks them
+lint: lint-style lint-types lint-public-types ## formatting, lint and types, as CI checks them
+
+lint-style: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python tools/type_completeness.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+lint-types: develop
+	$(BIN)/mypy
+
+lint-public-types: develop
+	$(BIN)/python tools/type_completeness.py
 
 format: develop ## put everything into the house style
 	$(BIN)/ruff check --fix .
