@@ -18,7 +18,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emu
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
+.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,12 @@ test-tools: develop ## those of the build, the command line, docs, examples, ben
 
 test-experiments: develop ## those of the experiments, and each of them end to end at tiny size, killed and resumed
 	$(BIN)/python -m pytest $(PARALLEL) tests/experiments $(PYTEST_ARGS)
+
+# They are not among the others' packages: where transformers is installed, whoever imports Lightning imports it, too.
+test-trainers: develop ## those with transformers and PEFT, which it installs
+	$(PIP) install 'fastmtl-torch[transformers]' 'peft>=0.17'
+	$(BIN)/python -m pytest tests/integrations/test_transformers.py tests/tools/test_trainer_examples.py tests/gramian/test_examples.py \
+		-k "trainer or transformers or peft or adapter" $(PYTEST_ARGS)
 
 # What a processor without AVX-512 runs of PyTorch, its libraries and the kernels.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTMTL_CPU=avx2

@@ -22,7 +22,7 @@ def test_a_failed_launch_leaves_no_error_behind() -> None:
 def test_every_call_of_the_runtime_is_checked() -> None:
     """By `check`, which takes the error: or it would be found by whoever looks next."""
     checked, others = set(), set()
-    for path in [*CSRC.glob("cuda/*.*"), *CSRC.glob("ops/*.cu")]:
+    for path in [*CSRC.glob("cuda/*.*"), *CSRC.glob("ops/*cuda*")]:
         for before, call in re.findall(r"(\w+\()?\s*\b(cuda[A-Z]\w*)\(", path.read_text()):
             (checked if before == "check(" else others).add(call)
     assert {"cudaLaunchKernelEx", "cudaFuncSetAttribute", "cudaMemcpyAsync"} <= checked

@@ -123,7 +123,8 @@ from fastmtl import __main__ as command_line
 optional = {{"torchjd", "sklearn", "matplotlib", "rich", "tensorboard", "LibMTL"}}
 seen = 0
 for module in pkgutil.walk_packages(fastmtl.__path__, "fastmtl."):
-    if module.name.startswith("fastmtl._C"):
+    # Not what was built, and not what stands on trainers: whether those run there is for their authors to say.
+    if module.name.startswith(("fastmtl._C", "fastmtl.integrations.lightning", "fastmtl.integrations.transformers")):
         continue
     try:
         __import__(module.name)
@@ -137,7 +138,7 @@ encoder, heads = torch.nn.Linear(5, 7), [torch.nn.Linear(7, 1) for _ in range(3)
 x = torch.randn(11, 5)
 for name in fastmtl.__all__:
     kind = getattr(fastmtl, name)
-    if not isinstance(kind, type) or not hasattr(kind, "backward") or kind in (fastmtl.Method, fastmtl.GramMethod):
+    if not isinstance(kind, type) or not issubclass(kind, fastmtl.Method) or kind in (fastmtl.Method, fastmtl.GramMethod):
         continue
     method = kind()
     encoder.zero_grad()
