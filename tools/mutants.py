@@ -187,8 +187,8 @@ MUTANTS = [
     Mutant(
         "NashMTL: an absent task's weight is not kept",
         "fastmtl/methods/nash.py",
-        "torch.where(due[..., None] & there, alpha,",
-        "torch.where(due[..., None], alpha,",
+        "(self._solvable(M) & now)[..., None] & there, alpha,",
+        "(self._solvable(M) & now)[..., None], alpha,",
         "methods/test_absent.py ops/test_nash.py methods/test_catalog.py",
     ),
     Mutant(
