@@ -282,6 +282,18 @@ bool inverse_root(Lanczos& space, Product& multiply, double cut, int64_t most, d
   }
 }
 
+// A point below λ_min, as near to an estimate as it may be, and the factorisation that proves it; in units of `unit`.
+// False where M is not positive definite.
+bool factor_below(PanelCholesky& cholesky, const double* M, double estimate, double unit, double* below) {
+  for (const double part : {0.95, 0.8, 0.5, 0.0}) {
+    *below = part * estimate;
+    if (cholesky.factor(M, *below * unit)) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // λ_min of the matrix of which `shifted` factors M - below I, all in units of `unit`, into `estimate`.
 bool inverse_iteration(
     const PanelCholesky& shifted,
@@ -370,15 +382,9 @@ bool is_positive_definite(const double* M, int64_t T, double shift) {
 
 bool smallest_eigenvalue(const double* M, int64_t T, double estimate, double* below) {
   PanelCholesky cholesky(T);
-  double shift = 0.0;
-  for (const double part : {0.95, 0.8, 0.5, 0.0}) {
-    shift = part * estimate;
-    if (cholesky.factor(M, shift)) {
-      break;
-    }
-    if (part == 0.0) {
-      return false;
-    }
+  double shift;
+  if (!factor_below(cholesky, M, estimate, 1.0, &shift)) {
+    return false;
   }
   std::vector<double> start(static_cast<size_t>(T));
   scatter(start.data(), T);
@@ -421,15 +427,9 @@ bool definite_weights(const double* M, int64_t T, const Policy& policy, double* 
 
   // λ_min from above: by inverse iteration about a point below it. The factorisation proves that it is below.
   PanelCholesky cholesky(T);
-  double estimate = space.ritz(space.smallest()), below = 0.0;
-  for (double part : {0.95, 0.8, 0.5, 0.0}) {
-    below = part * estimate;
-    if (cholesky.factor(M, below * unit)) {
-      break;
-    }
-    if (part == 0.0) {
-      return false;
-    }
+  double estimate = space.ritz(space.smallest()), below;
+  if (!factor_below(cholesky, M, estimate, unit, &below)) {
+    return false;
   }
   double squared = trace / double(T) / unit; // of scale rmse
   if (policy.scale == Scale::min || !(below > cut)) {

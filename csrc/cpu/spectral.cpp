@@ -313,15 +313,19 @@ bool Spectral::full_rank_weights(double smallest, const Policy& policy, double* 
   return finish(y, size * size, full_rank_scale(smallest, policy), alpha);
 }
 
+double Spectral::trace() const {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n_; ++i) {
+    sum += S_[size_t(i * n_ + i)];
+  }
+  return sum;
+}
+
 double Spectral::full_rank_scale(double smallest, const Policy& policy) const {
   if (policy.scale == Scale::min) {
     return smallest;
   }
-  double mean = 0.0;
-  for (int64_t i = 0; i < n_; ++i) {
-    mean += S_[size_t(i * n_ + i)] / double(n_);
-  }
-  return std::ldexp(mean, 2 * exponent_);
+  return std::ldexp(trace() / double(n_), 2 * exponent_);
 }
 
 bool Spectral::smallest_directly(double* smallest) const {
@@ -335,11 +339,7 @@ bool Spectral::smallest_directly(double* smallest) const {
 
 bool Spectral::direct_weights(double smallest, const Policy& policy, double* alpha) const {
   const std::vector<double> w = task_weights(policy);
-  double high = 0.0;
-  for (int64_t i = 0; i < n_; ++i) {
-    high += S_[size_t(i * n_ + i)];
-  }
-  const PartialFractions f = inverse_root_fractions(std::ldexp(smallest, -2 * exponent_), high, kDirectError);
+  const PartialFractions f = inverse_root_fractions(std::ldexp(smallest, -2 * exponent_), trace(), kDirectError);
   PanelCholesky shifted(n_);
   std::vector<double> sum(static_cast<size_t>(n_)), x(static_cast<size_t>(n_));
   for (size_t j = 0; j < f.t.size(); ++j) {

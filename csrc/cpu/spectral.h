@@ -53,6 +53,7 @@ class Spectral {
   std::vector<double> task_weights(const Policy& policy) const;
   // α from x = f(S) w, where xᵀ S x is as expected.
   bool finish(const std::vector<double>& x, double expected, double squared_scale, double* alpha) const;
+  double trace() const;                                                // of S, at least its largest eigenvalue
   double full_rank_scale(double smallest, const Policy& policy) const; // s
   bool certified_smallest(double smallest, std::vector<double> x) const;
   bool certified(double t, const double* y, const std::vector<double>& x, double least, double size) const;

@@ -262,7 +262,7 @@ def test_the_same_step_as_the_full_engine(method):
 
 @pytest.mark.parametrize("form", ["linear", "convolution", "embedding", "dora"])
 def test_lora_of_peft(form):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: make test-trainers installs it")
     torch.manual_seed(0)
     x = randn(7, 3, 6, seed=1, dtype=F64)
     if form == "convolution":

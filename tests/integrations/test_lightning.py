@@ -8,7 +8,7 @@ import torch
 from helpers import F64, randn, relative
 from torch import nn
 
-pl = pytest.importorskip("pytorch_lightning")
+pl = pytest.importorskip("pytorch_lightning", reason="needs pip install 'fastmtl-torch[lightning]'")
 
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging  # noqa: E402
 from pytorch_lightning.loggers.logger import Logger  # noqa: E402

@@ -138,7 +138,8 @@ encoder, heads = torch.nn.Linear(5, 7), [torch.nn.Linear(7, 1) for _ in range(3)
 x = torch.randn(11, 5)
 for name in fastmtl.__all__:
     kind = getattr(fastmtl, name)
-    if not isinstance(kind, type) or not issubclass(kind, fastmtl.Method) or kind in (fastmtl.Method, fastmtl.GramMethod):
+    abstract = kind in (fastmtl.Method, fastmtl.GramMethod)
+    if abstract or not (isinstance(kind, type) and issubclass(kind, fastmtl.Method)):
         continue
     method = kind()
     encoder.zero_grad()

@@ -11,8 +11,8 @@ def test_a_physics_informed_network(capsys):
 
 
 def test_an_adapter_with_two_objectives(tmp_path):
-    pytest.importorskip("peft", reason="needs pip install 'fastmtl-torch[transformers]' peft")
-    pytest.importorskip("transformers", reason="needs pip install 'fastmtl-torch[transformers]'")
+    pytest.importorskip("peft", reason="PEFT is not installed: make test-trainers installs it")
+    pytest.importorskip("transformers", reason="transformers is not installed: make test-trainers installs it")
     import adapter
 
     before = dict(adapter.Model().named_parameters())
