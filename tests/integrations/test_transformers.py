@@ -5,9 +5,7 @@ import torch
 from helpers import F64, flat, generator, relative
 from torch import nn
 
-transformers = pytest.importorskip(
-    "transformers", reason="not installed: make test-trainers installs it"
-)
+transformers = pytest.importorskip("transformers", reason="not installed: make test-trainers installs it")
 
 import fastmtl  # noqa: E402
 from fastmtl.integrations.transformers import MultiTaskTrainer  # noqa: E402
