@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from experiments.harness.balancing import METHODS, Balancer
+from experiments.harness.balancing import Balancer, check_name
 from experiments.harness.run import Run, environment
 from experiments.harness.sweep import Job, Track, sweep
 from experiments.harness.tables import Metric, Table, summarize
@@ -221,8 +221,8 @@ def train(run: Run, track: Track, problem: Problem) -> dict[str, float]:
     """Trains one run, from its last complete epoch where there is one, to its metrics on the test split.
 
     Args:
-        run: with settings `method` (one of `METHODS`, or "single" with `task`, the name of the task that is trained
-            alone), `seed`, `epochs`, `batch` and `lr`; others are the problem's.
+        run: with settings `method` (that a `Balancer` takes, or "single" with `task`, the name of the task that is
+            trained alone), `seed`, `epochs`, `batch` and `lr`; others are the problem's.
         track: wraps the loop over epochs, to show how far it is.
         problem: the data and networks.
 
@@ -231,10 +231,11 @@ def train(run: Run, track: Track, problem: Problem) -> dict[str, float]:
     """
     training = _Training(problem, run.settings)
     for epoch in track(range(run.restore(**training.parts), run.settings["epochs"])):
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         numbers = training.epoch()
         scores = {f"validation {name}": score for name, score in training.scores(problem.validation).items()}
-        run.log(epoch, **numbers, **scores, seconds=time.perf_counter() - start)
+        took = {"processor": time.process_time() - processor, "seconds": time.perf_counter() - start}
+        run.log(epoch, **numbers, **scores, **took)
         run.save(epoch + 1, **training.parts)
     return run.finish(**training.scores(problem.test))
 
@@ -243,7 +244,7 @@ def jobs(methods: Sequence[str], tasks: Sequence[str], seeds: int, settings: Map
     """The runs of an experiment: every task alone, then every method, each with seeds 0, 1, ….
 
     Args:
-        methods: some of `METHODS`.
+        methods: names that a `Balancer` takes.
         tasks: names of the tasks to be trained alone.
         seeds: how many.
         settings: the other settings of every run.
@@ -252,8 +253,7 @@ def jobs(methods: Sequence[str], tasks: Sequence[str], seeds: int, settings: Map
         ValueError: a method that there is not.
     """
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {method!r}")
+        check_name(method)
     kinds: list[tuple[str, dict[str, Any]]] = [(f"{SINGLE}-{task}", {"method": SINGLE, "task": task}) for task in tasks]
     kinds += [(method, {"method": method, "task": None}) for method in methods]
     return [
@@ -276,23 +276,29 @@ def report(
         results: what `sweep` returned.
         done: its jobs.
         metrics: one for each task.
-        about: what else to say beside the table; the environment and the seconds that runs took are added.
+        about: what else to say beside the table; the environment is added, and how long runs took, by the clock and of
+            processor time.
         folders: where table.md, table.csv and table.json are written.
     """
     by_method: dict[str, list[Mapping[str, float]]] = {}
     alone: dict[int, dict[str, float]] = {}
-    seconds: dict[str, list[float]] = {}
+    columns = "seconds", "processor"
+    times: dict[str, dict[str, list[float]]] = {column: {} for column in columns}
     for job in done:
         method, seed = job.settings["method"], job.settings["seed"]
-        seconds.setdefault(method, []).append(_seconds(root / job.name))
+        for column in columns:
+            times[column].setdefault(method, []).append(_total(root / job.name, column))
         if method == SINGLE:
             alone.setdefault(seed, {}).update(results[job.name])
         else:
             by_method.setdefault(method, []).append(results[job.name])
     table = summarize(by_method, metrics, list(alone.values()) or None)
-    took = {method: round(statistics.fmean(times), 1) for method, times in seconds.items()}
+    wall, processor = (
+        {method: round(statistics.fmean(each), 1) for method, each in times[column].items()} for column in columns
+    )
+    took = {"mean seconds per run": wall, "mean processor seconds per run": processor}
     for folder in folders:
-        table.write(folder, {**about, "mean seconds per run": took, "environment": environment()})
+        table.write(folder, {**about, **took, "environment": environment()})
     return table
 
 
@@ -335,6 +341,6 @@ def _cost(problem: Problem, settings: Mapping[str, Any], steps: int, runs: int) 
     return 1e3 * step, runs, epoch * settings["epochs"]
 
 
-def _seconds(folder: Path) -> float:
+def _total(folder: Path, column: str) -> float:
     with (folder / "log.csv").open(newline="") as file:
-        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+        return sum(float(row[column]) for row in csv.DictReader(file))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from experiments.harness import METHODS, supervised
+    from experiments.harness import CHOICE, METHODS, supervised
 except ImportError as error:
     raise ImportError(f"the experiments need {error.name}: pip install 'fastmtl-torch[experiments]'") from error
 from experiments.regression.data import TARGETS, default_folder, load
@@ -47,9 +47,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option("--quick", help=HELP)] = False,
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"Some of {', '.join(METHODS)}; may be repeated.", show_default="all")
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{CHOICE}; may be repeated.", show_default="all")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, …")] = 3,
     baselines: Annotated[bool, typer.Option(help="Train every target alone too, which Δm needs.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes; with several, each has one thread.")] = 1,

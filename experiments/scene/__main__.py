@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("experiments need more packages: pip install 'fastmtl-torch[experiments]'") from error
 
-from experiments.harness import METHODS, sweep
+from experiments.harness import CHOICE, METHODS, sweep
 from experiments.harness.supervised import SINGLE, jobs, report
 from experiments.scene.benchmarks import BENCHMARKS, Benchmark
 from experiments.scene.models import MODELS
@@ -63,9 +63,7 @@ def run_command(
     data: Annotated[Path, typer.Option(help="The data set's root.")],
     benchmark: Annotated[str, typer.Option(help=f"One of {', '.join(BENCHMARKS)}.")] = "nyuv2",
     quick: Annotated[bool, typer.Option("--quick", help=f"For rendered rooms of 64x96: {_listed(QUICK)}.")] = False,
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"Some of {', '.join(METHODS)}; may be repeated.", show_default="all")
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{CHOICE}; may be repeated.", show_default="all")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, …")] = 3,
     baselines: Annotated[bool, typer.Option(help="Train every task alone too, which Δm needs.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time; with several, each has one thread.")] = 1,

@@ -88,7 +88,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = s["lr"] / 2 if 0 < s["halve_at"] <= epoch else s["lr"]
         self.model.train()
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         seen: list[Tensor] = []
         samples = batches(self.train_data, s["batch"], 1_000_003 * s["seed"] + epoch, self.loaders)
         for n, batch in enumerate(samples, 1):
@@ -100,12 +100,13 @@ class Training:
                 self.balancer.end_epoch()
                 self._evaluate(epoch)
             if due:
-                now = time.perf_counter()
+                now, then = time.perf_counter(), time.process_time()
                 means = dict(
                     zip((f"{t.name} loss" for t in self.tasks), torch.stack(seen).mean(0).tolist(), strict=True)
                 )
-                run.log(epoch * self.steps + n - 1, epoch=epoch, **means, **measures, seconds=now - start)
-                start, seen = now, []
+                took = {"processor": then - processor, "seconds": now - start}
+                run.log(epoch * self.steps + n - 1, epoch=epoch, **means, **measures, **took)
+                start, processor, seen = now, then, []
 
     def step(self, batch: Mapping[str, Tensor], measure: bool = False) -> tuple[Tensor, dict[str, float]]:
         """One step of the optimizer: the losses before it [T], and with `measure` the diagnostics."""

@@ -163,7 +163,7 @@ def test_table(tmp_path):
     assert str(harness.summarize({"x": single[:1]}, metrics).rows["x"]["error ↓"]) == "2"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "aligned@4", "nash@auto"])
 def test_every_method_trains(name):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(4, 16), nn.Tanh())
@@ -188,10 +188,17 @@ def test_every_method_trains(name):
         if step % 50 == 49:
             balancer.end_epoch()
     assert sum(losses()).item() < 0.7 * first
-    assert (info.gram is None) == (isinstance(balancer.method, scalarization.Scalarization) or name == "graddrop")
+    without = isinstance(balancer.method, scalarization.Scalarization) or name == "graddrop" or bool(info.age)
+    assert (info.gram is None) == without
+    assert (info.age is None) == ("@" not in name)
     Balancer(name, 3).load_state_dict(balancer.state_dict())
 
 
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"method: expected one of uniform, .*, got 'nosuch'"):
         Balancer("nosuch", 2)
+    for name in ("aligned@", "aligned@often", "aligned@-1"):
+        with pytest.raises(
+            ValueError, match="method: expected aligned, aligned@K with a whole number K, or aligned@auto"
+        ):
+            Balancer(name, 2)
