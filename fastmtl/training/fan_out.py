@@ -19,11 +19,11 @@ from fastmtl import once
 from fastmtl.graph import Edge, edge_of, reached_by, trunk_of
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, describe, requires_grad_outside, transforming
-from fastmtl.losses import Losses, check_losses, check_names, present_losses
+from fastmtl.losses import Losses, check_losses, check_names, present_losses, stack_losses
 from fastmtl.rule import Context, Rule, checked_scale, names_in_order
 from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture
-from fastmtl.training.nodes import _Node, _Total, _TracedNode, aliases_of, with_hooks
+from fastmtl.training.nodes import _Node, _Total, _TracedNode, _TracedTotal, aliases_of, with_hooks
 from fastmtl.training.running import probe_like
 from fastmtl.training.watch import Watch
 
@@ -94,8 +94,7 @@ def fan_out(
         TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
         ValueError: `tasks` < 1 or a name twice, `h` without tensors, an unknown `via`, weights of another length than
             T, `process_group` with a method that does not work on the Gram or needs the losses, `info` for another
-            number of tasks; inside `torch.compile`: `process_group`, `grad_scale`, a method that needs the losses or
-            has state.
+            number of tasks; inside `torch.compile`: `process_group`, a method on losses or one that has state.
         NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it; (in the
             backward) a loss contains a derivative that was taken through the aliases.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
@@ -127,13 +126,14 @@ def place(
 
     reduce, agree = _reduction(method, process_group)
     if site is None:
-        if reduce is not None or grad_scale is not None or method.needs_losses or method.remembers:
+        if reduce is not None or method.on_losses or method.remembers:
             raise ValueError(
-                "fan_out: process_group, grad_scale, methods that need the losses and methods with state are not "
-                "available inside torch.compile; call fan_out outside"
+                "fan_out: process_group, methods on losses and methods with state are not available inside "
+                "torch.compile; call fan_out outside"
             )
-        outputs = _TracedNode.apply(method, tasks, info, *sources)
-        return FanOut(aliases_of(h, sources, outputs, tasks), names, None, info, None)
+        outputs = _TracedNode.apply(method, tasks, info, grad_scale, *sources)
+        told = outputs[-1] if method.needs_losses else None
+        return FanOut(aliases_of(h, sources, outputs, tasks), names, None, info, None, told=told)
     if process_group is None:
         once.warn_alone(site, "process_group", "fan_out")
     watch = Watch(site, tasks, once.due("fan_out", site))
@@ -216,6 +216,7 @@ class FanOut(Sequence[Any]):
         info: Info | None,
         anchor: Tensor | None,
         plain: Rule | None = None,
+        told: Tensor | None = None,
     ) -> None:
         self._aliases = aliases
         self.names = names
@@ -223,6 +224,7 @@ class FanOut(Sequence[Any]):
         self._info = info
         self._anchor = anchor
         self._plain = plain  # a method on losses, where there is nothing to capture
+        self._told = told  # by which a traced node hears of the losses
 
     def __len__(self) -> int:
         return len(self._aliases)
@@ -285,12 +287,17 @@ class FanOut(Sequence[Any]):
         capture = self._capture
         here = present_losses(parts)
         summands = [x if x.ndim == 0 else x.reshape(()) for x in parts if x is not None]
+        if len({x.device for x in summands}) > 1:  # heads of a model on several devices
+            summands = [x.to(summands[0].device) for x in summands]
         if self._anchor is not None:
             summands.append(self._anchor)
         elif not summands or (capture is not None and all(loss is None for loss in here)):
             raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(self)}")
         if self._plain is not None and any(loss is not None for loss in here):
             return self._scalarized(parts)
+        if self._told is not None:
+            values = stack_losses(parts).detach().to(self._told)
+            return _TracedTotal.apply(self._told, values, *summands)  # type: ignore[no-any-return]
         if capture is None or torch.compiler.is_compiling():
             return sum(summands)  # type: ignore[return-value]
         if capture.method.on_losses:
@@ -343,7 +350,7 @@ class FanOut(Sequence[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         # For copies: of a graph there is none, so a copy holds nothing.
-        nothing = {"_capture": None, "_info": None, "_anchor": None, "_plain": None}
+        nothing = dict.fromkeys(("_capture", "_info", "_anchor", "_plain", "_told"))
         return {"_aliases": [None] * len(self), "names": self.names, **nothing}
 
     def __repr__(self) -> str:

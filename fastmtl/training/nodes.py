@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl.info import Info
 from fastmtl.pipeline import aggregate_flat
-from fastmtl.rule import Rule
+from fastmtl.rule import Context, Rule
 from fastmtl.structure import map_tensors
 from fastmtl.training.capture import Capture
 
@@ -124,20 +124,47 @@ class _Total(torch.autograd.Function):
 
 
 class _TracedNode(torch.autograd.Function):
-    """`_Node` for `torch.compile`: no Python state, `info` is written as tensors."""
+    """`_Node` for `torch.compile`: no Python state, `info` is written as tensors.
+
+    A method that needs the losses is told them by the gradient of one more output, from `_TracedTotal`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, method: Rule, tasks: int, info: Info | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, method: Rule, tasks: int, info: Info | None, grad_scale: Tensor | float | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.method, ctx.tasks, ctx.info, ctx.tensors = method, tasks, info, len(tensors)
-        return _views(tensors, tasks, anchored=False)
+        ctx.method, ctx.tasks, ctx.info, ctx.grad_scale, ctx.tensors = method, tasks, info, grad_scale, len(tensors)
+        views = _views(tensors, tasks, anchored=False)
+        return (*views, tensors[0].new_zeros(tasks + 1, dtype=torch.float64)) if method.needs_losses else views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        updates, info = aggregate_flat(ctx.method, grads, ctx.tensors)
+        losses = None
+        if ctx.method.needs_losses:
+            *grads, told = grads  # type: ignore[assignment]
+            if told is None:
+                raise RuntimeError(f"fan_out: {ctx.method!r} needs the losses: sum them by the fan-out's total(losses)")
+            losses = torch.where(told[-1] == 1, told[:-1], torch.nan)  # a compiler may have made zeros of None
+        updates, info = aggregate_flat(ctx.method, grads, ctx.tensors, None, Context(losses, ctx.grad_scale))
         if ctx.info is not None:
             ctx.info.copy_(info)
-        return None, None, None, *updates
+        return None, None, None, None, *updates
+
+
+class _TracedTotal(torch.autograd.Function):
+    """The sum of the losses, with a gradient for `told` that says what they are [T], and 1."""
+
+    @staticmethod
+    def forward(ctx: Any, told: Tensor, values: Tensor, *losses: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.count = len(losses)
+        return sum(losses)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (values,) = ctx.saved_tensors
+        return torch.cat([values, values.new_ones(1)]), None, *[gradient] * ctx.count
 
 
 def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tensor, ...]:

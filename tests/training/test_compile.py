@@ -313,18 +313,98 @@ def test_fan_out_of_every_method(name):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("make", "scale"),
     [
-        (fastmtl.GradVac(), {}),
-        (fastmtl.NashMTL(every=2), {}),
-        (fastmtl.MGDA(normalization="loss"), {}),
-        (fastmtl.NashMTL(), {"grad_scale": 2.0}),
+        (lambda: fastmtl.MGDA(normalization="loss"), 8.0),
+        (fastmtl.NashMTL, 8.0),
+        (lambda: fastmtl.FairGrad(fairness=2.0), torch.tensor(8.0)),
     ],
-    ids=["GradVac", "NashMTL every 2", "MGDA loss", "grad_scale"],
+    ids=["losses", "scale", "a tensor as scale"],
 )
-def test_what_a_traced_step_cannot_do(method, options):
+def test_losses_and_a_scale_inside(make, scale):
+    """With a loss scaler the total is multiplied after it was made; a task that is absent is no matter."""
+
+    def run(compiled):
+        info = fastmtl.Info(TASKS)
+        model, method = Network(), make()
+
+        def total(x, y, scale):
+            hs = fastmtl.fan_out(model.encoder(x), TASKS, method, info=info, grad_scale=scale)
+            losses = model.losses(hs, y)
+            return hs.total([losses[0], None, losses[2]])
+
+        step = torch.compile(total, fullgraph=True, backend="aot_eager") if compiled else total
+        for i in range(2):
+            model.zero_grad()
+            value = step(randn(8, 5, seed=i), randn(TASKS, 8, 2, seed=10 + i), scale)
+            (value if scale is None else value * scale).backward()
+        return [p.grad for p in model.encoder.parameters()], info.alpha
+
+    (eager, alpha), (traced, traced_alpha) = run(False), run(True)
+    torch.testing.assert_close(traced_alpha, alpha, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_that_a_traced_step_was_not_told():
+    """The sum in place of `total`: no graph raises there, and no step is taken by weights that are made up."""
+    info, method = fastmtl.Info(2), fastmtl.MGDA(normalization="loss")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def summed(w):
+        return sum((h * (t + 1)).square().sum() for t, h in enumerate(fastmtl.fan_out(w * 2, 2, method, info=info)))
+
+    w = randn(4).requires_grad_()
+    summed(w).backward()
+    assert w.grad.isnan().all()
+    assert info.alpha.isnan().all()
+
+
+WAYS = {
+    "every": {"every": 2},
+    "gramian": {"engine": "gramian"},
+    "groups": {},
+    "accumulate": {},
+    "scaled heads": {"scale_heads": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_other_way_on_compiled_parts(way):
+    """Compiled encoder and heads: the same as eager ones, or what does not go says so."""
+
+    def steps(model):
+        method, found = fastmtl.AlignedMTL(), []
+        for i in range(2):
+            model.zero_grad()
+            h = model.encoder(randn(16, 5, seed=i))
+            losses = model.losses([h] * TASKS, randn(TASKS, 16, 2, seed=10 + i))
+            shared = {} if way == "groups" else {"shared": model.encoder}
+            if way == "groups":
+                shared = {"groups": [model.encoder[0], model.encoder[2]]}
+            if way == "accumulate":
+                accumulator = method.accumulate(**shared)
+                accumulator.add(losses)
+                info = accumulator.backward()
+            else:
+                info = method.backward(losses, **shared, **WAYS[way])
+            found.append((info.alpha, [p.grad.clone() for p in model.parameters()]))
+        return found
+
+    eager = steps(Network())
+    with torch._functorch.config.patch(donated_buffer=False):
+        traced = steps(Network().compile_parts(backend="aot_eager"))
+    for (alpha, grads), (traced_alpha, traced_grads) in zip(eager, traced, strict=True):
+        torch.testing.assert_close(traced_alpha, alpha, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(traced_grads, grads, rtol=1e-4, atol=1e-6)
+
+
+STATE = [fastmtl.GradVac(), fastmtl.NashMTL(every=2), fastmtl.scalarization.DWA(3)]
+
+
+@pytest.mark.parametrize("method", STATE, ids=repr)
+def test_what_a_traced_step_cannot_do(method):
     def losses(w):
-        return sum(h.sum() for h in fastmtl.fan_out(w * 2, 3, method, **options))
+        return sum(h.sum() for h in fastmtl.fan_out(w * 2, 3, method))
 
     with pytest.raises(Exception, match=r"not available inside torch\.compile"):
         torch.compile(losses, fullgraph=True, backend="aot_eager")(randn(4).requires_grad_())
