@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,18 @@ from fastmtl.inputs import EPS, Rows, check_outs, check_rows, nothing_for
 from fastmtl.ops.arguments import argument_error
 from fastmtl.rule import NOTHING, Context, Rule, solved
 
-__all__ = ["aggregate_flat", "aggregate_groups", "aggregate_part", "aggregate_rows", "coarsest", "gram_of"]
+__all__ = [
+    "aggregate_flat",
+    "aggregate_groups",
+    "aggregate_part",
+    "aggregate_rows",
+    "coarsest",
+    "combine_into",
+    "gram_of",
+]
+
+# By what the K columns are told apart of which each part has to be read by itself.
+_device_of: Callable[[Tensor], Any] = operator.attrgetter("device")
 
 
 def aggregate_rows(
@@ -34,7 +47,11 @@ def aggregate_flat(
     out: Sequence[Tensor | None] | None = None,
     context: Context = NOTHING,
 ) -> tuple[list[Tensor | None], Info]:
-    """The same for T·K gradients that are known to fit together (entry t·K + k)."""
+    """The same for T·K gradients that are known to fit together (entry t·K + k).
+
+    Columns may lie on several devices: the Gram matrices of each are summed where the first column is, where `info` is
+    too, and each column's result is where its gradients are.
+    """
     T = len(grads) // K
     like = [
         g if g is not None else next((other for other in grads[k::K] if other is not None), None)
@@ -47,19 +64,57 @@ def aggregate_flat(
         targets = [nothing_for(like) if g is None else torch.empty_like(g) for g in like]
     else:
         targets = check_outs(out, like)
-    try:
-        info = rule.aggregate_list(grads, T, coarsest(targets), targets, context)
-    except RuntimeError as error:
-        raise argument_error(error) from None
+    parts = _parts(targets)
+    if len(parts) > 1:
+        if not rule.on_gram:
+            devices = ", ".join(str(_device_of(targets[part[0]])) for part in parts)
+            raise ValueError(
+                f"rows: expected gradients on one device for {rule!r}, which needs more than the Gram matrix, got them "
+                f"on {devices}"
+            )
+        info = solved(rule, gram_of(grads, T, targets), coarsest(targets), context)
+        combine_into(targets, grads, info.alpha)
+    else:
+        try:
+            info = rule.aggregate_list(grads, T, coarsest(targets), targets, context)
+        except RuntimeError as error:
+            raise argument_error(error) from None
     return [None if g is None else target for g, target in zip(like, targets, strict=True)], info
 
 
-def gram_of(grads: Sequence[Tensor | None], T: int) -> Tensor:
-    """`gram_rows` of what a user may have given."""
+def gram_of(grads: Sequence[Tensor | None], T: int, like: Sequence[Tensor] = ()) -> Tensor:
+    """`gram_rows` of what a user may have given, summed over the devices of K columns `like` these, on the first."""
+    parts, K = _parts(like), len(like)
     try:
-        return ops.gram_rows(grads, T)
+        if len(parts) < 2:
+            return ops.gram_rows(grads, T)
+        rows = [[grads[t * K + k] for t in range(T) for k in part] for part in parts]
+        grams = [ops.gram_rows(part, T) for part in rows if any(g is not None for g in part)]
     except RuntimeError as error:
         raise argument_error(error) from None
+    first = like[0].device
+    return torch.stack([M.to(first) for M in grams]).sum(0)
+
+
+def combine_into(out: Sequence[Tensor], grads: Sequence[Tensor | None], alpha: Tensor) -> None:
+    """`combine_rows`, on the device of each column."""
+    parts, K = _parts(out), len(out)
+    if len(parts) < 2:
+        ops.combine_rows(grads, alpha.to(out[0].device), out)
+        return
+    for part in parts:
+        of_part = [grads[t * K + k] for t in range(len(alpha)) for k in part]
+        ops.combine_rows(of_part, alpha.to(out[part[0]].device), [out[k] for k in part])
+
+
+def _parts(columns: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of columns on each device, that of the first column first; none where there is one device alone."""
+    if torch.compiler.is_compiling() or len(set(map(_device_of, columns))) < 2:
+        return []
+    parts: dict[Any, list[int]] = {}
+    for k, x in enumerate(columns):
+        parts.setdefault(_device_of(x), []).append(k)
+    return list(parts.values())
 
 
 def aggregate_part(
@@ -75,12 +130,12 @@ def aggregate_part(
     """
     T = len(grads) // len(like)
     if any(g is not None for g in grads):
-        M = gram_of(grads, T)
+        M = gram_of(grads, T, like)
     else:
         M = torch.zeros(T, T, dtype=torch.float64, device=like[0].device)
     info = solved(rule, reduce(M), coarsest(like), context)
     results = [torch.empty_like(x) for x in like]
-    ops.combine_rows(grads, info.alpha, results)
+    combine_into(results, grads, info.alpha)
     return results, info
 
 
@@ -93,12 +148,13 @@ def aggregate_groups(
     for group in groups:
         start, end = end, end + len(group)
         lists.append(check_rows([row[start:end] for row in rows])[0])
-    grams = torch.stack([gram_of(grads, T).to(groups[0][0].device) for grads in lists])
+    first = groups[0][0].device
+    grams = torch.stack([gram_of(grads, T, group).to(first) for group, grads in zip(groups, lists, strict=True)])
     info = solved(rule, grams, coarsest(p for group in groups for p in group), context)
     updates: list[Tensor | None] = []
     for group, grads, alpha in zip(groups, lists, info.alpha, strict=True):
         results = [torch.empty_like(p) for p in group]
-        ops.combine_rows(grads, alpha, results)
+        combine_into(results, grads, alpha)
         reached = [any(g is not None for g in grads[k :: len(group)]) for k in range(len(group))]
         updates += [result if here else None for result, here in zip(results, reached, strict=True)]
     return updates, info

@@ -43,6 +43,14 @@ class Context(NamedTuple):
     agree: Callable[[Tensor], Tensor] | None = None
     due: bool = False
 
+    def on(self, device: torch.device) -> Context:
+        """The same where the gradients are: models on several devices have their losses on the last."""
+        if all(not isinstance(x, Tensor) or x.device == device for x in (self.losses, self.grad_scale)):
+            return self
+        losses = None if self.losses is None else self.losses.to(device)
+        scale = self.grad_scale.to(device) if isinstance(self.grad_scale, Tensor) else self.grad_scale
+        return self._replace(losses=losses, grad_scale=scale)
+
     def unscaled(self, M: Tensor) -> Tensor:
         """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
         M = M.to(torch.float64)
@@ -161,12 +169,12 @@ def context_of(
 
 
 def solved(rule: Rule, M: Tensor, dtype: torch.dtype, context: Context) -> Info:
-    """What `rule.solve` makes of M [T, T] or [B, T, T].
+    """What `rule.solve` makes of M [T, T] or [B, T, T], wherever the losses are.
 
     Raises:
         ValueError: its weights are not float64 of shape M.shape[:-1] on the device of M.
     """
-    info = rule.solve(M, dtype, context)
+    info = rule.solve(M, dtype, context.on(M.device))
     alpha = info.alpha
     if alpha.shape != M.shape[:-1] or alpha.dtype is not torch.float64 or alpha.device != M.device:
         expected = f"expected float64 task weights of shape {list(M.shape[:-1])} on {M.device}"

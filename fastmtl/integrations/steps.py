@@ -92,7 +92,11 @@ class Steps:
             given = present_losses(given)
         there = [loss.reshape(()) for loss in given if loss is not None]
         # Another process may have some where there are none.
-        total = torch.stack(there).sum() if there else torch.zeros((), requires_grad=torch.is_grad_enabled())
+        total = (
+            torch.stack([loss.to(there[0].device) for loss in there]).sum()
+            if there
+            else torch.zeros((), requires_grad=torch.is_grad_enabled())
+        )
         if total.requires_grad:
             self._pending = _Pending(losses, total, {way: output[way] for way in _WAYS if way in output})
         return total

@@ -36,7 +36,7 @@ def own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterat
     for t, parameters in enumerate(heads.private):
         grads = own[t]
         if alpha is not None:
-            grads = [None if g is None else g * alpha[t].to(g.dtype) for g in grads]
+            grads = [None if g is None else g * alpha[t].to(g) for g in grads]
         own[t] = []
         for k, g in enumerate(grads[len(parameters) :]):
             if g is not None:
@@ -58,12 +58,14 @@ def check_gathered(parameters: Iterable[Tensor]) -> None:
 
 
 class _Commit(torch.autograd.Function):
-    """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it."""
+    """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it.
+
+    One for each device, or autograd would wait for another one's stream.
+    """
 
     @staticmethod
     def forward(ctx: Any, updates: list[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.updates = updates
-        # On the parameters' device, or autograd would wait for another one's stream.
         return torch.empty(0, device=parameters[0].device)
 
     @staticmethod
@@ -83,17 +85,17 @@ def commit(updates: Updates, reached: Iterable[Tensor] = ()) -> None:
         ValueError: what is to get a gradient is no parameter, but a buffer of `fully_shard`. Nothing is written then.
     """
     check_gathered(parameter for parameter, _ in updates)
-    parameters = [parameter for parameter, _ in updates]
-    gradients: list[Tensor | None] = [update for _, update in updates]
+    listed = {id(parameter) for parameter, _ in updates}
+    idle = {id(parameter): parameter for parameter in reached if id(parameter) not in listed}
+    places: dict[torch.device, tuple[list[Tensor | None], list[Tensor]]] = {}
+    for parameter, update in [*updates, *((parameter, None) for parameter in idle.values())]:
+        gradients, parameters = places.setdefault(parameter.device, ([], []))
+        gradients.append(update)
+        parameters.append(parameter)
     updates.clear()
-    listed = {id(parameter) for parameter in parameters}
-    for parameter in reached:
-        if id(parameter) not in listed:
-            listed.add(id(parameter))
-            parameters.append(parameter)
-            gradients.append(None)
-    if not parameters:
+    update = None  # see `_Commit.backward`
+    if not places:
         return
     with torch.enable_grad():
-        node = _Commit.apply(gradients, *parameters)
-    node.backward(torch.empty_like(node))
+        nodes = [_Commit.apply(gradients, *parameters) for gradients, parameters in places.values()]
+    torch.autograd.backward(nodes, [torch.empty_like(node) for node in nodes])

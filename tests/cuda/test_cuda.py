@@ -262,8 +262,9 @@ def test_devices_must_agree():
         method(cpu, out=torch.empty(10, device="cuda"))
     with pytest.raises(ValueError, match=r"rows\[1\]\[0\]: expected all gradients on cuda:\d, got .* on cpu"):
         method([G[0], cpu[1]])
-    with pytest.raises(ValueError, match=r"rows\[\d\]\[1\]: expected all gradients on cuda:\d, got .* on cpu"):
-        method([[G[0], cpu[0]], [G[1], cpu[1]]])
+    with pytest.raises(ValueError, match=r"rows: expected gradients on one device for GradDrop.* on cuda:\d, cpu"):
+        fastmtl.GradDrop()([[G[0], cpu[0]], [G[1], cpu[1]]])
+    assert [g.device for g in method([[G[0], cpu[0]], [G[1], cpu[1]]])] == [G.device, cpu.device]
     with pytest.raises(ValueError, match=r"out\[0\]: expected .* on cuda:\d, got .* on cpu"):
         method(list(G), out=[torch.empty(10)])
 

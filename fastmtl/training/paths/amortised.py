@@ -121,11 +121,11 @@ def run(step: Step) -> Outcome | None:
 def _norm(row: Row, context: Context) -> Tensor:
     """Of the gradient as it is without a loss scaler, float64 []."""
     parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in row if g is not None]
-    return context.scaled(torch.stack(parts).norm())
+    return context.scaled(torch.stack([part.to(parts[0].device) for part in parts]).norm())
 
 
 def _times(row: Row, factor: Tensor) -> Row:
-    return [None if g is None else g * factor.to(g.dtype) for g in row]
+    return [None if g is None else g * factor.to(g) for g in row]
 
 
 def keep(step: Step, info: Info) -> None:
@@ -243,7 +243,7 @@ class _Border:
     @contextmanager
     def scaled(self, alpha: Tensor | None) -> Iterator[None]:
         """Within, what passes the border is multiplied by the weights."""
-        factors: dict[torch.dtype, Sequence[Tensor]] = {}
+        factors: dict[Any, Sequence[Tensor]] = {}
         handles = [] if alpha is None else [self._hook(*entry, alpha, factors) for entry in self._hooked]
         try:
             yield
@@ -258,9 +258,10 @@ class _Border:
             for i in beyond:
                 g = grads[i]
                 if g is not None:
-                    if g.dtype not in factors:  # once a pass, not once a task
-                        factors[g.dtype] = alpha.to(g.dtype).unbind()
-                    scaled[i] = g * factors[g.dtype][t]
+                    kind = g.dtype, g.device
+                    if kind not in factors:  # once a pass, not once a task
+                        factors[kind] = alpha.to(g).unbind()
+                    scaled[i] = g * factors[kind][t]
             return tuple(scaled)
 
         return node.register_hook(scale)

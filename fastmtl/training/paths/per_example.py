@@ -112,6 +112,11 @@ def run(step: Step) -> Outcome | None:
     if not are_plain(step.parameters):
         other = next(p for p in step.parameters if not are_plain([p]))
         raise ValueError(f"shared: expected plain parameters with batch_dim, got a {type(other).__name__}")
+    if len({p.device for p in step.parameters}) > 1:
+        if tentative:
+            return None
+        devices = ", ".join(sorted({str(p.device) for p in step.parameters}))
+        raise ValueError(f"shared: expected parameters on one device with batch_dim, got them on {devices}")
     if not any(edge_of(p)[0] in heads.owner for p in step.parameters):
         check_reached([], "shared")
     present = [loss for loss in step.losses if loss is not None]
