@@ -1,8 +1,29 @@
 """The examples of training run end to end, and learn."""
 
+import actor_critic
 import pinn
+import processes
 import pytest
 import torch
+import value_head
+
+
+def test_losses_with_an_optimizer_each(capsys):
+    assert max(actor_critic.main(["--steps", "300"])) < 0.3
+    assert "distance" in capsys.readouterr().out
+
+
+def test_a_language_model_with_a_value_head():
+    history = value_head.main(["--steps", "30"])
+    for name in ("text", "value"):
+        losses = [step[name] for step in history]
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), name
+
+
+def test_processes_that_are_one(capsys):
+    """More of them are in tests/distributed."""
+    processes.main(["--processes", "1", "--steps", "60"])
+    assert capsys.readouterr().out.startswith("one process: losses 0.")
 
 
 def test_a_physics_informed_network(capsys):
