@@ -6,7 +6,8 @@ is what has to be aggregated: aggregating on each rank and averaging afterwards 
 * A shared representation: its rows on W ranks are parts of the same row of G, and only their Gram matrices have to be
   summed (`reduce_gram`, T × T numbers).
 * Shared parameters: the task gradients themselves have to be averaged (`AveragedRows`). The Gram of an average is not
-  the average of Grams.
+  the average of Grams. Where the gramian engine has factors of these gradients, those are exchanged in their place, if
+  they are smaller (`averaged_update`).
 * Parameters sharded by `fully_shard` (FSDP2): their gradients arrive averaged, each rank holding its shard of the
   columns (`sharded_update`).
 
@@ -15,6 +16,16 @@ Every rank has to take the same steps in the same order, as with all collectives
 
 from fastmtl.distributed.averaged import AveragedRows
 from fastmtl.distributed.collectives import agree, gram_group, reduce_gram
+from fastmtl.distributed.factors import averaged_update
 from fastmtl.distributed.sharded import check_gathered, is_sharded, sharded_update
 
-__all__ = ["AveragedRows", "agree", "check_gathered", "gram_group", "is_sharded", "reduce_gram", "sharded_update"]
+__all__ = [
+    "AveragedRows",
+    "agree",
+    "averaged_update",
+    "check_gathered",
+    "gram_group",
+    "is_sharded",
+    "reduce_gram",
+    "sharded_update",
+]

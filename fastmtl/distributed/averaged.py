@@ -42,23 +42,29 @@ class AveragedRows:
         tasks: number of tasks T.
         group: from `gram_group`.
         sizes: of groups of parameters, one after the other, that are aggregated each on its own; None for one problem.
+        device: where the Gram matrix is; default: where the first parameter is.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], tasks: int, group: ProcessGroup, sizes: Sequence[int] | None = None
+        self,
+        parameters: Sequence[Tensor],
+        tasks: int,
+        group: ProcessGroup,
+        sizes: Sequence[int] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._group = group
         self._tasks = tasks
         self._filled = 0
-        self._device = parameters[0].device
+        self._device = parameters[0].device if device is None else device
         self._coarsest = coarsest(parameters)
         self._reached = [False] * len(parameters)  # on this rank
         self._problems = () if sizes is None else (len(sizes),)
         problems = [b for b, size in enumerate(sizes or [len(parameters)]) for _ in range(size)]
-        kinds: dict[tuple[int, torch.dtype], list[int]] = {}
+        kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
         for k, (b, p) in enumerate(zip(problems, parameters, strict=True)):
-            kinds.setdefault((b, p.dtype), []).append(k)
-        self._buckets = [(b, _Bucket(parameters, members, tasks, group)) for (b, _), members in kinds.items()]
+            kinds.setdefault((b, p.dtype, p.device), []).append(k)
+        self._buckets = [(b, _Bucket(parameters, members, tasks, group)) for (b, *_), members in kinds.items()]
 
     def append(self, row: Sequence[Tensor | None]) -> None:
         """Takes the next task's K gradients on this rank (None: no gradient) and starts to average them.
@@ -73,13 +79,14 @@ class AveragedRows:
                 bucket.scatter(self._filled, row)
         self._filled += 1
 
-    def combine(self, weigh: Weigh, context: Context) -> tuple[list[Tensor | None], Info]:
+    def combine(self, weigh: Weigh, context: Context, beside: Tensor | None = None) -> tuple[list[Tensor | None], Info]:
         """The aggregation of the averaged gradients, the same bits on every rank.
 
         Args:
             weigh: a method's map from the Gram matrix (float64 [T, T], or [B, T, T] of groups), the coarsest dtype of
                 the gradients and the context to an `Info` with the task weights `alpha`.
             context: what the step brings besides gradients; where `weigh` draws at random it has to have `agree`.
+            beside: this rank's share of the Gram matrix of other gradients, float64 [T, T]: all ranks' are added.
 
         Returns:
             K updates of the parameters' shapes and dtypes (None where no task of any rank has a gradient), and what
@@ -91,8 +98,10 @@ class AveragedRows:
         T = self._tasks
         with torch.no_grad():
             M = torch.zeros(*self._problems, T, T, dtype=torch.float64, device=self._device)
+            if beside is not None:
+                M += beside
             for b, bucket in self._buckets:
-                M.view(-1, T, T)[b] += ops.gram(bucket.rows())
+                M.view(-1, T, T)[b] += ops.gram(bucket.rows()).to(self._device)
             # One collective for both: the Gram, and which parameters any rank has a gradient of.
             reached = torch.tensor(self._reached, dtype=torch.float64)
             message = torch.cat([M.view(-1), reached.to(self._device, non_blocking=True)])
@@ -110,7 +119,7 @@ class AveragedRows:
 
 
 class _Bucket:
-    """The parameters of one dtype, laid out one after the other and padded to a multiple of W."""
+    """The parameters of one dtype and device, laid out one after the other and padded to a multiple of W."""
 
     def __init__(self, parameters: Sequence[Tensor], members: list[int], tasks: int, group: ProcessGroup) -> None:
         like = parameters[members[0]]
@@ -147,7 +156,7 @@ class _Bucket:
         share = self._mine.new_empty(self._mine.shape[1])
         whole = torch.empty_like(self._whole)
         if self._total:
-            ops.combine(self._mine, alpha, share)
+            ops.combine(self._mine, alpha.to(share.device), share)
             with together():
                 all_gather(whole, share, group=self._group)
         parts = whole[: self._total].split(self._sizes)

@@ -16,7 +16,7 @@ from fastmtl.inputs import describe
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["agree", "all_gather", "all_reduce", "gram_group", "reduce_gram", "reduce_scatter", "together"]
+__all__ = ["agree", "all_gather", "all_reduce", "gather", "gram_group", "reduce_gram", "reduce_scatter", "together"]
 
 # Ours for each default group that was met; a destroyed one takes its entry with it.
 _groups: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
@@ -85,6 +85,15 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> None:
     """The sum over ranks, in place."""
     with together():
         dist.all_reduce(x, group=group)
+
+
+def gather(x: Tensor, owner: int, group: ProcessGroup) -> list[Tensor] | None:
+    """What all ranks have, on the one of this number in the group; None on the others."""
+    mine = dist.get_rank(group) == owner
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))] if mine else None
+    with together():
+        dist.gather(x, parts, group=group, group_dst=owner)
+    return parts
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -61,13 +62,15 @@ def sharded_update(
     context: Context,
     *,
     retain_graph: bool = False,
-) -> tuple[list[Tensor | None], Info]:
+    sizes: Sequence[int] | None = None,
+    heads: Sequence[Sequence[Tensor]] = (),
+) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]], Info]:
     """The aggregation of the task gradients of parameters under `fully_shard` (FSDP2), from T backward calls.
 
     FSDP2 averages gradients inside a backward and leaves this rank's shard in `.grad`: that is taken after each task's.
-    `.grad` of `parameters` ends as it was, and their hooks do not see the tasks' gradients. All other parameters
-    accumulate the gradient of the sum of the losses in `.grad`, as in any backward: a head that of its own loss.
-    (Should a backward fail, they keep what the losses before it have left.)
+    `.grad` of `parameters` and `heads` ends as it was, and their hooks do not see the tasks' gradients. All other
+    parameters accumulate the gradient of the sum of the losses in `.grad`, as in any backward: a head that of its own
+    loss. (Should a backward fail, they keep what the losses before it have left.)
 
     Args:
         losses: T scalar losses, None for a task that is absent: on all ranks, since each backward is collective.
@@ -75,17 +78,22 @@ def sharded_update(
         weigh: as in `AveragedRows.combine`.
         context: what the step brings besides gradients.
         retain_graph: keep the graph for another backward.
+        sizes: of groups of parameters, one after the other, that are aggregated each on its own; None for one problem.
+        heads: for each of the T tasks parameters, sharded or not, whose gradient of its loss is multiplied by α_t.
 
     Returns:
-        K updates, DTensors like the parameters (None where no task has a gradient), and what `weigh` returned.
+        K updates, DTensors like the parameters (None where no task has a gradient), the heads' parameters with theirs,
+        and what `weigh` returned.
 
     Raises:
         ValueError: no loss left a gradient.
         RuntimeError: the collective failed.
     """
     rows: list[Row] = []
+    own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in losses]
+    scaled = {id(p): p for head in heads for p in head}
     last = max(t for t, loss in enumerate(losses) if loss is not None)
-    with _set_aside(parameters):
+    with _set_aside([*parameters, *scaled.values()]):
         for t, loss in enumerate(losses):
             if loss is None:
                 rows.append([None] * len(parameters))
@@ -93,33 +101,59 @@ def sharded_update(
             loss.backward(retain_graph=retain_graph or t < last)
             row: Row = []
             for p in parameters:
-                row.append(None if p.grad is None else _shard(cast("DTensor", p.grad), p))
+                row.append(None if p.grad is None else _shard(p.grad, p))
                 p.grad = None
             rows.append(row)
+            for head in scaled.values():
+                if head.grad is not None:
+                    own[t].append((head, _shard(head.grad, head) if _is_dtensor(head) else head.grad))
+                    head.grad = None
+    check_gathered(scaled.values())
     reached = [k for k in range(len(parameters)) if any(row[k] is not None for row in rows)]
     if not reached:
         raise ValueError(
             "shared: expected parameters that a loss depends on, but no backward left a gradient in any of them "
             "(with fully_shard also where set_requires_gradient_sync(False) holds it back)"
         )
+    ends = list(itertools.accumulate(sizes or [len(parameters)]))
+    groups = [[k for k in reached if end - size <= k < end] for size, end in zip(sizes or ends, ends, strict=True)]
     with torch.no_grad():
-        counted = [k for k in reached if _counts(parameters[k])]
-        M = _sharded_gram([row[k] for row in rows for k in counted], len(rows), parameters[0])
+        M = torch.stack([_gram(rows, [k for k in group if _counts(parameters[k])], parameters[0]) for group in groups])
+        M = _over_shards(M if sizes else M[0], parameters[0])
         mesh = parameters[0].device_mesh
         context = context._replace(agree=lambda x: _agree_over(mesh, x))
         info = weigh(M, coarsest(parameters), context)
-        shards = [torch.empty_like(_local(parameters[k])) for k in reached]
-        ops.combine_rows([row[k] for row in rows for k in reached], info.alpha, shards)
         updates: list[Tensor | None] = [None] * len(parameters)
-        for k, shard in zip(reached, shards, strict=True):
-            updates[k] = _like(parameters[k], shard)
-    return updates, info
+        for group, alpha in zip(groups, info.alpha.view(len(groups), -1), strict=True):
+            if group:
+                shards = [torch.empty_like(_local(parameters[k])) for k in group]
+                ops.combine_rows([row[k] for row in rows for k in group], alpha, shards)
+                for k, shard in zip(group, shards, strict=True):
+                    updates[k] = _like(parameters[k], shard)
+        of_heads = _weighted(own, info.alpha) if heads else []
+    return updates, of_heads, info
 
 
-def _sharded_gram(grads: list[Tensor | None], tasks: int, like: DTensor) -> Tensor:
+def _weighted(own: Sequence[Sequence[tuple[Tensor, Tensor]]], alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Parameters with what their tasks' gradients, or shards of them, become."""
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    for weight, found in zip(alpha, own, strict=True):
+        for p, g in found:
+            g = g * weight.to(g)
+            sums[id(p)] = p, sums[id(p)][1] + g if id(p) in sums else g
+    return [(p, _like(p, g) if _is_dtensor(p) else g) for p, g in sums.values()]
+
+
+def _gram(rows: Sequence[Row], columns: Sequence[int], like: DTensor) -> Tensor:
+    """The Gram matrix of these columns of the local shards [T, T]."""
+    if not columns:
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=_local(like).device)
+    return ops.gram_rows([row[k] for row in rows for k in columns], len(rows))
+
+
+def _over_shards(M: Tensor, like: DTensor) -> Tensor:
     """The Gram matrix over all shards: the sum over the mesh of those of the local shards."""
     mesh = like.device_mesh
-    M = ops.gram_rows(grads, tasks)
     total = M.to(mesh.device_type)  # with CPU offloading the gradients are where the mesh's backend may not reach
     for dim in range(mesh.ndim):
         all_reduce(total, mesh.get_group(dim))
@@ -141,7 +175,8 @@ def _counts(parameter: DTensor) -> bool:
     )
 
 
-def _shard(gradient: DTensor, parameter: DTensor) -> Tensor:
+def _shard(found: Tensor, parameter: DTensor) -> Tensor:
+    gradient = cast("DTensor", found)
     if gradient.placements != parameter.placements:  # a sum that is still pending; `fully_shard` leaves none
         with torch.no_grad():
             gradient = gradient.redistribute(placements=parameter.placements)
@@ -168,7 +203,7 @@ def _like(parameter: DTensor, local: Tensor) -> DTensor:
 
 
 @contextmanager
-def _set_aside(parameters: Sequence[DTensor]) -> Iterator[None]:
+def _set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Within, `.grad` is None and no post-accumulate hook runs (FSDP2 calls those itself); then all is as it was."""
     grads = [p.grad for p in parameters]
     hooks = [(p._post_accumulate_grad_hooks, dict(p._post_accumulate_grad_hooks or {})) for p in parameters]

@@ -13,7 +13,7 @@ from fastmtl import ops
 from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 
-__all__ = ["BLOCK", "Contraction", "scale_of", "times"]
+__all__ = ["BLOCK", "Contraction", "gram_of_factors", "scale_of", "times"]
 
 _F64 = torch.float64
 _NEAR = 20  # powers of two that factors may be from 1: products of smaller or larger ones could leave float32
@@ -51,21 +51,19 @@ class Contraction:
             dtype: of products, float32 or float64; sums over rows are in float64.
         """
         found = [side for uses in self._sides if (side := _side(uses, arrived, dtype)) is not None]
-        scale = scale_of([B for _, B in found], 1)
-        sizes = [scale_of([A], 0) for A, _ in found]
-        found = [(times(A, size), times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
-        M = torch.zeros(scale.numel(), scale.numel(), dtype=_F64, device=scale.device)
-        lengths = torch.zeros_like(scale)
-        for (A, B), size in zip(found, sizes, strict=True):
-            own, length = _own(A, B)
-            M += own / size.square()
-            lengths += length / size.square()
-            if self.bias is not None:
-                M += _of_bias(B)
-        if len(found) == 2:
-            X = _cross(*found[0], *found[1]) / (sizes[0] * sizes[1])
-            M += X + X.T
-        return M / scale[:, None] / scale, lengths / scale / scale
+        return gram_of_factors(found, self.bias is not None)
+
+    def factors(self, arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A [g, N, I] (or ids [N]) and B [T, g, N, O] of gradients B_tᵀ A; None where these are not all there is."""
+        sides = [uses for uses in self._sides if uses]
+        if len(sides) > 1 or self._block is not None or any(use.order is not None for use in sides[0]):
+            return None
+        return _side(sides[0], arrived, dtype)
+
+    @property
+    def side(self) -> int:
+        """Which dimension of the weight the columns of B are, of the first use."""
+        return self.uses[0].side
 
     def gradients(self, cotangents: Mapping[Edge, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and its gradient from one cotangent of every use, and the same of the bias."""
@@ -82,6 +80,25 @@ class Contraction:
         if self.bias is not None:
             each = (use.cotangents(cotangents[use.edge][None]).sum(2).flatten() for use in used)
             yield self.bias, _sum(each).to(self.bias.dtype)
+
+
+def gram_of_factors(found: Sequence[tuple[Tensor, Tensor]], biased: bool) -> tuple[Tensor, Tensor]:
+    """See `Contraction.gram`, for the factors A and B of either side, and of a bias if there is one."""
+    scale = scale_of([B for _, B in found], 1)
+    sizes = [scale_of([A], 0) for A, _ in found]
+    found = [(times(A, size), times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
+    M = torch.zeros(scale.numel(), scale.numel(), dtype=_F64, device=scale.device)
+    lengths = torch.zeros_like(scale)
+    for (A, B), size in zip(found, sizes, strict=True):
+        own, length = _own(A, B)
+        M += own / size.square()
+        lengths += length / size.square()
+        if biased:
+            M += _of_bias(B)
+    if len(found) == 2:
+        X = _cross(*found[0], *found[1]) / (sizes[0] * sizes[1])
+        M += X + X.T
+    return M / scale[:, None] / scale, lengths / scale / scale
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,16 +16,13 @@ from fastmtl.gramian.hooks import is_hooked
 from fastmtl.gramian.plan import Plan, plan, settled
 from fastmtl.gramian.saved import is_plain
 from fastmtl.gramian.survey import Survey, survey
+from fastmtl.gramian.trunk import Trunk, without_autocast
 from fastmtl.graph import SEVERAL, Edge, Leaves, edge_of, vjp
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, Row, check_gradient
-from fastmtl.pipeline import coarsest, gram_of
 from fastmtl.rule import Context, Rule
 
-__all__ = ["Result", "update", "without_autocast", "working_dtype"]
-
-# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
-_CANCELLED = 4.0
+__all__ = ["Result", "update"]
 
 
 class Result(NamedTuple):
@@ -53,6 +50,7 @@ def update(
     automatic: bool,
     scale_heads: bool,
     retain_graph: bool,
+    settle: Callable[[Trunk], tuple[list[tuple[Tensor, Tensor]], Info]] | None = None,
 ) -> Result | None:
     """The aggregated gradients of shared parameters for a method that works on the Gram matrix.
 
@@ -66,6 +64,7 @@ def update(
             not understand the graph. No pass has run then: the graph, hooks and random numbers are as they were.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
+        settle: what makes gradients of the shared parameters, and an info, of what arrived; `Trunk.aggregated` if None.
 
     Returns:
         Gradients of everything that the losses reach. The same as from T explicit task gradients, as accurate as
@@ -107,22 +106,17 @@ def update(
         for k, g in enumerate(row):
             if g is not None:
                 check_gradient(g, f"rows[{t}][{k}]")
-    device = parameters[0].device
     with torch.no_grad():
         at_once = todo.work.at_once and not watched
         trunk = _trunk(
             graph.frontier, at_frontier, todo, at_once=at_once, retain_graph=retain_graph, again=bool(rest.common)
         )
-        with without_autocast(device):
-            M = trunk.gram(len(losses), device)
-            for t, row in enumerate(of_own):
-                M[t, t] += sum(g.double().square().sum() for g in row if g is not None)
-            info = method.solve(M, coarsest(parameters), context)
-            info.explicit = todo.unrecognised
-            updates = trunk.combined(info.alpha)
-            del trunk
-            for alpha, leaves_, row in zip(info.alpha, own, of_own, strict=True):
-                updates += [(p, g * alpha.to(g)) for p, g in zip(leaves_, row, strict=True) if g is not None]
+        trunk = trunk._replace(own=[list(zip(p, row, strict=True)) for p, row in zip(own, of_own, strict=True)])
+        del of_own
+        with without_autocast(parameters[0].device):
+            updates, info = settle(trunk) if settle else trunk.aggregated(parameters, method, context)
+        del trunk
+        info.explicit = todo.unrecognised
         if rest.common:
             weights = info.alpha if scale_heads else torch.ones_like(info.alpha)
             common = _common(
@@ -191,56 +185,9 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
             handle.remove()
 
 
-class _Trunk(NamedTuple):
-    """What T cotangents at the frontier brought.
-
-    Attributes:
-        todo: what it is for.
-        arrived: where operations with a closed form are, all T cotangents of their output [T, ...].
-        explicit: parameters with their T gradients.
-    """
-
-    todo: Plan
-    arrived: dict[Edge, Tensor]
-    explicit: list[tuple[Tensor, Row]]
-
-    def gram(self, T: int, device: torch.device) -> Tensor:
-        """M [T, T], float64."""
-        M = torch.zeros(T, T, dtype=torch.float64, device=device)
-        if self.explicit:
-            M += gram_of([rows[t] for t in range(T) for _, rows in self.explicit], T)
-        parts = []
-        for contraction in self.todo.contractions:
-            dtypes = {self.arrived[use.edge].dtype for use in contraction.uses if use.edge in self.arrived}
-            if dtypes:
-                parts.append((contraction, *contraction.gram(self.arrived, working_dtype(dtypes))))
-        M += sum(own for _, own, _ in parts)
-        if device.type == "cpu":  # nothing waits for a GPU
-            allowed = _CANCELLED * M.diagonal()
-            if (sum(size for _, _, size in parts) > allowed).any():
-                for contraction, own, size in parts:
-                    if (len(parts) * size > allowed).any():
-                        M += contraction.gram(self.arrived, torch.float64)[0] - own
-        return M
-
-    def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The parameters that were reached, with Σ_t α_t of their gradients: what one more pass would bring."""
-        updates = [(p, torch.empty_like(p)) for p, _ in self.explicit]
-        if updates:
-            rows = [rows[t] for t in range(len(alpha)) for _, rows in self.explicit]
-            ops.combine_rows(rows, alpha, [g for _, g in updates])
-        cotangents = {}
-        for edge, g in self.arrived.items():
-            cotangents[edge] = out = torch.empty_like(g[0], memory_format=torch.contiguous_format)
-            ops.combine(g.flatten(1), alpha, out.view(-1))
-        for contraction in self.todo.contractions:
-            updates += contraction.gradients(cotangents)
-        return updates
-
-
 def _trunk(
     frontier: Sequence[Edge], rows: list[Row], todo: Plan, *, at_once: bool, retain_graph: bool, again: bool
-) -> _Trunk:
+) -> Trunk:
     """T cotangents from the frontier to where the plan needs them: at once, or one task after the other.
 
     Where all go at once, what the graph saved lives on, since that may fail half way; it is little then. `again` tells
@@ -255,7 +202,7 @@ def _trunk(
             pass
         else:
             columns = [None if g is None else list(g) for g in grads[len(edges) :]]
-            return _Trunk(
+            return Trunk(
                 todo,
                 {edge: g for edge, g in zip(edges, grads, strict=False) if g is not None},
                 [(p, rows) for p, rows in zip(todo.explicit, columns, strict=True) if rows is not None],
@@ -278,7 +225,7 @@ def _trunk(
         if not again:
             rows[t] = []
     found = [(p, c) for p, c in zip(todo.explicit, explicit, strict=True) if any(g is not None for g in c)]
-    return _Trunk(todo, arrived, found)
+    return Trunk(todo, arrived, found)
 
 
 def _at_once(frontier: Sequence[Edge], rows: Sequence[Row], edges: Sequence[Edge], leaves: Sequence[Tensor]) -> Row:
@@ -378,19 +325,3 @@ def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
 def _dense(g: Tensor) -> Tensor:
     """That of an activation may be sparse: behind `gather(sparse_grad=True)`, or where it is itself an embedding."""
     return g if g.layout is torch.strided else g.to_dense()
-
-
-def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
-    """What products of tensors of these dtypes are made in: float32 only where it is not rounded further."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
-
-
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Within, products are made in the dtype of their operands, also where the caller has autocast on."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield

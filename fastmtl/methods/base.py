@@ -17,7 +17,7 @@ from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
 from fastmtl.training.accumulate import Accumulator
 from fastmtl.training.backward import backward
-from fastmtl.training.parameters import Parameters
+from fastmtl.training.parameters import Heads, Parameters
 
 __all__ = ["GradScale", "GramMethod", "Method"]
 
@@ -111,7 +111,7 @@ class Method(MethodModule):
         features: Any = None,
         batched: bool = False,
         groups: Sequence[Parameters] | None = None,
-        scale_heads: bool = False,
+        scale_heads: Heads = False,
         retain_graph: bool = False,
         process_group: Any = None,
         grad_scale: GradScale = None,
@@ -151,7 +151,8 @@ class Method(MethodModule):
                 whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
             groups: parts of the shared parameters, each as `shared`, aggregated on their own, for example one a layer;
                 all their T × T problems are solved as one batch. `shared` then has to be None.
-            scale_heads: multiply the gradients of head t by α_t.
+            scale_heads: multiply the gradients of head t by α_t, of whatever one loss alone reaches. With parameters of
+                `fully_shard` the heads have to be given, T modules or iterables of parameters; elsewhere they may be.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
                 all processes). Every process has to call; one that lacks losses gives None for them and names the

@@ -14,7 +14,7 @@ from fastmtl.losses import Losses, check_losses, names_of, present_losses
 from fastmtl.rule import Rule, names_in_order
 from fastmtl.training import paths
 from fastmtl.training.commit import commit
-from fastmtl.training.parameters import Parameters
+from fastmtl.training.parameters import Heads, Parameters, checked_heads
 from fastmtl.training.paths import amortised, per_example
 from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
@@ -32,7 +32,7 @@ def backward(
     features: Any = None,
     batched: bool = False,
     groups: Sequence[Parameters] | None = None,
-    scale_heads: bool = False,
+    scale_heads: Heads = False,
     retain_graph: bool = False,
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
@@ -45,9 +45,10 @@ def backward(
     """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
     names, tasks, T = _tasks(method, losses, batch_dim, per)
     method.check_tasks(T)
+    scaled, heads = checked_heads(scale_heads, T)
     options = Options(
-        *(method, T, shared, representation, features, batched, groups, scale_heads, retain_graph),
-        *(None if process_group is False else process_group, engine, every, batch_dim, per, check),
+        *(method, T, shared, representation, features, batched, groups, scaled, retain_graph),
+        *(None if process_group is False else process_group, engine, every, batch_dim, per, check, heads),
     )
     paths.check(options)
     if isinstance(losses, Tensor) and batch_dim is None and shared is representation is groups is None:

@@ -11,9 +11,19 @@ from torch import Tensor
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.structure import tensors_of
 
-__all__ = ["Parameters", "are_plain", "checked_cut", "checked_groups", "checked_parameters", "names_in"]
+__all__ = [
+    "Heads",
+    "Parameters",
+    "are_plain",
+    "checked_cut",
+    "checked_groups",
+    "checked_heads",
+    "checked_parameters",
+    "names_in",
+]
 
 Parameters: TypeAlias = "torch.nn.Module | Iterable[Tensor]"
+Heads: TypeAlias = "bool | Iterable[Parameters]"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -69,6 +79,23 @@ def checked_groups(groups: Sequence[Parameters]) -> list[list[Tensor]]:
                 )
             seen[id(p)] = n
     return parts
+
+
+def checked_heads(heads: Heads, T: int) -> tuple[bool, list[list[Tensor]] | None]:
+    """Whether gradients of what belongs to one loss alone are multiplied by its task weight; and these, if named.
+
+    Raises:
+        TypeError: neither a bool nor heads, or one that is not as in `checked_parameters`.
+        ValueError: not T heads, or one without parameters.
+    """
+    if isinstance(heads, bool):
+        return heads, None
+    if isinstance(heads, Tensor) or not isinstance(heads, Iterable):
+        raise TypeError(f"scale_heads: expected a bool, or a head for each task, got {describe(heads)}")
+    parts = [checked_parameters(head, f"scale_heads[{t}]") for t, head in enumerate(heads)]
+    if len(parts) != T:
+        raise ValueError(f"scale_heads: expected a head for each of the {T} tasks, got {len(parts)}")
+    return True, parts
 
 
 def checked_cut(structure: Any, name: str) -> list[Tensor]:

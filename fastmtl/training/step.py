@@ -27,7 +27,7 @@ Engine: TypeAlias = Literal["full", "gramian", "auto"]
 class Options(NamedTuple):
     """The arguments of `Method.backward`, as they came; `process_group` is None where it was False.
 
-    `tasks` is the number of losses that are aggregated with each other.
+    `tasks` is the number of losses that are aggregated with each other, `heads` are those that `scale_heads` named.
     """
 
     method: Rule
@@ -45,6 +45,7 @@ class Options(NamedTuple):
     batch_dim: int | None = None
     per: Per = "all"
     check: bool = True
+    heads: list[list[Tensor]] | None = None
 
 
 class Outcome(NamedTuple):

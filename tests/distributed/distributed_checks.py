@@ -348,6 +348,101 @@ def check_groups_are_aggregated_each_on_its_own() -> None:
         assert_same_bits(info.alpha)
 
 
+class Reader(nn.Module):
+    """An embedding, an input layer, a convolution, a norm and a weight used twice, one read by one task alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.trunk = nn.ModuleDict(
+            {
+                "words": nn.Embedding(70, 4),
+                "input": nn.Linear(4, 6),
+                "conv": nn.Conv1d(6, 6, 3, padding=1, groups=2),
+                "norm": nn.LayerNorm(5),
+                "twice": nn.Linear(5, 5),
+                "alone": nn.Linear(5, 3),
+            }
+        ).double()
+        self.heads = nn.ModuleList([nn.Linear(5, 2) for _ in range(TASKS)]).double()
+
+    def losses(self, ids: Tensor) -> list[Tensor]:
+        """T losses of words [B, 5]."""
+        trunk = self.trunk
+        h = trunk["conv"](trunk["input"](trunk["words"](ids)).mT.tanh())
+        h = trunk["twice"](trunk["twice"](trunk["norm"](h)).tanh())
+        losses = [10.0**t * (head(h).square().mean() - t) ** 2 for t, head in enumerate(self.heads)]
+        losses[0] = losses[0] + trunk["alone"](h.detach()).square().mean()
+        return losses
+
+
+def check_gramian_engine_on_averaged_gradients() -> None:
+    """Factors where they are smaller, gradients elsewhere; ranks with batches of their own size, and without losses."""
+    from fastmtl.distributed import factors
+
+    rank, W = dist.get_rank(), dist.get_world_size()
+    seen: set[bool] = set()
+    decide = factors._is_factored
+    factors._is_factored = lambda *args: seen.add(found := decide(*args)) or found
+    try:
+        for lacking in ((), (1,), (0, 1, 2)):
+            for size in (1, 9):
+                model = Reader()
+                ids = torch.arange(5 * (size + rank)).view(-1, 5).mul(rank + 3) % 70
+                last = rank == W - 1
+                there = [not (last and t in lacking) for t in range(TASKS)]
+                parameters = list(model.trunk.parameters())
+                losses = model.losses(ids)
+                rows = torch.zeros(TASKS, sum(p.numel() for p in parameters), dtype=F64)
+                for t, loss in enumerate(losses):
+                    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+                    rows[t] = flat(found) if there[t] else 0.0
+                G = torch.stack(everywhere(rows)).mean(0)
+                own = torch.autograd.grad(sum(losses), [head.weight for head in model.heads], retain_graph=True)
+                given = [loss if here else None for loss, here in zip(losses, there, strict=True)]
+                info = fastmtl.AlignedMTL().backward(given, model.trunk, engine="gramian", process_group=True)
+                assert gram_error(info.gram, G) <= 1e-11
+                assert relative(grads(model.trunk), svd_align(G)) <= 1e-9
+                assert_same_bits(grads(model.trunk))
+                for head, g, here in zip(model.heads, own, there, strict=True):
+                    assert (head.weight.grad is not None) == here
+                    assert not here or relative(head.weight.grad, g) <= 1e-12
+    finally:
+        factors._is_factored = decide
+    assert seen == {True, False}
+
+
+def check_gramian_engine_under_ddp() -> None:
+    """Three steps, with and without scaled heads, and with one pass in between."""
+    for options in ({}, {"find_unused_parameters": True}):
+        model, alone = DistributedDataParallel(Model(), **options), Model()
+        method = fastmtl.MGDA()
+        for step in range(3):
+            model.zero_grad()
+            x, y = batch(step)
+            losses = losses_of(model(part(x))[0], part(y))
+            info = method.backward(losses, model.module.trunk, engine="gramian", process_group=True, every=2)
+            assert info.age == step % 2
+            rows = torch.stack(task_rows(alone, x, y))
+            assert relative(grads(model.module.trunk), info.alpha @ rows) <= 1e-9
+            assert info.age or gram_error(info.gram, rows) <= 1e-11
+            assert relative(grads(model.module.heads), head_gradients(alone, x, y)) <= 1e-12
+    own, shared = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    losses = [own.sum(), own.square().sum()]
+    options = {"engine": "gramian", "process_group": True}
+    assert_raises(ValueError, "no loss reaches", lambda: method.backward(losses, [shared], **options))
+    assert own.grad is None
+
+
+def check_the_example_of_processes() -> None:
+    """It says that every way prints the same losses."""
+    import processes
+
+    alone = torch.tensor(processes.train("alone", 5))
+    for way in ("ddp", "fsdp2"):
+        assert relative(torch.tensor(processes.train(way, 5)), alone) <= 1e-4
+
+
 def check_accumulation_where_ranks_lack_losses() -> None:
     """The first rank lacks a task in one micro-batch, the last one all tasks in both: it takes part with zeros."""
     rank, W = dist.get_rank(), dist.get_world_size()
@@ -836,6 +931,40 @@ def check_sharded_with_an_absent_task() -> None:
             assert all(p.grad is None for p in model.heads[2].parameters())
 
 
+def check_sharded_groups_are_aggregated_each_on_its_own() -> None:
+    x, y = batch()
+    alone = Model()
+    rows = torch.stack(task_rows(alone, x, y))
+    sizes = [sum(p.numel() for p in alone.trunk[k].parameters()) for k in (0, 2)]
+    parts = rows.split(sizes, 1)
+    for shard in (shard_each, shard_hybrid):
+        model = Model()
+        shard(model)
+        layers = [list(model.trunk[k].parameters()) for k in (0, 2)]
+        info = fastmtl.AlignedMTL().backward(losses_of(model(part(x))[0], part(y)), groups=layers)
+        assert relative(grads(model.trunk), torch.cat([svd_align(part) for part in parts])) <= 1e-9
+        assert relative(grads(model.heads), head_gradients(alone, x, y)) <= 1e-12
+        assert relative(info.gram, torch.stack([part @ part.T for part in parts])) <= 1e-12
+        assert_same_bits(info.alpha)
+
+
+def check_sharded_heads_are_scaled() -> None:
+    """Named ones, whether they are sharded or not; added to what was there, with one run of each hook."""
+    for shard in (shard_each, shard_encoder):
+        model, alone, calls = Model(), Model(), []
+        shard(model)
+        shared, heads = list(model.trunk.parameters()), [list(head.parameters()) for head in model.heads]
+        model.heads[1].weight.register_post_accumulate_grad_hook(lambda p, calls=calls: calls.append(1))
+        for step in range(2):
+            x, y = batch(step)
+            info = fastmtl.AlignedMTL().backward(losses_of(model(part(x))[0], part(y)), shared, scale_heads=heads)
+            losses = losses_of(alone(x if shard is shard_each else part(x))[0], y if shard is shard_each else part(y))
+            (info.alpha @ torch.stack(losses)).backward()
+        assert len(calls) == 2
+        assert relative(grads(model.heads), grads(alone.heads)) <= 1e-9
+        assert_same_bits(info.alpha)
+
+
 def check_sharded_gradients_accumulate() -> None:
     model, alone = Model(), Model()
     shard_each(model)
@@ -923,9 +1052,12 @@ def check_sharded_refusals() -> None:
     assert_raises(ValueError, "take the parameters before the forward", method.backward, losses, gathered)
     assert all(p.grad is None for p in gathered)
     assert_raises(ValueError, "fan_out", lambda: method.backward(refused(model), representation=model.h))
-    for option in ({"scale_heads": True, "shared": shared}, {"groups": [shared]}):
-        name = next(iter(option))
-        assert_raises(ValueError, name, lambda option=option: method.backward(refused(model), **option))
+    losses = refused(model)
+    for heads, wrong in ((True, "one for each task, with parameters of"), (model.heads[:2], "3 tasks, got 2")):
+        message = f"scale_heads: expected .*{wrong}"
+        assert_raises(ValueError, message, lambda h=heads: method.backward(losses, shared, scale_heads=h))
+    assert_raises(ValueError, "features: expected none", lambda: method.backward(losses, shared, features=model.h))
+    assert_raises(ValueError, "before the forward", lambda: method.backward(losses, shared, scale_heads=model.heads))
     assert all(p.grad is None for p in shared)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.gramian.engine import without_autocast, working_dtype
 from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, edges_of, is_use
 from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
 from fastmtl.gramian.examples.layout import Layout
@@ -21,6 +20,7 @@ from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
 from fastmtl.gramian.survey import Survey, parts_of
+from fastmtl.gramian.trunk import without_autocast, working_dtype
 from fastmtl.graph import Edge, Leaves, is_leaf, leaves_of
 from fastmtl.info import Info
 from fastmtl.pipeline import coarsest

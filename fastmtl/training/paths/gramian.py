@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
+
+from torch import Tensor
 
 from fastmtl import gramian
 from fastmtl.graph import edge_of, leaves_of
+from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.training import passes
 from fastmtl.training.commit import own_gradients
@@ -31,7 +35,6 @@ def _obstacle(options: Options) -> str | None:
         "representation",  # its Gram matrix is another one
         "features",
         "groups",  # one backward pass brings one combination
-        "process_group",  # averaged gradients have products across processes
     ):
         value = getattr(options, name)
         if value is not None:
@@ -47,8 +50,8 @@ def takes(step: Step) -> bool:
     if engine == "full" or step.options.tasks == 1:
         return False
     automatic = engine == "auto"
-    # This engine knows no ways straight through a joint.
-    if automatic and (_obstacle(step.options) is not None or step.heads.joined):
+    # This engine knows no ways straight through a joint; and processes have to choose alike.
+    if automatic and (_obstacle(step.options) is not None or step.heads.joined or step.group is not None):
         return False
     if not are_plain(step.parameters):
         if automatic:
@@ -64,7 +67,7 @@ def run(step: Step) -> Outcome | None:
     reached = step.reached()
     if step.heads.joined:
         step = step._replace(heads=leaves_of(step.losses, [], joints=False))
-    if not any(edge_of(p)[0] in step.heads.owner for p in step.parameters):
+    if step.group is None and not any(edge_of(p)[0] in step.heads.owner for p in step.parameters):
         check_reached([], "shared")
     with passes.without_tensor_hooks([*step.parameters, *step.heads.all()]):
         found = gramian.update(
@@ -76,6 +79,7 @@ def run(step: Step) -> Outcome | None:
             automatic=options.engine == "auto",
             scale_heads=options.scale_heads,
             retain_graph=options.retain_graph,
+            settle=None if step.group is None else partial(_averaged, step),
         )
     if found is None:
         return None
@@ -84,3 +88,11 @@ def run(step: Step) -> Outcome | None:
     alpha = info.alpha if options.scale_heads else None
     updates += own_gradients(step.heads.without(step.parameters), own, alpha)
     return Outcome(updates, info, reached)
+
+
+def _averaged(step: Step, trunk: gramian.Trunk) -> tuple[list[tuple[Tensor, Tensor]], Info]:
+    from fastmtl import distributed  # here: not every torch is built with it
+
+    updates, info = distributed.averaged_update(trunk, step.parameters, step.options.method, step.context, step.group)
+    check_reached([[g for _, g in updates]], "shared")  # not earlier: all processes have to get there
+    return updates, info

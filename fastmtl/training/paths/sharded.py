@@ -19,10 +19,15 @@ def takes(step: Step) -> bool:
     if not distributed.is_sharded(step.parameters):
         return False
     options = step.options
-    for name in ("features", "groups", "scale_heads", "process_group"):
+    for name in ("features", "process_group"):
         value = getattr(options, name)
         if value is not None and value is not False:
             raise ValueError(f"{name}: expected none with parameters of fully_shard, got {describe(value)}")
+    if options.scale_heads and options.heads is None:
+        raise ValueError(
+            "scale_heads: expected the heads, one for each task, with parameters of fully_shard (of which the graph "
+            "shows only temporary copies): scale_heads=[head_0, head_1, ...], got True"
+        )
     if options.method.needs_losses:
         raise ValueError(
             f"shared: expected plain parameters for {options.method!r}, which needs the losses, got shards"
@@ -34,11 +39,14 @@ def run(step: Step) -> Outcome:
     """See `Path`. The other parameters get their gradients in the same passes."""
     from fastmtl import distributed
 
-    updates, info = distributed.sharded_update(
+    options = step.options
+    updates, heads, info = distributed.sharded_update(
         step.losses,
         step.parameters,  # type: ignore[arg-type]  # DTensors: see `takes`
-        step.options.method.solve,
+        options.method.solve,
         step.context,
-        retain_graph=step.options.retain_graph,
+        retain_graph=options.retain_graph,
+        sizes=[len(group) for group in step.groups] or None,
+        heads=options.heads or (),
     )
-    return Outcome(pairs(step.parameters, updates), info, ())
+    return Outcome(pairs(step.parameters, updates) + heads, info, ())
