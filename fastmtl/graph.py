@@ -38,6 +38,7 @@ _PARTS = frozenset({"SelectBackward0", "UnbindBackward0"})
 # Operations that pass each input on as the output of the same number: their outputs have nothing to do with each other.
 # DistributedDataParallel puts one behind all outputs of a model, a module with full backward hooks has one too.
 _JOINTS = frozenset({"_DDPSinkBackward", "BackwardHookFunctionBackward"})
+_SPECIAL = _PARTS | _JOINTS | {_LEAF}
 
 
 class Leaves(NamedTuple):
@@ -107,6 +108,18 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
             edge, reader = stack.pop()
             node, output = edge
             kind = type(node).__name__
+            if kind not in _SPECIAL:  # most are not, and this is part of every step
+                known = owner.get(node)
+                if known is None:
+                    owner[node] = t
+                elif known != t and known != SEVERAL:
+                    owner[node], overlap = SEVERAL, True
+                else:
+                    continue
+                for following in node.next_functions:
+                    if following[0] is not None and following not in closed:
+                        stack.append((following, kind))
+                continue
             if joints and kind in _PARTS and node.next_functions[0] not in closed:
                 one = _one_of_stack(node, output, begins=not reader)
                 if one is not None:
@@ -132,8 +145,8 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
                 leaves[node] = node.variable
                 continue
             overlap |= known is not None or joint
-            following = _following(node, output) if joint else node.next_functions
-            stack.extend((e, kind) for e in following if e[0] is not None and e not in closed)
+            edges = _following(node, output) if joint else node.next_functions
+            stack.extend((e, kind) for e in edges if e[0] is not None and e not in closed)
     private: list[list[Tensor]] = [[] for _ in losses]
     common: list[Tensor] = []
     for node, variable in leaves.items():

@@ -211,34 +211,39 @@ class _Border:
     """
 
     def __init__(self, step: Step) -> None:
-        self._shared = {id(p) for p in step.parameters}
-        self._owner = step.heads.owner
-        self._hooked: list[tuple[Any, int, frozenset[int]]] = []
+        shared = {id(p) for p in step.parameters}
+        self._owner = owner = step.heads.owner
+        self._leaves = leaves = {node: id(node.variable) in shared for node in owner if is_leaf(node)}
+        self._hooked: list[tuple[Any, int, list[int]]] = []
         self.clean = True
-        for node, t in self._owner.items():
-            into = list(map(behind_joints, node.next_functions))
+        for node, t in owner.items():
+            if node in leaves:
+                continue
             if t != SEVERAL:
-                beyond = frozenset(i for i, edge in enumerate(into) if self._beyond(edge))
+                beyond = [i for i, edge in enumerate(node.next_functions) if self._beyond(edge)]
                 if beyond:
                     self._hooked.append((node, t, beyond))
-            elif any(edge[0] is not None and is_leaf(edge[0]) and not self._beyond(edge) for edge in into):
+            elif not all(leaves.get(behind_joints(edge)[0], True) for edge in node.next_functions):
                 self.clean = False
         for loss in step.losses:
             if loss is None or edge_of(loss)[0] in self._owner:
                 continue
             # An entry of a stack: the pass cannot tell the losses apart there.
             stack = edge_of(loss)[0].next_functions[0][0]
-            self.clean &= not any(self._beyond(behind_joints(edge)) for edge in getattr(stack, "next_functions", ()))
+            self.clean &= not any(map(self._beyond, getattr(stack, "next_functions", ())))
 
     def begins(self, loss: Tensor) -> bool:
         """Whether a loss lies beyond itself: others depend on it, or it is a shared parameter."""
-        return self._beyond(behind_joints(edge_of(loss)))
+        return self._beyond(edge_of(loss))
 
     def _beyond(self, edge: Edge) -> bool:
         node = edge[0]
-        if node is None:
-            return False
-        return id(node.variable) in self._shared if is_leaf(node) else self._owner.get(node) == SEVERAL
+        owner = self._owner.get(node)
+        if owner is None:  # a joint has none
+            node = behind_joints(edge)[0]
+            owner = self._owner.get(node)
+        shared = self._leaves.get(node)
+        return owner == SEVERAL if shared is None else shared
 
     @contextmanager
     def scaled(self, alpha: Tensor | None) -> Iterator[None]:
@@ -252,7 +257,7 @@ class _Border:
                 handle.remove()
 
     @staticmethod
-    def _hook(node: Any, t: int, beyond: frozenset[int], alpha: Tensor, factors: dict[Any, Sequence[Tensor]]) -> Any:
+    def _hook(node: Any, t: int, beyond: list[int], alpha: Tensor, factors: dict[Any, Sequence[Tensor]]) -> Any:
         def scale(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
             scaled = list(grads)
             for i in beyond:
