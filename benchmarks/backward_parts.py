@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Where the time of `m.backward` goes beside the bare loop of T `autograd.grad` calls, on one thread of a CPU.
 
+And that of a step with weights of an earlier one (`every=`) beside a step of the summed losses, with memory kept.
+
     python benchmarks/backward_parts.py [--tasks 10] [--rounds 16]
 
 Times are those of the processor, which stand still while others have it, medians of interleaved rounds; faults are the
@@ -23,6 +25,8 @@ import torch
 import workloads
 
 import fastmtl
+from fastmtl.graph import leaves_of
+from fastmtl.training.commit import commit
 
 
 def parts(tasks: int) -> dict[str, Callable[[], object]]:
@@ -48,8 +52,32 @@ def parts(tasks: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def between(tasks: int) -> dict[str, Callable[[], object]]:
+    """A plain step, one in between, and parts of that."""
+    problem, method = workloads.mlp(tasks), fastmtl.AlignedMTL()
+    losses = problem.losses([problem.forward()] * tasks)
+    parameters = list(problem.model.parameters())
+
+    def step() -> None:
+        problem.zero_grad()
+        h = problem.forward()
+        method.backward(problem.losses([h] * tasks), shared=problem.shared, every=10**9)
+
+    def committed() -> None:
+        problem.zero_grad()
+        commit([(p, torch.empty_like(p)) for p in parameters])
+
+    step()
+    return {
+        "plain step": problem.step,
+        "step in between": step,
+        "its walk over the graph": lambda: leaves_of(losses, []),
+        "its commit, on its own": committed,
+    }
+
+
 def table(functions: dict[str, Callable[[], object]], rounds: int) -> None:
-    """One line a part: milliseconds, times the loop, faults a call."""
+    """One line a part: milliseconds, times the first, faults a call."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     faults: dict[str, list[int]] = {name: [] for name in functions}
     for i in range(rounds + 2):
@@ -60,10 +88,10 @@ def table(functions: dict[str, Callable[[], object]], rounds: int) -> None:
             if i >= 2:
                 seconds[name].append(elapsed)
                 faults[name].append(after - before)
-    loop = statistics.median(seconds["loop of autograd.grad"])
+    loop = statistics.median(next(iter(seconds.values())))
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"| {name} | {median * 1e3:.1f} | {median / loop:.2f} | {statistics.median(faults[name]):.0f} |")
+        print(f"| {name} | {median * 1e3:.2f} | {median / loop:.2f} | {statistics.median(faults[name]):.0f} |")
 
 
 def main() -> None:
@@ -79,6 +107,8 @@ def main() -> None:
             measure.keep_memory()
         print(f"\n| memory {memory} | ms | × loop | page faults |\n|---|---|---|---|")
         table(functions, args.rounds)
+    print("\n| between solutions | ms | × plain step | page faults |\n|---|---|---|---|")
+    table(between(args.tasks), 10 * args.rounds)
 
 
 if __name__ == "__main__":

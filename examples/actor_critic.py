@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastmtl
 
-GOALS = (-1.0, 0.5, 3.0)
+GOALS = (-1.0, 0.5, 2.0)
 TASKS, BATCH, ENTROPY = len(GOALS), 64, -1.0
 
 
@@ -52,7 +52,7 @@ def train(steps: int) -> list[float]:
     log_alpha = nn.Parameter(torch.zeros(TASKS))
     # A method with state would be one for each call, and so they are two.
     for_critic, for_actor = fastmtl.AlignedMTL(scale="median"), fastmtl.AlignedMTL(scale="median")
-    optimizers = [torch.optim.Adam(p, lr=3e-3) for p in (critic.parameters(), actor.parameters(), [log_alpha])]
+    optimizers = [torch.optim.Adam(p, lr=1e-2) for p in (critic.parameters(), actor.parameters(), [log_alpha])]
     for _ in range(steps):
         states = [torch.randn(BATCH, 1) for _ in range(TASKS)]
 
@@ -88,7 +88,7 @@ def train(steps: int) -> list[float]:
 def main(arguments: list[str] | None = None) -> list[float]:
     """Trains, and prints how far off each task is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
     options = parser.parse_args(arguments)
     distances = train(options.steps)
     print("mean distance from the goal: " + " ".join(f"{x:.3f}" for x in distances))

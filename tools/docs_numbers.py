@@ -43,7 +43,10 @@ import cuda_model  # noqa: E402  (from benchmarks)
 
 __all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "per-example.md", ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "per-example", "training")),
+    ROOT / "README.md",
+)
 MACHINE = "xeon-2core-avx512"  # whose numbers the pages show, CUDA's apart
 SECTION = re.compile(r"(<!-- numbers: (?P<name>[^>]+?) -->\n)(?:(?!<!-- numbers: ).)*?(<!-- end -->)", re.DOTALL)
 SPAN = re.compile(r"(<!-- n: (?P<name>[^>]+?) -->)[^<]*(<!-- /n -->)")
@@ -322,6 +325,25 @@ def engines(results: Results) -> str:
     return table(head, rows) + "\n" + targets(run)
 
 
+def paths(results: Results) -> str:
+    """The ways of `backward` beside a plain step, on the models that most readers know."""
+    run = results.read("engines/steps.json")
+    ways = {
+        "full": "`shared=`",
+        "gramian": '`engine="gramian"`',
+        "auto": '`engine="auto"`',
+        "UB": "`fan_out`, `representation=`",
+    }
+    cases = [case for case in run.get("cases", []) if case["case"].startswith(("mlp", "resnet"))]
+    if not cases:
+        return absent(f"python benchmarks/engines.py steps --json benchmarks/results/{MACHINE}/engines/steps.json")
+    rows = [
+        [said, *(f"{case['ratios'][way]:.2f} ({case['seconds'][way] * 1e3:.3g})" for case in cases)]
+        for way, said in ways.items()
+    ]
+    return table(["", *(case["case"] for case in cases)], rows) + source([{"machine": run["machine"]}])
+
+
 def engine_memory(results: Results) -> str:
     """What a backward allocates at its peak."""
     run = results.read("engines/memory.json")
@@ -448,6 +470,10 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "float32 blocks": float32_blocks,
     "steps": steps,
     "engines": engines,
+    "paths": paths,
+    "amortised": everywhere(
+        "amortised", "amortised *", "between solutions *", "accumulate *", head="× plain steps, or one by one"
+    ),
     "engine memory": engine_memory,
     "engine choice": engine_choice,
     "step targets": lines("step mlp *", "step resnet18 *"),

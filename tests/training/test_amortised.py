@@ -203,6 +203,37 @@ def test_a_run_goes_on_from_its_state():
     assert not method.state_dict()
 
 
+@pytest.mark.parametrize("every", [3, "auto"])
+@pytest.mark.parametrize("make", [fastmtl.AlignedMTL, fastmtl.GradVac], ids=["AlignedMTL", "GradVac"])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(every, make):
+    """Between two solutions, through a file, with an optimizer's state and a method's own."""
+
+    def parts():
+        torch.manual_seed(5)
+        model, method = Model(), make()
+        return {"model": model, "method": method, "optimizer": torch.optim.Adam(model.parameters(), lr=0.02)}
+
+    def train(model, method, optimizer, steps):
+        for i in steps:
+            optimizer.zero_grad()
+            torch.manual_seed(i)
+            model.x = randn(16, 5, dtype=F64, seed=i)
+            method.backward(model.losses(), shared=model.trunk, every=every)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    whole, stopped, resumed = parts(), parts(), parts()
+    expected = train(**whole, steps=range(11))
+    train(**stopped, steps=range(5))
+    file = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in stopped.items()}, file)
+    file.seek(0)
+    for name, state in torch.load(file, weights_only=True).items():
+        resumed[name].load_state_dict(state)
+    for p, q in zip(train(**resumed, steps=range(5, 11)), expected, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_auto_stretches_while_weights_stay_and_shortens_when_they_turn():
     """The same losses again and again; then another task is the hard one in every step."""
     model, method = Model(), fastmtl.AlignedMTL()
