@@ -87,8 +87,9 @@ wheel: develop ## dist/: sdist and, built from it in isolation, the wheel with C
 	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
-emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (most of it is part of test)
-	$(BIN)/python -m pytest tests/emulation --slow $(PYTEST_ARGS)
+# Every pair of parameters: all combinations, which test-all has, take a day of processor time.
+emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (some of it is part of test)
+	$(BIN)/python -m pytest $(PARALLEL) tests/emulation --slow --cover 2 $(PYTEST_ARGS)
 
 cuda: ## build with the CUDA kernels (needs nvcc, no GPU) for TORCH_CUDA_ARCH_LIST, default 7.5 and 8.0; import them
 	@rm -f $(VENV)/.built
