@@ -109,8 +109,8 @@ def combine_into(out: Sequence[Tensor], grads: Sequence[Tensor | None], alpha: T
 
 def _parts(columns: Sequence[Tensor]) -> list[list[int]]:
     """The numbers of columns on each device, that of the first column first; none where there is one device alone."""
-    if torch.compiler.is_compiling() or len(set(map(_device_of, columns))) < 2:
-        return []
+    if torch.compiler.is_compiling() or len(set(map(_device_of, columns))) < 2 or any(x.is_meta for x in columns):
+        return []  # of what has no numbers the ops say so
     parts: dict[Any, list[int]] = {}
     for k, x in enumerate(columns):
         parts.setdefault(_device_of(x), []).append(k)
