@@ -76,7 +76,7 @@ def averaged_update(
 ) -> tuple[list[tuple[Tensor, Tensor]], Info]:
     """The aggregation of gradients averaged over ranks, from what T cotangents brought each of them.
 
-    The ranks tell each other first what they have, for which the host waits: layouts may differ, as batches do.
+    The ranks tell each other first what they have, for which the host waits: sizes of batches and tasks may differ.
 
     Args:
         trunk: what they brought this rank.
@@ -198,7 +198,7 @@ def _is_factored(k: int, table: Sequence[Sequence[_Form]], T: int, parameter: Te
     if not forms or any(form.kind != _FACTORS or not form.fits(forms[0]) for form in forms):
         return False
     bias = forms[0].other
-    if bias >= 0 and any(rank[bias].kind not in (_NOTHING, _WITH) for rank in table):
+    if bias >= 0 and any(rank[bias] not in (_Form(), _Form(_WITH, other=k)) for rank in table):
         return False
     return sum(form.numbers(T) for form in forms) < 2 * T * parameter.numel()
 

@@ -2,14 +2,17 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from gramian_models import LAYERS, MODELS, LanguageModel, Multitask, build, mlp, resnet18, vit
 from helpers import BF16, EPS, F16, F32, F64, dtype_id, flat, generator, randn, relative, svd_align
 from torch import nn
 
 import fastmtl
+from fastmtl.distributed import factors
 from fastmtl.gramian import contraction, cost
 from fastmtl.ops import reference
 
@@ -109,6 +112,26 @@ def test_one_task_after_the_other_or_all_at_once(name, at_once, monkeypatch):
     """Whichever the sizes suggest; where an operation cannot be vectorised, one after the other."""
     monkeypatch.setattr(cost, "goes_at_once", lambda *_: at_once)
     agree({**MODELS, **LAYERS}[name], F64)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A world of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_process_group(name, factored, alone, monkeypatch):
+    """Every use, by its factors where they fit, or as gradients; several processes are in tests/distributed."""
+    decide = factors._is_factored
+    large = SimpleNamespace(numel=lambda: 10**9)  # than which factors are smaller
+    monkeypatch.setattr(cost, "is_cheaper_explicit", lambda *_: False)
+    monkeypatch.setattr(factors, "_is_factored", lambda k, table, T, _: factored and decide(k, table, T, large))
+    agree(LAYERS[name], F64, process_group=True)
 
 
 MANY = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "language model")]  # parameters

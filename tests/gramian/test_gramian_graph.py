@@ -715,13 +715,6 @@ def test_what_needs_the_full_engine(name):
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
-def test_process_groups_need_the_full_engine():
-    model = three()
-    with pytest.raises(ValueError, match=r"engine|gramian"):
-        backward(model, process_group=True)
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_shards_need_the_full_engine():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
