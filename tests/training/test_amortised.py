@@ -335,6 +335,28 @@ def test_methods_without_weights_and_the_upper_bound_are_refused():
         fastmtl.AlignedMTL().backward(model.losses(h), representation=h, every=2)
 
 
+def test_heads_may_be_named_where_they_are_scaled():
+    """As they have to be of `fully_shard`: the same as True, also in between."""
+    expected = None
+    for heads in (True, Model().heads, None):
+        model, method = Model(), fastmtl.AlignedMTL()
+        heads = [list(head.parameters()) for head in model.heads] if heads is None else heads
+        for _ in range(2):
+            method.backward(model.losses(), shared=model.trunk, every=2, scale_heads=heads)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        expected = expected or grads
+        assert all(torch.equal(g, e) for g, e in zip(grads, expected, strict=True))
+    model = Model()
+    for heads, error, message in (
+        (list(model.heads)[:2], ValueError, "a head for each of the 3 tasks, got 2"),
+        (model.heads[0].weight, TypeError, "a bool, or a head for each task, got float64 tensor"),
+        ([None] * 3, TypeError, r"scale_heads\[0\]: expected a module"),
+        (1, TypeError, "a bool, or a head for each task, got int"),
+    ):
+        with pytest.raises(error, match=message):
+            fastmtl.AlignedMTL().backward(model.losses(), shared=model.trunk, scale_heads=heads)
+
+
 def test_a_step_in_between_costs_one_pass():
     """Counted: how often a backward comes by the trunk."""
     model, method, passes = Model(), fastmtl.AlignedMTL(), []
