@@ -436,11 +436,11 @@ def check_gramian_engine_under_ddp() -> None:
 
 def check_the_example_of_processes() -> None:
     """It says that every way prints the same losses."""
-    import processes
+    import data_parallel
 
-    alone = torch.tensor(processes.train("alone", 5))
+    alone = torch.tensor(data_parallel.train("alone", 5))
     for way in ("ddp", "fsdp2"):
-        assert relative(torch.tensor(processes.train(way, 5)), alone) <= 1e-4
+        assert relative(torch.tensor(data_parallel.train(way, 5)), alone) <= 1e-4
 
 
 def check_accumulation_where_ranks_lack_losses() -> None:

@@ -1,8 +1,8 @@
 """The examples of training run end to end, and learn."""
 
 import actor_critic
+import data_parallel
 import pinn
-import processes
 import pytest
 import torch
 import value_head
@@ -22,7 +22,7 @@ def test_a_language_model_with_a_value_head():
 
 def test_processes_that_are_one(capsys):
     """More of them are in tests/distributed."""
-    processes.main(["--processes", "1", "--steps", "60"])
+    data_parallel.main(["--processes", "1", "--steps", "60"])
     assert capsys.readouterr().out.startswith("one process: losses 0.")
 
 

@@ -2,8 +2,8 @@
 
 The gradients that are aggregated are those of the whole batch, so that all three ways below print the same losses.
 
-    python examples/processes.py --processes 2 --way ddp       # or fsdp2; or: torchrun --nproc-per-node 2 ...
-    python examples/processes.py --processes 1                 # one process on the whole batch
+    python examples/data_parallel.py --processes 2 --way ddp       # or fsdp2; or: torchrun --nproc-per-node 2 ...
+    python examples/data_parallel.py --processes 1                 # one process on the whole batch
 """
 
 from __future__ import annotations
