@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set and kernels in use")
     listed = commands.add_parser("methods", help="list every method: paper, needs, state, options, names elsewhere")
-    listed.add_argument("--markdown", action="store_true", help="as the table of the README")
+    listed.add_argument("--markdown", action="store_true", help="as the table of docs/methods.md")
     swept = commands.add_parser("scaling", help="how time, memory and accuracy grow with tasks and parameters")
     scaling.add_options(swept)
     options = parser.parse_args(arguments)
