@@ -123,7 +123,7 @@ scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in s
 
 docs: develop ## the site, in site/: every page, link and docstring; runs the tutorials
 	$(PIP) install 'fastmtl-torch[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Where there is no Chromium, Playwright's own is fetched.
 test-site: docs ## the site and a run's report in headless Chromium, on a desk's and a phone's width; pictures in site-pictures/

@@ -477,7 +477,7 @@ def beside_peers(results: Results) -> str:
             gradients,
         ],
     ]
-    return table(["", "fastmtl", "TorchJD 0.18", "LibMTL"], rows) + source([run, memory])
+    return table(["", "fastmtl", "TorchJD 0.18", "LibMTL"], rows) + source([run, memory, *results.named("step * T=*")])
 
 
 EXPERIMENTS = {"regression": "QM9, 11 targets", "fashion": "overlaid garments", "scene": "rooms, 3 tasks"}
@@ -570,9 +570,8 @@ def span(name: str, results: Results) -> str:
     if kind == "methods":
         return str(len(catalog.names()))
     if kind in ("demo", "experiment"):
-        *where, form = rest
         try:
-            return format((demo_mean if kind == "demo" else experiment_mean)(results, *where), form)
+            return format((demo_mean if kind == "demo" else experiment_mean)(results, *rest[:-1]), rest[-1])
         except (KeyError, TypeError):
             raise ValueError(f"n: {name}: not in the results of the demo or experiment") from None
     if kind == "steps":

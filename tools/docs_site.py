@@ -7,13 +7,13 @@ every tutorial is run. What documents link to outside of docs/ is taken along: t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import posixpath
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,34 +76,42 @@ def kinds() -> dict[str, type]:
     return found
 
 
-# Two tasks, the second of which has the longer gradient and opposes the first.
-G = ((1.0, 0.55), (-1.1, 1.9))
+# Two tasks, the second of which has the longer gradient and opposes the first; a third for methods that need one.
+G = ((1.0, 0.55), (-1.6, 1.2))
 LOSSES = (0.8, 1.6)
-# What needs more than two tasks or two numbers to be itself.
-OPTIONS: dict[str, dict[str, Any]] = {"gradnorm": {"initial_losses": [1.0, 1.0]}, "krum": {"selected": 1}}
+THIRD, THIRD_LOSS = (1.2, 1.1), 1.0
+OF_THREE = ("krum", "trimmed-mean")
+
+
+def task_gradients(name: str) -> tuple[tuple[float, float], ...]:
+    """Those in the picture of a method."""
+    return (*G, THIRD) if name in OF_THREE else G
 
 
 def combined(name: str) -> list[float]:
-    """What a method makes of the two gradients `G` of losses `LOSSES` in its first step."""
+    """What a method makes of the gradients in its picture, in its first step."""
+    rows = torch.tensor(task_gradients(name), dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        method = catalog.make(name, tasks=2, **OPTIONS.get(name, {}))
-        p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-        rows, offsets = (torch.tensor(x, dtype=torch.float64) for x in (G, LOSSES))
-        method.backward([offset + row @ p for row, offset in zip(rows, offsets, strict=True)], shared=[p])
+        method = catalog.make(name, tasks=len(rows))
+        p = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)  # a weight: GradNorm looks for one
+        offsets = (*LOSSES, THIRD_LOSS)[: len(rows)]
+        method.backward([loss + (row @ p)[0] for row, loss in zip(rows, offsets, strict=True)], shared=[p])
     assert p.grad is not None
-    return [float(x) for x in p.grad]
+    return [float(x) for x in p.grad[:, 0]]
 
 
 def method_pictures() -> dict[str, str]:
     """Drawings by the site's file names."""
-    names = {name: kind.__name__ for name, kind in kinds().items()}
-    return {f"methods/{name}.svg": pictures.combination(*G, combined(name), title) for name, title in names.items()}
+    return {
+        f"methods/{name}.svg": pictures.combination(task_gradients(name), combined(name), kind.__name__)
+        for name, kind in kinds().items()
+    }
 
 
 def good_for() -> dict[str, str]:
     """What each method is good for: the table of docs/choosing.md."""
-    text = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8").partition("## What each is good for")[2]
     return dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", text, re.MULTILINE))
 
 
@@ -144,11 +152,12 @@ def method_pages() -> dict[str, str]:
             "works with": works_with(kind),
         }
         said.append("| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in about.items() if v))
+        third = f", and a third with a loss of {THIRD_LOSS:g}" if name in OF_THREE else ""
         said.append("## In the plane")
         said.append(
-            f"![Two gradients and what {kind.__name__} makes of them]({name}.svg)\n\nTwo tasks with losses of "
-            f"{LOSSES[0]} and {LOSSES[1]}, whose gradients conflict; beside them their mean, and the first step of the "
-            "method with its default options. An arrow that is missing has no length."
+            f"![Task gradients and what {kind.__name__} makes of them]({name}.svg)\n\nTwo tasks with losses of "
+            f"{LOSSES[0]} and {LOSSES[1]}, whose gradients conflict{third}; beside them their mean, and the first step "
+            "of the method with its default options. An arrow that is missing has no length."
         )
         if name in results:
             head = "| experiment | Δm % ↓ | place | plain sum |\n|---|---|---|---|\n"
@@ -224,11 +233,7 @@ def outside_fences(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def destination(target: Path) -> str:
-    """Where a file of the checkout is on the site.
-
-    Raises:
-        ValueError: it is nowhere.
-    """
+    """Where a file or folder of the checkout is on the site."""
     inside = target.relative_to(ROOT).as_posix()
     if target.is_dir() and (target / "README.md").exists():
         inside, target = f"{inside}/README.md", target / "README.md"
@@ -240,9 +245,7 @@ def destination(target: Path) -> str:
         return target.relative_to(DOCS).as_posix()
     if target.suffix in IMAGES:
         return f"files/{inside}"
-    if target.is_file():
-        return f"source/{inside}.md"
-    raise ValueError(f"{inside}: neither a file nor a folder with a README.md")
+    return f"source/{inside}.md"
 
 
 def rewritten(text: str, origin: Path, uri: str) -> tuple[str, set[Path]]:
@@ -302,7 +305,10 @@ def wide(text: str) -> str:
 
 
 def sourced(path: Path) -> str:
-    """A file of the checkout as a page."""
+    """A file of the checkout as a page; of a folder what is in it."""
+    if path.is_dir():
+        names = sorted(inner.relative_to(ROOT).as_posix() for inner in path.iterdir() if inner.name[0] not in "._")
+        return f"# {path.relative_to(ROOT).as_posix()}\n\n" + "".join(f"- `{name}`\n" for name in names)
     language = {".py": "python", ".md": "markdown", ".toml": "toml", ".h": "cpp", ".cpp": "cpp"}.get(
         path.suffix, "text"
     )
@@ -370,18 +376,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def run_tutorials() -> Mapping[str, str | Path]:
-    """Pages and pictures of all tutorials, each run by a process of its own.
+    """Pages and pictures of all tutorials, each run by a process of its own; those that have not changed are kept.
 
     Raises:
         subprocess.CalledProcessError: one failed.
     """
     made: dict[str, str | Path] = {}
-    folder = Path(tempfile.mkdtemp(prefix="fastmtl-tutorials-"))  # MkDocs copies the pictures at the end
     for path in sorted(tutorials.FOLDER.glob("*.py")):
-        subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "tutorials.py"), str(path), str(folder / path.stem)], check=True
-        )
-        for file in (folder / path.stem).iterdir():
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        folder = ROOT / "build" / "tutorials" / f"{path.stem}-{version}"
+        if not (folder / f"{path.stem}.md").exists():
+            subprocess.run([sys.executable, ROOT / "tools" / "tutorials.py", path, folder], check=True)
+        for file in folder.iterdir():
             if file.suffix == ".md":
                 made[f"tutorials/{path.stem}.md"] = file.read_text(encoding="utf-8")
             elif file.suffix in IMAGES:

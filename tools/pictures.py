@@ -119,29 +119,28 @@ def pipeline() -> str:
         (225, "G  [T, P]", "T gradients, one drowns the others"),
         (452, "M = G Gᵀ  [T, T]", "norms and conflicts"),
         (618, "α  [T]", "task weights"),
-        (801, ".grad = αᵀ G  [P]", "one backward for UB"),
+        (797, ".grad = αᵀ G  [P]", "in one backward (UB)"),
     )
     for x, said, below in labels:
-        svg.text(max(x, 50), 34, said, "big ink")
-        svg.text(max(x, 50), 214, below, "small faint")
+        svg.text(max(x, 56), 34, said, "big ink")
+        svg.text(max(x, 56), 214, below, "small faint")
     return str(svg)
 
 
 Vector = Sequence[float]
 
 
-def combination(first: Vector, second: Vector, result: Vector, name: str) -> str:
-    """Two task gradients, their mean, and what a method makes of them, in the plane.
+def combination(gradients: Sequence[Vector], result: Vector, name: str) -> str:
+    """Two or three task gradients, their mean, and what a method makes of them, in the plane.
 
     Args:
-        first: task 1's gradient (x, y).
-        second: task 2's.
+        gradients: of the tasks, (x, y) each.
         result: the aggregated one.
         name: of the method.
     """
     size, margin = 320, 34
-    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    points = [(0.0, 0.0), first, second, mean, result]
+    mean = [sum(column) / len(gradients) for column in zip(*gradients, strict=True)]
+    points = [(0.0, 0.0), *gradients, mean, result]
     low = [min(p[k] for p in points) for k in range(2)]
     high = [max(p[k] for p in points) for k in range(2)]
     scale = (size - 2 * margin) / max(*(b - a for a, b in zip(low, high, strict=True)), 1e-9)
@@ -150,20 +149,15 @@ def combination(first: Vector, second: Vector, result: Vector, name: str) -> str
     def place(p: Vector) -> tuple[float, float]:
         return size / 2 + scale * (p[0] - middle[0]), size / 2 - scale * (p[1] - middle[1])
 
-    svg = Svg(size, size + 62, f"Two task gradients, their mean, and the result of {name}")
+    svg = Svg(size, size + 62, f"Task gradients, their mean, and the result of {name}")
     origin = place((0.0, 0.0))
     svg.line(origin[0], 10, origin[0], size - 10, "axis")
     svg.line(10, origin[1], size - 10, origin[1], "axis")
-    for vector, colour, width in (
-        (first, TASKS[0], 2.5),
-        (second, TASKS[1], 2.5),
-        (mean, "faint", 1.5),
-        (result, "result", 4),
-    ):
+    tasks = [(f"task {t}", g, TASKS[t - 1], 2.5) for t, g in enumerate(gradients, 1)]
+    arrows = [*tasks, ("mean", mean, "faint", 1.5), (name, result, "result", 4.0)]
+    for k, (said, vector, colour, width) in enumerate(arrows):
         svg.arrow(*origin, *place(vector), colour, width)
-    legend = (("task 1", TASKS[0]), ("task 2", TASKS[1]), ("mean", "faint"), (name, "result"))
-    for k, (said, colour) in enumerate(legend):
-        x, y = (24 + 110 * (k % 2), size + 18 + 24 * (k // 2))
+        x, y = (20 + 100 * (k % 3), size + 18 + 24 * (k // 3))
         svg.box(x, y - 10, 12, 12, colour)
         svg.text(x + 18, y, said, "small ink", "start")
     return str(svg)

@@ -66,6 +66,7 @@ for step in range(STEPS):
     hs.total(losses).backward()
     optimizer.step()
     aligned.append([float(loss.detach()) / scale for loss, scale in zip(losses, SCALES)])
+    assert hs.info is not None  # it is there after the backward
     kappa.append(float(fastmtl.diagnostics.condition_number(hs.info)))
 
 # %% [markdown]

@@ -65,7 +65,7 @@ def losses_of(outputs: list[Tensor], targets: Tensor) -> list[Tensor]:
     return [mse_loss(output, y) for output, y in zip(outputs, targets)]
 
 
-def gradient(model: nn.Module) -> Tensor:
+def gradient(model: Model) -> Tensor:
     """The encoder's, flat; put together where it is sharded."""
     grads = [p.grad for p in model.encoder.parameters() if p.grad is not None]
     return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])

@@ -29,7 +29,8 @@ def columns(history: Mapping[str, np.ndarray], names: Sequence[str] | None = Non
             parts = [str(k) for k in index]
             if names is not None and name in _BY_TASK:
                 parts[-1] = names[index[-1]]
-            found["/".join((name, *parts))] = values[(slice(None), *index)]
+            of_all = (slice(None), *index)
+            found["/".join((name, *parts))] = values[of_all]
     return found
 
 

@@ -57,7 +57,10 @@ table { border-collapse: collapse; font-size: .85rem } td, th { padding: .2rem .
 class Run(Protocol):
     """What is shown of a run: a `fastmtl.Monitor`."""
 
-    names: Sequence[str] | None
+    @property
+    def names(self) -> Sequence[str] | None:
+        """Of the tasks."""
+        ...
 
     @property
     def history(self) -> Mapping[str, np.ndarray]:
@@ -205,9 +208,9 @@ def _chart(steps: np.ndarray, lines: Sequence[np.ndarray], log: bool, heading: s
     for tick in _round_ticks(first, last):
         if first <= tick <= last:
             pieces.append(f'<text x="{x_of(tick):.1f}" y="{_HEIGHT - 12}" text-anchor="middle">{tick:g}</text>')
-    for k, y in enumerate(shown):
+    for k, line in enumerate(shown):
         colour = _COLOURS[k % len(_COLOURS)]
-        for stretch in _stretches(*_thinned(steps.astype(np.float64), y)):
+        for stretch in _stretches(*_thinned(steps.astype(np.float64), line)):
             points = " ".join(f"{x_of(a):.1f},{y_of(b):.1f}" for a, b in stretch)
             if len(stretch) == 1:
                 (a, b) = stretch[0]
