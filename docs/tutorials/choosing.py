@@ -104,6 +104,11 @@ figure = fig4({"sum": plain, "aligned": runs["aligned"], "nash": runs["nash"]})
 figure.savefig("compared.svg")
 
 # %% [markdown]
+# `near` and `far` share a head and disagree, so one of them has to lose. The sum, `upgrad` and `gls` follow `near`,
+# whose unit makes it large; `nash` does not look at units, and lands between the two, which costs `near` most in its
+# square millimetres; `aligned` follows `near` more slowly, and is the one that learns `kind` as well. None of this
+# says which outcome you want: it says what each method does.
+#
 # `gls` is a method on losses: there are no gradients to look at, and it costs what the sum costs. Where dominance is
 # the whole problem it often suffices. The report of a run is one page of HTML, for a colleague or for later:
 

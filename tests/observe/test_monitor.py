@@ -92,6 +92,7 @@ def test_history_is_the_diagnostics_of_every_step(info, buffer):
         bare = Info.of(gram=seen.gram, eigenvalues=seen.eigenvalues, rank=seen.rank)
         summary = diagnostics.summary(bare, F32)
         expected = {f"initial/{name}": value for name, value in summary.items()}
+        expected["initial/conflicts"] = (diagnostics.cosines(seen) < 0).double().sum() / 12
         if info is aligned_info:
             aligned = diagnostics.summary(Info.of(gram=diagnostics.aligned_gram(seen), rank=seen.rank))
             expected |= {f"aligned/{name}": aligned[name] for name in ALIGNED}

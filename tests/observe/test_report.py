@@ -101,17 +101,6 @@ def test_a_logger_gets_every_step_once(kind):
     assert len(logger.seen[0][1]) == sum(values[0].size for name, values in history.items() if name != "step")
 
 
-def test_lightnings_csv_logger(tmp_path):
-    loggers = pytest.importorskip("pytorch_lightning.loggers", reason="Lightning is not installed")
-    logger = loggers.CSVLogger(tmp_path)
-    trained(3, writer=logger).flush()
-    logger.save()
-    (path,) = tmp_path.rglob("metrics.csv")
-    head, *rows = path.read_text().splitlines()
-    assert "fastmtl/norms/seg" in head.split(",")
-    assert len(rows) == 3
-
-
 def test_no_logger():
     with pytest.raises(
         TypeError, match="writer: expected None or an object with add_scalar, log_metrics or log, got str"
@@ -130,17 +119,6 @@ def test_a_data_frame():
     assert frame.index.tolist() == [0, 10, 20, 30, 40, 50]
     assert {"alpha/seg", "losses/<normals>", "initial/min_cosine"} <= set(frame.columns)
     np.testing.assert_array_equal(frame["norms/depth"], monitor.history["norms"][:, 1])
-
-
-def test_without_pandas():
-    code = (
-        "import sys; sys.modules['pandas'] = None\n"
-        "from fastmtl.observe.monitor import Monitor\n"
-        "try: Monitor().frame()\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "a data frame needs pandas: pip install pandas"
 
 
 def test_json(tmp_path):
@@ -295,12 +273,16 @@ def test_a_live_table():
     assert len(screen.getvalue()) == before  # nobody looks any more
 
 
-def test_without_rich():
+def test_without_rich_and_pandas():
     code = (
-        "import sys; sys.modules['rich'] = sys.modules['rich.console'] = None\n"
+        "import sys; sys.modules['rich'] = sys.modules['rich.console'] = sys.modules['pandas'] = None\n"
         "from fastmtl.observe.monitor import Monitor\n"
-        "try: Monitor().live()\n"
-        "except ImportError as error: print(error)"
+        "for call in (Monitor().live, Monitor().frame):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "a live table needs rich: pip install 'fastmtl-torch[live]'"
+    assert done.stdout.splitlines() == [
+        "a live table needs rich: pip install 'fastmtl-torch[live]'",
+        "a data frame needs pandas: pip install pandas",
+    ]
