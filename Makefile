@@ -149,6 +149,7 @@ lint-types: develop
 
 lint-public-types: develop
 	$(BIN)/python tools/type_completeness.py
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python docs/tutorials
 
 format: develop ## put everything into the house style
 	$(BIN)/ruff check --fix .

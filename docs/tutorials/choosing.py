@@ -84,7 +84,9 @@ figure.savefig("plain.svg")
 # The mean cosine of each two tasks over the run:
 
 # %%
-for name, row in zip(plain.names or (), plain.cosines.tolist() if plain.cosines is not None else ()):
+assert plain.names is not None
+assert plain.cosines is not None  # as of every method with a Gram matrix
+for name, row in zip(plain.names, plain.cosines):
     print(f"{name:>5}", *(f"{x:6.2f}" for x in row))
 
 # %% [markdown]

@@ -57,7 +57,7 @@ for step in range(STEPS):
 encoder, heads = network()
 optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()], lr=3e-3)
 method = fastmtl.AlignedMTL()
-aligned, kappa = [], []
+aligned, kappa, info = [], [], fastmtl.Info(3)
 for step in range(STEPS):
     x, targets = data(step)
     hs = fastmtl.fan_out(encoder(x), tasks=3, method=method)
@@ -66,8 +66,9 @@ for step in range(STEPS):
     hs.total(losses).backward()
     optimizer.step()
     aligned.append([float(loss.detach()) / scale for loss, scale in zip(losses, SCALES)])
-    assert hs.info is not None  # it is there after the backward
-    kappa.append(float(fastmtl.diagnostics.condition_number(hs.info)))
+    info = hs.info
+    assert info is not None  # it is there after the backward
+    kappa.append(float(fastmtl.diagnostics.condition_number(info)))
 
 # %% [markdown]
 # ## What came of it
@@ -88,15 +89,16 @@ print(f"condition number of the task gradients: {min(kappa):.0f} to {max(kappa):
 # weights.
 
 # %%
-print(hs.info)
+print(info)
 
 # %%
 figure = Figure(figsize=(9, 3), layout="constrained")
-for t, ax in enumerate(figure.subplots(1, 3)):
+axes = figure.subplots(1, 3)
+for t, ax in enumerate(axes):
     for run, label in ((plain, "plain sum"), (aligned, "Aligned-MTL")):
         ax.plot([row[t] for row in run], label=label, linewidth=1)
     ax.set(title=f"loss of task {t}", xlabel="step", yscale="log")
-ax.legend()
+axes[-1].legend()
 figure.savefig("first_loop.svg")
 
 # %% [markdown]

@@ -40,7 +40,7 @@ def losses_of(hs: list[Tensor], targets: Tensor, known: Tensor) -> list[Tensor |
     ]
 
 
-method = fastmtl.UPGrad()
+method, info = fastmtl.UPGrad(), fastmtl.Info(3)
 absent = 0
 for _ in range(STEPS):
     x, targets, known = data()

@@ -127,7 +127,12 @@ def process(rank: int, folder: str) -> None:
 
 
 with tempfile.TemporaryDirectory() as folder:
-    mp.start_processes(process, (folder,), nprocs=WORLD, start_method="fork")
+    children = [mp.get_context("fork").Process(target=process, args=(rank, folder)) for rank in range(WORLD)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert not any(child.exitcode for child in children)
     found = torch.load(Path(folder, "found.pt"))
 
 # %% [markdown]
