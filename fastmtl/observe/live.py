@@ -14,12 +14,14 @@ try:
     from rich.console import Console
     from rich.live import Live as Screen
     from rich.table import Table
+    from rich.text import Text
 except ImportError as _error:
     raise ImportError("a live table needs rich: pip install 'fastmtl-torch[live]'") from _error
 
 __all__ = ["Live", "table"]
 
 _BARS = "▁▂▃▄▅▆▇█"
+_ROWS = 40  # tasks that are shown
 
 
 class _Watched(Run, Protocol):
@@ -71,9 +73,11 @@ def table(run: Run) -> Table:
         shown.add_column(label, justify="right")
         shown.add_column("", justify="left", style="dim")
     count = max((values.shape[1] for values in there.values()), default=0)
-    for t in range(count):
+    for t in range(min(count, _ROWS)):
         cells = [cell for values in there.values() for cell in (f"{values[-1, t]:.3g}", _bars(values[-24:, t]))]
-        shown.add_row(run.names[t] if run.names else str(t), *cells)
+        shown.add_row(Text(run.names[t] if run.names else str(t)), *cells)
+    if count > _ROWS:
+        shown.caption = f"and {count - _ROWS} tasks more"
     return shown
 
 

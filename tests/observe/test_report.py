@@ -261,12 +261,17 @@ def test_a_live_table():
     with monitor.live(refresh=0, console=console):
         for step in range(4):
             h = trunk(randn(8, 6, seed=step))
-            losses = {"near": h.square().mean(), "far": (9 * h).square().mean() + h.mean()}
+            losses = {"[red]near": h.square().mean(), "far": (9 * h).square().mean() + h.mean()}
             monitor(fastmtl.UPGrad().backward(losses, shared=trunk), losses)
     shown = screen.getvalue()
     assert all(f"step {step}:" in shown for step in range(4))
-    assert "near" in shown
+    assert "[red]near" in shown
     assert f"κ {monitor.history['initial/condition_number'][-1]:.3g}" in shown
+    many = Monitor()
+    many(Info.of(alpha=torch.ones(100, dtype=F64)))
+    with many.live(console=console):
+        pass
+    assert "and 60 tasks" in screen.getvalue()  # two lines, in a table as narrow
     before = len(screen.getvalue())
     losses = [trunk(randn(8, 6)).square().mean() * k for k in (1, 2)]
     monitor(fastmtl.UPGrad().backward(losses, shared=trunk), losses)

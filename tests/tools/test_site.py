@@ -103,8 +103,9 @@ def test_every_method_has_a_page_and_a_word_on_when():
     assert docs_site.good_for().keys() == set(catalog.names())
     assert pages.keys() == {f"methods/{name}.md" for name in catalog.names()}
     aligned = pages["methods/aligned.md"]
-    for expected in ("::: fastmtl.AlignedMTL\n", "(aligned.svg)", "QM9, 11 targets", "Senushkin et al., CVPR 2023"):
+    for expected in ("::: fastmtl.AlignedMTL\n", "(aligned.svg)", "Senushkin et al., CVPR 2023"):
         assert expected in aligned
+    assert ("QM9, 11 targets" in aligned) == (ROOT / "experiments" / "results").exists()  # not in a source release
 
 
 @pytest.mark.filterwarnings("ignore")
