@@ -57,7 +57,8 @@ for step in range(STEPS):
 encoder, heads = network()
 optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()], lr=3e-3)
 method = fastmtl.AlignedMTL()
-aligned, kappa, info = [], [], fastmtl.Info(3)
+aligned, kappa = [], []
+info: fastmtl.Info | None = None
 for step in range(STEPS):
     x, targets = data(step)
     hs = fastmtl.fan_out(encoder(x), tasks=3, method=method)
