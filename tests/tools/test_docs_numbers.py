@@ -90,6 +90,22 @@ def test_spans(tool, results):
     assert tool.fill(filled, results) == filled
 
 
+def test_spans_of_the_demo_and_of_experiments(tool, tmp_path):
+    for name, date, left in (("one", "2026-01-02", 1.0), ("two", "2026-01-03", 3.0)):
+        (tmp_path / name).mkdir()
+        run = {"about": {"date": date}, "methods": {"fastmtl": {"left": [left, left + 1]}}, "shorter": [2.0, 4.0]}
+        (tmp_path / name / "demo.json").write_text(json.dumps(run))
+    results = tool.Results(tmp_path / "one")
+    page = (
+        "<!-- n: demo / fastmtl / left / .1f --><!-- /n --> <!-- n: demo / shorter / .0f --><!-- /n --> "
+        "<!-- n: methods --><!-- /n -->"
+    )
+    assert re.sub("<!--.*?-->", "", tool.fill(page, results)) == "3.5 3 41"  # of the newest run, whose ever it is
+    for wrong in ("demo / fastmtl / right / .1f", "demo / pure / left / .1f", "experiment / regression / none / .0f"):
+        with pytest.raises(ValueError, match="not in the results of the demo or experiment"):
+            tool.fill(f"<!-- n: {wrong} --><!-- /n -->", results)
+
+
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
