@@ -473,7 +473,7 @@ def beside_peers(results: Results) -> str:
         [
             "memory beside a plain step, resnet18 T=10",
             f"{beyond['UB']} (UB), {beyond['gramian']} (exact)",
-            gradients,
+            f"{gradients} (mtl_backward)",
             gradients,
         ],
     ]
