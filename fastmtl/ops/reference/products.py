@@ -1,0 +1,122 @@
+"""Eigenvectors of the Gram matrices of many tasks, by matrix products and Cholesky factorisations alone.
+
+The number of steps is fixed and nothing is read back: on a GPU the host does not wait, and what torch can capture in a
+CUDA graph stays capturable. docs/numerics.md derives it ("On a GPU, many tasks").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["FEW_TASKS", "cholesky", "eigh"]
+
+# Doublings of the power before the basis is renewed, and after: eigenvalues that differ by 1e-5 are told apart. Of
+# closer ones no more than their difference is left beside the diagonal.
+FIRST, THEN = 4, 22
+# Added to the diagonal of the row-normalised matrix, times T: the first that leaves it positive definite. Rounding of
+# dependent rows in float64, of several sums of them, in float32, and in 16 bits.
+LIFTS = (0.0, 2.0**-48, 2.0**-40, 2.0**-24, 2.0**-8)
+TINY = 2.0**-500  # a norm, relative to the largest: the square of a smaller one is subnormal
+LEAF = 128  # rows that are factorised at once: the rest is matrix products
+ENTRIES = 1 << 21  # of the matrices that are solved at once
+FEW_TASKS = 64  # up to here Jacobi rotations take less
+
+
+def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues [..., T] and eigenvectors [..., T, T] of positive semidefinite `A` [..., T, T].
+
+    Accurate however long or short a row is: relative to the row norms, as Jacobi rotations are. What is semidefinite
+    but for rounding errors, has eigenvalues around zero; NaN where that does not do.
+    """
+    T = A.shape[-1]
+    found = [_eigh(part) for part in A.reshape(-1, T, T).split(max(1, ENTRIES // T**2))]
+    lam, V = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return lam.reshape(A.shape[:-1]), V.reshape(A.shape)
+
+
+def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Of A [B, T, T]."""
+    T = A.shape[-1]
+    eye = torch.eye(T, dtype=A.dtype, device=A.device)
+    squares = A.diagonal(dim1=-2, dim2=-1).clamp_min(0.0)
+    exponent = torch.frexp(squares.amax(-1)).exponent.to(A.dtype).clamp(-1022.0, 1022.0)[:, None]
+    norms = (squares * torch.exp2(-exponent)).sqrt()
+    absent = norms <= TINY
+    norms = torch.where(absent, TINY, norms)
+    C = A * torch.exp2(-exponent)[..., None] / norms[:, :, None] / norms[:, None, :]
+    C = torch.where(absent[:, :, None] | absent[:, None, :], 0.0, C)
+    n, V = _descending(norms, eye.expand_as(C))
+    C = torch.where(eye > 0.0, 1.0, V.mT @ C @ V)
+    F, lift = _lifted(C, eye)
+    n, Y, V = _turned(F, n, V, FIRST)
+    n, _, V = _turned(cholesky(Y.mT @ Y)[0], n, V, THEN)
+    added = lift * norms.square() + torch.where(absent, norms.square(), 0.0)
+    lam = n.square() - (added[:, None, :] @ V.square()).squeeze(-2)
+    lam, order = (lam * torch.exp2(exponent)).sort(-1)
+    return lam, V.gather(-1, order[:, None, :].expand_as(V))
+
+
+def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ...]:
+    """The basis V [B, T, T] nearer to the eigenvectors of V diag(n) F Fᵀ diag(n) Vᵀ, F lower triangular, n descending.
+
+    Returns:
+        n [B, T], Y and V [B, T, T]: the matrix is V diag(n) YᵀY diag(n) Vᵀ, with columns of Y of norm one.
+    """
+    logs, X = _columns(torch.zeros_like(n), F * n[:, :, None])
+    for _ in range(doublings):  # A^m = X diag(exp(2 logs)) Xᵀ
+        logs, X = _descending(logs, X)
+        K, _ = cholesky(X.mT @ X)
+        decay = (2.0 * (logs[:, :, None] - logs[:, None, :])).clamp_max(0.0).exp()
+        logs, X = _columns(2.0 * logs, X @ (K * decay))
+    Q = _orthonormal(_orthonormal(X))
+    logs, Y = _columns(torch.zeros_like(n), F.mT @ (n[:, :, None] * Q))
+    logs, Y, V = _descending(logs, Y, V @ Q)
+    return logs.exp(), Y, V
+
+
+def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+    """L with L Lᵀ = A [..., T, T], whose lower triangle is read, and whether there is one, bool [...]."""
+    T, L = A.shape[-1], torch.zeros_like(A)
+    fine = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
+    for i in range(0, T, LEAF):
+        j = min(i + LEAF, T)
+        panel = A[..., i:, i:j]
+        if i:
+            panel = panel - L[..., i:, :i] @ L[..., i:j, :i].mT
+        leaf, info = torch.linalg.cholesky_ex(panel[..., : j - i, :], check_errors=False)
+        fine = fine & (info == 0)
+        L[..., i:j, i:j] = leaf
+        if j < T:
+            L[..., j:, i:j] = torch.linalg.solve_triangular(leaf.mT, panel[..., j - i :, :], upper=True, left=False)
+    return L, fine & L.isfinite().all(-1).all(-1)
+
+
+def _lifted(C: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of C with the least of LIFTS that does, and that one [B, 1]; NaN if none does."""
+    T = C.shape[-1]
+    L, fine = cholesky(torch.stack([C + T * lift * eye for lift in LIFTS]))
+    F, lift = torch.full_like(C, torch.nan), C.new_zeros(len(C), 1)
+    for mine, does, added in reversed(list(zip(L.unbind(), fine.unbind(), LIFTS, strict=True))):
+        F = torch.where(does[:, None, None], mine, F)
+        lift = torch.where(does[:, None], T * added, lift)
+    return F, lift
+
+
+def _columns(logs: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """X diag(exp(logs)) with columns of X [B, T, T] that have norm one."""
+    norms = torch.linalg.vector_norm(X, dim=-2)
+    return logs + norms.log(), X / norms[:, None, :]
+
+
+def _descending(keys: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """The keys [B, T] in descending order, and the columns of matrices [B, T, T] as well."""
+    keys, order = keys.sort(-1, descending=True)
+    return keys, *(X.gather(-1, order[:, None, :].expand_as(X)) for X in matrices)
+
+
+def _orthonormal(X: Tensor) -> Tensor:
+    """Q of X = Q R."""
+    L, _ = cholesky(X.mT @ X)
+    Q: Tensor = torch.linalg.solve_triangular(L.mT, X, upper=True, left=False)
+    return Q
