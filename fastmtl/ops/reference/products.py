@@ -50,7 +50,7 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     C = torch.where(eye > 0.0, 1.0, V.mT @ C @ V)
     F, lift = _lifted(C, eye)
     n, Y, V = _turned(F, n, V, FIRST)
-    n, _, V = _turned(cholesky(Y.mT @ Y)[0], n, V, THEN)
+    n, _, V = _turned(_factor(Y.mT @ Y)[0], n, V, THEN)
     added = lift * norms.square() + torch.where(absent, norms.square(), 0.0)
     lam = n.square() - (added[:, None, :] @ V.square()).squeeze(-2)
     lam, order = (lam * torch.exp2(exponent)).sort(-1)
@@ -66,7 +66,7 @@ def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ..
     logs, X = _columns(torch.zeros_like(n), F * n[:, :, None])
     for _ in range(doublings):  # A^m = X diag(exp(2 logs)) Xᵀ
         logs, X = _descending(logs, X)
-        K, _ = cholesky(X.mT @ X)
+        K, _ = _factor(X.mT @ X)
         decay = (2.0 * (logs[:, :, None] - logs[:, None, :])).clamp_max(0.0).exp()
         logs, X = _columns(2.0 * logs, X @ (K * decay))
     Q = _orthonormal(_orthonormal(X))
@@ -77,19 +77,28 @@ def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ..
 
 def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     """L with L Lᵀ = A [..., T, T], whose lower triangle is read, and whether there is one, bool [...]."""
-    T, L = A.shape[-1], torch.zeros_like(A)
-    fine = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
+    L, failed = _factor(A)
+    return L, (failed == 0) & L.isfinite().all(-1).all(-1)
+
+
+def _factor(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and what is not zero where there is none."""
+    T = A.shape[-1]
+    if T <= LEAF:
+        L, failed = torch.linalg.cholesky_ex(A, check_errors=False)
+        return L, failed
+    L, failed = torch.zeros_like(A), torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
     for i in range(0, T, LEAF):
         j = min(i + LEAF, T)
         panel = A[..., i:, i:j]
         if i:
             panel = panel - L[..., i:, :i] @ L[..., i:j, :i].mT
         leaf, info = torch.linalg.cholesky_ex(panel[..., : j - i, :], check_errors=False)
-        fine = fine & (info == 0)
+        failed += info
         L[..., i:j, i:j] = leaf
         if j < T:
             L[..., j:, i:j] = torch.linalg.solve_triangular(leaf.mT, panel[..., j - i :, :], upper=True, left=False)
-    return L, fine & L.isfinite().all(-1).all(-1)
+    return L, failed
 
 
 def _lifted(C: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +126,6 @@ def _descending(keys: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
 
 def _orthonormal(X: Tensor) -> Tensor:
     """Q of X = Q R."""
-    L, _ = cholesky(X.mT @ X)
+    L, _ = _factor(X.mT @ X)
     Q: Tensor = torch.linalg.solve_triangular(L.mT, X, upper=True, left=False)
     return Q
