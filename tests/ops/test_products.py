@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, EPS32, EPS64, F32, F64, generator, needs_extension, randn, relative, svd_align
+from helpers import BF16, EPS32, EPS64, F32, F64, generator, needs_extension, randn, relative, svd_align, svd_rank
 from test_spectral import HARD, SCALES, conditioned, real, uniform
 
 from fastmtl import ops
@@ -92,6 +92,25 @@ def test_clusters():
         assert rank == T
         assert ((found / lam) - 1).abs().max() <= 1e-6
         assert relative(alpha, expected) <= 1e-6
+
+
+def smooth(T):
+    x = torch.arange(T, dtype=F64)
+    yield "running sums", torch.ones(T, T, dtype=F64).tril()
+    yield "a wide kernel", (-((x[:, None] - x) ** 2) / 18).exp()
+    yield "Hilbert", 1 / (x[:, None] + x + 1)
+    yield "powers", torch.linspace(-1, 1, T, dtype=F64)[:, None] ** x
+    yield "periodic", torch.nn.functional.one_hot(torch.arange(T) % 13, 40).to(F64)
+
+
+def test_neighbours_that_are_alike():
+    """Rows in an order in which the first ones are nearly dependent, whatever lies behind them."""
+    T = 130
+    for name, G in smooth(T):
+        rtol = math.sqrt(T * EPS32)
+        alpha, _, rank = ops.balance_many(ops.gram(G), None, "min", rtol, EPS64, "normalized")
+        assert rank == svd_rank(G, rtol), name
+        assert relative(alpha @ G, svd_align(G, rtol=rtol)) <= 1e-5, name
 
 
 def test_one_of_a_batch_that_is_not_finite_or_zero_spares_the_others():

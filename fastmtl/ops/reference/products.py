@@ -11,12 +11,14 @@ from torch import Tensor
 
 __all__ = ["FEW_TASKS", "cholesky", "eigh"]
 
+EPS = torch.finfo(torch.float64).eps
 # Doublings of the power before the basis is renewed, and after: eigenvalues that differ by 1e-5 are told apart. Of
 # closer ones no more than their difference is left beside the diagonal.
-FIRST, THEN = 4, 22
+FIRST, THEN = 3, 22
 # Added to the diagonal of the row-normalised matrix, times T: the first that leaves it positive definite. Rounding of
 # dependent rows in float64, of several sums of them, in float32, and in 16 bits.
 LIFTS = (0.0, 2.0**-48, 2.0**-40, 2.0**-24, 2.0**-8)
+GOLDEN = 0.6180339887498949  # its multiples by squares, modulo one, are as good as random
 TINY = 2.0**-500  # a norm, relative to the largest: the square of a smaller one is subnormal
 LEAF = 128  # rows that are factorised at once: the rest is matrix products
 ENTRIES = 1 << 21  # of the matrices that are solved at once
@@ -46,19 +48,24 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.where(absent, TINY, norms)
     C = A * torch.exp2(-exponent)[..., None] / norms[:, :, None] / norms[:, None, :]
     C = torch.where(absent[:, :, None] | absent[:, None, :], 0.0, C)
-    n, V = _descending(norms, eye.expand_as(C))
+    # Longest rows first, but in no order of the caller's: neighbours may be alike, and the first rows a poor basis.
+    place = torch.arange(1, T + 1, dtype=A.dtype, device=A.device)
+    _, n, V = _descending(norms.log2() + 2.0 * (GOLDEN * place.square() % 1.0), norms[:, None, :], eye.expand_as(C))
+    n = n.squeeze(-2)
     C = torch.where(eye > 0.0, 1.0, V.mT @ C @ V)
     F, lift = _lifted(C, eye)
     n, Y, V = _turned(F, n, V, FIRST)
-    n, _, V = _turned(_factor(Y.mT @ Y)[0], n, V, THEN)
-    added = lift * norms.square() + torch.where(absent, norms.square(), 0.0)
-    lam = n.square() - (added[:, None, :] @ V.square()).squeeze(-2)
+    n, _, V = _turned(_root(Y), n, V, THEN)
+    added = lift * norms.square()
+    lam = torch.where(n > 2.0 * TINY, n.square() - (added[:, None, :] @ V.square()).squeeze(-2), 0.0)
     lam, order = (lam * torch.exp2(exponent)).sort(-1)
     return lam, V.gather(-1, order[:, None, :].expand_as(V))
 
 
 def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ...]:
-    """The basis V [B, T, T] nearer to the eigenvectors of V diag(n) F Fᵀ diag(n) Vᵀ, F lower triangular, n descending.
+    """The basis V [B, T, T] nearer to the eigenvectors of V diag(n) F Fᵀ diag(n) Vᵀ, F lower triangular.
+
+    The higher the power of the matrix is that decides, the nearer it is; n descends, but for small factors.
 
     Returns:
         n [B, T], Y and V [B, T, T]: the matrix is V diag(n) YᵀY diag(n) Vᵀ, with columns of Y of norm one.
@@ -66,7 +73,7 @@ def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ..
     logs, X = _columns(torch.zeros_like(n), F * n[:, :, None])
     for _ in range(doublings):  # A^m = X diag(exp(2 logs)) Xᵀ
         logs, X = _descending(logs, X)
-        K, _ = _factor(X.mT @ X)
+        K = _root(X)
         decay = (2.0 * (logs[:, :, None] - logs[:, None, :])).clamp_max(0.0).exp()
         logs, X = _columns(2.0 * logs, X @ (K * decay))
     Q = _orthonormal(_orthonormal(X))
@@ -101,6 +108,16 @@ def _factor(A: Tensor) -> tuple[Tensor, Tensor]:
     return L, failed
 
 
+def _root(X: Tensor) -> Tensor:
+    """Lower triangular K with K Kᵀ = XᵀX, columns of X [B, T, T] having norm one.
+
+    Always there: what rounding may have taken from the diagonal is added to it.
+    """
+    H = X.mT @ X
+    H.diagonal(dim1=-2, dim2=-1).add_(4.0 * X.shape[-1] * EPS)
+    return _factor(H)[0]
+
+
 def _lifted(C: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of C with the least of LIFTS that does, and that one [B, 1]; NaN if none does."""
     T = C.shape[-1]
@@ -126,6 +143,5 @@ def _descending(keys: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
 
 def _orthonormal(X: Tensor) -> Tensor:
     """Q of X = Q R."""
-    L, _ = _factor(X.mT @ X)
-    Q: Tensor = torch.linalg.solve_triangular(L.mT, X, upper=True, left=False)
+    Q: Tensor = torch.linalg.solve_triangular(_root(X).mT, X, upper=True, left=False)
     return Q
