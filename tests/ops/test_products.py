@@ -28,7 +28,7 @@ POLICY = (EPS32, "normalized")
     ],
 )
 def test_real_gradients(T, steps, scales):
-    """As the CPU's kernels have it: full rank up to T = 256, R = 389 of 512 and 355 of 1024."""
+    """As the CPU's kernels have it: full rank up to T = 256, R = 358 of 1024."""
     G = real(T, steps)
     M, rtol = ops.gram(G), math.sqrt(T * EPS32)
     for scale in scales:
