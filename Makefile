@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP ?= $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0

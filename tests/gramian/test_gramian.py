@@ -84,6 +84,7 @@ def test_models_of_practice(name, dtype):
     assert torch.linalg.eigvalsh(cosines(info.gram))[0] >= SPREAD, "too near to dependent tasks to be a test"
 
 
+@pytest.mark.cover(1)
 @dtypes
 @pytest.mark.parametrize("name", LAYERS)
 def test_uses_of_parameters(name, dtype):
