@@ -250,9 +250,7 @@ WAITING = {"eigh", "mgda", "dual_cone", "cagrad", "nash"}
 
 
 @needs_cuda_build
-@pytest.mark.parametrize(
-    ("T", "scale", "rank_rule"), [(65, "min", "normalized"), (65, "median", "gram"), (300, "rmse", "normalized")]
-)
+@pytest.mark.parametrize(("T", "scale", "rank_rule"), [(65, "min", "normalized"), (130, "median", "gram")])
 def test_ops_of_many_tasks(watch, T, scale, rank_rule):
     """What the kernels of Aligned-MTL leave to Python: the functions themselves, on fake CUDA tensors."""
     M, bound = cuda(2, T, T, dtype=F64), cuda(2, dtype=F64)
@@ -270,11 +268,12 @@ def test_ops_of_many_tasks(watch, T, scale, rank_rule):
 @needs_cuda_build
 def test_what_waits_for_many_tasks_is_said():
     """Every method on 65 gradients: none moves a number to the host itself, and the ops that do are the known ones."""
-    made = {e.name: catalog.make(e.make) for e in catalog.entries() if not e.name.startswith("scalarization.")}
+    entries = [entry for entry in catalog.entries() if not entry.name.startswith("scalarization.")]
+    made = [(entry.name, catalog.make(entry.make), 2 if entry.state else 1) for entry in entries]
     waiting = set()
-    for name, method in made.items():
+    for name, method, steps in made:
         with FakeTensorMode(), Recorder() as recorder:
-            for _ in range(2):  # the second with what the first has left
+            for _ in range(steps):  # the second with what the first has left
                 method(cuda(65, 10), losses=list(cuda(65).unbind()))
         if {f"fastmtl::{op}" for op in WAITING} & set(recorder.ops):
             waiting.add(name)
