@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,10 @@ class Scalarization(MethodModule):
         ValueError: `tasks` is less than 1.
     """
 
-    on_losses: ClassVar[bool] = True
-    on_gram: ClassVar[bool] = False
-    needs_losses: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
+    on_losses: bool = True
+    on_gram: bool = False
+    needs_losses: bool = True
+    remembers: bool = True
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
     names: tuple[str, ...] | None
