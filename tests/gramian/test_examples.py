@@ -588,11 +588,6 @@ ARGUMENTS = [
     ({"batch_dim": 0, "features": 1}, ValueError, "features: expected None with batch_dim"),
     ({"batch_dim": 0, "groups": [1]}, ValueError, "groups: expected None with batch_dim"),
     (
-        {"batch_dim": 0, "every": 3},
-        ValueError,
-        "every: expected 1 with batch_dim, got 3: weights are those of",
-    ),
-    (
         {"batch_dim": 0, "process_group": True},
         ValueError,
         "process_group: expected None with batch_dim, got bool: ",
@@ -702,6 +697,32 @@ def test_autocast(dtype, size):
     assert (gradient(net.parameters()) - info.alpha @ J).norm() < 2e-2 * (info.alpha.abs() @ norms)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+def test_windows_of_convolutions_are_made_for_some_examples_at_a_time(size, monkeypatch):
+    """Which is neither seen in the numbers nor, where the kernel is large, in memory."""
+    from fastmtl.gramian.examples import parts, products
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, 4, 3, padding=2, dilation=2), nn.Tanh())
+    x = size * randn(6, 3, 24, 20, seed=1)
+    x[2] *= 1e-6
+    losses = lambda: size * net(x / size).flatten(1).sin().sum(1)  # noqa: E731
+    made = []
+    windows = parts.Convolution.windows
+    monkeypatch.setattr(
+        parts.Convolution, "windows", lambda self, *a: made.append(a[2] - a[1]) or windows(self, *a), raising=True
+    )
+    monkeypatch.setattr(products, "_ENTRIES", 1 << 15)
+    agree(losses, net.parameters(), F32)
+    assert made
+    assert max(made) <= 2
+    agree(lambda: torch.stack([losses(), losses().sin()]), net.parameters(), F32)
+    made.clear()
+    monkeypatch.setattr(parts, "_FEW", 1000)
+    agree(losses, net.parameters(), F32)
+    assert max(made) == 6
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -794,6 +815,39 @@ def test_weights_that_are_kept_for_some_steps():
     method = fastmtl.NashMTL(every=3)
     first, second = (method.backward(losses(), batch_dim=0) for _ in range(2))
     torch.testing.assert_close(first.alpha, second.alpha)
+
+
+@pytest.mark.parametrize("per", ["all", "example", "task"])
+@pytest.mark.parametrize("scale_heads", [False, True])
+def test_steps_between_two_solutions(per, scale_heads):
+    """With the weights of the step before, by their places in the batch; a batch of another size has its own."""
+    trunk, heads, losses = several()
+    method = fastmtl.UPGrad()
+
+    def step(found):
+        for p in (*trunk.parameters(), *heads.parameters()):
+            p.grad = None
+        return method.backward(found, trunk, batch_dim=1, per=per, every=3, scale_heads=scale_heads)
+
+    first = step(losses())
+    for age in (1, 2):
+        with torch.no_grad():
+            trunk[0].weight.mul_(1.1)  # not the problem that was solved
+        found = losses()
+        J = [jacobian(found, list(part.parameters())) for part in (trunk, heads)]
+        info = step(found)
+        assert (info.age, info.gram) == (age, None)
+        torch.testing.assert_close(info.alpha, first.alpha)
+        alpha = (info.alpha.mT if per == "example" else info.alpha).flatten()
+        torch.testing.assert_close(gradient(trunk.parameters()), alpha @ J[0])
+        torch.testing.assert_close(
+            gradient(heads.parameters()), (alpha if scale_heads else torch.ones(18)).to(F64) @ J[1]
+        )
+    assert step(losses()).gram is not None
+    assert step(losses()).gram is None
+    assert step(losses()[:, :4]).gram is not None
+    assert step(losses()[:, :4]).gram is None
+    assert step(losses()).gram is not None
 
 
 def test_hooks_of_weights_are_refused():

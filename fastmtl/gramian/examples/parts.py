@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.examples.layout import Layout
-from fastmtl.gramian.examples.products import Gram
+from fastmtl.gramian.examples.products import Gram, through_rows
 from fastmtl.gramian.forms import Entrywise, Use
+from fastmtl.gramian.forms.convolution import Convolution
 from fastmtl.graph import Edge
 
 __all__ = ["Arrived", "Entries", "Key", "Weight", "factors", "key", "rows_of_entries"]
+
+_FEW = 2  # times the numbers that a convolution reads and returns: as many may be in its windows at once
 
 Key: TypeAlias = "tuple[Edge, int, int]"
 
@@ -96,6 +99,12 @@ class Weight:
             A, C = use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0]
             if gram.add_products(A, C, self.bias is not None):
                 return None
+        if (C := self._windowed(gram, arrived)) is not None:
+            use = self.uses[0]
+            assert isinstance(use, Convolution)
+            sizes, rows = gram.add_windows(use, C)
+            self._rows = None if rows is None else rows[None]
+            return sizes
         sides = []
         for side in (0, 1):
             found = [factors(u, arrived) for u in self.uses if u.side == side and u.edge in arrived.cotangents]
@@ -106,18 +115,31 @@ class Weight:
             if A.dim() == 2:
                 gram.add_indexed(A, C[0])
                 continue
-            rows = []
+            parts = []
             for a, c in zip(A, C, strict=True):
                 size, formed = gram.add_factors(a, c, self.bias is not None)
                 sizes = size if sizes is None or size is None else sizes + size
-                rows.append(formed)
-            if len(sides) == 1 and rows[0] is not None:
-                self._rows = rows[0][None] if len(rows) == 1 else torch.stack([x for x in rows if x is not None])
+                parts.append(formed)
+            if len(sides) == 1 and parts[0] is not None:
+                self._rows = parts[0][None] if len(parts) == 1 else torch.stack([x for x in parts if x is not None])
         if len(sides) == 2:
             (A, C), (E, D) = sides
             # On side 0 a gradient is Cᵀ A, on side 1 its transpose: what the one has in A, the other has in D.
             gram.add_cross(A if A.dim() == 2 else A[0], C[0], E if E.dim() == 2 else E[0], D[0])
         return sizes
+
+    def _windowed(self, gram: Gram, arrived: Arrived) -> Tensor | None:
+        """The cotangents [T, B, S, O] of a convolution whose windows are better not made all at once."""
+        use = self.uses[0]
+        single = len(self.uses) == use.groups == 1 and self.bias is None and use.edge in arrived.cotangents
+        if not single or not isinstance(use, Convolution):
+            return None
+        layout = arrived.layout(use)
+        if layout.owner is not None or layout.pre != 1 or use.rows * use.depth <= _FEW * (use.inputs + use.elements):
+            return None
+        c = use.cotangents(arrived.of(use.edge))
+        C = c.view(len(c), gram.B, -1, use.width)
+        return None if through_rows(gram, C, use.depth) else C
 
     def _is_single(self, gram: Gram, arrived: Arrived) -> bool:
         """Whether each example has one row, in one use and task."""

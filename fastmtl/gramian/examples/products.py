@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.contraction import scale_of, times
+from fastmtl.gramian.forms.convolution import Convolution
 
-__all__ = ["Gram", "Per"]
+__all__ = ["Gram", "Per", "through_rows"]
 
 Per: TypeAlias = Literal["all", "example", "task"]
 
@@ -126,6 +127,42 @@ class Gram:
         sizes = products.square().sum(2) / scale.square() if S > 1 else None
         return sizes, None if rows is None else times(rows, 1 / scale)
 
+    def add_windows(self, use: Convolution, C: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The same for the windows of a convolution's inputs, made for some examples at a time; C [T, B, S, O].
+
+        All of them at once would be as many times the inputs as the kernel has entries.
+        """
+        T, B, S, width = C.shape
+        a, c = use.sizes(C.dtype), torch.linalg.vector_norm(C, dim=3)
+        own, scales = self, None
+        if not (_are_near(a) and _are_near(c.amax(2))):
+            own, scales = self.like(), (scale_of([a[:, None]], 1), scale_of([C], 2))
+            C = times(C, scales[1])
+            c = torch.linalg.vector_norm(C, dim=3)
+        some = max(1, _ENTRIES // (S * use.depth))
+        numbers = use.inputs + C.numel()
+        small = T * B * width * use.depth <= numbers
+        step = width if small else max(1, numbers // (T * B * use.depth))
+        G = C.new_empty(0)
+        for o in range(0, width, step):
+            D = C[..., o : o + step].mT
+            G = C.new_empty(T, B, D.shape[2], use.depth)
+            for b in range(0, B, some):
+                e = min(b + some, B)
+                A = use.windows(C.dtype, b, e).view(e - b, S, use.depth)
+                A = A if scales is None else times(A, scales[0][b:e])
+                for t in range(T):
+                    torch.bmm(D[t, b:e], A, out=G[t, b:e])
+            own._add(own._products(G.flatten(2)))
+        sizes = None
+        if S > 1:
+            sizes = (use.lengths(C.dtype, None if scales is None else scales[0]) * c).double().square().sum(2)
+        if scales is None:
+            return sizes, G if small else None
+        scale = scales[0] * scales[1]
+        self.add_scaled(own, scale)
+        return None if sizes is None else sizes / scale.square(), times(G, 1 / scale) if small else None
+
     def add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
         """Adds those of one task and row for each example, A [B, I] and C [B, O], all at once.
 
@@ -144,7 +181,7 @@ class Gram:
 
         `last` [B] is one more column of A.
         """
-        if last is not None or _through_rows(self, A, C):
+        if last is not None or through_rows(self, C, A.shape[2]):
             self._add_pairs(A, C, last)
             return None
         return self._add_gradients(A, C)
@@ -248,10 +285,9 @@ def _paired(C: Tensor, E: Tensor) -> Tensor:
     return C[:, E.flatten()] if E.dim() == 2 else C @ E.flatten(0, 1).mT
 
 
-def _through_rows(gram: Gram, A: Tensor, C: Tensor) -> bool:
+def through_rows(gram: Gram, C: Tensor, depth: int) -> bool:
     """Whether products of rows take fewer multiply-adds than gradients and their products."""
     T, B, S, width = C.shape
-    depth = A.shape[2]
     pairs = B if gram.per == "example" else B * B  # of examples, both halves
     tasks = T if gram.per == "task" else T * (T + 1) / 2
     rows = pairs * S * S * (depth / 2 + tasks * (width / 2 + _PAIR))
