@@ -94,11 +94,6 @@ class Weight:
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
         """Adds its part of the Gram matrix; returns the sizes [T, B] of what is added up, where they matter."""
         self._rows, sizes = None, None
-        if self._is_single(gram, arrived):
-            use = self.uses[0]
-            A, C = use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0]
-            if gram.add_products(A, C, self.bias is not None):
-                return None
         if (C := self._windowed(gram, arrived)) is not None:
             use = self.uses[0]
             assert isinstance(use, Convolution)
@@ -137,20 +132,21 @@ class Weight:
         layout = arrived.layout(use)
         if layout.owner is not None or layout.pre != 1 or use.rows * use.depth <= _FEW * (use.inputs + use.elements):
             return None
-        c = use.cotangents(arrived.of(use.edge))
-        C = c.view(len(c), gram.B, -1, use.width)
+        C = use.of_samples(arrived.of(use.edge))
         return None if through_rows(gram, C, use.depth) else C
 
-    def _is_single(self, gram: Gram, arrived: Arrived) -> bool:
-        """Whether each example has one row, in one use and task."""
+    def single(self, gram: Gram, arrived: Arrived) -> tuple[Tensor, Tensor, bool] | None:
+        """A [B, I], C [B, O] and whether there is a bias, where each example has one row, in one use and task."""
         use = self.uses[0]
-        return (
+        if not (
             gram.T == len(self.uses) == use.groups == use.outer == 1
             and use.rows == use.lead == gram.B
             and not use.is_indexed
             and use.edge in arrived.cotangents
             and arrived.layout(use).owner is None
-        )
+        ):
+            return None
+        return use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0], self.bias is not None
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and Σ α_tb of its gradients; alpha [T, B]."""

@@ -7,6 +7,7 @@ rows are less than the entries of a gradient, and the product of the gradients t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ Per: TypeAlias = Literal["all", "example", "task"]
 _F64 = torch.float64
 _ENTRIES = 1 << 17  # of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
 _NEAR = (2.0**-19, 2.0**19)  # norms of rows that need no scaling
+_SMALL = 3  # times what a convolution reads and returns: gradients that are kept for the update
 _PAIR = 6.0  # multiply-adds that an entry of A Aᵀ ∘ C Cᵀ takes besides the products
 
 
@@ -133,23 +135,23 @@ class Gram:
         All of them at once would be as many times the inputs as the kernel has entries.
         """
         T, B, S, width = C.shape
-        a, c = use.sizes(C.dtype), torch.linalg.vector_norm(C, dim=3)
+        a, c = use.sizes(C.dtype), _lengths(C)
         own, scales = self, None
         if not (_are_near(a) and _are_near(c.amax(2))):
             own, scales = self.like(), (scale_of([a[:, None]], 1), scale_of([C], 2))
             C = times(C, scales[1])
-            c = torch.linalg.vector_norm(C, dim=3)
+            c = _lengths(C)
         some = max(1, _ENTRIES // (S * use.depth))
         numbers = use.inputs + C.numel()
-        small = T * B * width * use.depth <= numbers
-        step = width if small else max(1, numbers // (T * B * use.depth))
+        small = T * B * width * use.depth <= _SMALL * numbers
+        step = width if small else max(1, max(numbers, 8 * _ENTRIES) // (T * B * use.depth))
         G = C.new_empty(0)
         for o in range(0, width, step):
             D = C[..., o : o + step].mT
             G = C.new_empty(T, B, D.shape[2], use.depth)
             for b in range(0, B, some):
                 e = min(b + some, B)
-                A = use.windows(C.dtype, b, e).view(e - b, S, use.depth)
+                A = use.windows(C.dtype, b, e)[0]
                 A = A if scales is None else times(A, scales[0][b:e])
                 for t in range(T):
                     torch.bmm(D[t, b:e], A, out=G[t, b:e])
@@ -163,17 +165,19 @@ class Gram:
         self.add_scaled(own, scale)
         return None if sizes is None else sizes / scale.square(), times(G, 1 / scale) if small else None
 
-    def add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
-        """Adds those of one task and row for each example, A [B, I] and C [B, O], all at once.
+    def add_products(self, factors: Sequence[tuple[Tensor, Tensor, bool]]) -> bool:
+        """Adds those of weights with one task, and a row for each example, A [B, I], C [B, O] and whether with a bias.
 
-        False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
+        All or none: False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
         """
-        if self.per == "example" or self.B**2 > _ENTRIES or A.device.type != "cpu":
+        if self.per == "example" or self.B**2 > _ENTRIES or self._sum.device.type != "cpu":
             return False
-        K, X = A @ A.mT, C @ C.mT
-        if not _are_near(torch.cat((K.diagonal(), X.diagonal())), squares=True):
+        products = [(A @ A.mT, C @ C.mT, biased) for A, C, biased in factors]
+        squares = [x.diagonal() for K, X, _ in products for x in (K, X)]
+        if not squares or not _are_near(torch.cat(squares), squares=True):
             return False
-        self._add(X.addcmul_(X, K) if biased else X.mul_(K))
+        for K, X, biased in products:
+            self._add(X.addcmul_(X, K) if biased else X.mul_(K))
         return True
 
     def _add_factors(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
@@ -293,3 +297,8 @@ def through_rows(gram: Gram, C: Tensor, depth: int) -> bool:
     rows = pairs * S * S * (depth / 2 + tasks * (width / 2 + _PAIR))
     gradients = T * B * S * width * depth + pairs * (T if gram.per == "task" else T * T) * width * depth / 2
     return rows <= gradients
+
+
+def _lengths(C: Tensor) -> Tensor:
+    """Norms along the last dimension, of any stride; 0 or ∞ beyond the range of squares."""
+    return C.square().sum(-1).sqrt_()

@@ -58,10 +58,10 @@ class Convolution(Use):
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         """See `Use.factor`."""
-        return self.windows(dtype, 0, self._batch)
+        return self.windows(dtype, 0, self._batch).reshape(self._groups, self.rows, self.depth)
 
     def windows(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """The rows of A [g, n, I] of some samples."""
+        """The rows of A of some samples [g, n, S, I]."""
         x = self._x[start:stop]
         around = [p for p in reversed(self.node._saved_padding) for _ in range(2)]
         x = F.pad(x, around) if any(around) else x
@@ -70,11 +70,12 @@ class Convolution(Use):
         strides = [s * step for s, step in zip(self.node._saved_stride, steps, strict=True)]
         dilated = [d * step for d, step in zip(self.node._saved_dilation, steps, strict=True)]
         per_group = channels // self._groups
+        # Along the positions, which lie one after the other: a copy of runs.
         windows = x.as_strided(
-            (self._groups, batch, *self._out, per_group, *self._kernel),
-            (per_group * own, x.stride(0), *strides, own, *dilated),
+            (self._groups, batch, per_group, *self._kernel, *self._out),
+            (per_group * own, x.stride(0), own, *dilated, *strides),
         )
-        return windows.to(dtype).reshape(self._groups, batch * math.prod(self._out), self.depth)
+        return windows.to(dtype).reshape(self._groups, batch, self.depth, math.prod(self._out)).mT
 
     def sizes(self, dtype: torch.dtype) -> Tensor:
         """The largest entry of each sample's windows, or of what lies between them: [batch]."""
@@ -89,6 +90,10 @@ class Convolution(Use):
         ones = squares.new_ones(1, 1, *self._kernel)
         found = torch.convolution(squares, ones, None, *shape, False, [0] * len(self._kernel), 1)
         return found.flatten(1).clamp_min_(0).sqrt_()
+
+    def of_samples(self, arrived: Tensor) -> Tensor:
+        """The cotangents [c, batch, S, O] of one group, from c as they arrived."""
+        return arrived.reshape(len(arrived), self._batch, self.width, -1).mT
 
     @property
     def inputs(self) -> int:
