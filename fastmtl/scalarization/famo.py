@@ -143,7 +143,8 @@ class FAMO(Scalarization):
         self.previous.copy_(L)
 
     def _inside(self, numbers: list[float]) -> bool:
-        return min(numbers) - max(self.min_losses.tolist()) + _EPS > 0
+        highest: float = max(self.min_losses.tolist())
+        return min(numbers) - highest + _EPS > 0
 
     def _outside(self, L: Tensor) -> Tensor:
         return self._above(L) <= 0

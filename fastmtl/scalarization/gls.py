@@ -26,10 +26,11 @@ class GLS(Scalarization):
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
         n = number_of(L, here)
-        logs = L.log()
-        value = (logs.mean() if here is None else masked(logs, here).sum() / n).exp()
-        mean = value.detach()
-        return value, lambda L: masked(mean / n / L, here)
+
+        def mean(L: Tensor) -> Tensor:
+            return (L.log().mean() if here is None else masked(L.log(), here).sum() / n).exp()
+
+        return mean(L), lambda L: masked(mean(L) / n / L, here)
 
     def _needs(self, t: int) -> str:
         return "a loss > 0, since the geometric mean has no derivative at zero"

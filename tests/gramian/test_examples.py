@@ -412,6 +412,77 @@ def test_random_networks(data):
     agree(losses, parameters)
 
 
+# ------------------------------------------------------------------------------------------------ what models also do
+
+N = 8
+X2, X3 = randn(N, 6, seed=1, dtype=F64), randn(N, 5, 6, seed=2, dtype=F64)
+IDS = torch.randint(9, (N, 7), generator=torch.Generator().manual_seed(4))
+LATE = torch.arange(N) > 2
+PADDED = (torch.arange(N)[:, None] % 2 == 0) & (torch.arange(5) >= 3)
+
+
+class Parts(nn.Module):
+    """Layers and parameters to make models of."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.wide = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(12, 6))
+        self.a, self.b, self.frozen = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 6).requires_grad_(False)
+        self.table, self.attention = nn.Embedding(9, 6, padding_idx=0), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(6).eval()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+
+# What N losses are made of, each of an example of its own: their sines, summed over all that follows the batch.
+ODD = {
+    "a weight as it is, its transpose and a copy": lambda m: (X2 @ m.w).tanh() @ m.w.T.contiguous(),
+    "a weight in three spellings": lambda m: torch.einsum(
+        "bi,io->bo", F.linear(X2, m.w).tanh() @ m.w, m.w.view(2, 3, 6).reshape(6, 6)
+    ),
+    "a weight with and without positions": lambda m: F.linear(X3, m.w).tanh().mean(1) @ m.w.T,
+    "chunks of a weight": lambda m: sum((X2 @ part.T).tanh() for part in m.wide.chunk(3)),
+    "slices that overlap": lambda m: X2 @ m.wide[:8].T + (X2 @ m.wide[4:].T).cos(),
+    "rows taken by a list": lambda m: X2 @ m.wide[[0, 3, 3, 5]].T,
+    "dropout": lambda m: m.b(F.dropout(m.a(X2), 0.5)),
+    "dropout in a checkpoint": lambda m: m.b(
+        checkpoint(lambda z: F.dropout(m.a(z).tanh(), 0.3), X2, use_reentrant=False)
+    ),
+    "in place": lambda m: m.b(F.leaky_relu_(m.a(X2).add_(1).mul_(2), 0.1)),
+    "relu in place": lambda m: m.b(F.relu_(m.a(X2))),
+    "frozen between, and a scale": lambda m: m.b(m.scale * m.frozen(m.norm(m.a(X2))).tanh()),
+    "attention with padding": lambda m: m.attention(X3, X3, X3, key_padding_mask=PADDED)[0],
+    "ids, some of padding": lambda m: m.b(m.table(IDS).mean(1)),
+    "ids as indices": lambda m: m.table.weight[IDS],
+    "ids as unit vectors": lambda m: F.one_hot(IDS, 9).double() @ m.table.weight,
+    "the batch comes last": lambda m: (m.w @ X2.T).T,
+    "inputs of another": lambda m: m.a(X2.flip(0)),
+    "inputs of two, at two calls": lambda m: m.a(X2) * m.a(X2).flip(0),
+    "sorted losses": lambda m: m.a(X2).sum(1).sort().values,
+    "losses of the first": lambda m: m.a(X2)[:5],
+    "losses of every other": lambda m: m.a(X2)[::2],
+    "losses that a mask takes": lambda m: m.a(X2)[LATE],
+    "losses that a mask makes zero": lambda m: m.a(X2) * LATE[:, None],
+    "examples seen twice": lambda m: m.b(m.a(X2.repeat(2, 1)).tanh()).view(2, N, 4).sum(0),
+}
+FORMED = {"slices that overlap": 1, "rows taken by a list": 1, "ids as indices": 1}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_models_also_do(name):
+    torch.manual_seed(0)
+    m = Parts().double()
+
+    def losses():
+        torch.manual_seed(7)  # the same dropout
+        h = ODD[name](m).sin()
+        return h.flatten(1).sum(1) if h.ndim > 1 else h
+
+    parameters = [p for p in m.parameters() if p.requires_grad]
+    used = torch.autograd.grad(losses().sum(), parameters, allow_unused=True)
+    info = agree(losses, [p for p, g in zip(parameters, used, strict=True) if g is not None])
+    assert len(info.explicit) == FORMED.get(name, 0)
+
+
 # ------------------------------------------------------------------------------------------------ several tasks
 
 
@@ -513,6 +584,12 @@ MIXED = {
     "attention over the batch": lambda lin, x: F.scaled_dot_product_attention(*[lin(x)[None]] * 3)[0].square().mean(1),
     "1e-5 of a neighbour": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y.roll(1),
     "1e-5 of all others": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y.sum(),
+    "with another": lambda lin, x: ((y := lin(x)) * y.flip(0)).square().mean(1),
+    "a sum over those before": lambda lin, x: lin(x).cumsum(0).square().mean(1),
+    "the largest of all": lambda lin, x: ((y := lin(x)) - y.max(0).values).square().mean(1),
+    "1e-7 of one row": lambda lin, x: (
+        ((y := lin(x)) + 1e-7 * y.roll(1, 0) * (torch.arange(B) == 3)[:, None]).square().mean(1)
+    ),
     "1e-5 of one other": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y[3] * (torch.arange(B) == 5),
 }
 

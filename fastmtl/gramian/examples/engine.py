@@ -330,10 +330,10 @@ def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -
     if rows:
         gram.add_rows(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
     parts = []
-    singles = [(weight, own) for weight in todo.weights if (own := weight.single(gram, found)) is not None]
+    singles = [(weight, factors) for weight in todo.weights if (factors := weight.single(gram, found)) is not None]
     done, some = set[int](), max(1, _PRODUCTS // found.examples**2)
     for k in range(0, len(singles), some):
-        if gram.add_products([own for _, own in singles[k : k + some]]):
+        if gram.add_products([factors for _, factors in singles[k : k + some]]):
             done.update(id(weight) for weight, _ in singles[k : k + some])
     others: list[Weight | Formed] = [weight for weight in todo.weights if id(weight) not in done]
     if todo.formed is not None:

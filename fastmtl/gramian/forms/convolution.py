@@ -88,7 +88,7 @@ class Convolution(Use):
         squares = x.square().sum(1, keepdim=True)
         shape = node._saved_stride, node._saved_padding, node._saved_dilation
         ones = squares.new_ones(1, 1, *self._kernel)
-        found = torch.convolution(squares, ones, None, *shape, False, [0] * len(self._kernel), 1)
+        found: Tensor = torch.convolution(squares, ones, None, *shape, False, [0] * len(self._kernel), 1)
         return found.flatten(1).clamp_min_(0).sqrt_()
 
     def of_samples(self, arrived: Tensor) -> Tensor:

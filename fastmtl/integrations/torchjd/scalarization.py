@@ -329,7 +329,7 @@ class FAMO(_Behind, Stateful):
             ValueError: there was no call before, or values of another shape.
         """
         check_shape(values, self._shape, "the weights")
-        method = self._modules["method"]
+        method: Any = self._modules["method"]
         if not method.called:
             raise ValueError("update: expected a call of the scalarizer before, got none")
         method.update(values.detach().reshape(-1))
