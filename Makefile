@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP ?= $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) setup.py pyproject.toml
 # CUDA kernels are built with FASTMTL_CUDA=1 or auto, where there is a toolkit.
 export FASTMTL_CUDA ?= 0
@@ -46,11 +46,13 @@ demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; 
 	$(BIN)/python examples/digits.py
 
 # Of products of parameters the cases that show every pair of values (tests/thinning.py), here and wherever --slow is not given.
-test: develop ## the tests of the library, files in parallel (PYTEST_ARGS="-k gram" for some)
-	$(BIN)/python -m pytest $(PARALLEL) --ignore tests/tools --ignore tests/experiments $(PYTEST_ARGS)
+TOOLS := tests/tools tests/packaging tests/scaling tests/csrc
 
-test-tools: develop ## those of the build, the command line, docs, examples, benchmarks and the wheel's contents
-	$(BIN)/python -m pytest $(PARALLEL) tests/tools $(PYTEST_ARGS)
+test: develop ## the tests of the library, files in parallel (PYTEST_ARGS="-k gram" for some)
+	$(BIN)/python -m pytest $(PARALLEL) $(TOOLS:%=--ignore %) --ignore tests/experiments $(PYTEST_ARGS)
+
+test-tools: develop ## those of the build, the command line, docs, examples, benchmarks, scaling study and the wheel's contents
+	$(BIN)/python -m pytest $(PARALLEL) $(TOOLS) $(PYTEST_ARGS)
 
 test-experiments: develop ## those of the experiments, and each of them end to end at tiny size, killed and resumed
 	$(BIN)/python -m pytest $(PARALLEL) tests/experiments $(PYTEST_ARGS)
@@ -85,8 +87,9 @@ wheel: develop ## dist/: sdist and, built from it in isolation, the wheel with C
 	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
-emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (most of it is part of test)
-	$(BIN)/python -m pytest tests/emulation --slow $(PYTEST_ARGS)
+# Every pair of parameters: all combinations, which test-all has, take a day of processor time.
+emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (some of it is part of test)
+	$(BIN)/python -m pytest $(PARALLEL) tests/emulation --slow --cover 2 $(PYTEST_ARGS)
 
 cuda: ## build with the CUDA kernels (needs nvcc, no GPU) for TORCH_CUDA_ARCH_LIST, default 7.5 and 8.0; import them
 	@rm -f $(VENV)/.built

@@ -1,7 +1,8 @@
 """Shared fixtures: every test starts from the same seed and leaves the thread count as it found it.
 
 `--slow` (make test-all) runs all there is. Without, tests marked `slow` are skipped, and of tests over products of
-parameters run the cases that thinning.py picks: with every pair of values, or every value once (`--cover 1`).
+parameters run the cases that thinning.py picks: with every pair of values, or every value once (`--cover 1`). Both
+together (make emulate) skip nothing, and thin by what `--cover` says alone.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def no_collector() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "run the tests marked slow too, and full products of parameters (make test-all)"
     parser.addoption("--slow", action="store_true", help=text)
-    text = "without --slow: of products of parameters, cases with every value once (1) or every pair of them (2)"
-    parser.addoption("--cover", type=int, default=2, choices=(1, 2), help=text)
+    text = "of products of parameters, cases with every value once (1) or every pair (2: the default without --slow)"
+    parser.addoption("--cover", type=int, choices=(1, 2), help=text)
 
 
 # Files that take longest, first of all: where they run in parallel, none of them is what is waited for in the end.
@@ -73,12 +74,13 @@ LONGEST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {name: k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-    if config.getoption("--slow"):
+    slow, cover = config.getoption("--slow"), config.getoption("--cover")
+    if slow and cover is None:
         return
     everything = list(items)
-    items[:] = thinned(everything, config.getoption("--cover"))
+    items[:] = thinned(everything, cover or 2, slow)
     kept = set(items)
     config.hook.pytest_deselected(items=[item for item in everything if item not in kept])
     for item in items:
-        if item.get_closest_marker("slow"):
+        if not slow and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs under `make test-all` (--slow)"))

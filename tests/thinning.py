@@ -52,8 +52,9 @@ def split(cases: Sequence[Sequence[str]]) -> list[list[str]]:
     return parts if len({len(case) for case in parts}) == 1 else [list(case) for case in cases]
 
 
-def thinned(items: Sequence[pytest.Item], strength: int) -> list[pytest.Item]:
-    """The items of the short suite, in order: see `covering`. `@pytest.mark.cover(1)` is less for one test."""
+def thinned(items: Sequence[pytest.Item], strength: int, slow: bool = False) -> list[pytest.Item]:
+    """The items of the short suite, in order: see `covering`. `@pytest.mark.cover(1)` is less for one test, but for
+    `slow`, where those marked so are cases like others."""
     tests = defaultdict(list)
     for item in items:
         tests[getattr(item, "originalname", None), item.parent].append(item)
@@ -63,9 +64,10 @@ def thinned(items: Sequence[pytest.Item], strength: int) -> list[pytest.Item]:
             kept.update(group)
             continue
         # What the mark of a value skips shows nothing.
-        shown = [item for item in group if not any(map(item.get_closest_marker, ("skip", "slow")))]
+        left_out = ("skip",) if slow else ("skip", "slow")
+        shown = [item for item in group if not any(map(item.get_closest_marker, left_out))]
         kept.update(set(group) - set(shown))
-        cover = group[0].get_closest_marker("cover")
+        cover = None if slow else group[0].get_closest_marker("cover")
         cases = split([item.callspec._idlist for item in shown])  # pytest has no public name for it
         if shown:
             kept.update(shown[k] for k in covering(cases, min(strength, cover.args[0]) if cover else strength))

@@ -218,7 +218,8 @@ x = np.ones(256, np.float32)
 """
 
 
-@pytest.mark.parametrize("mode", [pytest.param("address", marks=pytest.mark.slow), "thread"])  # it takes a compilation
+@pytest.mark.slow  # as what follows: each mode takes a compilation, and is what `make emulate` runs the kernels in
+@pytest.mark.parametrize("mode", ["address", "thread"])
 def test_right_kernels_are_clean(mode: str) -> None:
     """All of the above once more: what is right raises no alarm, and errors still are found without one."""
     result = build.run(mode, [__file__, str(build.build(mode))])
@@ -236,6 +237,7 @@ def test_address_sanitizer_finds(name: str) -> None:
     assert "defective" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RACES)
 def test_thread_sanitizer_finds(name: str) -> None:
     result = build.run("thread", ["-c", USE_TOYS + RACES[name], str(build.build("thread"))])

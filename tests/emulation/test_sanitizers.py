@@ -28,7 +28,7 @@ def test_kernels(mode, order, defines):
 
 @pytest.mark.parametrize(
     ("mode", "order"),
-    [("address", "sequential"), pytest.param("thread", "reversed", marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("address", "sequential"), ("thread", "reversed"))],
     ids=["address", "thread"],
 )
 def test_weights(mode, order):

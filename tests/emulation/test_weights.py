@@ -134,6 +134,7 @@ def distance(G, a, b):
     return float((G.mT @ (a - b)).norm() / size) if size > 0 else float((a - b).abs().max())
 
 
+@pytest.mark.cover(1)
 @methods
 @pytest.mark.parametrize("T", TASKS)
 def test_well_posed(T, method):
@@ -157,6 +158,7 @@ def test_well_posed(T, method):
         assert torch.allclose(targets, wanted_targets, rtol=0, atol=1e-12)
 
 
+@pytest.mark.cover(1)
 @methods
 @pytest.mark.parametrize("T", [2, 3, 8, 17, 33])
 def test_degenerate(T, method):

@@ -484,8 +484,8 @@ def test_nash(G: Gradients, k: int, power: float) -> None:
     for M, alpha, residual in check_solver(lambda M: ops.nash(M, power), gram_of(G), k, homogeneous=False):
         M, alpha = present(M, alpha)
         lengths = M.diagonal().sqrt()
-        if residual == math.inf:
-            assert not alpha.any()
+        if not residual <= 1e-8:  # only where some combination of unit gradients vanishes to rounding errors
+            assert residual < math.inf or not alpha.any()
             C = M / lengths[:, None] / lengths
             hull = ops.mgda(C)[0]
             assert hull @ C @ hull <= 256 * len(M) * EPS64
@@ -494,7 +494,6 @@ def test_nash(G: Gradients, k: int, power: float) -> None:
             assert residual == 0
             continue
         assert (alpha > 0).all()
-        assert residual <= 1e-8
         assert backward_error(M, alpha, power) <= 64
 
 

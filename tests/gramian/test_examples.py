@@ -83,7 +83,8 @@ MIXING = {
     "batch norm of features",
     "resnet18",
 }
-CASES = {name: make for name, make in {**MODELS, **LAYERS}.items() if hasattr(make(), "trunk")}
+ENCODERS = ("language model", "language model without adapters", "mtan")  # without one trunk for all tasks
+CASES = {name: make for name, make in {**MODELS, **LAYERS}.items() if name not in ENCODERS}
 
 
 @dtypes

@@ -84,6 +84,7 @@ def test_models_of_practice(name, dtype):
     assert torch.linalg.eigvalsh(cosines(info.gram))[0] >= SPREAD, "too near to dependent tasks to be a test"
 
 
+@pytest.mark.cover(1)
 @dtypes
 @pytest.mark.parametrize("name", LAYERS)
 def test_uses_of_parameters(name, dtype):
@@ -91,6 +92,7 @@ def test_uses_of_parameters(name, dtype):
     assert torch.linalg.eigvalsh(cosines(info.gram))[0] >= SPREAD, "too near to dependent tasks to be a test"
 
 
+@pytest.mark.cover(1)
 @dtypes
 @pytest.mark.parametrize("name", [*MODELS, *LAYERS])
 def test_closed_forms_also_where_they_cost_more(name, dtype, monkeypatch):
@@ -110,7 +112,10 @@ def test_one_task_after_the_other_or_all_at_once(name, at_once, monkeypatch):
     agree({**MODELS, **LAYERS}[name], F64)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "vit", "language model", "lstm", "gru", "mlp"])
+MANY = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "language model")]  # parameters
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *MANY, "lstm", "gru", "mlp"])
 def test_each_parameter_alone(name):
     """No contribution hides behind a larger one; the rest of the trunk gets the gradient of the sum of the losses."""
     make = {**MODELS, **LAYERS}[name]

@@ -838,6 +838,7 @@ def test_the_graph_is_freed(name, monkeypatch):
         losses[0].backward()
 
 
+@pytest.mark.cover(1)
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("fails", [False, True])

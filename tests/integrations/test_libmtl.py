@@ -236,6 +236,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.cover(1)
 @both
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1]])
 def test_training_is_that_of_the_method_called_directly(name, rep_grad):
@@ -274,6 +275,7 @@ def test_training_is_that_of_the_method_called_directly(name, rep_grad):
             direct.method.end_epoch()
 
 
+@pytest.mark.cover(1)
 @both
 @every
 def test_training_lowers_the_losses(name, rep_grad):

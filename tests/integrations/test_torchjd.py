@@ -522,6 +522,7 @@ def by_mtl_backward(aggregator, **options):
     return step
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("step", [by_backward, by_mtl_backward])
 @pytest.mark.parametrize("name", TRAINED)
 def test_trains_alike(name, step):

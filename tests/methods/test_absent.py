@@ -467,7 +467,7 @@ def test_a_missing_row_is_not_multiplied(T, dtype):
                 there = [t for t in range(T) if rows[t][k] is not None]
                 X = torch.stack([rows[t][k].to(F64) for t in there])
                 index = torch.tensor(there)
-                expected[index[:, None], index] += (X[:, None] * X).sum(-1)
+                expected[index[:, None], index] += X @ X.T
             for M in (ops.gram_rows(grads, T), reference.gram_rows(grads, T)):
                 assert torch.equal(M.isnan(), expected.isnan())
                 assert torch.equal(M.isposinf(), expected.isposinf())
@@ -479,6 +479,7 @@ def test_a_missing_row_is_not_multiplied(T, dtype):
 
 # ------------------------------------------------------------------------------------------------ NaN is never lost
 
+WEIGHTED = ("dual cone", "dual cone each")
 SOLVERS = {
     "mgda": lambda impl, M, w: impl.mgda(M),
     "dual cone": lambda impl, M, w: impl.dual_cone(M, w, False),
@@ -503,14 +504,14 @@ def test_where_weights_are_not_finite_the_residual_is_not(name, implementation):
             for spread in (1.0, 1e-4, 1e-100, 1e-150):
                 d = torch.tensor([1.0, 1.0, spread], dtype=F64)
                 M = size * (C * d * d[:, None])
-                for weight in (1e-300, 1.0, 1e200, 1e308):
+                for weight in (1e-300, 1.0, 1e200, 1e308) if name in WEIGHTED else (1.0,):
                     w = torch.tensor([1.0, -0.5, 1.0], dtype=F64) * weight
                     alpha, residual = solve(implementation, M, w)
                     assert not residual.isnan() or alpha.isnan().any()
                     if not alpha.isfinite().all():
                         assert not residual <= 1e-8
                     solved += bool(residual <= 1e-8)
-    assert solved > 100
+    assert solved > 25
 
 
 @pytest.mark.parametrize("kind", [fastmtl.UPGrad, fastmtl.DualProj, fastmtl.ConFIG, fastmtl.AlignedMTL])

@@ -330,6 +330,7 @@ ALL = [
 ]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 @pytest.mark.parametrize("how", ["context", "default"])
 @pytest.mark.parametrize(("kind", "options"), ALL)

@@ -70,6 +70,7 @@ def test_the_first_columns_mislead():
         assert check(G, fastmtl.AlignedMTL()(G))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=dtype_id)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_other_types(name, dtype):

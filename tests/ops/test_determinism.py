@@ -42,6 +42,7 @@ def combined(G):
     return out
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=dtype_id)
 @pytest.mark.parametrize(
     ("T", "P"),

@@ -211,7 +211,7 @@ def test_eigh(T):
             assert lam.shape == want.shape
             assert V.shape == M.shape
             if M.numel():
-                assert ((lam - want).abs() <= 10 * EPS[dtype] * want.abs().amax(-1, keepdim=True)).all()
+                assert ((lam - want).abs() <= (10 + T / 4) * EPS[dtype] * want.abs().amax(-1, keepdim=True)).all()
                 assert max(residuals(M, lam, V)) < 10
 
 

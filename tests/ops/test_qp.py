@@ -264,6 +264,7 @@ def test_upgrad_is_the_sum_of_projections(family, T):
     assert (M @ alpha >= -1e-11 * lengths * (alpha @ lengths)).all()  # in conflict with no task
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference(family, T):

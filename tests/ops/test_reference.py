@@ -26,7 +26,7 @@ from fastmtl.ops import reference
 
 class Reference(Torch):
     def takes_spectra(self, T):
-        return T <= 40  # beyond, its rotations, in Python, take seconds
+        return T <= 24  # beyond, its rotations, in Python, take seconds
 
 
 @pytest.mark.cover(1)

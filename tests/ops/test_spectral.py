@@ -58,6 +58,7 @@ HARD = {
 }  # fmt: skip
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("steps", [0, 200, 1000])
 @pytest.mark.parametrize("T", [40, 65, 130, 300])
 def test_real_gradients(T, steps):

@@ -88,6 +88,7 @@ def weights(T):
     return torch.rand(T, dtype=F64, generator=generator(4)) + 0.1
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("T", SIZES)
 @pytest.mark.parametrize("name", FULL)
 def test_full_rank(name, T):

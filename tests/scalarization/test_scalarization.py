@@ -290,6 +290,7 @@ def test_non_finite_losses(name, value):
         same(state_of(run.method), before)
 
 
+@pytest.mark.cover(1)
 @methods
 @pytest.mark.parametrize("S", [2.0**16, 1000.0, torch.tensor(3e-4), torch.tensor([2.0**-10], dtype=F64)], ids=str)
 def test_grad_scale(name, S):

@@ -186,6 +186,7 @@ def test_real_gradients_are_of_examples(tmp_path, capsys):
         baseline.gradients(Point(2000, 3000, gradients="real"))
 
 
+@pytest.mark.usefixtures("_without_memory")
 def test_accuracy_is_null_where_it_is_not_affordable(monkeypatch):
     monkeypatch.setattr(baseline, "AFFORDABLE", 0)
     assert measure.measure(Point(4, 100), 3, 0.0)["accuracy"] is None

@@ -194,37 +194,41 @@ def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
     (Demmel and Veselić 1992); LAPACK's tridiagonalisation does not.
     """
     B, T, _ = M.shape
+    h = (T + 1) // 2  # pairs (i, h + i) of 2 h rows; of an odd T the last row is zero and stays where it began
     largest = M.abs().amax((-1, -2)) if T else M.new_zeros(B)
     exponent = torch.frexp(largest).exponent
-    A = torch.ldexp(M, -exponent[:, None, None])
-    V = torch.eye(T, dtype=M.dtype, device=M.device).expand(B, T, T).clone()
-    players = T + T % 2
-    circle = list(range(players))
+    # A above V, whose columns are rotated together.
+    AV = M.new_zeros(B, 2 * h + T, 2 * h)
+    AV[:, :T, :T] = torch.ldexp(M, -exponent[:, None, None])
+    AV[:, 2 * h :, :T] = torch.eye(T, dtype=M.dtype, device=M.device)
+    # The first stays, the others move on by one in a circle: along the first halves of the pairs, and back.
+    moved = [0, h, *range(1, h - 1), *range(h + 1, 2 * h), h - 1] if h > 1 else [0, 1]
+    columns = torch.tensor(moved, device=M.device)
+    rows = torch.cat([columns, torch.arange(2 * h, 2 * h + T, device=M.device)])
     for _ in range(40):
+        A = AV[:, : 2 * h]
         d = A.diagonal(dim1=-2, dim2=-1)
         off = A - torch.diag_embed(d)
         if not bool((off * off > EPS * EPS * (d[:, :, None] * d[:, None, :]).abs()).any()):
             break
-        for _ in range(players - 1):
-            pairs = [sorted((circle[i], circle[-1 - i])) for i in range(players // 2)]
-            pairs = [pair for pair in pairs if pair[1] < T]
-            circle = [circle[0], circle[-1], *circle[1:-1]]
-            if not pairs:
-                continue
-            p, q = torch.tensor(pairs, device=M.device).T
-            a_pp, a_qq, a_pq = A[:, p, p], A[:, q, q], A[:, p, q]
-            h = a_qq - a_pp
-            sign = torch.where(h < 0, -1.0, 1.0)
+        for _ in range(2 * h - 1):
+            A = AV[:, : 2 * h]
+            a_pp, a_qq = A.diagonal(dim1=-2, dim2=-1).clone().split(h, -1)
+            a_pq = A[:, :h, h:].diagonal(dim1=-2, dim2=-1).clone()
+            delta = a_qq - a_pp
             active = a_pq * a_pq > EPS * EPS * (a_pp * a_qq).abs()
-            t = torch.where(active, 2 * a_pq * sign / (h.abs() + torch.hypot(h, 2 * a_pq)), 0.0).nan_to_num(0.0)
+            t = 2 * a_pq / (delta.abs() + torch.hypot(delta, 2 * a_pq))
+            t = torch.where(active, torch.where(delta < 0, -t, t), 0.0).nan_to_num(0.0)
             c = 1 / torch.sqrt(1 + t * t)
             s = t * c
-            for X in (A, V):  # columns
-                x, y = X[:, :, p], X[:, :, q]
-                X[:, :, p], X[:, :, q] = c[:, None] * x - s[:, None] * y, s[:, None] * x + c[:, None] * y
-            x, y = A[:, p], A[:, q]  # rows
-            A[:, p], A[:, q] = c[..., None] * x - s[..., None] * y, s[..., None] * x + c[..., None] * y
-            A[:, p, p], A[:, q, q] = a_pp - t * a_pq, a_qq + t * a_pq
-            A[:, p, q] = A[:, q, p] = torch.where(active, 0.0, a_pq)
-    lam, order = A.diagonal(dim1=-2, dim2=-1).sort(-1)
-    return torch.ldexp(lam, exponent[:, None]), V.gather(-1, order[:, None, :].expand(B, T, T))
+            c, s = torch.cat([c, c], -1), torch.cat([-s, s], -1)
+            AV = torch.addcmul(AV * c[:, None], AV.roll(h, -1), s[:, None])
+            A = AV[:, : 2 * h]
+            A.copy_(torch.addcmul(A * c[..., None], A.roll(h, -2), s[..., None]))
+            A.diagonal(dim1=-2, dim2=-1).copy_(torch.cat([a_pp - t * a_pq, a_qq + t * a_pq], -1))
+            a_pq = torch.where(active, 0.0, a_pq)
+            A.diagonal(h, -2, -1).copy_(a_pq)
+            A.diagonal(-h, -2, -1).copy_(a_pq)
+            AV = AV.index_select(-1, columns).index_select(-2, rows)
+    lam, order = AV[:, :T, :T].diagonal(dim1=-2, dim2=-1).sort(-1)
+    return torch.ldexp(lam, exponent[:, None]), AV[:, 2 * h :, :T].gather(-1, order[:, None, :].expand(B, T, T))
