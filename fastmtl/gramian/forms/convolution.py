@@ -79,7 +79,8 @@ class Convolution(Use):
 
     def sizes(self, dtype: torch.dtype) -> Tensor:
         """The largest entry of each sample's windows, or of what lies between them: [batch]."""
-        return torch.linalg.vector_norm(self._x.flatten(1), math.inf, dim=1).to(dtype)
+        largest: Tensor = torch.linalg.vector_norm(self._x.flatten(1), math.inf, dim=1)
+        return largest.to(dtype)
 
     def lengths(self, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
         """Norms of the rows of A [batch, positions], of one group and samples times `scale`, without making them."""
