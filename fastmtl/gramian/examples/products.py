@@ -234,7 +234,8 @@ class Gram:
         step = width if small else max(1, most // (T * B * depth))
         G = None
         for o in range(0, width, step):
-            G = C[..., o : o + step].transpose(2, 3) @ A
+            D = C[..., o : o + step].mT
+            G = torch.bmm(D[0], A)[None] if T == 1 else D @ A  # `@` would copy what is transposed
             self._add(self._products(G.flatten(2)))  # of sizes that A and C have been brought to
         return G if small else None
 
