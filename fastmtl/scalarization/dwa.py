@@ -91,9 +91,11 @@ class DWA(Scalarization):
     def _are_first(self) -> bool:
         """Whether these are known to be the first two epochs; looked at once an epoch."""
         older = self.older
+        if not has_numbers(older):
+            return False
         stamp = id(older), older._version
         if self._seen[0] != stamp:
-            self._seen = stamp, has_numbers(older) and bool(older.isnan().all())
+            self._seen = stamp, bool(older.isnan().all())
         return self._seen[1]
 
     def _remember(self, L: Tensor, valid: Tensor | None) -> None:

@@ -241,6 +241,21 @@ def test_derivatives_of_any_order(name, absent):
     assert torch.autograd.gradgradcheck(f, losses)
 
 
+@pytest.mark.parametrize("name", ["GLS", "STCH", "COSMOS", "PBI", "FAMO", "DWA"])
+def test_within_a_compiled_step(name):
+    """One graph, with the operations that one node stands for elsewhere."""
+    method, other = METHODS[name](3), METHODS[name](3)
+    compiled = torch.compile(lambda L: other(L), backend="eager", fullgraph=True)
+    for k in range(2):
+        L = tensor(0.7, 1.9, 0.4 + k)
+        values = method(L), compiled(L)
+        slopes = [torch.autograd.grad(value, L)[0] for value in values]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*slopes)
+        torch.testing.assert_close(method.last_weights, other.last_weights)
+    torch.testing.assert_close(state_of(method), state_of(other), equal_nan=True)
+
+
 def test_second_derivatives_of_famo():
     """Its weights z and c are constants."""
     L = tensor(0.7, 1.9, 0.4)
