@@ -18,7 +18,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emu
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
+.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report gpu bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -102,6 +102,9 @@ cuda-all: ## the same for every architecture of the design
 
 cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
+
+gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes
+	$(BIN)/python tools/gpu.py
 
 bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-style loop, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)

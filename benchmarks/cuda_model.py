@@ -10,6 +10,9 @@ multiply-adds (those on zero rows included: tiles are padded), and launches. A k
 bandwidth and multiply-adds / rate, and `LAUNCH` for each launch. A kernel of fewer blocks than the GPU has
 multiprocessors has that share of the rate.
 
+More than 64 tasks are weighed by torch's own kernels: their launches and products are counted by calling the ops
+without numbers.
+
 Left out, hence a lower bound: latency (which is most of an eigenproblem: its `steps` depend on each other), conversions
 to float64, shared memory, occupancy, blocks that end late, and the host. Caches are left out as well: that makes a
 matrix that fits the second-level cache, and partial sums, look slower than they are.
@@ -21,11 +24,16 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import workloads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmtl.ops import reference
 
 __all__ = [
     "CASES",
@@ -165,6 +173,7 @@ CASES = (
     Case(32, 1_000_000),
     Case(64, 1_000_000),
     Case(128, 100_000),
+    Case(1024, 100_000),
     Case(8, 2048, B=512),
     Case(8, 25_557_032, sizes=tuple(torch.Size(shape).numel() for shape in workloads.resnet50())),
 )
@@ -297,15 +306,45 @@ def align(case: Case, device: Device) -> list[Kernel]:
         return [*kernels, Kernel(name, case.B, moved, fma64=case.B * each, mma64=case.B * products, steps=steps)]
     first = _plan(case, False, device)
     kernels += _gram(case, first, False)
-    large = case.T - CONSTANTS["kMaxJacobiTasks"]
-    if large > 0:  # to the host and back: M, then α, eigenvalues and rank
-        kernels.append(Kernel("copies to the host and back", 1, case.B * (case.T**2 + 2 * case.T + 1) * 8, launches=4))
-    else:
-        kernels.append(_balance(case))
-        if first.blocks or case.dtype is torch.float64:
+    judged = first.blocks or case.dtype is torch.float64
+    if CONSTANTS["kMaxJacobiTasks"] < case.T:
+        if judged:
+            kernels.append(_products("second_pass", case.B, case.T, True))
             kernels += _gram(case, _plan(case, True, device), True)
-            kernels.append(Kernel("balance", 1))
+        policy = (None, "min", 1e-3, 1e-7, "normalized")
+        return [*kernels, _products("balance_many", case.B, case.T, *policy), _combine(case)]
+    kernels.append(_balance(case))
+    if judged:
+        kernels += _gram(case, _plan(case, True, device), True)
+        kernels.append(Kernel("balance", 1))
     return [*kernels, _combine(case)]
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the calls of torch's ops that compute something, and the columns of Cholesky factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.columns = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not view and "empty" not in func._schema.name
+        if "cholesky" in func._schema.name:
+            self.columns += args[0].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _products(op: str, B: int, T: int, *rest: Any) -> Kernel:
+    """An op that torch's own kernels do, a launch a call at least. M is read, the rest stays in a cache."""
+    M = torch.empty(B, T, T, dtype=torch.float64, device="meta")
+    bound = (M.new_empty(B),) if op == "second_pass" else ()
+    with FlopCounterMode(display=False) as flops, _Calls() as calls:
+        getattr(reference, op)(M, *bound, *rest)
+    work = flops.get_total_flops() / 2
+    tiles = 2 * B * _up(T, CONSTANTS["kGroupRows"]) ** 2
+    return Kernel(op, tiles, 8 * B * T * T, mma64=work, steps=calls.columns, launches=calls.count)
 
 
 def plain(case: Case) -> list[Kernel] | None:
@@ -377,8 +416,8 @@ def _place(name: str) -> int:
         "gram_probe",
         "gram_reduce",
         "probe_",
+        "second_pass",
         "balance",
-        "copies",
         "second",
         "combine",
     )
@@ -400,7 +439,7 @@ def _kernels() -> str:
                 if name in run and run[name] not in seen:
                     seen.append(run[name])
             for kernels in seen:
-                kernel_name = name if name.startswith(("second", "copies")) else f"`{name}`"
+                kernel_name = name if name.startswith("second pass") else f"`{name}`"
                 cells: list[object] = [case.name if first else "", kernel_name]
                 first = False
                 cells.append(sum(kernel.launches for kernel in kernels))

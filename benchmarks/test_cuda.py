@@ -134,8 +134,6 @@ def test_flat(benchmark: Any, shape: tuple[int, int], dtype: torch.dtype, name: 
     T, P = shape
     if name == "pure" and dtype is not torch.float32:
         pytest.skip("torch.linalg.eigh takes no bfloat16")
-    if name == "fastmtl" and way == "graph" and T > 64:
-        pytest.skip("waits for the device beyond 64 tasks")
     G = on_gpu(workloads.matrix, T, P).to(dtype)
     method, out, base = fastmtl.AlignedMTL(), torch.empty(P, dtype=dtype, device="cuda"), on_gpu(Pure, (T, P), dtype)
 

@@ -44,7 +44,7 @@ __global__ __launch_bounds__(kMaxJacobiThreads, 2) void balance(
     }
   }
   if (verdict && threadIdx.x == 0) {
-    Verdict v{again, 1.0, 1.0};
+    Verdict v{double(again), 1.0, 1.0};
     if (judge == Judge::range && again) {
       rescale(bound[b], v.half, v.rest);
       v.again = v.half != 1.0;

@@ -27,7 +27,7 @@ namespace fastmtl::cuda {
 
 // What the first look at M decided for the second pass over G, on the device.
 struct Verdict {
-  int again;         // whether there is to be a second pass
+  double again;      // 1 where there is to be a second pass, else 0: three numbers, as the op `second_pass` makes them
   double half, rest; // its G is scaled by half * rest, a power of two that alone might not be representable
   __device__ double factor() const {
     return half * rest;

@@ -1,6 +1,5 @@
 // gradients -> Gram -> weights -> combine on a GPU: which kernels run, in which order, on how much memory. Torch-free.
-// Up to T = 64 nothing here waits for the device or asks it anything, so that all of it can be captured in a CUDA
-// graph.
+// Nothing here waits for the device or asks it anything, so that all of it can be captured in a CUDA graph.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Gram matrices -> task weights, T <= 64: the solvers of csrc/math with a warp as their team, one warp a block and a
+// Gram matrices -> task weights: the solvers of csrc/math with a warp as their team, one warp a block and a
 // block a problem. A problem is a matrix, or one task of a matrix where the method's weights are a sum over tasks
 // (Σ_i v_i); these sums are a kernel of their own, in the order of the tasks.
 //

@@ -1,4 +1,4 @@
-// The solvers of csrc/math on a GPU, T <= 64. Where a matrix is not finite, its weights and its residual are NaN.
+// The solvers of csrc/math on a GPU. Where a matrix is not finite, its weights and its residual are NaN.
 #pragma once
 
 #include "../math/solvers.h"

@@ -18,7 +18,7 @@ namespace fastmtl {
 namespace {
 
 struct Conflicts : Solver {
-  static constexpr bool kResidual = false;
+  static constexpr bool kResidual = false, kManyTasks = true;
 
   FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t T) {
     return 3 * T + 3;

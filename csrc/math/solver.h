@@ -71,7 +71,8 @@ struct Problem {
 // which returns how far the weights are from optimal.
 struct Solver {
   static constexpr std::tuple<> kOptions{};
-  static constexpr bool kResidual = true; // whether the op returns it, too
+  static constexpr bool kResidual = true;   // whether the op returns it, too
+  static constexpr bool kManyTasks = false; // whether a warp of a GPU gets done with more than 64 in good time
 
   FASTMTL_HOST_DEVICE static constexpr int64_t scratch(int64_t) {
     return 0;

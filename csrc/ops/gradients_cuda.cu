@@ -1,7 +1,6 @@
 // The ops on gradients, and on matrices, of CUDA tensors, on the current stream.
 //
-// Up to T = 64 nothing waits for the device. Beyond, the eigenproblem goes to the CPU's solvers (large_cuda.h): that
-// waits, and cannot be captured in a CUDA graph.
+// Nothing waits for the device, but `eigh` for T > 64, as torch.linalg.eigh does.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,10 +45,12 @@ struct Cuda {
           eigenvalues ? doubles(*eigenvalues) : allocate<double>(call.context(), B * T),
           static_cast<int64_t*>(rank.mutable_data_ptr())};
       cuda::balance(const_doubles(M), B, T, policy, weights, call.context());
-    } else if (eigenvalues) {
-      take(balance_on_host<3>("balance", on_host(M), options), alpha, *eigenvalues, rank);
     } else {
-      take(balance_on_host<2>("align_gram", on_host(M), options), alpha, rank);
+      const auto found = balance_many(M, options);
+      take(std::array{found[0], found[2]}, alpha, rank);
+      if (eigenvalues) {
+        take(std::array{found[1]}, *eigenvalues);
+      }
     }
   }
 
@@ -65,8 +66,7 @@ struct Cuda {
   align(const Batch& G, const Options& options, const Policy& policy, const Tensor& like, const Call& call) {
     if (G.tasks() > kMaxJacobiTasks) {
       const int64_t B = G.matrices(), T = G.tasks();
-      align_large(
-          G, options, empty_float64({B, T, T}, like), empty_float64({B, T}, like), empty_int64({B}, like), call);
+      align_many(G, options, empty_float64({B, T, T}, like), empty_float64({B, T}, like), empty_int64({B}, like), call);
     } else {
       cuda::align(G, policy, nullptr, {}, call.context());
     }
@@ -81,7 +81,7 @@ struct Cuda {
       const Tensor& rank,
       const Call& call) {
     if (G.tasks() > kMaxJacobiTasks) {
-      align_large(G, options, M, alpha, rank, call);
+      align_many(G, options, M, alpha, rank, call);
       return;
     }
     double* eigenvalues = allocate<double>(call.context(), G.tasks());
@@ -96,10 +96,7 @@ std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   const int64_t T = M.size(-1);
   const Tensor wide = as_float64(M);
   if (T > kMaxJacobiTasks) {
-    StableIValue stack[2] = {torch::stable::detail::from(torch::stable::to(wide, kHost))}; // waits: T > 64
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastmtl::eigh", "", stack, TORCH_ABI_VERSION));
-    const Tensor eigenvalues = torch::stable::detail::to<Tensor>(stack[0]),
-                 eigenvectors = torch::stable::detail::to<Tensor>(stack[1]);
+    const auto [eigenvalues, eigenvectors] = call_op<2>("eigh", on_host(wide));
     return {
         torch::stable::to(eigenvalues, M.scalar_type(), std::nullopt, M.device()),
         torch::stable::to(eigenvectors, M.scalar_type(), std::nullopt, M.device())};

@@ -1,7 +1,7 @@
 // The ops that turn Gram matrices into task weights, on CUDA tensors.
 //
-// Up to T = 64 nothing waits for the device. Beyond, the CPU's op gets copies: that waits, and cannot be captured in a
-// CUDA graph.
+// Up to T = 64, and where tasks are visited one after the other (`kManyTasks`), nothing waits for the device. Beyond,
+// the CPU's op gets copies: that waits, and cannot be captured in a CUDA graph.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -35,9 +35,9 @@ void solve_on_host(
   std::apply(
       [&](const Arguments&... values) {
         if (residual) {
-          take(call_on_host<2>(name, on_host(weighing.gram), values...), weighing.alpha, *residual);
+          take(call_op<2>(name, on_host(weighing.gram), values...), weighing.alpha, *residual);
         } else {
-          take(call_on_host<1>(name, on_host(weighing.gram), values...), weighing.alpha);
+          take(call_op<1>(name, on_host(weighing.gram), values...), weighing.alpha);
         }
         (take_back<Option>(arguments, values), ...);
       },
@@ -50,7 +50,7 @@ struct Cuda {
   template <class Method, class... Arguments>
   static void
   solve(const Call& call, const Weighing& to, const Method& method, Tensor* residual, const Arguments&... arguments) {
-    if (to.T <= kMaxJacobiTasks) {
+    if (Method::kManyTasks || to.T <= kMaxJacobiTasks) {
       launch_solver(
           method, to.data, to.B, to.T, doubles(to.alpha), residual ? doubles(*residual) : nullptr, call.context());
     } else {

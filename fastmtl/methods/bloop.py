@@ -61,7 +61,7 @@ class Bloop(GradientMemory):
         there, finite = present(M)
         scale: Tensor | float = 1.0 if context.grad_scale is None else context.grad_scale
         shares = self.lam * there.to(torch.float64)
-        shares[..., 0] = 0
+        shares[..., 0].zero_()  # an assignment would copy a number from the host
         first, counted = (steps == 0)[..., None], there[..., :1] & finite
         # In the first step m is g_0, which M has the products with.
         products, square = torch.where(first, M[..., 0], products), torch.where(first, M[..., :1, 0], square)

@@ -29,6 +29,7 @@ __all__ = [
     "align_gram",
     "align_rows",
     "balance",
+    "balance_many",
     "cagrad",
     "combine",
     "combine_rows",
@@ -41,6 +42,7 @@ __all__ = [
     "mgda",
     "nash",
     "pcgrad",
+    "second_pass",
     "sign_drop",
     "sign_drop_rows",
     "unit_solve",
@@ -150,14 +152,20 @@ def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
     return M.new_empty(M.shape[:-1]), M.new_empty(M.shape)
 
 
+def _balanced(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments.square(M)
+    arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
+    return _weights_of(M), _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
+
+
 @define(f"(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor eigenvalues, Tensor rank)")
 def balance(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Aligned-MTL's weights, the eigenvalues [..., T], descending, and how many are kept, int64 [...]."""
-    arguments.square(M)
-    arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
-    return _weights_of(M), _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
+    return _balanced(M, weights, scale, rtol, zero, rank_rule)
 
 
 @define(f"(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor rank)")
@@ -168,6 +176,22 @@ def align_gram(
     arguments.square(M)
     arguments.policy(M, M.shape[-1], weights, scale, rtol, zero, rank_rule)
     return _weights_of(M), M.new_empty(M.shape[:-2], dtype=torch.int64)
+
+
+@define(f"(Tensor M, {_POLICY}) -> (Tensor alpha, Tensor eigenvalues, Tensor rank)")
+def balance_many(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`balance` as a GPU does it for T > 64: by matrix products alone. It has no kernel, and is the same everywhere."""
+    return _balanced(M, weights, scale, rtol, zero, rank_rule)
+
+
+@define("(Tensor M, Tensor bound, bool blocks) -> Tensor verdict")
+def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
+    """Whether a GPU, T > 64, has to read G again, and two factors to scale it by, float64 [..., 3]."""
+    arguments.square(M)
+    arguments.vector("bound", bound, M.shape[:-2], M)
+    return M.new_empty((*M.shape[:-2], 3), dtype=torch.float64)
 
 
 @define("(Tensor M) -> (Tensor alpha, Tensor residual)")

@@ -109,7 +109,7 @@ class NTK(Scalarization):
         for i in range(passes):
             if exact:
                 z = torch.zeros_like(r).view(-1)
-                z[i] = 1
+                z[i].fill_(1)  # an assignment would copy a number from the host
                 z = z.view_as(r)
             else:
                 z = torch.randint_like(r, 2) * 2 - 1

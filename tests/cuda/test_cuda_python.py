@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmtl
-from fastmtl import inputs
+from fastmtl import catalog, inputs
+from fastmtl.ops import reference
 
 CSRC = Path(__file__).parents[2] / "csrc"
+DOCS = Path(__file__).parents[2] / "docs" / "numerics.md"
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 needs_cuda_build = pytest.mark.skipif(
@@ -217,6 +219,8 @@ def test_every_op(watch):
     ops.gram(G)
     ops.gram_rows(list(G), 3)
     ops.balance(M, *policy)
+    ops.balance_many(M, *policy)
+    ops.second_pass(M, cuda((), dtype=F64), True)
     ops.align_gram(M, *policy)
     ops.combine(G, alpha, out)
     ops.combine_rows(list(G), alpha, [out])
@@ -237,6 +241,55 @@ def test_every_op(watch):
     assert {name for name in watch.ops if name.startswith("fastmtl")} == {
         f"fastmtl::{name}" for name in ops.__all__ if name.islower()
     }
+
+
+# ------------------------------------------------------------------------------------------------ many tasks
+
+# For T > 64 these ops ask the host, and so do the methods that need them: docs/numerics.md says so.
+WAITING = {"eigh", "mgda", "dual_cone", "cagrad", "nash"}
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("T", "scale", "rank_rule"), [(65, "min", "normalized"), (130, "median", "gram")])
+def test_ops_of_many_tasks(watch, T, scale, rank_rule):
+    """What the kernels of Aligned-MTL leave to Python: the functions themselves, on fake CUDA tensors."""
+    M, bound = cuda(2, T, T, dtype=F64), cuda(2, dtype=F64)
+    results = reference.balance_many(M, cuda(T, dtype=F64), scale, 1e-3, 1e-7, rank_rule)
+    assert {x.device.type for x in results} == {"cuda"}
+    reference.second_pass(M, bound, True)
+    reference.second_pass(M, bound, False)
+    reference.unit_solve(M, cuda(T, dtype=F64), 1e-6)
+    reference.constant(M, None)
+    assert not [name for name in watch.ops if name.startswith("fastmtl")]
+    # One Cholesky factorisation waits for the one before: what a step takes is their number.
+    assert watch.ops.count("aten::linalg_cholesky_ex") <= (3 * 38 + 3 + 38) * -(-T // 128)
+
+
+@needs_cuda_build
+def test_what_waits_for_many_tasks_is_said():
+    """Every method on 65 gradients: none moves a number to the host itself, and the ops that do are the known ones."""
+    entries = [entry for entry in catalog.entries() if not entry.name.startswith("scalarization.")]
+    made = [(entry.name, catalog.make(entry.make), 2 if entry.state else 1) for entry in entries]
+    waiting = set()
+    for name, method, steps in made:
+        with FakeTensorMode(), Recorder() as recorder:
+            for _ in range(steps):  # the second with what the first has left
+                method(cuda(65, 10), losses=list(cuda(65).unbind()))
+        if {f"fastmtl::{op}" for op in WAITING} & set(recorder.ops):
+            waiting.add(name)
+    told = re.search(r"on the CPU for T > 64, which waits: ([^.;]*)[.;]", DOCS.read_text())
+    assert set(re.findall(r"`(\w+)`", told[1])) == waiting
+
+
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the tests run without the source tree")
+def test_which_ops_wait_for_many_tasks():
+    solvers = [path.read_text() for path in sorted((CSRC / "math").glob("*.h"))]
+    named = {name: "kManyTasks = true" in text for text in solvers for name in re.findall(r'kName = "(\w+)"', text)}
+    assert {name for name, many in named.items() if not many} == WAITING - {"eigh"}
+    waits = [
+        line for path in (CSRC / "ops").glob("*cuda*") for line in path.read_text().splitlines() if EXCEPTION in line
+    ]
+    assert len(waits) == 1
 
 
 # ------------------------------------------------------------------------------------------------ backward

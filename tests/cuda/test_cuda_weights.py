@@ -1,5 +1,6 @@
 """Task weights from Gram matrices on a GPU: every op against the CPU's, graphs, streams. Skipped without a GPU."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -43,6 +44,8 @@ METHODS = {
     "gradvac": lambda M, w, seed, targets: (ops.gradvac(M, seed, 0.3, targets), targets),
 }
 methods = pytest.mark.parametrize("method", METHODS)
+AT_ANY_T = [(method, 130) for method in METHODS if method.startswith(("pcgrad", "gradvac"))]  # the others ask the host
+on_the_device = pytest.mark.parametrize(("method", "T"), [*itertools.product(METHODS, (1, 3, 17, 64)), *AT_ANY_T])
 
 
 def inputs(M, device, seed=7):
@@ -124,18 +127,16 @@ def test_a_matrix_that_is_not_finite_spares_the_others(T, method):
     assert torch.equal(given[-1][1], before[1])
 
 
-@methods
-@pytest.mark.parametrize("T", [1, 3, 17, 64])
-def test_nothing_waits(T, method):
+@on_the_device
+def test_nothing_waits(method, T):
     given = inputs(gram(gradients(4, T, 4 * T + 8)), "cuda")
     METHODS[method](*given)
     with no_waiting():
         METHODS[method](*given)
 
 
-@methods
-@pytest.mark.parametrize("T", [3, 17, 64])
-def test_graph(T, method):
+@on_the_device
+def test_graph(method, T):
     """M, weights, seed and targets are those of the replay."""
     given = inputs(gram(gradients(2, T, 4 * T + 8)), "cuda")
     graph, result = captured(lambda: METHODS[method](*given))

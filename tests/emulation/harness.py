@@ -61,7 +61,7 @@ class Device:
         return math.prod(shape) <= 42_000
 
     def takes_spectra(self, T: int) -> bool:
-        return T <= 64  # beyond, the eigenproblem goes to the host
+        return T <= 64  # beyond, torch's own kernels solve the eigenproblem
 
     def blocks(self, T: int, dtype: torch.dtype) -> bool:
         """Whether a Gram need not be exact where blocks in float32 will do."""

@@ -33,6 +33,7 @@ METHODS = {
     "gradvac": ("gradvac", lambda T: (SEED, 0.3)),
 }
 methods = pytest.mark.parametrize("method", METHODS)
+MANY = [method for method in METHODS if method.startswith(("pcgrad", "gradvac"))]  # the CPU's ops take the others
 
 
 def weights(T):
@@ -156,6 +157,11 @@ def test_well_posed(T, method):
         assert max(residual.max(), expected.max()) <= 1e-10
     if targets is not None:
         assert torch.allclose(targets, wanted_targets, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", MANY)
+def test_more_than_64_tasks(method):
+    test_well_posed(70, method)
 
 
 @pytest.mark.cover(1)

@@ -230,6 +230,10 @@ def op_cases():
     yield "gram_rows", (grads, 2, [torch.zeros(3, 2), torch.zeros(7)]), {}
     yield "balance", (M, None, *options), {}
     yield "balance", (torch.stack([M, 2 * M]), w, *options), {}
+    yield "balance_many", (M, None, *options), {}
+    yield "balance_many", (torch.stack([M, 2 * M]).float(), w, *options), {}
+    yield "second_pass", (M, torch.tensor(0.1, dtype=F64), True), {}
+    yield "second_pass", (torch.stack([M, 2 * M]).float(), torch.tensor([0.1, 1e99], dtype=F64), False), {}
     yield "align_gram", (M, None, *options), {}
     yield "align_gram", (torch.stack([M, 2 * M]).float(), w, *options), {}
     yield "eigh", (M,), {}

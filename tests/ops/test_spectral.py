@@ -124,11 +124,12 @@ def test_sixty_digits(T):
                     c = sum(V[i, k] for i in range(T)) / T * mp.sqrt(lam[kept[-1]] / lam[k])
                     for i in range(T):
                         x[i] += c * V[i, k]
-                # With its eigenvalues, alone, and one of a batch.
+                # With its eigenvalues, alone, one of a batch, and as a GPU finds those of many tasks.
                 alone, _ = ops.align_gram(M, w, "min", rtol, 1e-16, "normalized")
                 batched, _ = ops.align_gram(torch.stack([M] * 4), w, "min", rtol, 1e-16, "normalized")
+                products, _, _ = ops.balance_many(M, w, "min", rtol, 1e-16, "normalized")
                 x = mp.matrix(x)
-                for a in (alpha, alone, batched[3]):
+                for a in (alpha, alone, batched[3], products):
                     off = mp.matrix([mp.mpf(a[i].item()) - x[i] for i in range(T)])
                     assert mp.sqrt(abs((off.T * exact * off)[0]) / (x.T * exact * x)[0]) <= 2e-6
 

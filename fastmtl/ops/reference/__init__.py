@@ -9,11 +9,13 @@ from fastmtl.ops.reference.align import (
     align_gram,
     align_rows,
     balance,
+    balance_many,
     combine,
     combine_rows,
     eigh,
     gram,
     gram_rows,
+    second_pass,
 )
 from fastmtl.ops.reference.closed import constant, unit_solve
 from fastmtl.ops.reference.conflicts import gradvac, pcgrad
@@ -26,6 +28,7 @@ __all__ = [
     "align_gram",
     "align_rows",
     "balance",
+    "balance_many",
     "cagrad",
     "combine",
     "combine_rows",
@@ -38,6 +41,7 @@ __all__ = [
     "mgda",
     "nash",
     "pcgrad",
+    "second_pass",
     "sign_drop",
     "sign_drop_rows",
     "unit_solve",

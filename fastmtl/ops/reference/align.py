@@ -1,28 +1,36 @@
 """Gram matrix, weights of Aligned-MTL, recombination and the eigendecomposition behind them.
 
-Small eigenproblems, and large ones whose diagonal is uneven, are solved by Jacobi rotations with a relative stopping
-rule; only large, even ones go to LAPACK.
+Eigenproblems of few tasks are solved by Jacobi rotations with a relative stopping rule, of many by matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastmtl.ops.reference import products
 from fastmtl.ops.reference.present import is_present
 from fastmtl.ops.reference.rounding import rounded
 
-__all__ = ["align", "align_gram", "align_rows", "balance", "combine", "combine_rows", "eigh", "gram", "gram_rows"]
+__all__ = [
+    "align",
+    "align_gram",
+    "align_rows",
+    "balance",
+    "balance_many",
+    "combine",
+    "combine_rows",
+    "eigh",
+    "gram",
+    "gram_rows",
+    "second_pass",
+]
 
 EPS = torch.finfo(torch.float64).eps
-# Above this size a LAPACK eigensolver is faster than Jacobi and is used where it is accurate enough.
-JACOBI_MAX_TASKS = 64
-# LAPACK's error is absolute, about eps * lambda_max: with eigenvalues down to this ratio it costs no digit we promise,
-# nor, below it, when the rows are this even (then the Gram itself carries an error of that size).
-LAPACK_MIN_RATIO = 1e-8
-LAPACK_MAX_DIAGONAL_RATIO = 1e2
+FLOAT32_SQUARE = 1e-20  # thresholds.h has these
+LEAST_SQUARE, MOST_SQUARE, LEAST_ENTRY, MOST_ENTRY = 1e-200, 1e200, 1e-100, 1e100
 
 
 def gram(G: Tensor) -> Tensor:
@@ -74,7 +82,7 @@ def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
     finite = lower.isfinite().all(-1).all(-1)[:, None]
     lower = torch.where(finite[..., None], lower, torch.zeros_like(lower))
     lower = lower + lower.tril(-1).mT
-    lam, V = _jacobi(lower) if M.shape[-1] <= JACOBI_MAX_TASKS else torch.linalg.eigh(lower)
+    lam, V = _jacobi(lower) if M.shape[-1] <= products.FEW_TASKS else torch.linalg.eigh(lower)
     lam, V = torch.where(finite, lam, torch.nan), torch.where(finite[..., None], V, torch.nan)
     return lam.reshape(M.shape[:-1]).to(M.dtype), V.reshape(M.shape).to(M.dtype)
 
@@ -88,14 +96,40 @@ def balance(
     (negative rounding noise as zero) and rank [...] (int64).
     """
     T = M.shape[-1]
-    shape = M.shape[:-2]
-    M = M.to(torch.float64).reshape(-1, T, T)
+    if T > products.FEW_TASKS:
+        return balance_many(M, weights, scale, rtol, zero, rank_rule)
+    flat = M.to(torch.float64).reshape(-1, T, T)
+    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, _jacobi)
+    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+
+
+def balance_many(
+    M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by matrix products and Cholesky factorisations, for many tasks: on a GPU nothing waits."""
+    T = M.shape[-1]
+    flat = M.to(torch.float64).reshape(-1, T, T)
+    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, products.eigh)
+    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+
+
+def _balance(
+    M: Tensor,
+    weights: Tensor | None,
+    scale: str,
+    rtol: float,
+    zero: float,
+    rank_rule: str,
+    eigh: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of M [B, T, T]; `eigh` solves M, and what the rank is judged by, in one batch."""
+    B, T, _ = M.shape
     w = M.new_full((T,), 1 / T) if weights is None else weights.to(M)
     finite = M.isfinite().all(-1).all(-1)
     M = torch.where(finite[:, None, None], M, torch.zeros_like(M))
-    lam, V = _eigh_psd(M)
-    lam, V = lam.flip(-1).clamp_min(0.0), V.flip(-1)
-    judged = lam if rank_rule == "gram" else _eigh_psd(_row_normalised(M, zero))[0].flip(-1)
+    spectra, vectors = eigh(M if rank_rule == "gram" else torch.cat([M, _row_normalised(M, zero)]))
+    lam, V = spectra[:B].flip(-1).clamp_min(0.0), vectors[:B].flip(-1)
+    judged = spectra[-B:].flip(-1) if B else lam
     rank = (judged > judged[:, :1].clamp_min(0.0) * rtol**2).sum(-1)
     rank = torch.minimum(rank, (lam > 0.0).sum(-1))
     kept = torch.arange(T, device=M.device) < rank[:, None]
@@ -108,11 +142,11 @@ def balance(
         s = (lam * kept).sum(-1, keepdim=True) / rank[:, None].clamp_min(1)
     inverse = torch.where(kept, (s / lam).sqrt(), 0.0)
     alpha = (V @ (inverse * (w @ V))[..., None])[..., 0]
-    alpha = torch.where(is_present(M), alpha, 0.0)  # to the bit: eigenvectors of LAPACK's are zero to rounding only
+    alpha = torch.where(is_present(M), alpha, 0.0)  # to the bit: eigenvectors of products are zero to rounding only
     alpha = torch.where(finite[:, None], alpha, torch.nan)
     lam = torch.where(finite[:, None], lam, torch.nan)
     rank = torch.where(finite, rank, 0)
-    return alpha.reshape(*shape, T), lam.reshape(*shape, T), rank.reshape(shape)
+    return alpha, lam, rank
 
 
 def align_gram(
@@ -156,13 +190,42 @@ def align_rows(
     return M, alpha, rank
 
 
+def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
+    """Whether G has to be read again for a better M, and scaled by what: [..., 3], the kernels' `Verdict`.
+
+    Args:
+        M: [..., T, T], of the first pass.
+        bound: [...]: the λ_min(C) that float32 `blocks` need, or, without these, the largest float64 entry.
+        blocks: what the first pass was.
+
+    Returns:
+        1 or 0, and two factors, powers of two (ones where nothing is scaled), whose product might be none.
+    """
+    squares = M.diagonal(dim1=-2, dim2=-1)
+    one = torch.ones_like(bound)
+    if blocks:  # good enough where C - bound is positive definite, so long as no product has underflowed
+        inverse = squares.rsqrt()
+        shifted = M * inverse[..., :, None] * inverse[..., None, :] - torch.diag_embed(
+            bound[..., None].expand_as(squares)
+        )
+        good = products.cholesky(shifted)[1] & (squares.amin(-1) >= FLOAT32_SQUARE)
+        return torch.stack([(~good).to(bound), one, one], -1)
+    largest = squares.amax(-1)
+    out_of_range = ~((largest > LEAST_SQUARE) & (largest < MOST_SQUARE))
+    needed = out_of_range & ((bound <= LEAST_ENTRY) | (bound >= MOST_ENTRY)) & (bound > 0.0) & bound.isfinite()
+    exponent = torch.frexp(torch.where(needed, bound, one)).exponent
+    half = torch.div(exponent, 2, rounding_mode="trunc")
+    factors = (torch.exp2(-part.to(bound)) for part in (half, exponent - half))
+    return torch.stack([needed.to(bound), *(torch.where(needed, factor, one) for factor in factors)], -1)
+
+
 def _power_of_two(G: Tensor, dims: tuple[int, ...] | None) -> Tensor:
     """A power of two that brings float64 entries whose squares would over- or underflow near one, else 1."""
     if not G.numel():
         return G.new_ones(G.shape[:-2] if dims else ())
     largest = G.abs().amax(dims) if dims else G.abs().amax()
     exponent = torch.frexp(largest).exponent.to(G.dtype)
-    needed = ((largest > 1e100) | (largest < 1e-100)) & (largest > 0) & largest.isfinite()
+    needed = ((largest > MOST_ENTRY) | (largest < LEAST_ENTRY)) & (largest > 0) & largest.isfinite()
     return torch.where(needed, torch.exp2(-exponent), torch.ones_like(largest))
 
 
@@ -171,20 +234,6 @@ def _row_normalised(M: Tensor, zero: float) -> Tensor:
     norm = M.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     inverse = torch.where(norm > zero * norm.amax(-1, keepdim=True), 1.0 / norm, 0.0)
     return M * inverse[:, :, None] * inverse[:, None, :]
-
-
-def _eigh_psd(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and eigenvectors of positive semi-definite `M` [B, T, T], small ones accurate too."""
-    if M.shape[-1] <= JACOBI_MAX_TASKS:
-        return _jacobi(M)
-    lam, V = torch.linalg.eigh(M)
-    norms = M.diagonal(dim1=-2, dim2=-1)
-    smallest = torch.where(norms > 0.0, norms, torch.inf).amin(-1)
-    even = norms.amax(-1) <= LAPACK_MAX_DIAGONAL_RATIO * smallest
-    wide = lam[:, 0] > LAPACK_MIN_RATIO * lam[:, -1]
-    if bool((even | wide).all()):
-        return lam, V
-    return _jacobi(M)
 
 
 def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:

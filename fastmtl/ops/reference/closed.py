@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.ops.reference import products
 from fastmtl.ops.reference.present import is_present
 
 __all__ = ["constant", "unit_solve"]
@@ -31,7 +32,9 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
     norms = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse = torch.where(norms == 0, 0.0, 1 / norms)
     C = M * inverse[..., :, None] * inverse[..., None, :]
-    eigenvalues, V = torch.ops.fastmtl.eigh(C)
+    finite = M.isfinite().all(-1).all(-1)[..., None]
+    eigh = torch.ops.fastmtl.eigh if M.shape[-1] <= products.FEW_TASKS else products.eigh
+    eigenvalues, V = eigh(torch.where(finite[..., None], C, 0.0))
     cut = eigenvalues[..., -1:] * max(rtol**2, 4 * M.shape[-1] * EPS)
     w = is_present(M).to(torch.float64)
     if weights is not None:
@@ -40,7 +43,6 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
     least = max(rtol, 16 * M.shape[-1] * EPS)
     reached = along.square().sum(-1, keepdim=True) > least**2 * w.square().sum(-1, keepdim=True)
     x = (V @ torch.where((eigenvalues > cut) & reached, along / eigenvalues, 0.0)[..., None]).squeeze(-1)
-    finite = M.isfinite().all(-1).all(-1)[..., None]
     cosines = (C @ x[..., None]).squeeze(-1)
     return torch.where(finite, x * inverse, torch.nan), torch.where(finite, cosines, torch.nan)
 
