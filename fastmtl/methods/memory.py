@@ -260,7 +260,9 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
 
 def _move_pieces(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor: Tensor | None) -> None:
     """The same of a list: as many pieces at once as stay in the cache, by the op that combines rows."""
-    steps = torch.as_tensor(step, dtype=torch.float64, device=memory.device).expand(G.T)
+    if not isinstance(step, Tensor):  # made on the device, not copied there
+        step = torch.full((G.T,), step, dtype=torch.float64, device=memory.device)
+    steps = step.to(torch.float64).expand(G.T)
     alpha = torch.stack((1 - steps, steps if factor is None else steps * factor), 1)
     known = where.tolist() if has_numbers(where) else None
     for t in range(G.T):
