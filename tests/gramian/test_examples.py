@@ -798,7 +798,7 @@ def test_windows_of_convolutions_are_made_for_some_examples_at_a_time(size, monk
     made.clear()
     monkeypatch.setattr(parts, "_FEW", 1000)
     agree(losses, net.parameters(), F32)
-    assert max(made) == 6
+    assert not made
 
 
 # ------------------------------------------------------------------------------------------------ memory

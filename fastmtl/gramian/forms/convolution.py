@@ -58,11 +58,18 @@ class Convolution(Use):
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         """See `Use.factor`."""
-        return self.windows(dtype, 0, self._batch).reshape(self._groups, self.rows, self.depth)
+        dims = len(self._kernel)
+        order = (0, 1, *range(3 + dims, 3 + 2 * dims), *range(2, 3 + dims))
+        return self._parted(self._x).permute(order).to(dtype).reshape(self._groups, self.rows, self.depth)
 
     def windows(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """The rows of A of some samples [g, n, S, I]."""
-        x = self._x[start:stop]
+        # Along the positions, which lie one after the other: a copy of runs.
+        parted = self._parted(self._x[start:stop]).to(dtype)
+        return parted.reshape(self._groups, stop - start, self.depth, math.prod(self._out)).mT
+
+    def _parted(self, x: Tensor) -> Tensor:
+        """A view of the windows of x [g, n, C/g, *kernel, *out]."""
         around = [p for p in reversed(self.node._saved_padding) for _ in range(2)]
         x = F.pad(x, around) if any(around) else x
         batch, channels, *_ = x.shape
@@ -70,12 +77,10 @@ class Convolution(Use):
         strides = [s * step for s, step in zip(self.node._saved_stride, steps, strict=True)]
         dilated = [d * step for d, step in zip(self.node._saved_dilation, steps, strict=True)]
         per_group = channels // self._groups
-        # Along the positions, which lie one after the other: a copy of runs.
-        windows = x.as_strided(
+        return x.as_strided(
             (self._groups, batch, per_group, *self._kernel, *self._out),
             (per_group * own, x.stride(0), own, *dilated, *strides),
         )
-        return windows.to(dtype).reshape(self._groups, batch, self.depth, math.prod(self._out)).mT
 
     def sizes(self, dtype: torch.dtype) -> Tensor:
         """The largest entry of each sample's windows, or of what lies between them: [batch]."""
