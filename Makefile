@@ -18,7 +18,7 @@ CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emu
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report gpu bench bench-check bench-engines bench-gate bench-against scaling-quick docs-numbers lint lint-style lint-types lint-public-types format clean
+.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report gpu bench bench-check bench-engines bench-gate bench-against scaling-quick docs docs-numbers test-site lint lint-style lint-types lint-public-types format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -127,6 +127,16 @@ scaling-quick: install ## a small scaling study: table, JSON, CSV and plots in s
 	rm -rf scaling-quick
 	$(BIN)/python -m fastmtl scaling --quick --out scaling-quick
 
+docs: develop ## the site, in site/: every page, link and docstring; runs the tutorials
+	$(PIP) install 'fastmtl-torch[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Where there is no Chromium, Playwright's own is fetched.
+test-site: docs ## the site and a run's report in headless Chromium, on a desk's and a phone's width; pictures in site-pictures/
+	$(PIP) install 'fastmtl-torch[site]'
+	command -v chromium || $(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest tests/tools/test_site.py -k browser -rs $(PYTEST_ARGS)
+
 docs-numbers: develop ## the numbers of the documentation, from benchmarks/results
 	$(BIN)/python tools/docs_numbers.py
 
@@ -142,6 +152,7 @@ lint-types: develop
 
 lint-public-types: develop
 	$(BIN)/python tools/type_completeness.py
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python docs/tutorials
 
 format: develop ## put everything into the house style
 	$(BIN)/ruff check --fix .
@@ -149,5 +160,5 @@ format: develop ## put everything into the house style
 	$(BIN)/clang-format -i $(CPP)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist scaling-quick *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site site-pictures scaling-quick *.egg-info fastmtl/*.so .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

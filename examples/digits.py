@@ -12,6 +12,7 @@ sum of the losses, with `fastmtl.AlignedMTL`, and with the same method as one wo
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -223,6 +224,18 @@ def first_gradients(seed: int) -> dict[str, list[Tensor]]:
     return found
 
 
+def shortening(seed: int) -> float:
+    """How many times as long as Aligned-MTL's first gradient of the trunk that of the plain sum is."""
+    net = _network(seed)
+    rows = task_gradients(net, net.losses(Digits(seed).train()))
+    summed = [torch.stack(column).sum(0) for column in zip(*rows, strict=True)]
+    lengths = (
+        torch.cat([g.flatten() for g in gradients if g is not None]).norm() for gradients in (summed, METHOD(rows))
+    )
+    longer, shorter = lengths
+    return float(longer / shorter)
+
+
 def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """‖a - b‖ / ‖b‖ over all entries."""
     x, y = (torch.cat([g.flatten().double() for g in gradients]) for gradients in (a, b))
@@ -255,8 +268,14 @@ def timings(rounds: int) -> dict[tuple[str, str], float]:
     return {key: statistics.median(t[WARMUP:]) for key, t in times.items()}
 
 
-def run(seeds: int = 3, steps: int = 500, out: Path = Path("demo.png"), quick: bool = False) -> int:
-    """Trains, prints the table, saves the figure.
+def run(
+    seeds: int = 3,
+    steps: int = 500,
+    out: Path = Path("demo.png"),
+    quick: bool = False,
+    results: Path | None = None,
+) -> int:
+    """Trains, prints the table, saves the figure and, where `results` is a path, the numbers as JSON.
 
     Returns:
         The exit status: 1 if fastmtl and plain PyTorch disagree about the first gradient.
@@ -301,6 +320,8 @@ def run(seeds: int = 3, steps: int = 500, out: Path = Path("demo.png"), quick: b
     table.add_row("training step, ms", *(f"{ms['step', name]:.2f}" for name in STEPS))
     console.print(table)
     plot(runs, out)
+    if results is not None:
+        save(runs, results, steps)
     if ops.EXTENSIONS["_C"] is None:
         speed = "No kernels are in use, so fastmtl ran on its slow reference ops: see python -m fastmtl info."
     else:
@@ -317,6 +338,15 @@ def run(seeds: int = 3, steps: int = 500, out: Path = Path("demo.png"), quick: b
         console.print(f"fastmtl and plain PyTorch disagree about the first gradient: {apart:.0e} > {AGREE:.0e}")
         return 1
     return 0
+
+
+def save(runs: dict[str, list[Run]], path: Path, steps: int) -> None:
+    """What the documentation cites (tools/docs_numbers.py): one number a seed."""
+    fields = ("left", "right", "error", "mean_kappa")
+    methods = {name: {field: [getattr(run, field) for run in of] for field in fields} for name, of in runs.items()}
+    shorter = [shortening(seed) for seed in range(len(runs["uniform"]))]
+    about = {"steps": steps, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    path.write_text(json.dumps({"about": about, "methods": methods, "shorter": shorter}, indent=1) + "\n")
 
 
 def plot(runs: dict[str, list[Run]], out: Path) -> None:
@@ -386,9 +416,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=_at_least(1), default=3, help="training runs per method (default: %(default)s)")
     parser.add_argument("--steps", type=_at_least(2), default=500, help="training steps per run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where to save the figure (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to save the numbers of every seed")
     parser.add_argument("--quick", action="store_true", help="one seed, at most 60 steps: only to see that it runs")
     options = parser.parse_args(arguments)
-    return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick)
+    return run(seeds=options.seeds, steps=options.steps, out=options.out, quick=options.quick, results=options.json)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from fastmtl.scaling import command as scaling
 
 __all__ = ["info", "main"]
 
+_FOLDER = Path(fastmtl.__file__).parent
+
 
 def info() -> dict[str, str]:
     """Versions, machine, and which kernels are in use, or why not; needs torch only."""
     return {
-        "fastmtl": f"{fastmtl.__version__} ({Path(fastmtl.__file__).parent})",
+        "fastmtl": f"{fastmtl.__version__} ({_FOLDER})",
         "torch": torch.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
@@ -49,6 +51,8 @@ def _kernels(name: str, remedy: str) -> str:
         return f"not loaded: FASTMTL_NO_EXT={switch}"
     if name == "_C_cuda" and torch.version.cuda is None:
         return "not loaded: torch is not a CUDA build"
+    if name == "_C" and _FOLDER.with_name("setup.py").exists():
+        return "not built in this checkout, whose fastmtl/ hides an installed one: start Python in another folder"
     return f"not built: {remedy}"
 
 
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="print versions, instruction set and kernels in use")
     listed = commands.add_parser("methods", help="list every method: paper, needs, state, options, names elsewhere")
-    listed.add_argument("--markdown", action="store_true", help="as the table of the README")
+    listed.add_argument("--markdown", action="store_true", help="as the table of docs/methods.md")
     swept = commands.add_parser("scaling", help="how time, memory and accuracy grow with tasks and parameters")
     scaling.add_options(swept)
     options = parser.parse_args(arguments)

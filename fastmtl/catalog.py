@@ -1,4 +1,4 @@
-"""Which methods there are: `make` makes one by its name, `python -m fastmtl methods` lists them, as does the README.
+"""Which methods there are: `make` makes one by its name, `python -m fastmtl methods` and docs/methods.md list them.
 
 What a method needs, keeps and takes as options is read from its class; its names stand here.
 """

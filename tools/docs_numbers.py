@@ -13,9 +13,11 @@ Marks are comments, which a reader of the page does not see. A section is what a
 and a span is one number in a sentence: <!-- n: CASE / MEASURE / FORMAT / PICK -->1.11<!-- /n -->. CASE is a case of
 benchmarks/check.py, as it prints them, or a pattern of several; MEASURE one of its measures ("speed-up", "x 2 reads",
 ...), or "fast" or "base" with a unit ("fast ms"): the time of fastmtl, or of what it is compared with; FORMAT a Python
-format (default .2f); PICK "min" or "max" where there are several. Two more kinds are
-<!-- n: steps / ROW / COLUMN / FORMAT -->, from the table of training steps, and <!-- n: model / launch µs -->, from the
-CUDA model.
+format (default .2f); PICK "min" or "max" where there are several. More kinds are
+<!-- n: steps / ROW / COLUMN / FORMAT -->, from the table of training steps, <!-- n: model / launch µs -->, from the
+CUDA model, <!-- n: demo / METHOD / FIELD / FORMAT -->, the mean over the seeds of what `make demo` prints
+(examples/digits.py --json), where METHOD / FIELD may also be "shorter", <!-- n: methods -->, how many there are, and
+<!-- n: experiment / NAME / METHOD / FORMAT -->, Δm of a method in a table of experiments/results.
 
 Where a case is in several files of a machine's folder, the newest run of it counts.
 """
@@ -30,6 +32,7 @@ import math
 import os
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -41,14 +44,17 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cuda_model  # noqa: E402  (from benchmarks)
 
+from fastmtl import catalog  # noqa: E402
+
 __all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
 
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "per-example.md", ROOT / "README.md")
+PAGES = (*(ROOT / "docs" / name for name in ("performance.md", "per-example.md", "choosing.md")), ROOT / "README.md")
 MACHINE = "xeon-2core-avx512"  # whose numbers the pages show, CUDA's apart
 SECTION = re.compile(r"(<!-- numbers: (?P<name>[^>]+?) -->\n)(?:(?!<!-- numbers: ).)*?(<!-- end -->)", re.DOTALL)
 SPAN = re.compile(r"(<!-- n: (?P<name>[^>]+?) -->)[^<]*(<!-- /n -->)")
 MARK = re.compile(r"<!-- (?:numbers: [^>]*|end|n: [^>]*|/n) -->")
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+SHOWN = ("mlp T=10", "resnet18 T=10")  # of the cases of engines.py, in the comparison with peers
 LARGE = 256  # tasks from which a case is shown among those of large T
 
 Line = Mapping[str, Any]
@@ -100,6 +106,12 @@ class Results:
         if not found:
             raise ValueError(f"{self.folder.name}: no case {pattern!r} with {measure!r}")
         return found
+
+    @cached_property
+    def demo(self) -> dict[str, Any]:
+        """The newest run of examples/digits.py, on any machine; empty where there is none."""
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.parent.glob("*/demo.json")]
+        return max(runs, key=lambda run: run["about"]["date"], default={})
 
     @cached_property
     def steps(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -204,7 +216,6 @@ def verdicts(results: Results) -> str:
     found = [line["verdict"] for case in cases for line in case["lines"]]
     if not found:
         return absent("make bench-check")
-    counts = {verdict: found.count(verdict) for verdict in sorted(set(found))}
     meaning = {
         "ok": "reached",
         "ROOF": "out of reach of code that reads G twice on this machine",
@@ -213,7 +224,7 @@ def verdicts(results: Results) -> str:
         "ABSENT": "without the library that they compare with",
         "WRONG": "with a wrong result",
     }
-    said = ", ".join(f"{n} {meaning[verdict]}" for verdict, n in counts.items())
+    said = ", ".join(f"{found.count(verdict)} {meaning[verdict]}" for verdict in meaning if verdict in found)
     return f"Of {len(found)} targets: {said}.\n{source(cases)}"
 
 
@@ -427,6 +438,72 @@ def scaling(results: Results) -> str:
     return "\n".join([*pictures, f"```text\n{fits}\n```\n", f"Measured at {said}.\n"])
 
 
+def beside_peers(results: Results) -> str:
+    """What fastmtl, TorchJD and LibMTL offer a training loop, and what a step of each takes."""
+    run, memory = results.read("engines/steps.json"), results.read("engines/memory.json")
+    if not run or not memory:
+        return absent("make bench-engines")
+    found = list(catalog.entries())
+    cases = {case["case"]: case["ratios"] for case in run["cases"]}
+
+    def step(*ways: str) -> str:
+        ratios = [min(of[way] for way in ways if way in of) for name, of in cases.items() if name in SHOWN]
+        return " / ".join(f"{ratio:.1f} ×" for ratio in ratios)
+
+    (of,) = (case for case in memory["cases"] if case["case"] == "resnet18 T=10")
+    beyond = {way: f"{number((of['peaks'][way] - of['peaks']['plain']) / 1e6)} MB" for way in ("gramian", "UB")}
+    gradients = f"at least the T gradients, {of['gradients'] / 1e6:.0f} MB"
+    bound = results.values("step * T=*", "slow-down")
+    there = [f"{sum(map(bool, names))} of these" for names in zip(*((e.torchjd, e.libmtl) for e in found), strict=True)]
+    rows = [
+        ["methods", str(len(found)), *there],
+        ["upper bound (UB) in one ordinary backward", "yes", "–", "in T + 1 (`rep_grad`)"],
+        ["exact, without T gradients in memory", "yes", "Gram matrix of whole models (autogram)", "–"],
+        ["losses of single examples", "yes, checked", "yes", "–"],
+        ["DDP, FSDP2", "yes", "–", "–"],
+        ["`torch.compile` of the whole forward", "yes", "–", "–"],
+        ["mixed precision with a loss scaler", "yes", "by hand", "–"],
+        ["a step of UB (`fan_out`)", f"{min(bound):.2f} to {max(bound):.2f} ×", "–", "not measured"],
+        [
+            f"a step of the exact method, {' / '.join(SHOWN)}",
+            step("full", "gramian"),
+            step("TorchJD mtl_backward", "TorchJD autogram"),
+            "not measured",
+        ],
+        [
+            "memory beside a plain step, resnet18 T=10",
+            f"{beyond['UB']} (UB), {beyond['gramian']} (exact)",
+            f"{gradients} (mtl_backward)",
+            gradients,
+        ],
+    ]
+    return table(["", "fastmtl", "TorchJD 0.18", "LibMTL"], rows) + source([run, memory, *results.named("step * T=*")])
+
+
+EXPERIMENTS = {"regression": "QM9, 11 targets", "fashion": "overlaid garments", "scene": "rooms, 3 tasks"}
+
+
+def deltas(name: str) -> dict[str, tuple[float, float]]:
+    """Δm of every method in the committed table of an experiment, in percent, with its standard error."""
+    path = ROOT / "experiments" / "results" / name / "table.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+    return {method: tuple(row["Δm % ↓"]) for method, row in rows.items() if "Δm % ↓" in row}
+
+
+def expected(results: Results) -> str:
+    """How every method did in the experiments, the best of the first one first."""
+    found = {name: deltas(name) for name in EXPERIMENTS}
+    if not any(found.values()):
+        return absent("make test-experiments")
+    methods = sorted(dict.fromkeys(m for of in found.values() for m in of), key=lambda m: found["regression"][m])
+
+    def cell(of: Mapping[str, tuple[float, float]], method: str) -> str:
+        return f"{of[method][0]:.1f} ± {of[method][1]:.1f}" if method in of else ""
+
+    rows = [[f"`{method}`", *(cell(of, method) for of in found.values())] for method in methods]
+    return table(["Δm %", *EXPERIMENTS.values()], rows)
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "verdicts": verdicts,
     "flat": lambda results: flat(results, lambda T: T < LARGE),
@@ -450,6 +527,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "engines": engines,
     "engine memory": engine_memory,
     "engine choice": engine_choice,
+    "peers": beside_peers,
+    "expect": expected,
     "step targets": lines("step mlp *", "step resnet18 *"),
     "weighting": weighting,
     "memory": lines("resnet50 memory *", "step memory *"),
@@ -466,6 +545,16 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
 # Pages
 
 
+def demo_mean(results: Results, method: str, field: str = "") -> float:
+    """The mean over the seeds of the demo."""
+    return statistics.fmean(results.demo["shorter"] if method == "shorter" else results.demo["methods"][method][field])
+
+
+def experiment_mean(results: Results, name: str, method: str) -> float:
+    """Δm of a method, in percent."""
+    return deltas(name)[method][0]
+
+
 def span(name: str, results: Results) -> str:
     """One number.
 
@@ -478,6 +567,13 @@ def span(name: str, results: Results) -> str:
         if rest != ["launch µs"]:
             raise ValueError(f"n: {name}: expected 'model / launch µs'")
         return f"{1e6 * cuda_model.LAUNCH:g}"
+    if kind == "methods":
+        return str(len(catalog.names()))
+    if kind in ("demo", "experiment"):
+        try:
+            return format((demo_mean if kind == "demo" else experiment_mean)(results, *rest[:-1]), rest[-1])
+        except (KeyError, TypeError):
+            raise ValueError(f"n: {name}: not in the results of the demo or experiment") from None
     if kind == "steps":
         if len(rest) not in (2, 3):
             raise ValueError(f"n: {name}: expected 'steps / ROW / COLUMN / FORMAT'")

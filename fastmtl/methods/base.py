@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ class Method(MethodModule):
         names: the tasks' names, in the order of weights and state; None until losses have come by names.
     """
 
-    on_gram: ClassVar[bool] = False
+    on_gram: bool = False
     needs_losses: bool = False
     remembers: bool = False
-    on_losses: ClassVar[bool] = False  # as a scalarization is
+    on_losses: bool = False  # as a scalarization is
 
     @overload
     def __call__(

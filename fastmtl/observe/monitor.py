@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,15 @@ from torch import Tensor
 from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.losses import Losses
-from fastmtl.observe import diagnostics
+from fastmtl.observe import diagnostics, export
 from fastmtl.rule import checked_losses
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
+    from rich.console import Console
+
+    from fastmtl.observe.live import Live
 
 __all__ = ["Monitor"]
 
@@ -40,7 +45,7 @@ class Monitor:
         for ...:
             info = method.backward(losses)        # or hs.info after a backward through fan_out
             monitor(info, losses)
-        monitor.plot("fig4.png")
+        monitor.report("run.html")                # plot("fig4.png"), frame(), to_json("run.json")
 
     A step costs one copy of what the info holds, on its device. The diagnostics of `buffer` steps are then computed as
     one batch and moved to the host: once each `buffer` records, or when `history` is read, the host waits. With a loss
@@ -48,14 +53,18 @@ class Monitor:
 
     Args:
         writer: where scalars go, once each `buffer` records and with `flush`: a `torch.utils.tensorboard.SummaryWriter`
-            or anything with `add_scalar(tag, value, step)`.
+            or anything with `add_scalar(tag, value, step)`; with `log_metrics(dict, step=)`, as Lightning's loggers; or
+            with `log(dict)`, which is given `step=` where it takes that, and else "step" among the numbers.
         every: record the first of every so many calls.
         prefix: begins the tags, as in "fastmtl/initial/condition_number".
         buffer: how many records wait on the device: (T² + 4T) numbers each.
         dtype: dtype of the gradients, which sets the rank tolerance for methods whose info has no rank.
 
+    Attributes:
+        names: of the tasks, where the first record's info has them: they are part of tags and columns.
+
     Raises:
-        TypeError: a writer without `add_scalar`.
+        TypeError: a writer without any of these.
         ValueError: `every` or `buffer` below 1.
     """
 
@@ -67,8 +76,7 @@ class Monitor:
         buffer: int = 100,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
-            raise TypeError(f"writer: expected None or an object with add_scalar, got {describe(writer)}")
+        self._send = None if writer is None else export.sender(writer)
         for name, value in (("every", every), ("buffer", buffer)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
@@ -77,6 +85,9 @@ class Monitor:
         self.prefix = prefix
         self.buffer = buffer
         self.dtype = dtype
+        self.names: tuple[str, ...] | None = None
+        self._watcher: Live | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and of how many
         self._calls = 0
         self._shapes: dict[str, list[int]] | None = None  # of one record's fields; those of the first hold for all
         self._steps: list[int] = []
@@ -109,7 +120,7 @@ class Monitor:
             fields["losses"] = checked_losses(losses, len(losses) if like is None else like.shape[-1], info.names)
         shapes = {name: list(value.shape) for name, value in fields.items()}
         if self._shapes is None:
-            self._shapes = shapes
+            self._shapes, self.names = shapes, info.names
         elif shapes != self._shapes:
             raise ValueError(f"info: expected the fields of the first record, {self._shapes}, got {shapes}")
         device = next((value.device for value in fields.values()), None)
@@ -119,8 +130,10 @@ class Monitor:
         self._steps.append(call if step is None else int(step))
         if len(self._waiting) >= self.buffer:
             self._drain()
-            if self.writer is not None:
+            if self._send is not None:
                 self.flush()
+        if self._watcher is not None:
+            self._watcher.tick()
 
     __call__ = record
 
@@ -128,10 +141,11 @@ class Monitor:
     def history(self) -> dict[str, np.ndarray]:
         """Everything recorded so far, as arrays whose first dimension is N, the number of records.
 
-        `step` [N]; `initial/…`, `diagnostics.summary` of the task gradients with weights 1/T; `aligned/…`, for
-        Aligned-MTL, the measures of the aligned system that do not depend on its scale; `committed/norm` and
-        `committed/min_cosine`, those of αᵀG and its worst angle to a task; `norms`, `alpha` and `losses` [N, T];
-        `residual` [N]. With groups there is a dimension more, [N, B] and [N, B, T].
+        `step` [N]; `initial/…`, `diagnostics.summary` of the task gradients with weights 1/T, and `initial/conflicts`,
+        the share of pairs of tasks with a negative cosine; `aligned/…`, for Aligned-MTL, the measures of the aligned
+        system that do not depend on its scale; `committed/norm` and `committed/min_cosine`, those of αᵀG and its worst
+        angle to a task; `norms`, `alpha` and `losses` [N, T]; `residual` [N]. With groups there is a dimension more,
+        [N, B] and [N, B, T].
         """
         self._drain()
         if not self._history:
@@ -141,28 +155,97 @@ class Monitor:
             self._history = [{name: np.concatenate([part[name] for part in self._history]) for name in names}]
         return dict(self._history[0])
 
+    @property
+    def cosines(self) -> np.ndarray | None:
+        """The mean cosine of each two tasks' gradients over the finite records, [T, T], with groups [B, T, T]."""
+        self._drain()
+        if self._angles is None:
+            return None
+        total, count = self._angles
+        return (total / count).cpu().numpy()
+
     def flush(self) -> None:
         """Gives the writer, if there is one, what it has not been given yet."""
-        history = self.history
-        steps = history.pop("step")
-        if self.writer is not None:
+        columns = export.columns(self.history, self.names)
+        steps = columns.pop("step")
+        if self._send is not None:
             for n in range(self._written, len(steps)):
-                for name, values in history.items():
-                    for index in np.ndindex(values.shape[1:]):
-                        tag = "/".join((self.prefix, name, *map(str, index)))
-                        self.writer.add_scalar(tag, float(values[n][index]), int(steps[n]))
+                numbers = {f"{self.prefix}/{name}": float(values[n]) for name, values in columns.items()}
+                self._send(numbers, int(steps[n]))
         self._written = len(steps)
+
+    def frame(self) -> pd.DataFrame:
+        """The history as a pandas data frame: a row a record, the step as index, columns as "alpha/depth".
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return export.frame(self.history, self.names)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The history as JSON, `{"tasks": names or null, "columns": {"step": [...], ...}}`.
+
+        Args:
+            path: a file to write it to.
+
+        Returns:
+            The text; NaN is null there, infinity the string "Infinity".
+        """
+        text = export.as_json(self.history, self.names)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def report(self, path: str | Path | None = None, title: str = "Training run") -> str:
+        """One HTML page about the run, complete in itself: κ, cosines, conflicts, task weights, norms and losses.
+
+        Args:
+            path: a file to write it to.
+            title: its heading.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        from fastmtl.observe.report import html
+
+        page = html(self, title)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def live(self, refresh: float = 1.0, console: Console | None = None) -> Live:
+        """A table in the terminal for the time of a `with` block, which every record may redraw.
+
+            with monitor.live():
+                for ...:
+                    monitor(info, losses)
+
+        Args:
+            refresh: seconds between two drawings; for each of them the host waits for the device.
+            console: rich's; default: that of the terminal.
+
+        Raises:
+            ImportError: rich is not installed (`pip install 'fastmtl-torch[live]'`).
+        """
+        from fastmtl.observe.live import Live  # an optional extra
+
+        return Live(self, refresh, console)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was recorded, for `load_state_dict`; gives the writer what waits, so that it gets nothing twice."""
         self.flush()
         history = {name: torch.from_numpy(values.copy()) for name, values in self.history.items()}
-        return {"calls": self._calls, "shapes": self._shapes, "history": history}
+        state = {"calls": self._calls, "shapes": self._shapes, "history": history, "names": self.names}
+        return state | {"cosines": self._angles}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from where `state_dict` was taken; what this monitor has recorded is dropped."""
         history = {name: values.cpu().numpy().copy() for name, values in state["history"].items()}
-        self._calls, self._shapes = state["calls"], state["shapes"]
+        self._calls, self._shapes, self.names = state["calls"], state["shapes"], state.get("names")
+        self._angles = state.get("cosines")
         self._steps, self._waiting = [], []
         self._written = len(history["step"])
         self._history = [history] if self._written else []
@@ -227,4 +310,16 @@ class Monitor:
             results["committed/norm"] = diagnostics.total_norm(M, alpha)
             results["committed/min_cosine"] = diagnostics.total_cosines(M, alpha).amin(-1)
         results["norms"] = diagnostics.norms(M)
+        results["initial/conflicts"] = self._see_conflicts(diagnostics.cosines(M), leading)
         return {name: value.reshape(*leading, *value.shape[1:]) for name, value in results.items()} | kept
+
+    def _see_conflicts(self, C: Tensor, leading: torch.Size) -> Tensor:
+        """The share of pairs in conflict, for cosines [..., T, T] of all records, which are added to the run's."""
+        T, finite = C.shape[-1], C.isfinite()
+        known = torch.where(finite, C, 0.0)
+        total, count = (x.reshape(*leading, T, T).sum(0) for x in (known, finite.to(C.dtype)))
+        if self._angles is not None:
+            total, count = total + self._angles[0].to(total.device), count + self._angles[1].to(count.device)
+        self._angles = total, count
+        against = (known < 0).sum((-1, -2)).to(C.dtype) / max(T * (T - 1), 1)
+        return torch.where(finite.all(-1).all(-1), against, torch.nan)

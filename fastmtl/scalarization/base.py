@@ -53,10 +53,10 @@ class Scalarization(MethodModule):
         ValueError: `tasks` is less than 1.
     """
 
-    on_losses: ClassVar[bool] = True
-    on_gram: ClassVar[bool] = False
-    needs_losses: ClassVar[bool] = True
-    remembers: ClassVar[bool] = True
+    on_losses: bool = True
+    on_gram: bool = False
+    needs_losses: bool = True
+    remembers: bool = True
 
     tasks: int | None = option(integer(1, optional=True), fixed=True)
     names: tuple[str, ...] | None

@@ -235,6 +235,7 @@ def check_consistent(ends):
         assert end["distance"] > -1e-9
 
 
+@pytest.mark.skipif(not RESULTS.exists(), reason="a source release has no results")
 def test_committed_results():
     content = json.loads((RESULTS / "ends.json").read_text())
     ends, about = content["ends"], content["about"]

@@ -321,3 +321,17 @@ def test_two_processes_train_as_one(tmp_path):
     expected = by_hand(step, accumulate=2)
     for (name, p), q in zip(torch.load(path).items(), expected.state_dict().values(), strict=True):
         assert relative(p, q) <= 1e-9, name
+
+
+def test_a_monitor_writes_to_its_loggers(tmp_path):
+    """They have a `log` of another kind as well as `log_metrics`."""
+    logger = pl.loggers.CSVLogger(tmp_path)
+    monitor = fastmtl.Monitor(logger)
+    for _ in range(3):
+        monitor(fastmtl.Info.of(alpha=torch.ones(2, dtype=torch.float64)))
+    monitor.flush()
+    logger.save()
+    (path,) = tmp_path.rglob("metrics.csv")
+    head, *rows = path.read_text().splitlines()
+    assert "fastmtl/alpha/1" in head.split(",")
+    assert len(rows) == 3

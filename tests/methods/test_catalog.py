@@ -15,7 +15,7 @@ from fastmtl import catalog, methods, scalarization
 from fastmtl.methods.base import GramMethod
 
 T = 4
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 # name -> a new instance for T tasks
 GRAM = {
@@ -499,8 +499,8 @@ def test_the_list_names_every_method():
     assert all(entry.paper for entry in entries.values() if "Uniform" not in entry.name and "LS" not in entry.name)
 
 
-def test_the_readme_has_the_list():
-    assert catalog.table(markdown=True) in README.read_text()
+def test_the_page_of_methods_has_the_list():
+    assert catalog.table(markdown=True) in PAGE.read_text()
 
 
 def test_names_in_torchjd_exist():

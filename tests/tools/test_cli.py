@@ -77,6 +77,16 @@ def test_info_under_a_torch_without_cuda(monkeypatch):
     assert info["CUDA kernels"] == "not loaded: torch is not a CUDA build"
 
 
+def test_info_in_a_checkout_that_hides_what_is_installed(monkeypatch, tmp_path):
+    """`pip install .` and then Python in the same folder: the kernels are there, but not here."""
+    monkeypatch.delenv("FASTMTL_NO_EXT", raising=False)
+    monkeypatch.setitem(fastmtl.ops.EXTENSIONS, "_C", None)
+    monkeypatch.setattr(cli, "_FOLDER", tmp_path / "fastmtl")
+    assert cli.info()["CPU kernels"].startswith("not built: pip install .")
+    (tmp_path / "setup.py").touch()
+    assert cli.info()["CPU kernels"].endswith("start Python in another folder")
+
+
 def test_info_needs_no_extra(tmp_path):
     code = NO_EXTRA + "from fastmtl.__main__ import main; raise SystemExit(main(['info']))"
     done = python("-c", code, cwd=tmp_path)

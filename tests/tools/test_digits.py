@@ -1,5 +1,6 @@
 """The demo: it runs end to end, and its plain PyTorch Aligned-MTL trains as fastmtl's does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 
 def test_quick_run_prints_the_table_and_saves_the_figure(tmp_path, capsys):
     figure = tmp_path / "new" / "curves.png"
-    assert demo.main(["--quick", "--steps", "12", "--out", str(figure)]) == 0
+    numbers = tmp_path / "demo.json"
+    assert demo.main(["--quick", "--steps", "12", "--out", str(figure), "--json", str(numbers)]) == 0
     printed = capsys.readouterr().out
     for expected in (
         "1 seed, 12 steps",
@@ -23,6 +25,19 @@ def test_quick_run_prints_the_table_and_saves_the_figure(tmp_path, capsys):
     ):
         assert expected in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(numbers.read_text())
+    assert content["methods"].keys() == demo.STEPS.keys()
+    assert f"{content['methods']['fastmtl']['left'][0]:.1f}" in printed
+    U, sigma, V = torch.linalg.svd(gradients_of_the_first_step(), full_matrices=False)
+    expected = (U * sigma @ V).sum(0).norm() / (sigma[-1] * U.mean(0).norm())
+    assert content["shorter"] == pytest.approx([float(expected)], rel=1e-4)
+
+
+def gradients_of_the_first_step():
+    """[3, P], float64."""
+    net = demo._network(0)
+    rows = demo.task_gradients(net, net.losses(demo.Digits(0).train()))
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).double()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
