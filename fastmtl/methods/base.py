@@ -166,7 +166,7 @@ class Method(MethodModule):
                 and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
                 faster.
             every: compute task weights in every k-th step; in between one pass brings Σ α_t g_t with the last ones, now
-                in `state_dict()`, and each head its own gradient. "auto": k grows while they hardly turn.
+                in `state_dict()`, and each head its own gradient; examples by place. "auto": k grows while they hold.
             batch_dim: the losses are those of examples, [B], or of T tasks and B examples, [T, B] or [B, T]: this is
                 the examples' dimension. Loss b depends on example b alone: one backward pass brings all B gradients'
                 Gram matrix (docs/methods.md), whichever `engine`. Shared are, by default, all parameters.

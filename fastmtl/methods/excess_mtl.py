@@ -108,7 +108,7 @@ class ExcessMTL(GradientMemory):
     def _risks(self, S: Tensor, G: Pieces, where: Tensor, grad_scale: Tensor | float | None) -> Tensor:
         """R [..., T] of this step; adds the squares to S."""
         risks = torch.zeros(where.shape, dtype=torch.float64, device=S.device)
-        for t, start, stop, g in G:
+        for t, start, stop, g in G.merged(S.dtype):
             if g is None:
                 continue
             row = S[..., t, start:stop]

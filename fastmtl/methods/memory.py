@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import EPS
+from fastmtl.inputs import EPS, has_numbers
 from fastmtl.methods.base import Method
 from fastmtl.ops.reference.present import is_present
 from fastmtl.rule import Context
@@ -73,6 +73,41 @@ class Pieces:
                 g = self.grads[t * len(self.out) + k]
                 yield t, start, stop, None if g is None else g.reshape(-1)
 
+    def are_small(self, dtype: torch.dtype) -> bool:
+        """Whether they are pieces of a list, in this dtype, of which several make a block, or on a device one."""
+        if isinstance(self.grads, Tensor):
+            return False
+        if self.P / len(self.out) > _BLOCK and self.out[0].device.type == "cpu":
+            return False
+        return all(target.dtype is dtype for target in self.out)
+
+    def groups(self, t: int) -> Iterator[tuple[int, int, list[int], list[Tensor | None]]]:
+        """Row t of a list in groups of pieces: start, stop, sizes, gradients [n]."""
+        most = _BLOCK if self.out[0].device.type == "cpu" else self.P
+        start, sizes, grads = 0, list[int](), list[Tensor | None]()
+        for k, (begin, end) in enumerate(self.spans):
+            if sizes and end - start > most:
+                yield start, begin, sizes, grads
+                start, sizes, grads = begin, [], []
+            g = self.grads[t * len(self.out) + k]
+            sizes.append(end - begin)
+            grads.append(None if g is None else g.reshape(-1))
+        yield start, self.P, sizes, grads
+
+    def merged(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, int, Tensor | None]]:
+        """As iterating, but of small pieces as many at once as stay in the cache."""
+        if not self.are_small(dtype):
+            yield from self
+            return
+        one = torch.ones(1, dtype=torch.float64, device=self.out[0].device)
+        for t in range(self.T):
+            for start, stop, sizes, grads in self.groups(t):
+                row = None
+                if any(g is not None for g in grads):
+                    row = torch.empty(stop - start, dtype=dtype, device=one.device)
+                    ops.combine_rows(grads, one, row.split(sizes))
+                yield slice(t, t + 1), start, stop, None if row is None else row[None]
+
     def gram(self) -> Tensor:
         """M [..., T, T]."""
         return ops.gram(self.grads) if isinstance(self.grads, Tensor) else ops.gram_rows(self.grads, self.T)
@@ -111,7 +146,8 @@ class Pieces:
 
     def _parts(self, row: Tensor) -> list[Tensor]:
         """A row [P] as one piece for each result."""
-        return [row[start:stop].view(target.shape) for (start, stop), target in zip(self.spans, self.out, strict=True)]
+        parts = row.split([stop - start for start, stop in self.spans])
+        return [part.view(target.shape) for part, target in zip(parts, self.out, strict=True)]
 
     def combine(self, alpha: Tensor) -> None:
         """Writes αᵀ G."""
@@ -206,6 +242,9 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
 
     A missing piece of a task that is there counts as zeros.
     """
+    if G.are_small(memory.dtype):
+        _move_pieces(memory, G, where, step, factor)
+        return
     for t, start, stop, g in G:
         row, when = memory[..., t, start:stop], where[..., t, None]
         if g is None:
@@ -217,3 +256,20 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
             row.lerp_(target, step[..., t, None].to(memory.dtype))
         else:
             row.lerp_(target, step)
+
+
+def _move_pieces(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor: Tensor | None) -> None:
+    """The same of a list: as many pieces at once as stay in the cache, by the op that combines rows."""
+    if not isinstance(step, Tensor):  # made on the device, not copied there
+        step = torch.full((G.T,), step, dtype=torch.float64, device=memory.device)
+    steps = step.to(torch.float64).expand(G.T)
+    alpha = torch.stack((1 - steps, steps if factor is None else steps * factor), 1)
+    known = where.tolist() if has_numbers(where) else None
+    for t in range(G.T):
+        if known is not None and not known[t]:
+            continue
+        for start, stop, pieces, grads in G.groups(t):
+            row = memory[t, start:stop]
+            new = torch.empty_like(row)
+            ops.combine_rows([*row.split(pieces), *grads], alpha[t], new.split(pieces))
+            row.copy_(new if known is not None else torch.where(where[t], new, row))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,12 @@ class RLW(GramMethod):
         super().__init__()
         self.generator = generator
 
+    def draw(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Task weights [..., T], whatever the gradients."""
+        return torch.randn(shape, dtype=dtype, device=device, generator=self.generator).softmax(-1)
+
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        z = torch.randn(M.shape[:-1], dtype=torch.float64, device=M.device, generator=self.generator)
-        alpha = z.softmax(-1)
+        alpha = self.draw(M.shape[:-1], torch.float64, M.device)
         if context.agree is not None:
             alpha = context.agree(alpha)
         return Info.of(ops.constant(M, alpha), M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,10 +75,11 @@ class TrimmedMean(Method):
     def _aggregate(self, G: Pieces) -> None:
         there = self._there(G)
         if isinstance(G.grads, Tensor) and G.P <= _FEW and has_numbers(there) and bool(there.all()):
-            matrix = G.grads.to(G.kept)
-            some = matrix.sort(-2).values[..., self.trim : G.T - self.trim, :]
-            mean = some.sum(-2, dtype=torch.float64) / (G.T - 2 * self.trim)
-            G.write((mean + (matrix - matrix).sum((-2, -1))[..., None]).to(G.kept))
+            ordered = G.grads.to(G.kept).sort(-2).values
+            mean = ordered[..., self.trim : G.T - self.trim, :].mean(-2, dtype=torch.float64)
+            ends = ordered[..., :: max(G.T - 1, 1), :]  # where all is that is not finite
+            broken = (ends - ends).sum((-2, -1))
+            G.write(mean if math.isfinite(broken.sum().item()) else mean + broken[..., None])
             return
         n = there.sum(-1)
         trim = torch.minimum(torch.full_like(n, self.trim), (n - 1).clamp_min(0) // 2)

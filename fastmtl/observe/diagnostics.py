@@ -26,13 +26,16 @@ from fastmtl.observe import formulas
 __all__ = [
     "aligned_gram",
     "condition_number",
+    "conflicts",
     "cosines",
     "curvature_bound",
+    "gradient_diversity",
     "magnitude_similarity",
     "max_curvature_bound",
     "max_norm_ratio",
     "min_cosine",
     "min_magnitude_similarity",
+    "noise_scale",
     "norms",
     "rank",
     "singular_values",
@@ -162,6 +165,19 @@ def min_cosine(x: Tensor | Info) -> Tensor:
     return cosines(x).amin((-1, -2))  # the diagonal never is the smallest alone
 
 
+def conflicts(x: Tensor | Info) -> Tensor:
+    """The share of pairs of gradients that conflict, cos(g_i, g_j) < 0.
+
+    Args:
+        x: M [T, T] or [B, T, T], or an info.
+
+    Returns:
+        [] or [B], in [0, 1]; 0 where there is no pair.
+    """
+    T = (cosine := cosines(x)).shape[-1]
+    return (cosine < 0).sum((-1, -2), dtype=torch.float64) / max(T * (T - 1), 1) + 0 * cosine[..., 0, 0]
+
+
 def curvature_bound(x: Tensor | Info) -> Tensor:
     """ξ(g_i, g_j) = (1 - cos²) ‖g_i - g_j‖² / ‖g_i + g_j‖², PCGrad's multi-task curvature bounding measure.
 
@@ -240,6 +256,38 @@ def max_norm_ratio(x: Tensor | Info) -> Tensor:
     return formulas.max_norm_ratio(norms(x))
 
 
+# ------------------------------------------------------------------------------------------------ of examples
+
+
+def gradient_diversity(x: Tensor | Info) -> Tensor:
+    """Σ_b ‖g_b‖² / ‖Σ_b g_b‖² of B gradients (Yin et al., 2018): 1/B where all agree, 1 where all are orthogonal.
+
+    Args:
+        x: M [B, B] or [N, B, B], or an info of a step with `batch_dim`.
+
+    Returns:
+        [] or [N]; ∞ where they cancel, NaN where all are zero.
+    """
+    return (M := _gram(x)).diagonal(dim1=-2, dim2=-1).sum(-1) / M.sum((-1, -2)).clamp_min(0)
+
+
+def noise_scale(x: Tensor | Info) -> Tensor:
+    """The gradient noise scale tr Σ / ‖ḡ‖² (McCandlish et al., 2018, appendix A): larger batches than that gain little.
+
+    Both are estimated without bias from B gradients: tr Σ by Σ_b ‖g_b - ḡ‖² / (B - 1), and ‖ḡ‖² less tr Σ / B.
+
+    Args:
+        x: M [B, B] or [N, B, B], or an info of a step with `batch_dim`.
+
+    Returns:
+        [] or [N]; ∞ where noise hides the mean gradient, NaN for one example.
+    """
+    M = _gram(x)
+    B, mean = M.shape[-1], M.mean((-1, -2))  # ‖ḡ‖²
+    noise = (M.diagonal(dim1=-2, dim2=-1).mean(-1) - mean).clamp_min(0) * (B / (B - 1) if B > 1 else torch.nan)
+    return torch.where((square := mean - noise / B) <= 0, torch.inf, noise / square)
+
+
 # ------------------------------------------------------------------------------------------------ the committed one
 
 
@@ -253,8 +301,7 @@ def total_norm(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
     Returns:
         [] or [B]. What cancels to less than about 1e-8 of Σ |α_t| ‖g_t‖ is rounding noise.
     """
-    M = _gram(x)
-    return formulas.total(M, _weights(x, M, weights))[1]
+    return formulas.total(M := _gram(x), _weights(x, M, weights))[1]
 
 
 def total_cosines(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:

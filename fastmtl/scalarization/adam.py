@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmtl.inputs import has_numbers
+
 __all__ = ["Adam"]
 
 
@@ -36,18 +38,26 @@ class Adam(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def step(self, x: Tensor, gradient: Tensor, when: Tensor, lr: float, weight_decay: float = 0.0) -> Tensor:
-        """`x` [T] after one step, where `when` (bool, [] or [T]) is true; else `x`, and no state changes.
+    def step(self, x: Tensor, gradient: Tensor, when: Tensor | None, lr: float, weight_decay: float = 0.0) -> Tensor:
+        """`x` [T] after one step, where `when` (bool, [] or [T]; None for all) is true; else `x`, and no state changes.
 
         Args:
             x: the numbers.
             gradient: their gradient [T].
-            when: of which numbers it is a step.
+            when: of which numbers it is a step; None for all.
             lr: learning rate.
             weight_decay: times `x`, added to the gradient.
         """
-        gradient = gradient + weight_decay * x
+        gradient = torch.add(gradient, x, alpha=weight_decay)
         first, second = self.BETAS
+        done: list[int] = self.steps.tolist() if when is None and has_numbers(self.steps) else []
+        if done and min(done) == max(done):
+            self.mean.mul_(first).add_(gradient, alpha=1 - first)
+            self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            self.steps.add_(1)
+            size = (self.square / (1 - second ** (done[0] + 1))).sqrt_().add_(self.EPS)
+            return torch.addcdiv(x, self.mean, size, value=-lr / (1 - first ** (done[0] + 1)))
+        when = torch.ones((), dtype=torch.bool, device=x.device) if when is None else when
         mean = first * self.mean + (1 - first) * gradient
         square = second * self.square + (1 - second) * gradient.square()
         steps = (self.steps + 1).to(torch.float64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fastmtl import options
 from fastmtl.inputs import has_numbers
 from fastmtl.options import Weights, number, option, show_weights
-from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.base import Derivative, Scalarization, masked
 
 __all__ = ["COSMOS"]
 
@@ -38,6 +36,8 @@ class COSMOS(Scalarization):
     weights: Tensor | str = option(options.weights)
     lam: float = option(number(low=0))
 
+    _one_node = True
+
     def __init__(self, *, weights: Weights = None, lam: float = 1.0) -> None:
         super().__init__()
         self.weights = weights  # type: ignore[assignment]
@@ -48,22 +48,29 @@ class COSMOS(Scalarization):
         """Raises ValueError where the weights are of another number of tasks."""
         options.check_weights(self.weights, T)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
         w = masked(preferred(self.weights, self._copies, L), here)
         L = masked(L, here)
-        product, length = w @ L, torch.linalg.vector_norm(w) * torch.linalg.vector_norm(L)
-        fixed, lam, shared = L.detach(), self.lam, product
-        if not (has_numbers(fixed) and length.item() > 0):
-            some = length.detach() > 0  # where one of them is zero, the cosine is
-            shared, length = torch.where(some, product, 0.0), torch.where(some, length, 1.0)
-        value, length = product - lam * (shared / length), length.detach()
+        product, first, second = w @ L, torch.linalg.vector_norm(w), torch.linalg.vector_norm(L)
+        lam = self.lam
+        if not L.requires_grad and has_numbers(L) and (length := first.item() * (size := second.item())) > 0:
+            cosine = product.item() / length
+            slopes = 1 - lam / length, lam * cosine / size / size
+        else:
+            some = first * second.detach() != 0  # where one of them is zero, the cosine is
+            cosine, slopes = torch.where(some, product, 0.0) / torch.where(some, first * second, 1.0), None
 
-        def weights() -> Tensor:
-            square = fixed @ fixed
-            slope = w / length - (w @ fixed) / length * fixed / square
-            return w - lam * torch.where((square > 0) & (w != 0).any(), slope, 0.0)
+        def derivative(L: Tensor) -> Tensor:
+            L = masked(L, here)
+            if slopes is not None and not torch.is_grad_enabled():
+                return torch.add(w * slopes[0], L, alpha=slopes[1])
+            some = first * torch.linalg.vector_norm(L.detach()) != 0
+            L = torch.where(some, L, 1.0)
+            square = L @ L
+            slope = torch.addcmul(w, L, (w @ L) / square, value=-1) / (first * square.sqrt())
+            return w - lam * torch.where(some, slope, 0.0)
 
-        return value, weights
+        return product - lam * cosine, derivative
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

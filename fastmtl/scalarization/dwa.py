@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.inputs import has_numbers
 from fastmtl.options import integer, number, option
-from fastmtl.scalarization.base import Scalarization, masked, number_of
+from fastmtl.scalarization.base import Derivative, Scalarization, chosen, masked, number_of
 
 __all__ = ["DWA"]
 
@@ -47,10 +47,13 @@ class DWA(Scalarization):
     temperature: float = option(number(above=0))
     window: int | None = option(integer(1, optional=True))
 
+    _positive = False
+
     def __init__(self, tasks: int, *, temperature: float = 2.0, window: int | None = None) -> None:
         super().__init__(tasks)
         self.temperature = temperature
         self.window = window
+        self._seen: tuple[tuple[int, int] | None, bool] = (None, False)
         self.register_buffer("total", torch.zeros(self.tasks, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(self.tasks, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -76,25 +79,35 @@ class DWA(Scalarization):
         for buffer in (self.total, self.count, self.steps):
             buffer.masked_fill_(when, 0)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor | None, Tensor | Derivative]:
+        if here is None and self._are_first():  # as below, at once
+            return L.sum(), torch.ones_like
         known = ~self.older.isnan()
-        if here is None and has_numbers(known) and not bool(known.any()):  # as below, at once
-            return L.sum(), torch.ones_like(L)
         ratio = torch.where(known & (self.newer != self.older), self.newer / self.older, 1.0)
         shares = masked((ratio / self.temperature).clamp_max(1e300), here, -math.inf).softmax(0)
         w = masked(torch.where(known.any(), number_of(L, here) * shares, 1.0), here).to(L.dtype)
-        return (w * L).sum(), w
+        return None, w
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
+    def _are_first(self) -> bool:
+        """Whether these are known to be the first two epochs; looked at once an epoch."""
+        older = self.older
+        if not has_numbers(older):
+            return False
+        stamp = id(older), older._version
+        if self._seen[0] != stamp:
+            self._seen = stamp, bool(older.isnan().all())
+        return self._seen[1]
+
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         # In place: to a module, `self.count += 1` is another buffer to register.
-        self.total.add_(torch.where(valid, L, 0.0))
-        self.count.add_(valid)
-        self.steps.add_(valid.any())
+        self.total.add_(chosen(valid, L, 0.0))
+        if valid is None:
+            torch._foreach_add_((self.count, self.steps), 1)
+        else:
+            self.count.add_(valid)
+            self.steps.add_(valid.any())
         if self.window is not None:
             self._end(self.steps >= self.window)
-
-    def _outside(self, L: Tensor) -> Tensor:
-        return L < 0
 
     def _needs(self, t: int) -> str:
         return "a loss >= 0, since DWA weighs by ratios of losses"

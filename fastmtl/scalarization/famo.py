@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import options
+from fastmtl.inputs import has_numbers
 from fastmtl.losses import Losses
 from fastmtl.options import Numbers, integer, number, numbers, option
 from fastmtl.rule import checked_scale
 from fastmtl.scalarization.adam import Adam
-from fastmtl.scalarization.base import Scalarization, divided, masked
+from fastmtl.scalarization.base import Derivative, Scalarization, divided, masked
 
 __all__ = ["FAMO"]
 
@@ -63,6 +64,8 @@ class FAMO(Scalarization):
     weight_decay: float = option(number(low=0))
     min_losses: Tensor = option(numbers, fixed=True)
 
+    _one_node = True
+
     def __init__(
         self,
         tasks: int,
@@ -108,27 +111,40 @@ class FAMO(Scalarization):
         """
         L, here = self._stacked(losses)
         L = divided(L, checked_scale(grad_scale))
-        self._within(L)
+        both = known = None
+        numbers: list[float] | None = L.tolist() if here is None and has_numbers(L) else None
+        change = self._above(self.previous).log() - self._above(L).log()
         # NaN before the first call and after an update: there is nothing to compare with.
-        both = masked(~self.previous.isnan(), here, False)
-        change = torch.where(both, self._above(self.previous).log() - self._above(L).log(), 0.0)
+        if numbers is None or not self._inside(numbers) or not math.isfinite(sum(numbers) + change.sum().item()):
+            self._within(L, here)
+            both = masked(~self.previous.isnan(), here, False)
+            change = torch.where(both, change, 0.0)
+            known = both & change.isfinite().all()
         z = masked(self.logits, both, -math.inf).softmax(0)
-        known = both & change.isfinite().all()
         self.logits.copy_(self.adam.step(self.logits, z * (change - z @ change), known, self.lr, self.weight_decay))
-        self.previous.copy_(torch.where(known.any(), math.nan, self.previous))
+        if known is None:
+            self.previous.fill_(math.nan)
+        else:
+            self.previous.masked_fill_(known.any(), math.nan)
 
     def _above(self, L: Tensor) -> Tensor:
         return L.to(torch.float64) - self._copies.get(self.min_losses, L) + _EPS
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        D = self._above(L)
-        w = masked(self.logits, here, -math.inf).softmax(0) / D.detach()
-        w = w / w.sum()
-        return masked(w * D.detach() * D.log(), here).sum(), w
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
+        D, z = self._above(L), masked(self.logits, here, -math.inf).softmax(0)
+        shares = z / (z / D.detach()).sum()
+        value = masked(shares * D.log(), here).sum()
+        return value.to(L.dtype), lambda L: masked(shares / self._above(L), here).to(L.dtype)
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         # An absent task has no loss in this call, whatever it had before.
-        self.previous.copy_(torch.where(valid, L, torch.where(valid.any(), math.nan, self.previous)))
+        if valid is not None:
+            L = torch.where(valid, L, torch.where(valid.any(), math.nan, self.previous))
+        self.previous.copy_(L)
+
+    def _inside(self, numbers: list[float]) -> bool:
+        highest: float = max(self.min_losses.tolist())
+        return min(numbers) - highest + _EPS > 0
 
     def _outside(self, L: Tensor) -> Tensor:
         return self._above(L) <= 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from fastmtl.scalarization.base import Scalarization, masked, number_of
+from fastmtl.scalarization.base import Derivative, Scalarization, masked, number_of
 
 __all__ = ["GLS"]
 
@@ -24,14 +22,15 @@ class GLS(Scalarization):
         tasks: number of tasks T that is expected; None for any.
     """
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
-        n = number_of(L, here)
-        value = (masked(L.log(), here).sum() / n).exp()
-        fixed, mean = L.detach(), value.detach()
-        return value, lambda: masked(mean / fixed / n, here)
+    _positive = True
 
-    def _outside(self, L: Tensor) -> Tensor:
-        return L <= 0
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
+        n = number_of(L, here)
+
+        def mean(L: Tensor) -> Tensor:
+            return (L.log().mean() if here is None else masked(L.log(), here).sum() / n).exp()
+
+        return mean(L), lambda L: masked(mean(L) / n / L, here)
 
     def _needs(self, t: int) -> str:
         return "a loss > 0, since the geometric mean has no derivative at zero"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.options import integer, number, option
-from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.base import Scalarization, chosen, masked
 
 __all__ = ["GO4Align"]
 
@@ -41,6 +41,8 @@ class GO4Align(Scalarization):
     groups: int = option(integer(1))
     step_size: float = option(number(low=0))
 
+    _positive = True
+
     def __init__(self, tasks: int, *, groups: int = 2, step_size: float = 1e-4) -> None:
         super().__init__(tasks)
         self.groups = groups
@@ -52,19 +54,16 @@ class GO4Align(Scalarization):
         super().reset()
         self.logits.zero_()
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         fixed = L.detach().to(torch.float64)
         logits = self.logits - self.step_size * fixed if self.training else self.logits
         p = masked(logits, here, -math.inf).softmax(0)
         indicator = p * masked(fixed, here).sum() / fixed
         w = masked(_group_means(indicator, here, min(self.groups, L.shape[0])), here).to(L.dtype)
-        return (w * L).sum(), w
+        return None, w
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
-        self.logits.copy_(torch.where(valid, self.logits - self.step_size * L, self.logits))
-
-    def _outside(self, L: Tensor) -> Tensor:
-        return L <= 0
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
+        self.logits.copy_(chosen(valid, self.logits - self.step_size * L, self.logits))
 
     def _needs(self, t: int) -> str:
         return "a loss > 0, since GO4Align divides by it"

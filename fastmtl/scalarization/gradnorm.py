@@ -59,6 +59,8 @@ class GradNorm(Scalarization):
     lr: float = option(number(low=0))
     initial_losses: Tensor | None = option(lambda value, name: _positive(value, name), fixed=True)
 
+    _positive = False
+
     def __init__(
         self,
         tasks: int,
@@ -130,9 +132,9 @@ class GradNorm(Scalarization):
         result: Tensor = self(losses, _last_layer(shared) if self.training else None, grad_scale=grad_scale)
         return result
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         w = masked(self.w.to(L.dtype, copy=True), here)  # of its own: the buffer changes before the backward pass
-        return (w * L).sum(), w
+        return None, w
 
     @torch.no_grad()
     def _learn(self, L: Tensor, norms: Tensor, here: Tensor) -> None:
@@ -149,9 +151,6 @@ class GradNorm(Scalarization):
         rest = torch.where(here, 0.0, self.w).sum()  # the sum of all stays T
         moved = torch.where(here, moved * ((self.tasks - rest) / torch.where(here, moved, 0.0).sum()), moved)
         self.w.copy_(torch.where(finite, moved, self.w))
-
-    def _outside(self, L: Tensor) -> Tensor:
-        return L < 0
 
     def _needs(self, t: int) -> str:
         return "a loss >= 0, since GradNorm compares it with the initial one"

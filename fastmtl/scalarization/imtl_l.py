@@ -32,6 +32,8 @@ class IMTLL(Scalarization):
 
     tasks: int = option(integer(1), fixed=True)
 
+    _positive = False
+
     def __init__(self, tasks: int) -> None:
         super().__init__(tasks)
         self.s: nn.Parameter = nn.Parameter(torch.zeros(self.tasks))
@@ -72,9 +74,6 @@ class IMTLL(Scalarization):
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
         w = self.s.exp()
         return masked(w * L - self.s, here).sum(), masked(w, here)
-
-    def _outside(self, L: Tensor) -> Tensor:
-        return L < 0
 
     def _needs(self, t: int) -> str:
         return "a loss >= 0, since s is learned to make exp(s) times it one"

@@ -34,13 +34,13 @@ class LS(Scalarization):
         """Raises ValueError where the weights are of another number of tasks."""
         options.check_weights(self.weights, T)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         if isinstance(self.weights, str):
             w = torch.full_like(L, 1.0 if self.weights == "sum" else 1 / L.shape[0], requires_grad=False)
         else:
             w = self._copies.get(self.weights, L).to(L.dtype)
         w = masked(w, here)
-        return (w * L).sum(), w
+        return None, w
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

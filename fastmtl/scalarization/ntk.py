@@ -118,13 +118,13 @@ class NTK(Scalarization):
                     total = total + g.detach().to(torch.float64).square().sum()
         return total if exact else total / passes
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         known = self.traces.isfinite()
         there = known if here is None else known & here
         total = torch.where(there, self.traces, 0.0).sum()
         w = torch.where(self.traces > 0, total / self.traces, 0.0)
         w = masked(torch.where(known, w, 1.0), here).to(L.dtype)
-        return (w * L).sum(), w
+        return None, w
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl import options
 from fastmtl.inputs import has_numbers
 from fastmtl.options import Numbers, Weights, number, numbers, option, show_weights
-from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.base import Derivative, Scalarization, masked
 from fastmtl.scalarization.cosmos import preferred
 
 __all__ = ["PBI"]
@@ -42,6 +42,8 @@ class PBI(Scalarization):
     theta: float = option(number(low=0))
     reference: Tensor | None = option(lambda x, name: None if x is None else numbers(x, name))
 
+    _one_node = True
+
     def __init__(self, *, weights: Weights = None, theta: float = 5.0, reference: Numbers | None = None) -> None:
         super().__init__()
         self.weights = weights  # type: ignore[assignment]
@@ -55,27 +57,39 @@ class PBI(Scalarization):
         if self.reference is not None:
             options.check_weights(self.reference, T, "reference")
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Callable[[], Tensor]]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
         w = masked(preferred(self.weights, self._copies, L), here)
         norm, host = torch.linalg.vector_norm(w), has_numbers(L.detach())
         u = w / norm if host and norm.item() > 0 else torch.where(norm > 0, w / norm, 0.0)
-        F = masked(L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype), here)
-        along = F @ u
-        apart = F - along * u
-        squared = apart @ apart
+        z = None if self.reference is None else self._copies.get(self.reference, L).to(L.dtype)
+
+        def parted(L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            F = masked(L if z is None else L - z, here)
+            along = F @ u
+            apart = torch.addcmul(F, along, u, value=-1)
+            return along, apart, apart @ apart
+
+        along, first, squared = parted(L)
         # Not what rounding makes of losses in this very direction.
-        rounding = (8 * torch.finfo(L.dtype).eps) ** 2
-        if host and squared.item() > rounding * (squared.item() + along.item() ** 2):
-            distance, off = squared.sqrt(), torch.ones((), dtype=torch.bool, device=L.device)
+        rounding, length = (8 * torch.finfo(L.dtype).eps) ** 2, 0.0
+        distance: Tensor | float
+        if host and (square := squared.item()) > rounding * (square + along.item() ** 2):
+            length = math.sqrt(square)
+            distance, off = squared.sqrt() if L.requires_grad else length, None
         else:
-            off = squared.detach() > rounding * (squared.detach() + along.detach().square())
+            off = ~(squared.detach() <= rounding * (squared.detach() + along.detach().square()))
             distance = torch.where(off, torch.where(off, squared, 1.0).sqrt(), 0.0)
-        theta, fixed, length = self.theta, apart.detach(), distance.detach()
+        theta = self.theta
 
-        def weights() -> Tensor:
-            return masked(u + theta * torch.where(off, fixed / length, 0.0), here)
+        def derivative(L: Tensor) -> Tensor:
+            if off is None and not torch.is_grad_enabled():
+                return masked(torch.add(u, first, alpha=theta / length), here)
+            _, apart, squared = parted(L)
+            if off is not None:
+                apart, squared = torch.where(off, apart, 0.0), torch.where(off, squared, 1.0)
+            return masked(torch.addcmul(u, apart, squared.rsqrt(), value=theta), here)
 
-        return along + theta * distance, weights
+        return along + theta * distance, derivative
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

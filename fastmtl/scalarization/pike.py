@@ -185,9 +185,9 @@ class PiKE(Scalarization):
             sizes[t] += 1
         return sizes
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         w = (masked(self.logits, here, -torch.inf).softmax(0) * self.tilt).to(L.dtype)
-        return (w * L).sum(), w
+        return None, w
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.options import integer, number, option
-from fastmtl.scalarization.base import Scalarization, masked, number_of
+from fastmtl.scalarization.base import Scalarization, chosen, masked, number_of
 
 __all__ = ["ReLoBRaLo"]
 
@@ -45,6 +45,8 @@ class ReLoBRaLo(Scalarization):
     temperature: float = option(number(above=0))
     lookback: float = option(number(low=0, high=1))
 
+    _positive = True
+
     def __init__(self, tasks: int, *, alpha: float = 0.999, temperature: float = 0.1, lookback: float = 0.999) -> None:
         super().__init__(tasks)
         self.alpha = alpha
@@ -64,7 +66,7 @@ class ReLoBRaLo(Scalarization):
         self.last.fill_(math.nan)
         self.steps.zero_()
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         w = self.w
         if self.training:
             current = L.detach().to(torch.float64)
@@ -75,22 +77,20 @@ class ReLoBRaLo(Scalarization):
             mixed = alpha * history + (1 - alpha) * self._relative(current, self.last, here)
             w = self._new = torch.where(self.steps == 0, w, masked(mixed, here, 1.0))
         w = masked(w, here).to(L.dtype)
-        return (w * L).sum(), w
+        return None, w
 
     def _relative(self, L: Tensor, before: Tensor, here: Tensor | None) -> Tensor:
         ratio = torch.where(before.isnan(), 1.0, L / before) / self.temperature
         return number_of(L, here) * masked(ratio, here, -math.inf).softmax(0)
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         assert self._new is not None  # in training mode
-        self.w.copy_(torch.where(valid, self._new, self.w))
-        self.first.copy_(torch.where(valid & self.first.isnan(), L, self.first))
-        self.last.copy_(torch.where(valid, L, self.last))
-        self.steps.add_(valid.any())
+        new = self.first.isnan()
+        self.w.copy_(chosen(valid, self._new, self.w))
+        self.first.copy_(torch.where(new if valid is None else new & valid, L, self.first))
+        self.last.copy_(chosen(valid, L, self.last))
+        self.steps.add_(1 if valid is None else valid.any())
         self._new = None
-
-    def _outside(self, L: Tensor) -> Tensor:
-        return L <= 0
 
     def _needs(self, t: int) -> str:
         return "a loss > 0, since ReLoBRaLo divides by it"

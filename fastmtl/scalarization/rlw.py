@@ -59,9 +59,9 @@ class RLW(Scalarization):
         if self.generator is not None:
             self.generator.set_state(state.cpu())
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         w = masked(self._drawn(L.detach()), here)
-        return (w * L).sum(), w
+        return None, w
 
     def _drawn(self, L: Tensor) -> Tensor:
         """Random weights [T] with the dtype and device of L [T]."""

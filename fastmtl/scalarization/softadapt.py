@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.options import choice, integer, number, option
-from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.base import Scalarization, chosen, masked
 
 __all__ = ["SoftAdapt"]
 
@@ -58,7 +58,7 @@ class SoftAdapt(Scalarization):
         self.newer.fill_(math.nan)
         self.older.fill_(math.nan)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
         known = ~(self.newer - self.older).isnan()
         rate = masked(torch.where(known, self.newer - self.older, 0.0), here)
         if self.variant == "normalized":
@@ -70,11 +70,11 @@ class SoftAdapt(Scalarization):
             exponent = torch.where(known.any(), exponent + size.log(), exponent)
         w = masked(exponent, here, -math.inf).softmax(0)
         w = masked(torch.where(w.isnan(), 1 / L.shape[0], w), here).to(L.dtype)  # NaN where all losses were zero
-        return (w * L).sum(), w
+        return None, w
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
-        self.older.copy_(torch.where(valid, self.newer, self.older))
-        self.newer.copy_(torch.where(valid, L, self.newer))
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
+        self.older.copy_(chosen(valid, self.newer, self.older))
+        self.newer.copy_(chosen(valid, L, self.newer))
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastmtl import options
 from fastmtl.options import Numbers, Weights, integer, number, numbers, option, show_weights
-from fastmtl.scalarization.base import Scalarization, masked, number_of
+from fastmtl.scalarization.base import Derivative, Scalarization, masked, number_of
 
 __all__ = ["STCH"]
 
@@ -55,6 +54,8 @@ class STCH(Scalarization):
     weights: Tensor | str = option(options.weights, fixed=True)
     reference: Tensor | None = option(lambda x, name: None if x is None else numbers(x, name), fixed=True)
 
+    _one_node = True
+
     def __init__(
         self,
         tasks: int | None = None,
@@ -98,43 +99,48 @@ class STCH(Scalarization):
         if self.warmup is not None:
             self.epochs.add_(1)
 
-    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
+    def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
         if self.warmup is not None:
             return self._scalarize_logs(L, here, self.warmup)
         if isinstance(self.weights, str):
             preference: Tensor | float = 1.0 if self.weights == "sum" else 1 / L.shape[0]
         else:
             preference = self._copies.get(self.weights, L).to(L.dtype)
-        y = preference * (L if self.reference is None else L - self._copies.get(self.reference, L).to(L.dtype))
-        value, centred = self._smooth_maximum(y, here)
-        return value, lambda: centred.softmax(0) * preference
+        z = None if self.reference is None else self._copies.get(self.reference, L).to(L.dtype)
+        value, shares = self._smooth_maximum(preference * (L if z is None else L - z), here)
+        return value, lambda L: shares(preference * (L if z is None else L - z)) * preference
 
-    def _scalarize_logs(self, L: Tensor, here: Tensor | None, warmup: int) -> tuple[Tensor, Tensor]:
+    def _scalarize_logs(self, L: Tensor, here: Tensor | None, warmup: int) -> tuple[Tensor, Derivative]:
         n = number_of(L, here)
         warm = self.epochs <= warmup
         # Where there is no average yet, whatever stands in for it must be harmless to the gradient.
         average = torch.where(self.count > 0, self.total / self.count, L.detach()).to(L.dtype)
-        average = torch.where(warm, 1.0, average)
+        start = torch.where(warm, 1.0, average).log()
         logs = L.log()
-        value, centred = self._smooth_maximum(logs - average.log(), here)
-        weights = torch.where(warm, 1.0, n * centred.softmax(0)) / L
-        return torch.where(warm, masked(logs, here).sum(), n * value), masked(weights, here)
+        value, shares = self._smooth_maximum(logs - start, here)
 
-    def _smooth_maximum(self, y: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
-        """μ log Σ exp(y / μ), and y / μ centred: before the division, which could overflow."""
-        y = masked(y, here, -math.inf)
+        def derivative(L: Tensor) -> Tensor:
+            return masked(torch.where(warm, 1.0, n * shares(L.log() - start)) / L, here)
+
+        return torch.where(warm, masked(logs, here).sum(), n * value), derivative
+
+    def _smooth_maximum(self, y: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
+        """μ log Σ exp(y / μ), and its derivative; y is centred before the division, which could overflow."""
+        y, mu = masked(y, here, -math.inf), self.mu
         largest = y.detach().max()
-        centred = (y - largest) / self.mu
-        return self.mu * centred.logsumexp(0) + largest, centred.detach()
+        value = mu * ((y - largest) / mu).logsumexp(0) + largest
+        return value, lambda y: ((masked(y, here, -math.inf) - largest) / mu).softmax(0)
 
-    def _remember(self, L: Tensor, valid: Tensor) -> None:
+    def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         if self.warmup is not None:
             averaged = (self.epochs == self.warmup) | ((self.epochs > self.warmup) & (self.count == 0))
-            self.total.add_(torch.where(valid & averaged, L, 0.0))
-            self.count.add_(valid & averaged)
+            averaged = averaged if valid is None else averaged & valid
+            self.total.add_(torch.where(averaged, L, 0.0))
+            self.count.add_(averaged)
 
-    def _outside(self, L: Tensor) -> Tensor | None:
-        return None if self.warmup is None else L <= 0
+    @property
+    def _positive(self) -> bool | None:  # type: ignore[override]
+        return None if self.warmup is None else True
 
     def _needs(self, t: int) -> str:
         return "a loss > 0, since with warmup= STCH takes logarithms"

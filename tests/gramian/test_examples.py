@@ -413,6 +413,77 @@ def test_random_networks(data):
     agree(losses, parameters)
 
 
+# ------------------------------------------------------------------------------------------------ what models also do
+
+N = 8
+X2, X3 = randn(N, 6, seed=1, dtype=F64), randn(N, 5, 6, seed=2, dtype=F64)
+IDS = torch.randint(9, (N, 7), generator=torch.Generator().manual_seed(4))
+LATE = torch.arange(N) > 2
+PADDED = (torch.arange(N)[:, None] % 2 == 0) & (torch.arange(5) >= 3)
+
+
+class Parts(nn.Module):
+    """Layers and parameters to make models of."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.wide = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(12, 6))
+        self.a, self.b, self.frozen = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 6).requires_grad_(False)
+        self.table, self.attention = nn.Embedding(9, 6, padding_idx=0), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(6).eval()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+
+# What N losses are made of, each of an example of its own: their sines, summed over all that follows the batch.
+ODD = {
+    "a weight as it is, its transpose and a copy": lambda m: (X2 @ m.w).tanh() @ m.w.T.contiguous(),
+    "a weight in three spellings": lambda m: torch.einsum(
+        "bi,io->bo", F.linear(X2, m.w).tanh() @ m.w, m.w.view(2, 3, 6).reshape(6, 6)
+    ),
+    "a weight with and without positions": lambda m: F.linear(X3, m.w).tanh().mean(1) @ m.w.T,
+    "chunks of a weight": lambda m: sum((X2 @ part.T).tanh() for part in m.wide.chunk(3)),
+    "slices that overlap": lambda m: X2 @ m.wide[:8].T + (X2 @ m.wide[4:].T).cos(),
+    "rows taken by a list": lambda m: X2 @ m.wide[[0, 3, 3, 5]].T,
+    "dropout": lambda m: m.b(F.dropout(m.a(X2), 0.5)),
+    "dropout in a checkpoint": lambda m: m.b(
+        checkpoint(lambda z: F.dropout(m.a(z).tanh(), 0.3), X2, use_reentrant=False)
+    ),
+    "in place": lambda m: m.b(F.leaky_relu_(m.a(X2).add_(1).mul_(2), 0.1)),
+    "relu in place": lambda m: m.b(F.relu_(m.a(X2))),
+    "frozen between, and a scale": lambda m: m.b(m.scale * m.frozen(m.norm(m.a(X2))).tanh()),
+    "attention with padding": lambda m: m.attention(X3, X3, X3, key_padding_mask=PADDED)[0],
+    "ids, some of padding": lambda m: m.b(m.table(IDS).mean(1)),
+    "ids as indices": lambda m: m.table.weight[IDS],
+    "ids as unit vectors": lambda m: F.one_hot(IDS, 9).double() @ m.table.weight,
+    "the batch comes last": lambda m: (m.w @ X2.T).T,
+    "inputs of another": lambda m: m.a(X2.flip(0)),
+    "inputs of two, at two calls": lambda m: m.a(X2) * m.a(X2).flip(0),
+    "sorted losses": lambda m: m.a(X2).sum(1).sort().values,
+    "losses of the first": lambda m: m.a(X2)[:5],
+    "losses of every other": lambda m: m.a(X2)[::2],
+    "losses that a mask takes": lambda m: m.a(X2)[LATE],
+    "losses that a mask makes zero": lambda m: m.a(X2) * LATE[:, None],
+    "examples seen twice": lambda m: m.b(m.a(X2.repeat(2, 1)).tanh()).view(2, N, 4).sum(0),
+}
+FORMED = {"slices that overlap": 1, "rows taken by a list": 1, "ids as indices": 1}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_models_also_do(name):
+    torch.manual_seed(0)
+    m = Parts().double()
+
+    def losses():
+        torch.manual_seed(7)  # the same dropout
+        h = ODD[name](m).sin()
+        return h.flatten(1).sum(1) if h.ndim > 1 else h
+
+    parameters = [p for p in m.parameters() if p.requires_grad]
+    used = torch.autograd.grad(losses().sum(), parameters, allow_unused=True)
+    info = agree(losses, [p for p, g in zip(parameters, used, strict=True) if g is not None])
+    assert len(info.explicit) == FORMED.get(name, 0)
+
+
 # ------------------------------------------------------------------------------------------------ several tasks
 
 
@@ -514,6 +585,12 @@ MIXED = {
     "attention over the batch": lambda lin, x: F.scaled_dot_product_attention(*[lin(x)[None]] * 3)[0].square().mean(1),
     "1e-5 of a neighbour": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y.roll(1),
     "1e-5 of all others": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y.sum(),
+    "with another": lambda lin, x: ((y := lin(x)) * y.flip(0)).square().mean(1),
+    "a sum over those before": lambda lin, x: lin(x).cumsum(0).square().mean(1),
+    "the largest of all": lambda lin, x: ((y := lin(x)) - y.max(0).values).square().mean(1),
+    "1e-7 of one row": lambda lin, x: (
+        ((y := lin(x)) + 1e-7 * y.roll(1, 0) * (torch.arange(B) == 3)[:, None]).square().mean(1)
+    ),
     "1e-5 of one other": lambda lin, x: (y := lin(x).square().mean(1)) + 1e-5 * y[3] * (torch.arange(B) == 5),
 }
 
@@ -588,11 +665,6 @@ ARGUMENTS = [
     ({"batch_dim": 0, "batched": True}, ValueError, "batched: expected False with batch_dim"),
     ({"batch_dim": 0, "features": 1}, ValueError, "features: expected None with batch_dim"),
     ({"batch_dim": 0, "groups": [1]}, ValueError, "groups: expected None with batch_dim"),
-    (
-        {"batch_dim": 0, "every": 3},
-        ValueError,
-        "every: expected 1 with batch_dim, got 3: weights are those of",
-    ),
     (
         {"batch_dim": 0, "process_group": True},
         ValueError,
@@ -703,6 +775,32 @@ def test_autocast(dtype, size):
     assert (gradient(net.parameters()) - info.alpha @ J).norm() < 2e-2 * (info.alpha.abs() @ norms)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+def test_windows_of_convolutions_are_made_for_some_examples_at_a_time(size, monkeypatch):
+    """Which is neither seen in the numbers nor, where the kernel is large, in memory."""
+    from fastmtl.gramian.examples import parts, products
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, 4, 3, padding=2, dilation=2), nn.Tanh())
+    x = size * randn(6, 3, 24, 20, seed=1)
+    x[2] *= 1e-6
+    losses = lambda: size * net(x / size).flatten(1).sin().sum(1)  # noqa: E731
+    made = []
+    windows = parts.Convolution.windows
+    monkeypatch.setattr(
+        parts.Convolution, "windows", lambda self, *a: made.append(a[2] - a[1]) or windows(self, *a), raising=True
+    )
+    monkeypatch.setattr(products, "_ENTRIES", 1 << 15)
+    agree(losses, net.parameters(), F32)
+    assert made
+    assert max(made) <= 2
+    agree(lambda: torch.stack([losses(), losses().sin()]), net.parameters(), F32)
+    made.clear()
+    monkeypatch.setattr(parts, "_FEW", 1000)
+    agree(losses, net.parameters(), F32)
+    assert not made
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -795,6 +893,39 @@ def test_weights_that_are_kept_for_some_steps():
     method = fastmtl.NashMTL(every=3)
     first, second = (method.backward(losses(), batch_dim=0) for _ in range(2))
     torch.testing.assert_close(first.alpha, second.alpha)
+
+
+@pytest.mark.parametrize("per", ["all", "example", "task"])
+@pytest.mark.parametrize("scale_heads", [False, True])
+def test_steps_between_two_solutions(per, scale_heads):
+    """With the weights of the step before, by their places in the batch; a batch of another size has its own."""
+    trunk, heads, losses = several()
+    method = fastmtl.UPGrad()
+
+    def step(found):
+        for p in (*trunk.parameters(), *heads.parameters()):
+            p.grad = None
+        return method.backward(found, trunk, batch_dim=1, per=per, every=3, scale_heads=scale_heads)
+
+    first = step(losses())
+    for age in (1, 2):
+        with torch.no_grad():
+            trunk[0].weight.mul_(1.1)  # not the problem that was solved
+        found = losses()
+        J = [jacobian(found, list(part.parameters())) for part in (trunk, heads)]
+        info = step(found)
+        assert (info.age, info.gram) == (age, None)
+        torch.testing.assert_close(info.alpha, first.alpha)
+        alpha = (info.alpha.mT if per == "example" else info.alpha).flatten()
+        torch.testing.assert_close(gradient(trunk.parameters()), alpha @ J[0])
+        torch.testing.assert_close(
+            gradient(heads.parameters()), (alpha if scale_heads else torch.ones(18)).to(F64) @ J[1]
+        )
+    assert step(losses()).gram is not None
+    assert step(losses()).gram is None
+    assert step(losses()[:, :4]).gram is not None
+    assert step(losses()[:, :4]).gram is None
+    assert step(losses()).gram is not None
 
 
 def test_hooks_of_weights_are_refused():

@@ -567,3 +567,17 @@ def test_scalarizers_with_state_resume():
 def test_scalarizers_check(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+def test_weights_that_a_hook_changes():
+    """In place or not: what is combined is what the hook leaves; else the weights from before their rounding."""
+    G = randn(4, 30, dtype=F32) + 0.2
+    exact = ours.UPGrad()
+    alpha = exact.gramian_weighting(G.double() @ G.double().T)
+    assert relative(exact(G), alpha @ G.double()) <= 1e-7
+    for change in (lambda m, i, o: 2 * o, lambda m, i, o: o.mul_(2)):
+        changed = ours.UPGrad()
+        changed.weighting.register_forward_hook(change)
+        assert relative(changed(G), 2 * alpha @ G.double()) <= 1e-6
+    with torch.inference_mode():
+        assert relative(exact(G), alpha @ G.double()) <= 1e-6

@@ -424,3 +424,44 @@ def test_bad_options():
     for bad in (torch.ones(2), torch.ones(()), [1.0, 1.0, 1.0]):
         with pytest.raises(ValueError, match=r"weights: expected a tensor \[..., 3\], got"):
             diagnostics.total_norm(M, bad)
+
+
+@pytest.mark.parametrize("B", [1, 2, 9])
+def test_measures_of_examples(B):
+    G = randn(B, 12, dtype=F64, seed=B) + 0.3
+    M = G @ G.mT
+    mean = G.mean(0)
+    close = {"rel": 1e-10}
+    assert float(diagnostics.gradient_diversity(M)) == pytest.approx(
+        float(G.square().sum() / G.sum(0).square().sum()), **close
+    )
+    cos = torch.nn.functional.cosine_similarity(G[:, None], G[None], dim=-1)
+    negative = [float(cos[i, j] < 0) for i in range(B) for j in range(B) if i != j]
+    assert float(diagnostics.conflicts(M)) == pytest.approx(sum(negative) / max(len(negative), 1), **close)
+    noise = diagnostics.noise_scale(M)
+    if B == 1:
+        assert noise.isnan()
+        return
+    trace = (G - mean).square().sum() / (B - 1)
+    square = mean.square().sum() - trace / B
+    assert float(noise) == pytest.approx(float(trace / square) if square > 0 else math.inf, **close)
+    assert float(diagnostics.noise_scale(torch.eye(B))) == torch.inf
+    assert float(diagnostics.noise_scale(torch.ones(B, B))) == 0
+    assert float(diagnostics.gradient_diversity(torch.ones(B, B))) == pytest.approx(1 / B)
+    assert float(diagnostics.gradient_diversity(torch.eye(B))) == pytest.approx(1)
+    both = torch.stack([M, torch.eye(B, dtype=F64)])
+    assert torch.equal(diagnostics.conflicts(both), torch.stack([diagnostics.conflicts(x) for x in both]))
+    M[0, 0] = torch.nan
+    for measure in (diagnostics.gradient_diversity, diagnostics.noise_scale, diagnostics.conflicts):
+        assert measure(M).isnan()
+
+
+def test_the_noise_scale_has_no_bias():
+    """Of gradients with mean 1 in 4 directions and variance 9 in each of 400: 3600 / 4."""
+    means = []
+    for k in range(60):
+        G = 3 * randn(64, 400, dtype=F64, seed=k) + (torch.arange(400) < 4)
+        means.append(
+            1 / diagnostics.noise_scale(G @ G.mT)
+        )  # of which the mean is that of ‖ḡ‖², up to the trace's noise
+    assert float(torch.stack(means).mean()) == pytest.approx(4 / 3600, rel=0.25)

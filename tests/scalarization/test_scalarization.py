@@ -227,6 +227,44 @@ def test_weights_are_the_derivative(name, dtype):
     torch.testing.assert_close(run.method.last_weights.to(dtype), derivative)
 
 
+@pytest.mark.parametrize("name", ["LS", "GLS", "STCH", "STCH numbers", "COSMOS", "COSMOS numbers", "PBI"])
+@pytest.mark.parametrize("absent", [False, True])
+def test_derivatives_of_any_order(name, absent):
+    """Of the formula's own derivatives too, where one node of the graph stands for all of its operations."""
+    method = METHODS[name](4)
+
+    def f(*losses):
+        return method([*losses, None] if absent else torch.stack([*losses, losses[0].sin() + 2]))
+
+    losses = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.7, 1.9, 0.4)]
+    assert torch.autograd.gradcheck(f, losses)
+    assert torch.autograd.gradgradcheck(f, losses)
+
+
+@pytest.mark.parametrize("name", ["GLS", "STCH", "COSMOS", "PBI", "FAMO", "DWA"])
+def test_within_a_compiled_step(name):
+    """One graph, with the operations that one node stands for elsewhere."""
+    method, other = METHODS[name](3), METHODS[name](3)
+    compiled = torch.compile(lambda L: other(L), backend="eager", fullgraph=True)
+    for k in range(2):
+        L = tensor(0.7, 1.9, 0.4 + k)
+        values = method(L), compiled(L)
+        slopes = [torch.autograd.grad(value, L)[0] for value in values]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*slopes)
+        torch.testing.assert_close(method.last_weights, other.last_weights)
+    torch.testing.assert_close(state_of(method), state_of(other), equal_nan=True)
+
+
+def test_second_derivatives_of_famo():
+    """Its weights z and c are constants."""
+    L = tensor(0.7, 1.9, 0.4)
+    method = FAMO(3)
+    (first,) = torch.autograd.grad(method(L), L, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), L)
+    torch.testing.assert_close(second, -method.last_weights / (L.detach() + 1e-8))
+
+
 @methods
 def test_a_tensor_or_scalars(name):
     run, twin = Run(name).steps(5), Run(name).steps(5)

@@ -5,6 +5,7 @@ Which rows of a cotangent are whose is found by a second pass (`layout`); a weig
 """
 
 from fastmtl.gramian.examples.engine import gram, update
+from fastmtl.gramian.examples.passes import one_pass
 from fastmtl.gramian.examples.products import Per
 
-__all__ = ["Per", "gram", "update"]
+__all__ = ["Per", "gram", "one_pass", "update"]

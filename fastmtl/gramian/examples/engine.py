@@ -34,6 +34,7 @@ _MIXING: Memory[bool] = Memory()
 
 # How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
 _CANCELLED = 4.0
+_PRODUCTS = 1 << 18  # entries of products of weights that are looked at together
 
 
 _Part: TypeAlias = Weight | Entries | Formed
@@ -329,7 +330,12 @@ def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -
     if rows:
         gram.add_rows(torch.cat(rows, 2) if len(rows) > 1 else rows[0])
     parts = []
-    others: list[Weight | Formed] = [*todo.weights]
+    singles = [(weight, factors) for weight in todo.weights if (factors := weight.single(gram, found)) is not None]
+    done, some = set[int](), max(1, _PRODUCTS // found.examples**2)
+    for k in range(0, len(singles), some):
+        if gram.add_products([factors for _, factors in singles[k : k + some]]):
+            done.update(id(weight) for weight, _ in singles[k : k + some])
+    others: list[Weight | Formed] = [weight for weight in todo.weights if id(weight) not in done]
     if todo.formed is not None:
         others.append(todo.formed)
     for part in others:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.examples.layout import Layout
-from fastmtl.gramian.examples.products import Gram
+from fastmtl.gramian.examples.products import Gram, through_rows
 from fastmtl.gramian.forms import Entrywise, Use
+from fastmtl.gramian.forms.convolution import Convolution
 from fastmtl.graph import Edge
 
 __all__ = ["Arrived", "Entries", "Key", "Weight", "factors", "key", "rows_of_entries"]
+
+_FEW = 2  # times the numbers that a convolution reads and returns: as many may be in its windows at once
 
 Key: TypeAlias = "tuple[Edge, int, int]"
 
@@ -91,11 +94,12 @@ class Weight:
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
         """Adds its part of the Gram matrix; returns the sizes [T, B] of what is added up, where they matter."""
         self._rows, sizes = None, None
-        if self._is_single(gram, arrived):
+        if (C := self._windowed(gram, arrived)) is not None:
             use = self.uses[0]
-            A, C = use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0]
-            if gram.add_products(A, C, self.bias is not None):
-                return None
+            assert isinstance(use, Convolution)
+            sizes, rows = gram.add_windows(use, C)
+            self._rows = None if rows is None else rows[None]
+            return sizes
         sides = []
         for side in (0, 1):
             found = [factors(u, arrived) for u in self.uses if u.side == side and u.edge in arrived.cotangents]
@@ -106,29 +110,43 @@ class Weight:
             if A.dim() == 2:
                 gram.add_indexed(A, C[0])
                 continue
-            rows = []
+            parts = []
             for a, c in zip(A, C, strict=True):
                 size, formed = gram.add_factors(a, c, self.bias is not None)
                 sizes = size if sizes is None or size is None else sizes + size
-                rows.append(formed)
-            if len(sides) == 1 and rows[0] is not None:
-                self._rows = rows[0][None] if len(rows) == 1 else torch.stack([x for x in rows if x is not None])
+                parts.append(formed)
+            if len(sides) == 1 and parts[0] is not None:
+                self._rows = parts[0][None] if len(parts) == 1 else torch.stack([x for x in parts if x is not None])
         if len(sides) == 2:
             (A, C), (E, D) = sides
             # On side 0 a gradient is Cᵀ A, on side 1 its transpose: what the one has in A, the other has in D.
             gram.add_cross(A if A.dim() == 2 else A[0], C[0], E if E.dim() == 2 else E[0], D[0])
         return sizes
 
-    def _is_single(self, gram: Gram, arrived: Arrived) -> bool:
-        """Whether each example has one row, in one use and task."""
+    def _windowed(self, gram: Gram, arrived: Arrived) -> Tensor | None:
+        """The cotangents [T, B, S, O] of a convolution whose windows are better not made all at once."""
         use = self.uses[0]
-        return (
+        single = len(self.uses) == use.groups == 1 and self.bias is None and use.edge in arrived.cotangents
+        if not single or not isinstance(use, Convolution):
+            return None
+        layout = arrived.layout(use)
+        if layout.owner is not None or layout.pre != 1 or use.rows * use.depth <= _FEW * (use.inputs + use.elements):
+            return None
+        C = use.of_samples(arrived.of(use.edge))
+        return None if through_rows(gram, C, use.depth) else C
+
+    def single(self, gram: Gram, arrived: Arrived) -> tuple[Tensor, Tensor, bool] | None:
+        """A [B, I], C [B, O] and whether there is a bias, where each example has one row, in one use and task."""
+        use = self.uses[0]
+        if not (
             gram.T == len(self.uses) == use.groups == use.outer == 1
             and use.rows == use.lead == gram.B
             and not use.is_indexed
             and use.edge in arrived.cotangents
             and arrived.layout(use).owner is None
-        )
+        ):
+            return None
+        return use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0], self.bias is not None
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
         """The weight and Σ α_tb of its gradients; alpha [T, B]."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from fastmtl.gramian.examples import layout
 from fastmtl.gramian.examples.formed import Operation, Reading, edges_of
@@ -136,19 +136,22 @@ def _pass(
         return hook
 
     last = edges if last is None else last
-    inputs: list[Any] = [*(GradientEdge(*edge) for edge in last), *leaves]
+    inputs = (*(GradientEdge(*edge) for edge in last), *leaves)
     if not inputs:
         return [], through
     handles = [node.register_prehook(catch(ways)) for node, ways in outputs.items()]
     try:
-        grads: Row = list(torch.autograd.grad(losses, inputs, grad, retain_graph=retain_graph, allow_unused=True))
+        # What `torch.autograd.grad` calls, once it has checked what it is given.
+        grads = _engine_run_backward(
+            (losses,), (grad,), retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False
+        )
     finally:
         for handle in handles:
             handle.remove()
     for edge, g in zip(last, grads, strict=False):
         if g is not None and edge not in through:
             see(edge, _dense(g))
-    return grads[len(last) :], through
+    return list(grads[len(last) :]), through
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -7,20 +7,23 @@ rows are less than the entries of a gradient, and the product of the gradients t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmtl.gramian.contraction import scale_of, times
+from fastmtl.gramian.forms.convolution import Convolution
 
-__all__ = ["Gram", "Per"]
+__all__ = ["Gram", "Per", "through_rows"]
 
 Per: TypeAlias = Literal["all", "example", "task"]
 
 _F64 = torch.float64
 _ENTRIES = 1 << 17  # of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
 _NEAR = (2.0**-19, 2.0**19)  # norms of rows that need no scaling
+_SMALL = 3  # times what a convolution reads and returns: gradients that are kept for the update
 _PAIR = 6.0  # multiply-adds that an entry of A Aᵀ ∘ C Cᵀ takes besides the products
 
 
@@ -126,17 +129,55 @@ class Gram:
         sizes = products.square().sum(2) / scale.square() if S > 1 else None
         return sizes, None if rows is None else times(rows, 1 / scale)
 
-    def add_products(self, A: Tensor, C: Tensor, biased: bool) -> bool:
-        """Adds those of one task and row for each example, A [B, I] and C [B, O], all at once.
+    def add_windows(self, use: Convolution, C: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The same for the windows of a convolution's inputs, made for some examples at a time; C [T, B, S, O].
 
-        False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
+        All of them at once would be as many times the inputs as the kernel has entries.
         """
-        if self.per == "example" or self.B**2 > _ENTRIES or A.device.type != "cpu":
+        T, B, S, width = C.shape
+        a, c = use.sizes(C.dtype), _lengths(C)
+        own, scales = self, None
+        if not (_are_near(a) and _are_near(c.amax(2))):
+            own, scales = self.like(), (scale_of([a[:, None]], 1), scale_of([C], 2))
+            C = times(C, scales[1])
+            c = _lengths(C)
+        some = max(1, _ENTRIES // (S * use.depth))
+        numbers = use.inputs + C.numel()
+        small = T * B * width * use.depth <= _SMALL * numbers
+        step = width if small else max(1, max(numbers, 8 * _ENTRIES) // (T * B * use.depth))
+        G = C.new_empty(0)
+        for o in range(0, width, step):
+            D = C[..., o : o + step].mT
+            G = C.new_empty(T, B, D.shape[2], use.depth)
+            for b in range(0, B, some):
+                e = min(b + some, B)
+                A = use.windows(C.dtype, b, e)[0]
+                A = A if scales is None else times(A, scales[0][b:e])
+                for t in range(T):
+                    torch.bmm(D[t, b:e], A, out=G[t, b:e])
+            own._add(own._products(G.flatten(2)))
+        sizes = None
+        if S > 1:
+            sizes = (use.lengths(C.dtype, None if scales is None else scales[0]) * c).double().square().sum(2)
+        if scales is None:
+            return sizes, G if small else None
+        scale = scales[0] * scales[1]
+        self.add_scaled(own, scale)
+        return None if sizes is None else sizes / scale.square(), times(G, 1 / scale) if small else None
+
+    def add_products(self, factors: Sequence[tuple[Tensor, Tensor, bool]]) -> bool:
+        """Adds those of weights with one task, and a row for each example, A [B, I], C [B, O] and whether with a bias.
+
+        All or none: False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
+        """
+        if self.per == "example" or self.B**2 > _ENTRIES or self._sum.device.type != "cpu":
             return False
-        K, X = A @ A.mT, C @ C.mT
-        if not _are_near(torch.cat((K.diagonal(), X.diagonal())), squares=True):
+        products = [(A @ A.mT, C @ C.mT, biased) for A, C, biased in factors]
+        squares = [x.diagonal() for K, X, _ in products for x in (K, X)]
+        if not squares or not _are_near(torch.cat(squares), squares=True):
             return False
-        self._add(X.addcmul_(X, K) if biased else X.mul_(K))
+        for K, X, biased in products:
+            self._add(X.addcmul_(X, K) if biased else X.mul_(K))
         return True
 
     def _add_factors(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
@@ -144,7 +185,7 @@ class Gram:
 
         `last` [B] is one more column of A.
         """
-        if last is not None or _through_rows(self, A, C):
+        if last is not None or through_rows(self, C, A.shape[2]):
             self._add_pairs(A, C, last)
             return None
         return self._add_gradients(A, C)
@@ -193,7 +234,8 @@ class Gram:
         step = width if small else max(1, most // (T * B * depth))
         G = None
         for o in range(0, width, step):
-            G = C[..., o : o + step].transpose(2, 3) @ A
+            D = C[..., o : o + step].mT
+            G = torch.bmm(D[0], A)[None] if T == 1 else D @ A  # `@` would copy what is transposed
             self._add(self._products(G.flatten(2)))  # of sizes that A and C have been brought to
         return G if small else None
 
@@ -248,12 +290,16 @@ def _paired(C: Tensor, E: Tensor) -> Tensor:
     return C[:, E.flatten()] if E.dim() == 2 else C @ E.flatten(0, 1).mT
 
 
-def _through_rows(gram: Gram, A: Tensor, C: Tensor) -> bool:
+def through_rows(gram: Gram, C: Tensor, depth: int) -> bool:
     """Whether products of rows take fewer multiply-adds than gradients and their products."""
     T, B, S, width = C.shape
-    depth = A.shape[2]
     pairs = B if gram.per == "example" else B * B  # of examples, both halves
     tasks = T if gram.per == "task" else T * (T + 1) / 2
     rows = pairs * S * S * (depth / 2 + tasks * (width / 2 + _PAIR))
     gradients = T * B * S * width * depth + pairs * (T if gram.per == "task" else T * T) * width * depth / 2
     return rows <= gradients
+
+
+def _lengths(C: Tensor) -> Tensor:
+    """Norms along the last dimension, of any stride; 0 or ∞ beyond the range of squares."""
+    return C.square().sum(-1).sqrt_()

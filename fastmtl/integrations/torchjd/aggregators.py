@@ -56,9 +56,9 @@ class ByGramian(Weighting[Tensor]):
         alpha = self.weighting(gramian)
         weights = alpha.to(matrix.dtype)
         # `jac_to_grad` returns these weights in the Jacobian's dtype. Where gradients cancel, the result needs more
-        # digits than that: `_combine` adds what is rounded off here, to whatever hooks make of the weights.
+        # digits than that: `_combine` takes those from before the rounding, unless a hook has changed the weights.
         if weights is not alpha:
-            weights.rounded_off = alpha - weights  # type: ignore[attr-defined]
+            weights.exact = alpha, None if weights.is_inference() else weights._version  # type: ignore[attr-defined]
         return weights
 
 
@@ -82,7 +82,10 @@ class GramAggregator(GramianWeightedAggregator):
         if not matrix.shape[0]:
             return matrix.new_zeros(matrix.shape[1], requires_grad=False)
         out = matrix.new_empty(matrix.shape[1], requires_grad=False)
-        ops.combine(matrix, weights.to(torch.float64) + getattr(weights, "rounded_off", 0), out)
+        exact, version = getattr(weights, "exact", (weights, None))
+        if version is None or version != weights._version:
+            exact = weights.to(torch.float64)
+        ops.combine(matrix, exact, out)
         return out
 
     def __repr__(self) -> str:

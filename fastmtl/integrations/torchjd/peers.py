@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmtl import methods
 from fastmtl.info import Info
+from fastmtl.inputs import has_numbers
 from fastmtl.methods.memory import Pieces
 from fastmtl.rule import NOTHING, Context
 
@@ -103,8 +104,13 @@ class DualProj(_Projected, methods.DualProj):
 class Krum(methods.Krum):
     """A zero row is a point like others."""
 
+    def _is_there(self, square: float) -> bool:
+        return True
+
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """The weights: see `Rule.solve`."""
+        if M.ndim == 2 and has_numbers(M) and min(M.diagonal().tolist()) > 0:
+            return super().solve(M, dtype, context)
         # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
         squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
         shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)

@@ -61,10 +61,10 @@ class _Behind(Scalarizer):
 
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
-        method, flat = self._of(values), values.reshape(-1)
-        if not (self._total or self._holds(flat.detach())):
-            result: Tensor = method(flat)
-            return result.to(values.dtype)
+        method, flat = self._of(values), values if values.ndim == 1 else values.reshape(-1)
+        if not (self._total or self._holds(flat)):
+            result = method.forward(flat)
+            return result if result.dtype is values.dtype else result.to(values.dtype)
         if values.dtype in (torch.float32, torch.float64):
             return method.scalar(flat)
         if not values.is_floating_point():
@@ -77,8 +77,8 @@ class _Behind(Scalarizer):
 
     def _of(self, values: Tensor) -> Scalarization:
         """The method for these values."""
-        method: Scalarization = self.method
-        return method
+        method: Any = self._modules["method"]
+        return method  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._shown)})"
@@ -123,8 +123,7 @@ class _Weighted(_Behind):
         if self._stamp != stamp:
             self.method = self._method({name: _flat(vector) for name, vector in vectors.items()})
             self._stamp = stamp
-        method: Scalarization = self.method
-        return method
+        return super()._of(values)
 
     def _method(self, vectors: dict[str, Any]) -> Scalarization:
         raise NotImplementedError
@@ -244,8 +243,7 @@ class DWA(_Behind, Stateful):
             self.method = scalarization.DWA(max(values.numel(), 1), temperature=self.temperature)
             self.method.to(values.device).train(self.training)
         self._values = values.shape
-        method: Scalarization = self.method
-        return method
+        return super()._of(values)
 
     def step(self) -> None:
         """Ends an epoch."""
@@ -322,8 +320,7 @@ class FAMO(_Behind, Stateful):
 
     def _of(self, values: Tensor) -> Scalarization:
         check_shape(values, self._shape, "the weights")
-        method: Scalarization = self.method
-        return method
+        return super()._of(values)
 
     def update(self, values: Tensor, /) -> None:
         """Learns from the values of the same batch after the step.
@@ -332,9 +329,10 @@ class FAMO(_Behind, Stateful):
             ValueError: there was no call before, or values of another shape.
         """
         check_shape(values, self._shape, "the weights")
-        if self.method.last_weights is None:
+        method: Any = self._modules["method"]
+        if not method.called:
             raise ValueError("update: expected a call of the scalarizer before, got none")
-        self.method.update(values.detach().reshape(-1))
+        method.update(values.detach().reshape(-1))
 
     def reset(self) -> None:
         """Back to equal weights."""

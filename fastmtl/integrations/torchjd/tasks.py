@@ -92,8 +92,8 @@ class RandomWeighting(Weighting[Tensor]):
         m = matrix.shape[0]
         if not m:
             return matrix.new_zeros(0)
-        some = torch.ones(m, m, dtype=torch.float64, device=matrix.device)
-        return self.method.weighting(some).to(matrix.dtype)
+        alpha: Tensor = self.method.draw((m,), matrix.dtype, matrix.device)
+        return alpha
 
 
 class SumWeighting(Weighting[Tensor]):

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from fastmtl import once
+from fastmtl.gramian.examples import one_pass
 from fastmtl.graph import SEVERAL, Edge, Leaves, behind_joints, edge_of, is_leaf
 from fastmtl.info import Info
 from fastmtl.inputs import Row
 from fastmtl.options import integer
 from fastmtl.rule import Context, Kept
 from fastmtl.training import passes
+from fastmtl.training.commit import pairs
 from fastmtl.training.parameters import are_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
@@ -29,12 +31,8 @@ __all__ = ["check", "keep", "run", "scheduled", "takes"]
 # "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
 # second halve it.
 _ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
-# What has no weights for the steps in between, and why where that is no matter of course.
-_WITHOUT = {
-    "representation": "",
-    "groups": "",
-    "batch_dim": ": weights are those of the examples of one batch, and the next one has others",
-}
+# What has no weights for the steps in between.
+_WITHOUT = ("representation", "groups")
 
 
 def check(options: Options) -> None:
@@ -45,9 +43,9 @@ def check(options: Options) -> None:
         return
     if not options.method.on_gram:
         raise ValueError(f"every: expected 1 for {options.method!r}, which has no task weights to keep")
-    for name, why in _WITHOUT.items():
+    for name in _WITHOUT:
         if getattr(options, name) is not None:
-            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}{why}")
+            raise ValueError(f"every: expected 1 with {name}, got {options.every!r}")
 
 
 def takes(step: Step) -> bool:
@@ -57,7 +55,7 @@ def takes(step: Step) -> bool:
         return False
     if not are_plain(step.parameters):
         raise ValueError(f"every: expected 1 for shared parameters that are sharded, got {every!r}")
-    if kept is None or len(kept.alpha) != len(step.losses):
+    if kept is None or kept.alpha.shape != _shape(step) or len(kept.present) != len(step.losses):
         return False
     period = kept.period if every == "auto" else every
     # Other processes would not know that a task is new here.
@@ -81,15 +79,16 @@ def _takes_one_pass(step: Step) -> bool:
     options = step.options
     if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _WITHOUT):
         return False
-    return options.scale_heads or _Border(step.uncut()).clean
+    return options.scale_heads or options.batch_dim is not None or _Border(step.uncut()).clean
 
 
 def run(step: Step) -> Outcome | None:
     """See `Path`."""
-    step = step.uncut()
+    of_examples = step.options.batch_dim is not None
+    step = step if of_examples else step.uncut()
     heads = step.heads.without(step.parameters)
-    border = _Border(step)
-    if not (border.clean or step.options.scale_heads):
+    border = None if of_examples else _Border(step)
+    if not (border is None or border.clean or step.options.scale_heads):
         once.warn(
             "every without effect",
             once.caller(),
@@ -102,7 +101,7 @@ def run(step: Step) -> Outcome | None:
     assert kept is not None  # see `takes`
     kept = kept._replace(alpha=kept.alpha.to(step.parameters[0].device))  # as it was loaded
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
-        row, own = _pass(step, heads, border, kept.alpha)
+        row, own = _passes(step, heads, kept.alpha) if border is None else _pass(step, heads, border, kept.alpha)
     if step.group is not None:
         row = _averaged(step, row)
     check_reached([row], "shared")
@@ -115,7 +114,36 @@ def run(step: Step) -> Outcome | None:
         method.kept = kept._replace(age=kept.age + 1)
     info = Info.of(alpha)
     info.age = kept.age + 1
+    if border is None:
+        return Outcome(pairs([*step.parameters, *heads.all()], row + own[0]), info, step.reached())
     return step._replace(options=step.options._replace(scale_heads=False)).outcome(heads, row, own, info)
+
+
+def _shape(step: Step) -> torch.Size:
+    """That of the weights."""
+    losses = step.losses[0]
+    if step.options.batch_dim is None or losses is None:
+        return torch.Size([len(step.losses)])
+    T, B = losses.shape
+    return torch.Size({"example": (B, T), "task": (T, B)}.get(step.options.per, (T * B,)))
+
+
+def _passes(step: Step, heads: Leaves, alpha: Tensor) -> tuple[Row, list[Row]]:
+    """The same as `_pass` for losses of examples, which one graph computes: heads have a pass of their own."""
+    (losses,) = step.losses
+    assert losses is not None  # see `checked_losses`
+    options = step.options
+    weights = (alpha.mT if options.per == "example" else alpha).reshape(losses.shape).to(losses.dtype)
+    leaves = heads.all()
+    apart = bool(leaves) and not options.scale_heads
+    own: Row = []
+    if apart:
+        own = one_pass(losses, leaves, torch.ones_like(losses), retain_graph=True)
+    row = one_pass(
+        losses, step.parameters if apart else [*step.parameters, *leaves], weights, retain_graph=options.retain_graph
+    )
+    n = len(step.parameters)
+    return row[:n], [own if apart else row[n:]]
 
 
 def _norm(row: Row, context: Context) -> Tensor:
@@ -147,7 +175,7 @@ def keep(step: Step, info: Info) -> None:
     else:
         before = old.alpha.to(alpha.device)
         alpha = torch.where(finite, alpha, before)
-        turn = torch.nn.functional.cosine_similarity(alpha, before, dim=0)
+        turn = torch.nn.functional.cosine_similarity(alpha.flatten(), before.flatten(), dim=0)
         if every == "auto":
             period = _adapted(old)
     method.kept = Kept(alpha, _present(step), 0, period, turn)
