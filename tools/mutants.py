@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "Gramian engine: uses on both sides have no products with each other",
         "fastmtl/gramian/contraction.py",
-        "M += X + X.T\n        return M / scale",
-        "M += X\n        return M / scale",
+        "M += X + X.T\n    return M / scale",
+        "M += X\n    return M / scale",
         "gramian",
     ),
     Mutant(

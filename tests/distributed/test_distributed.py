@@ -18,15 +18,17 @@ from fastmtl import distributed
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"world{world}")
 def world(request, tmp_path_factory):
-    """The folder where every rank of a world that ran all checks left its reports, and the number of ranks."""
+    """The folder where every rank of a world that ran its checks left its reports, and the number of ranks."""
     size = request.param
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = [item.callspec.params["check"] for item in items if item.callspec.params["world"] == size]
     folder = tmp_path_factory.mktemp(f"world{size}")
     method = "spawn"
     if "forkserver" in multiprocessing.get_all_start_methods():  # which imports torch once, not in every rank
         multiprocessing.set_forkserver_preload(["distributed_checks"])
         method = "forkserver"
     context = torch.multiprocessing.start_processes(
-        distributed_checks.run, (size, str(folder)), nprocs=size, join=False, start_method=method
+        distributed_checks.run, (size, str(folder), names), nprocs=size, join=False, start_method=method
     )
     try:
         # Joins the processes one by one as they end; a rank that hangs costs its own time-out and then its reports.
@@ -40,6 +42,7 @@ def world(request, tmp_path_factory):
     return folder, size
 
 
+@pytest.mark.cover(1)  # every check in one of the worlds
 @pytest.mark.parametrize("check", list(distributed_checks.CHECKS))
 def test_on_every_rank(world, check):
     folder, size = world

@@ -64,8 +64,6 @@ DEFECTS = {
         "address",
     ),
 }
-# Each takes a compilation: one shows that the matrix looks, the others run with --slow.
-SHORT = ("divergent barrier",)
 
 
 def patched(defect: Defect, tree: Path) -> None:
@@ -106,9 +104,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in DEFECTS]
-)
+@pytest.mark.slow  # each takes a compilation
+@pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_found(name: str, results: dict[str, Future]) -> None:
     result = results[name].result()
     said = result.stdout + result.stderr

@@ -49,10 +49,10 @@ def test_parity_of_lesser_instruction_sets(isa, pytestconfig):
         pytest.skip(f"this processor has no {isa}")
     if isa == torch.ops.fastmtl.cpu_isa():
         pytest.skip(f"{isa} is what all other tests run on already")
-    files = [str(HERE / name) for name in ("test_ops.py", "test_eigh.py", "test_adversaries.py")]
-    subset, depth = "not opcheck and not derivative", "--slow"
-    if not pytestconfig.getoption("--slow"):
-        subset, depth = f"{subset} and not mislead and not uneven", "--cover=1"
+    names, subset, depth = ["test_ops.py", "test_eigh.py"], "not opcheck and not derivative", "--cover=1"
+    if pytestconfig.getoption("--slow"):
+        names, depth = [*names, "test_adversaries.py"], "--slow"
+    files = [str(HERE / name) for name in names]
     status, output, reported = run({"FASTMTL_CPU": isa}, *files, "-k", subset, depth)
     assert reported == isa
     assert status == 0, output[-5000:]

@@ -101,4 +101,5 @@ def test_every_op_has_a_group(monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmarks_test_ops", ROOT / "benchmarks" / "test_ops.py")
     benchmarks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmarks)
-    assert set(benchmarks.OPS) == set(ops.__all__) - {"EXTENSIONS"}
+    parts = {"balance_many", "second_pass"}  # of align on a GPU, T > 64
+    assert set(benchmarks.OPS) == set(ops.__all__) - {"EXTENSIONS"} - parts

@@ -16,6 +16,8 @@ import fastmtl
 from fastmtl import ops
 
 OPS = [name for name in ops.__all__ if name.islower()]
+IN_PYTHON = ("balance_many", "second_pass")  # on every device: they are matrix products
+COMPILED = [name for name in OPS if name not in IN_PYTHON]
 POLICY = (None, "min", 1e-3, EPS32, "normalized")
 
 
@@ -32,7 +34,7 @@ def test_the_reference_stands_behind_every_device():
 
 
 @needs_extension
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_kernel_is_registered_for_the_cpu(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmtl::{name}", "CPU")
     registrations = [
@@ -71,7 +73,7 @@ def test_the_compiled_kernels_run():
         "sign_drop": lambda: ops.sign_drop(G, seed, None, out),
         "sign_drop_rows": lambda: ops.sign_drop_rows(list(G), 8, seed, None, [out]),
     }
-    assert set(calls) == set(OPS)
+    assert set(calls) == set(COMPILED)
     for name, call in calls.items():
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             call()
