@@ -941,7 +941,7 @@ def test_wrong_options(rooms, tmp_path):
     for arguments, message in (
         (["--data", tmp_path / "none"], "none/train/image: expected files"),
         (["--data", root, "--benchmark", "kitti"], "benchmark: expected one of nyuv2"),
-        (["--data", root, "--method", "nosuch"], "expected some of uniform"),
+        (["--data", root, "--method", "nosuch"], "expected one of uniform"),
         (["--data", root, "--classes", "7"], "classes: expected 13, got 7"),
         (["--data", root, "--epochs", "2", "--average", "3"], "average: expected at most the 2 epochs, got 3"),
         (["--data", root, "--benchmark", "cityscapes3", "--size", "32"], "size: expected HEIGHTxWIDTH, got '32'"),
