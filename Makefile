@@ -46,12 +46,12 @@ demo: install ## train on overlaid digits: uniform sum, fastmtl, plain PyTorch; 
 	$(BIN)/python examples/digits.py
 
 # Of products of parameters the cases that show every pair of values (tests/thinning.py), here and wherever --slow is not given.
-TOOLS := tests/tools tests/packaging tests/scaling tests/csrc
+TOOLS := tests/sanitize tests/tools tests/packaging tests/scaling tests/csrc
 
 test: develop ## the tests of the library, files in parallel (PYTEST_ARGS="-k gram" for some)
 	$(BIN)/python -m pytest $(PARALLEL) $(TOOLS:%=--ignore %) --ignore tests/experiments $(PYTEST_ARGS)
 
-test-tools: develop ## those of the build, the command line, docs, examples, benchmarks, scaling study and the wheel's contents
+test-tools: develop ## those of the build, command line, docs, examples, benchmarks, scaling study and wheel; kernels under AddressSanitizer
 	$(BIN)/python -m pytest $(PARALLEL) $(TOOLS) $(PYTEST_ARGS)
 
 test-experiments: develop ## those of the experiments, and each of them end to end at tiny size, killed and resumed
