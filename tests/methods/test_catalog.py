@@ -504,7 +504,9 @@ def test_the_page_of_methods_has_the_list():
 
 
 def test_names_in_torchjd_exist():
-    aggregation, scalar = pytest.importorskip("torchjd.aggregation"), pytest.importorskip("torchjd.scalarization")
+    reason = "torchjd is not installed"
+    aggregation = pytest.importorskip("torchjd.aggregation", reason=reason)
+    scalar = pytest.importorskip("torchjd.scalarization", reason=reason)
     for entry in catalog.entries():
         for name in filter(None, entry.torchjd.split(", ")):
             assert hasattr(scalar if entry.name.startswith("scalarization") else aggregation, name), (entry.name, name)

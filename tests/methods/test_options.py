@@ -302,7 +302,7 @@ def test_numbers_of_numpy():
 @pytest.mark.parametrize(("kind", "name", "value"), [*cases(OPTIONS, False), *cases(FIXED, False)])
 def test_numbers_and_arrays_of_numpy(kind, name, value):
     if not isinstance(value, (bool, int, float, list)):
-        pytest.skip("no number")
+        pytest.skip("the value is no number or array: numpy has no type for it")
     given, array = make(kind, **{name: value}), np.asarray(value)
     for of_numpy in (array[()], array, array[..., ::-1][..., ::-1] if array.ndim else array):
         other = make(kind, **{name: of_numpy})
