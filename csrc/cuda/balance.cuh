@@ -239,13 +239,14 @@ __device__ inline bool balance_block(
     fill_nan(T, alpha, eigenvalues, rank);
     return true; // an exact, or rescaled, pass will tell
   }
-  double largest = 0.0;
-  bool small = false;
+  double largest = 0.0, smallest = M[0];
   for (int i = 0; i < T; ++i) {
-    const double d = M[i * T + i];
-    largest = fmax(largest, d);
-    small = small || d < kFloat32Square; // products of float32 may have underflowed
+    largest = fmax(largest, M[i * T + i]);
+    smallest = fmin(smallest, M[i * T + i]);
   }
+  const bool small = smallest < kFloat32Square; // products of float32 may have underflowed
+  // Whether an error of eps λ_max / λ_min is none: M has it already, or G's rounding is more.
+  const bool even = smallest * kEvenRows >= largest || policy.zero > kRounding / kLeastEigenvalue;
   const bool out_of_range = !(largest > kLeastSquare && largest < kMostSquare);
   Balancing b{M, T, 1.0, 1.0, largest, judge == Judge::blocks ? least : 0.0};
   power_of_two(largest, b.down, b.up);
@@ -254,7 +255,7 @@ __device__ inline bool balance_block(
   b.other = scratch ? scratch : b.arrays + balance_arrays(T);
   int64_t R = T;
   bool well_conditioned = true;
-  if (eigenvalues || T < 3 || !(largest > 0.0) || !weigh_reduced(b, policy, alpha)) {
+  if (eigenvalues || T < 3 || !even || !(largest > 0.0) || !weigh_reduced(b, policy, alpha)) {
     R = weigh_by_vectors(b, policy, judge == Judge::blocks, well_conditioned, alpha, eigenvalues);
   }
   if (threadIdx.x == 0) {

@@ -191,12 +191,7 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
   });
   m.def(
       "align",
-      [](Session& session,
-         const Input& G,
-         const py::dict& options,
-         uintptr_t M,
-         uintptr_t alpha,
-         uintptr_t rank) {
+      [](Session& session, const Input& G, const py::dict& options, uintptr_t M, uintptr_t alpha, uintptr_t rank) {
         align(
             G.batch(session.context),
             policy_of(options),
