@@ -564,6 +564,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "losses": losses,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
+    "cuda latency": lambda results: cuda_model.latencies(),
 }
 
 
