@@ -103,8 +103,8 @@ cuda-all: ## the same for every architecture of the design
 cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
 
-gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes
-	$(BIN)/python tools/gpu.py
+gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes (GPU_ARGS="--rehearse" without one)
+	$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
 bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-style loop, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
