@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/emulation/devices/*.* tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help

@@ -104,7 +104,7 @@ def test_losses_of_examples(method):
 
 
 def test_losses_of_examples_do_not_wait():
-    network, losses = examples("cuda", F32)
+    _, losses = examples("cuda", F32)
     method = fastmtl.AlignedMTL()
     method.backward(losses(), batch_dim=0)
     torch.cuda.synchronize()
