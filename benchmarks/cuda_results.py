@@ -102,10 +102,10 @@ class Run:
         rows = []
         for benchmark in self.read("cuda-lists.json").get("benchmarks", []):
             if "host_time" in benchmark["name"]:
-                extra = benchmark["extra_info"]
-                micro = extra.get("microseconds", benchmark["stats"]["median"] * 1e6)
-                rows.append([benchmark["name"].removeprefix("test_"), f"{micro:.1f}"])
-        return _table(["host time", "µs"], rows)
+                case, extra = benchmark["name"].partition("[")[2].rstrip("]"), benchmark["extra_info"]
+                theirs = extra.get("_foreach_norm + _foreach_mul_, microseconds")
+                rows.append([case, _us(extra["microseconds"]), _us(theirs), f"{extra['ratio']:.2f}"])
+        return _table(["list, host time", "µs", "`torch._foreach_norm` + `_mul_`", "ratio"], rows)
 
     def training(self) -> str:
         """Steps beside the plain one, and what they hold in memory."""

@@ -80,9 +80,9 @@ def _sanitized(tool: str, seconds: float, what: str) -> Part:
     return Part(tool, seconds, what, ("tools/gpu.py", "--work", "cuda"), ("tools/gpu.py", "--work", "cpu"), under)
 
 
-def _ops(name: str, seconds: float, what: str, writes: str, select: str) -> Part:
+def _ops(name: str, seconds: float, what: str, writes: str, select: str, *files: str) -> Part:
     options = ("--benchmark-only", "--benchmark-columns=median", f"--benchmark-json={{folder}}/{writes}", "-k", select)
-    command = ("-m", "pytest", "benchmarks/test_cuda.py", "-m", "cuda", "-q", "-p", "no:cacheprovider", *options)
+    command = ("-m", "pytest", "benchmarks/test_cuda.py", *files, "-q", "-p", "no:cacheprovider", *options)
     return Part(name, seconds, what, command, needs=("pytest", "pytest_benchmark"), writes=writes)
 
 
@@ -138,9 +138,10 @@ PARTS = (
     _ops(
         "lists",
         20,
-        "parameter lists: device time, host time",
+        "parameter lists: device time; what a call takes the host beside torch._foreach_norm and torch._foreach_mul_",
         "cuda-lists.json",
-        "(ragged or host_time) and not (pure and graph)",
+        "ragged and eager or ragged and fastmtl and graph or host_time",
+        "benchmarks/test_ragged.py",
     ),
     _steps("mlp", 15, "an MLP"),
     _steps("resnet18", 25, "ResNet-18"),
