@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """On a GPU: training steps by every engine beside the plain step and TorchJD's, times and memory (part of make gpu).
 
-    python benchmarks/cuda_steps.py [--only SUBSTRING] [--seconds 3] [--json PATH]
+    python benchmarks/cuda_steps.py [--only SUBSTRING] [--seconds 3] [--json PATH [--missing]]
 
 A step is `zero_grad`, forward and backward, without optimizer. Its gradient is compared with autograd's T gradients,
 aggregated in float64, before it is timed: by events, all ways in turn, medians. The cases go into the file at PATH one
@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases whose name contains it")
     parser.add_argument("--seconds", type=float, default=0.1 if measure.REHEARSAL else 3.0, help="of a case, about")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write results, hardware and commit there")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have")
     options = parser.parse_args(arguments)
     chosen = {name: make for name, make in CASES.items() if options.only in name}
     if not chosen:
@@ -180,10 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("needs an NVIDIA GPU; FASTMTL_REHEARSAL=1 runs it without one")
     machine, said = measure.machine(measure.DEVICE), []
     for name, make in chosen.items():
+        there = options.json is not None and options.json.exists()
+        kept = json.loads(options.json.read_text(encoding="utf-8"))["cases"] if there else []
+        if options.missing and any(of["case"] == name for of in kept):
+            continue
         record = case(name, make, options.seconds)
         show(record)
         if options.json is not None:
-            kept = json.loads(options.json.read_text(encoding="utf-8"))["cases"] if options.json.exists() else []
             cases = [*(of for of in kept if of["case"] != name), record]
             options.json.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps({"machine": machine, "cases": cases}, indent=1)

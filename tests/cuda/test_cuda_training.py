@@ -231,3 +231,25 @@ def test_memory_is_the_captured_gradients():
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= (T + 3) * 4 * side  # T captured, the aligned one, the encoder's product with it, and .grad
+
+
+@pytest.mark.parametrize("way", ["node", "hooks"])
+def test_heads_on_streams_of_their_own(way):
+    """Autograd brings their gradients to the stream of h, where they are aggregated."""
+    model, method = Model(3, "cuda"), fastmtl.AlignedMTL()
+    WAYS[way](model, method)
+    expected = model.grads()
+    for _ in range(5):
+        model.zero_grad()
+        main, sides = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in model.heads]
+        hs = fastmtl.fan_out(model.encoder(model.x), 3, method, via=way)
+        losses = []
+        for head, h, y, side in zip(model.heads, hs, model.y, sides, strict=True):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(1_000_000)
+                losses.append(nn.functional.mse_loss(head(h), y))
+        for side in sides:
+            main.wait_stream(side)
+        hs.total(losses).backward()
+        torch.testing.assert_close(model.grads(), expected, rtol=1e-9, atol=1e-12)

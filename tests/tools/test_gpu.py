@@ -73,7 +73,7 @@ def test_rehearsal(gpu, tmp_path):
         assert all(error < 1e-4 for way, error in case["errors"].items() if "TorchJD" not in way)
 
 
-def test_a_run_that_is_cut_off_goes_on(gpu, tmp_path):
+def test_a_run_that_is_cut_off_goes_on(gpu, tmp_path, monkeypatch):
     results, told = tmp_path / "card" / "gpu.json", []
     log = tmp_path / "log"
     hangs = """
@@ -96,7 +96,7 @@ except KeyboardInterrupt:
         part(gpu, "peer", "pass", needs=("no_such_package",)),
         part(gpu, "last", f"open({str(log)!r}, 'a').write('last ')"),
     ]
-    gpu.GRACE = 1.0
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
     assert not gpu.run(gpu.stub(), results, 20, parts, say=told.append)
     kept = json.loads(results.read_text())
     assert kept["card"] == "stub"
@@ -132,6 +132,20 @@ def test_a_file_that_cannot_be_read_is_put_aside(gpu, tmp_path, text):
     assert "not readable" in told[0]
     assert (tmp_path / "gpu.broken").read_text() == text
     assert json.loads(results.read_text())["parts"]["build"]["status"] == "passed"
+
+
+def test_what_came_late_gets_another_chance(gpu, tmp_path, monkeypatch):
+    """A part that the end of a run cut off, not one that hangs."""
+    monkeypatch.setattr(gpu, "GRACE", 0.2)
+    log = tmp_path / "log"
+    code = (
+        f"import time; open({str(log)!r}, 'a').write('x'); time.sleep(3 if len(open({str(log)!r}).read()) < 2 else 0)"
+    )
+    late = [part(gpu, "late", code, seconds=1.0)]
+    for budget, status in ((1.4, "cut off after 1 s"), (20, "passed"), (20, "passed")):
+        gpu.run(gpu.stub(), tmp_path / "gpu.json", budget, late, commit="a", say=lambda _: None)
+        assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["late"]["status"] == status
+    assert log.read_text() == "xx"
 
 
 def test_numbers_of_another_commit_do_not_stay(gpu, tmp_path):
