@@ -513,7 +513,8 @@ def measured() -> str:
     card = found["cuda roof"]["copy", "eager"]["device"]
     machine = results["machine_info"]["fastmtl"]
     commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
-    return f"{card}, torch {machine['torch']}, commit {commit[:7]}. {table_of(found, card)}"
+    said = f"{card}, torch {machine['torch']}, commit {commit[:7]}, {results['datetime'][:10]}"
+    return f"{said}. {table_of(found, card)}"
 
 
 def _group(case: Case) -> str:
