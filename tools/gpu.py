@@ -258,14 +258,22 @@ def _write(results: Path, content: dict[str, Any]) -> None:
 
 def _lacking(part: Part, rehearse: bool) -> str:
     """What a part needs and does not find."""
-    programs = [name for name in part.under[:1] if not rehearse and shutil.which(name) is None]
+    programs = [name for name in part.under[:1] if not rehearse and _program(name) is None]
     return ", ".join([*programs, *(name for name in part.needs if importlib.util.find_spec(name) is None)])
+
+
+def _program(name: str) -> str | None:
+    """Where a program is: on PATH, or among those of the CUDA toolkit."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    folders = [os.environ.get("PATH", os.defpath), *(os.path.join(home, "bin") for home in homes if home)]
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def _result(part: Part, folder: Path, environment: dict[str, str], limit: float, rehearse: bool) -> dict[str, Any]:
     """A part's status, its last words and the end of what it printed."""
     words = part.rehearsal or part.command if rehearse else part.command
-    command = [*(() if rehearse else part.under), sys.executable, *(w.replace("{folder}", str(folder)) for w in words)]
+    under = [] if rehearse or not part.under else [_program(part.under[0]) or part.under[0], *part.under[1:]]
+    command = [*under, sys.executable, *(word.replace("{folder}", str(folder)) for word in words)]
     start = time.monotonic()
     # Not a pipe: processes that outlive the command would keep it open.
     with tempfile.TemporaryFile() as output:
@@ -336,6 +344,8 @@ def _commit() -> str:
 
 def work(device: str) -> None:
     """A few small shapes of every kind of kernel, for the sanitizers."""
+    # Every tensor is an allocation of its own, at whose end memcheck sees a kernel go on.
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     import fastmtl
 
     generator = torch.Generator().manual_seed(0)

@@ -382,6 +382,34 @@ def test_what_watches_does_not_wait(watch, T):
     assert not [name for name in watch.ops if name == "fastmtl::eigh" and T > 64]
 
 
+@needs_cuda_build
+def test_mixed_devices_are_named():
+    """Two GPUs in one call: what says so before any kernel runs; tests/emulation/test_devices.py has the kernels'."""
+
+    def on(device, *shape, dtype=F32):
+        return torch.empty(*shape, dtype=dtype, device=f"cuda:{device}")
+
+    method, policy = fastmtl.AlignedMTL(), ("min", 1e-3, 1e-7, "normalized")
+    with FakeTensorMode():
+        seed, M = on(0, 1, dtype=torch.int64)[0], on(0, 3, 3, dtype=F64)
+        for call in (
+            lambda: method([on(0, 5), on(1, 5)]),
+            lambda: method([[on(0, 5), on(0, 3)], [on(0, 5), on(1, 3)]]),
+            lambda: method(on(0, 3, 5), out=on(1, 5)),
+            lambda: method([on(0, 5), on(0, 5)], out=[on(1, 5)]),
+            lambda: fastmtl.GradDrop()([[on(0, 5), on(1, 3)], [on(0, 5), on(1, 3)]]),
+            lambda: fastmtl.ops.gram_rows([on(0, 5), on(0, 3), on(1, 5), on(1, 3)], 2),
+            lambda: fastmtl.ops.align_gram(M, on(1, 3, dtype=F64), *policy),
+            lambda: fastmtl.ops.pcgrad(on(1, 3, 3), seed, True),
+            lambda: fastmtl.ops.gradvac(M, seed, 0.5, on(1, 3, 3, dtype=F64)),
+            lambda: fastmtl.ops.combine(on(0, 3, 5), on(1, 3, dtype=F64), on(0, 5)),
+            lambda: fastmtl.ops.sign_drop(on(0, 3, 5), seed, on(1, 3, dtype=F64), on(0, 5)),
+        ):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                call()
+            assert {"cuda:0", "cuda:1"} <= set(re.findall(r"cuda:\d", str(error.value))), str(error.value)
+
+
 META_WAYS = {
     "shared": lambda m, s: m.backward(s.losses(), s.trunk.parameters()),
     "found": lambda m, s: m.backward(s.losses()),

@@ -201,6 +201,17 @@ def test_results_are_no_change_of_the_code(gpu, tmp_path, monkeypatch):
     assert gpu._commit() == f"{commit}-dirty"
 
 
+def test_programs_of_the_toolkit_are_found(gpu, tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho sanitized; shift; exec "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    watched = part(gpu, "memcheck", "print('ran')", seconds=5, under=("compute-sanitizer", "--tool"))
+    assert gpu.run(gpu.stub(), tmp_path / "gpu.json", 20, [watched], say=lambda _: None)
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["memcheck"]["output"] == "sanitized\nran\n"
+
+
 def test_the_build_is_for_this_card(gpu, tmp_path):
     code = "import os; assert os.environ['TORCH_CUDA_ARCH_LIST'] == '8.6' and os.environ['FASTMTL_CUDA'] == '1'"
     assert gpu.run(gpu.Card("a card", "8.6"), tmp_path / "gpu.json", 60, [part(gpu, "build", code)])
