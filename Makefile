@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/emulation/devices/*.* tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
@@ -110,8 +110,8 @@ cuda-all: ## the same for every architecture of the design
 cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
 
-gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes
-	$(BIN)/python tools/gpu.py
+gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes (GPU_ARGS="--rehearse" without one)
+	$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
 bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-style loop, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
