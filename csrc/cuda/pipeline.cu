@@ -27,8 +27,9 @@ void with_type(Dtype dtype, F&& f) {
   }
 }
 
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+// Columns from an address to the next multiple of 16.
+int64_t head_of(uint64_t address, Dtype dtype) {
+  return int64_t(-address % 16) / element_size(dtype);
 }
 
 int64_t tiles_of(int64_t columns) {
@@ -42,7 +43,12 @@ GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   // Without columns there is nothing to measure.
   const bool blocks =
       !exact && G.columns() > 0 && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
-  const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
+  int rows = T <= 2 ? 2 : T <= 4 ? 4 : 8;
+  if (blocks) {
+    rows = T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
+  } else if (T > 8) {
+    rows = T <= 48 ? int(T + 7) / 8 * 8 : kGroupRows;
+  }
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
 }
 
@@ -110,8 +116,10 @@ Batch::Batch(
   source.length = P;
   source.out = out;
   source.next_out = next_out;
-  source.wide = aligned(base) && aligned(out) && (T == 1 || next_row % 16 == 0) &&
-                (B == 1 || (next_matrix % 16 == 0 && next_out % 16 == 0));
+  const auto address = reinterpret_cast<uintptr_t>(base), result = reinterpret_cast<uintptr_t>(out);
+  const bool alike = (!out || (address - result) % 16 == 0) && (T == 1 || next_row % 16 == 0) &&
+                     (B == 1 || (next_matrix % 16 == 0 && (!out || next_out % 16 == 0)));
+  source.head = alike ? head_of(address, dtype) : -1;
   parts_.push_back({dtype, source});
 }
 
@@ -143,18 +151,20 @@ Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P
     const int d = int(segment.dtype);
     uint64_t* to = words.get() + next[d];
     next[d] += record;
-    uint64_t all = reinterpret_cast<uintptr_t>(segment.out);
+    const uint64_t result = reinterpret_cast<uintptr_t>(segment.out);
+    uint64_t some = result, differ = 0; // an address, and in which bits others differ from it
     for (int64_t t = 0; t < T_; ++t) {
       const uint64_t row = reinterpret_cast<uintptr_t>(segment.rows[t]);
       to[kRows0 + t] = row;
-      all |= row;
       missing |= row == 0;
+      some = some ? some : row;
+      differ |= row ? row ^ some : 0;
     }
     to[kFirstTile] = uint64_t(source[d].tiles);
     to[kFirstColumn] = uint64_t(P_);
     to[kLength] = uint64_t(segment.length);
-    to[kOut] = reinterpret_cast<uintptr_t>(segment.out);
-    to[kWide] = all % 16 == 0;
+    to[kOut] = result;
+    to[kHead] = uint64_t(differ % 16 == 0 ? head_of(some, segment.dtype) : -1);
     source[d].tiles += tiles_of(segment.length);
     source[d].segments += 1;
     P_ += segment.length;

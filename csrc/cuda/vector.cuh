@@ -38,20 +38,16 @@ __device__ Vector<scalar> zeros() {
   return {uint4{0, 0, 0, 0}};
 }
 
-// Elements [at, end) of a row, zeros beyond `end` and where there is no row.
-template <class scalar>
-__device__ Vector<scalar> read(const scalar* row, int64_t at, int64_t end, bool wide) {
-  if (!row || at >= end) {
-    return zeros<scalar>();
-  }
-  if (wide && at + kVec<scalar> <= end) {
-    return {*reinterpret_cast<const uint4*>(row + at)};
-  }
+// Elements at, at + kStep, ... of a row that has no whole vectors there, zeros from `end` on and where there is no row.
+// kStep neighbouring lanes that begin at neighbouring elements read neighbours at the same time.
+template <int kStep, class scalar, class Index>
+__device__ Vector<scalar> read(const scalar* row, Index at, Index end) {
   Vector<scalar> v = zeros<scalar>();
+  const Index left = row ? end - at : 0;
 #pragma unroll
   for (int i = 0; i < kVec<scalar>; ++i) {
-    if (at + i < end) {
-      v.set(i, row[at + i]);
+    if (i * kStep < left) {
+      v.set(i, row[at + i * kStep]);
     }
   }
   return v;
