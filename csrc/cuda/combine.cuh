@@ -20,8 +20,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
   while (pieces.next(piece)) {
     const Whole<scalar> whole(piece);
     scalar* out = whole.row(out_of<scalar>(source, b, piece.segment));
-    const auto sums = [&](auto&& load) { // of kV columns, each row of them being loaded
-      double sum[kV] = {};
+    const auto add_rows = [&]<int kColumns>(double (&sum)[kColumns], auto&& load) {
       for (int64_t t = 0; t < T; t += kDepth) {
         Vector<scalar> v[kDepth];
 #pragma unroll
@@ -32,34 +31,35 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
         for (int d = 0; d < kDepth; ++d) {
           const double weight = t + d < T ? alpha[t + d] : 0.0;
 #pragma unroll
-          for (int i = 0; i < kV; ++i) {
+          for (int i = 0; i < kColumns; ++i) {
             sum[i] = fma(weight, widen<double>(v[d][i]), sum[i]);
           }
         }
       }
+    };
+    for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
+      double sum[kV] = {};
+      add_rows(sum, [&](const scalar* row) {
+        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
+      });
       Vector<scalar> result;
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
         result.set(i, narrow<scalar>(sum[i]));
       }
-      return result;
-    };
-    for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
-      const Vector<scalar> result = sums([&](const scalar* row) {
-        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
-      });
       __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
     }
     // What is before them and behind.
     int at = whole.begin + int(threadIdx.x), end = 0;
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      for (; at < end; at += kThreads * kV) {
-        const Vector<scalar> result = sums([&](const scalar* row) { return read<kThreads>(row, at, end); });
+      for (; at < end; at += kThreads * kFew<scalar>) {
+        double sum[kFew<scalar>] = {};
+        add_rows(sum, [&](const scalar* row) { return read<kThreads, kFew<scalar>>(row, at, end); });
 #pragma unroll
-        for (int i = 0; i < kV; ++i) {
+        for (int i = 0; i < kFew<scalar>; ++i) {
           if (at + i * kThreads < end) {
-            out[at + i * kThreads] = result[i];
+            out[at + i * kThreads] = narrow<scalar>(sum[i]);
           }
         }
       }

@@ -7,7 +7,8 @@
 //
 // gram_groups, T <= 64 and the 64 x 64 blocks on the diagonal of more, in float64 through the tensor cores (mma.cuh):
 //   what a lane has read is its part of the factors as it is, so nothing goes through shared memory but the sums of the
-//   warps at the end. Reads G once; 256, 768 or 2560 P multiply-adds for 16, 32 or 64 rows, zeros where T is less.
+//   warps at the end. Reads G once; 256, 512, 768, 1152, 1536 or 2560 P multiply-adds for 16, 24, 32, 40, 48 or 64
+//   rows, zeros where T is less.
 //
 // gram_tiles, in float32 for any T, and in float64 the blocks off the diagonal: columns are staged in shared memory as
 //   `accumulator`, the next ones being fetched into registers meanwhile; a thread owns a 4 x 4 tile of M. With float32
@@ -99,9 +100,9 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
     for (int t = 0; t < kRows; ++t) {
       rows[t] = whole.row(row_of<scalar>(source, b, piece.segment, t));
     }
-    const auto accumulate = [&](const Vector<scalar>* v) {
+    const auto accumulate = [&]<int kCount>(const Vector<scalar>* v) {
 #pragma unroll
-      for (int i = 0; i < kV; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         double x[kRows];
 #pragma unroll
         for (int t = 0; t < kRows; ++t) {
@@ -137,20 +138,20 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
       }
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        accumulate(v[d]);
+        accumulate.template operator()<kV>(v[d]);
       }
     }
     // What is before them and behind.
     int at = whole.begin + int(threadIdx.x), end = 0;
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      for (; at < end; at += kStep) {
+      for (; at < end; at += kThreads * kFew<scalar>) {
         Vector<scalar> v[kRows];
 #pragma unroll
         for (int t = 0; t < kRows; ++t) {
-          v[t] = read<kThreads>(rows[t], at, end);
+          v[t] = read<kThreads, kFew<scalar>>(rows[t], at, end);
         }
-        accumulate(v);
+        accumulate.template operator()<kFew<scalar>>(v);
       }
       at = whole.to + int(threadIdx.x);
       end = whole.end;
@@ -242,9 +243,9 @@ __device__ void groups_warp(
     for (int r = kFirst; r < kGroups; ++r) {
       rows[r] = whole.row(row_of<scalar>(source, b, piece.segment, first_row + r * 8 + g));
     }
-    const auto accumulate = [&](const Vector<scalar>* v) {
+    const auto accumulate = [&]<int kCount>(const Vector<scalar>* v) {
 #pragma unroll
-      for (int i = 0; i < kV; i += 2) { // whichever eight columns: all rows have the same
+      for (int i = 0; i < kCount; i += 2) { // whichever eight columns: all rows have the same
         double x[kGroups + kGroups % 2][2] = {};
 #pragma unroll
         for (int r = kFirst; r < kGroups; ++r) {
@@ -286,19 +287,19 @@ __device__ void groups_warp(
         }
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          accumulate(v[d]);
+          accumulate.template operator()<kV>(v[d]);
         }
         continue;
       }
       const int last = at < 0 ? 0 : at + kStep < whole.end ? at + kStep : whole.end;
 #pragma unroll 1
-      for (int c = at < 0 ? whole.begin : at; c < last; c += kStrip) {
+      for (int c = at < 0 ? whole.begin : at; c < last; c += 4 * kFew<scalar>) {
         Vector<scalar> v[kGroups];
 #pragma unroll
         for (int r = kFirst; r < kGroups; ++r) {
-          v[r] = read<4>(rows[r], c + q, last);
+          v[r] = read<4, kFew<scalar>>(rows[r], c + q, last);
         }
-        accumulate(v);
+        accumulate.template operator()<kFew<scalar>>(v);
       }
     }
   }
@@ -482,7 +483,7 @@ __device__ __forceinline__ void fetch_tiles(
     Vector<scalar> v = zeros<scalar>();
     if (r < kRows) {
       const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-      v = read<kRowVectors>(whole.row(row_of<scalar>(source, b, segment, t)), at + k % kRowVectors, end);
+      v = read<kRowVectors, kV>(whole.row(row_of<scalar>(source, b, segment, t)), at + k % kRowVectors, end);
     }
 #pragma unroll
     for (int m = 0; m < kLoads; ++m) { // a register has no address

@@ -84,8 +84,7 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
     const Whole<scalar> whole(piece);
     scalar* out = whole.row(out_of<scalar>(source, b, piece.segment));
     const uint64_t first = uint64_t(first_column(source, b, piece.segment) + whole.from);
-    const auto sums = [&](auto&& load) { // of kV columns, each row of them being loaded
-      SignSums<scalar, kV, kLeak> sum;
+    const auto add_rows = [&]<int kColumns>(SignSums<scalar, kColumns, kLeak>& sums, auto&& load) {
       for (int64_t t = 0; t < T; t += kDepth) {
         Vector<scalar> v[kDepth];
 #pragma unroll
@@ -96,15 +95,15 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
         for (int d = 0; d < kDepth; ++d) {
           const double part = kLeak && t + d < T ? leak[t + d] : 0.0;
 #pragma unroll
-          for (int i = 0; i < kV; ++i) {
-            sum.add(i, v[d][i], part);
+          for (int i = 0; i < kColumns; ++i) {
+            sums.add(i, v[d][i], part);
           }
         }
       }
-      return sum;
     };
     for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
-      const auto sum = sums([&](const scalar* row) {
+      SignSums<scalar, kV, kLeak> sums;
+      add_rows(sums, [&](const scalar* row) {
         return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
       });
       uint32_t word[kV];
@@ -112,7 +111,7 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
       Vector<scalar> result;
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
-        result.set(i, sum.chosen(i, word[i]));
+        result.set(i, sums.chosen(i, word[i]));
       }
       __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
     }
@@ -120,17 +119,12 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
     int at = whole.begin + int(threadIdx.x), end = 0;
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-      for (; at < end; at += kThreads * kV) {
-        const auto sum = sums([&](const scalar* row) { return read<kThreads>(row, at, end); });
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          const int c = at + i * kThreads;
-          if (c < end) {
-            uint32_t word[1];
-            random_words(seed, first + uint64_t(c), word);
-            out[c] = sum.chosen(i, word[0]);
-          }
-        }
+      for (; at < end; at += kThreads) {
+        SignSums<scalar, 1, kLeak> sums;
+        add_rows(sums, [&](const scalar* row) { return read<kThreads, 1>(row, at, end); });
+        uint32_t word[1];
+        random_words(seed, first + uint64_t(at), word);
+        out[at] = sums.chosen(0, word[0]);
       }
       at = whole.to + int(threadIdx.x);
       end = whole.end;

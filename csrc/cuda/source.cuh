@@ -38,7 +38,7 @@ struct Source {
 // A stretch of columns of one tensor.
 struct Piece {
   int64_t segment, begin, end; // columns
-  int64_t head;                // as of Source
+  int64_t head;                // of these columns, as of Source
 };
 
 // The columns [begin, end) of a piece, of which [0, to) are the whole vectors of its rows and result: counted from the
@@ -51,7 +51,6 @@ struct Whole {
 
   __device__ explicit Whole(const Piece& piece) {
     constexpr int kV = 16 / int(sizeof(scalar));
-    // Pieces begin on a multiple of every vector.
     const bool alike = piece.head >= 0 && piece.begin + piece.head < piece.end;
     from = piece.begin + (alike ? piece.head : 0);
     begin = int(piece.begin - from);
@@ -110,7 +109,7 @@ class Pieces {
       return false;
     }
     int64_t first = 0, length = source_.length, end = source_.tiles;
-    piece.head = source_.head;
+    int64_t head = source_.head;
     if (source_.table) {
       // Segments without columns have no tiles: they start where their successor does.
       while (segment_ + 1 < source_.segments && int64_t(source_.record(segment_ + 1)[kFirstTile]) <= tile_) {
@@ -119,13 +118,18 @@ class Pieces {
       const uint64_t* record = source_.record(segment_);
       first = int64_t(record[kFirstTile]);
       length = int64_t(record[kLength]);
-      piece.head = int64_t(record[kHead]);
+      head = int64_t(record[kHead]);
       end = segment_ + 1 < source_.segments ? int64_t(source_.record(segment_ + 1)[kFirstTile]) : source_.tiles;
     }
     end = end < last_ ? end : last_;
     piece.segment = segment_;
-    piece.begin = (tile_ - first) * kTileColumns;
-    piece.end = (end - first) * kTileColumns < length ? (end - first) * kTileColumns : length;
+    // Pieces but the first of a segment begin with a vector; the last one may then be empty.
+    const int64_t shift = head > 0 ? head : 0;
+    const int64_t from = tile_ > first ? (tile_ - first) * kTileColumns + shift : 0;
+    const int64_t to = (end - first) * kTileColumns + shift;
+    piece.begin = from < length ? from : length;
+    piece.end = to < length ? to : length;
+    piece.head = from > 0 && head > 0 ? 0 : head;
     tile_ = end;
     return true;
   }
