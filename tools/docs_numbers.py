@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cuda_model  # noqa: E402  (from benchmarks)
+import exact_split  # noqa: E402
 
 from fastmtl import catalog  # noqa: E402
 
@@ -564,6 +565,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "losses": losses,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
+    "exact split": lambda results: exact_split.table(),
 }
 
 
