@@ -42,12 +42,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import cuda_model  # noqa: E402  (from benchmarks)
 import cuda_results  # noqa: E402
+import exact_split  # noqa: E402
 import pictures  # noqa: E402  (from tools)
 
 from fastmtl import catalog  # noqa: E402
@@ -621,6 +620,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "cuda lead": gpu_lead,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
+    "exact split": lambda results: exact_split.table(),
 }
 
 
