@@ -92,7 +92,7 @@ __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRo
     rank_out[b] = *rank;
   }
   if (source.table || source.out) {
-    combine_run<scalar>(source, b, all, alpha);
+    combine_run<scalar, Shape::kThreads>(source, b, all, alpha);
   }
 }
 

@@ -11,8 +11,8 @@ namespace fastmtl::cuda {
 
 // How a Gram matrix is computed.
 struct GramPlan {
-  int rows;         // 2, 4 or 8: gram_stream; 16, 32 or 64: gram_groups, or gram_tiles in float32
-  bool blocks;      // float32
+  int rows;    // 2, 4 or 8: gram_stream; 16, 24, 32, 40, 48 or 64: gram_groups; 16, 32 or 64: gram_tiles in float32
+  bool blocks; // float32
   int64_t diagonal; // 64 x 64 blocks on the diagonal of M (one up to T = 64), and above it
   int64_t pairs() const {
     return diagonal * (diagonal - 1) / 2;

@@ -73,7 +73,7 @@ void launch_gram(
   if (plan.rows <= 8) {
     with_rows<2, 4, 8>(plan.rows, stream_rows);
   } else if (!plan.blocks) {
-    with_rows<16, 32, 64>(plan.rows, groups);
+    with_rows<16, 24, 32, 40, 48, 64>(plan.rows, groups);
     if (plan.pairs() > 0) {
       tiles.template operator()<double, 128>(plan.pairs(), partials.pairs);
     }

@@ -139,6 +139,8 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
     }
     return names;
   });
+  m.def("watch_loads", &host_cuda::watch_loads);
+  m.def("watched", &host_cuda::watched);
   m.def("reset_launches", [] { host_cuda::reset_launches(); });
 
   py::class_<Input>(m, "Input")
