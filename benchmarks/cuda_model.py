@@ -43,8 +43,11 @@ __all__ = [
     "Device",
     "Kernel",
     "align",
+    "grouped",
     "measured",
+    "modelled",
     "plain",
+    "table_of",
     "tables",
 ]
 
@@ -171,6 +174,7 @@ CASES = (
     Case(10, 10_000_000),
     Case(10, 1_000_000, torch.bfloat16),
     Case(32, 1_000_000),
+    Case(33, 1_000_000),
     Case(64, 1_000_000),
     Case(128, 100_000),
     Case(1024, 100_000),
@@ -213,8 +217,8 @@ class Plan:
 
 def _groups(rows: int) -> int:
     """`Groups`: tiles of 16 x 8 entries, those on and above the diagonal."""
-    pairs = rows // 16
-    return pairs * (pairs + 1) * 16 * 8
+    groups = rows // 8
+    return (groups + 1) // 2 * (groups // 2 + 1) * 16 * 8
 
 
 PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
@@ -225,7 +229,7 @@ def _plan(case: Case, exact: bool, device: Device) -> Plan:
     most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxJacobiTasks"]
     blocks = not exact and case.dtype is not torch.float64 and most < T
     wide = [rows for rows in (2, 4, 8) if rows >= T and not blocks]
-    tiled = [rows for rows in (16, 32) if rows >= T]
+    tiled = [rows for rows in ((16, 32) if blocks else (16, 24, 32, 40, 48)) if rows >= T]
     return Plan(next(iter([*wide, *tiled, 64])), blocks, _up(T, CONSTANTS["kGroupRows"]))
 
 
@@ -294,7 +298,7 @@ def align(case: Case, device: Device) -> list[Kernel]:
     """The launches of a step on well-conditioned gradients, in order."""
     kernels: list[Kernel] = []
     if case.sizes:
-        words = len(case.sizes) * (4 + case.T)
+        words = len(case.sizes) * (5 + case.T)
         kernels.append(Kernel("upload", 4, 2 * words * 8, launches=_up(words, CONSTANTS["kManyWords"])))
     if _small(case.B, case.T, case.P):
         rows = 8 if case.T <= 8 else 16 if case.T <= 16 else 32
@@ -462,20 +466,30 @@ def tables() -> str:
     )
 
 
-def measured() -> str:
-    """The table of what was measured: of a step in microseconds, and as multiples of what it is compared with."""
-    results = json.loads(RESULTS.read_text())
+def grouped(results: dict[str, Any]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """What benchmarks/test_cuda.py measured: group -> (whose, eager or graph) -> `extra_info`."""
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for benchmark in results["benchmarks"]:
-        params = benchmark["params"]
-        way = params.get("name", "fastmtl"), params.get("way", "eager")
-        found.setdefault(benchmark["group"], {})[way] = benchmark["extra_info"]
-    roof = found.pop("cuda roof")
-    copy, read = (roof[name, "eager"]["GB/s"] for name in ("copy", "sum"))
-    machine = results["machine_info"]["fastmtl"]
-    commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
-    text = f"{roof['copy', 'eager']['device']}, torch {machine['torch']}, commit {commit[:7]}. "
-    text += f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
+    for benchmark in results.get("benchmarks", []):
+        params = benchmark["params"] or {}
+        if "GB/s" in benchmark["extra_info"]:  # a time of the device
+            way = params.get("name", "fastmtl"), params.get("way", "eager")
+            found.setdefault(benchmark["group"], {})[way] = benchmark["extra_info"]
+    return found
+
+
+def modelled(case: Case, card: str) -> str:
+    """The model of a step on this card, in microseconds; empty where its rates are not known."""
+    device = next((device for device in DEVICES if device.name.split()[0] in card), None)
+    return _microseconds(align(case, device), device) if device else ""
+
+
+def table_of(found: dict[str, dict[tuple[str, str], dict[str, Any]]], card: str) -> str:
+    """Steps in microseconds, and as multiples of what they are compared with; the memory's rates first."""
+    roof, text = found.get("cuda roof", {}), ""
+    copy = roof["copy", "eager"]["GB/s"] if ("copy", "eager") in roof else None
+    if copy and ("sum", "eager") in roof:
+        read = roof["sum", "eager"]["GB/s"]
+        text = f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
     text += (
         _row(["case", "µs", "called eagerly", "plain PyTorch", "× plain", "× the reads", "model"]) + "|---" * 7 + "|\n"
     )
@@ -487,10 +501,21 @@ def measured() -> str:
         best = graph or eager
         cells = [f"{x['microseconds']:.1f}" if x else "" for x in (graph, eager, plain)]
         cells.append(f"{plain['microseconds'] / eager['microseconds']:.1f}" if plain else "")
-        cells.append("" if "eigh" in group else f"{copy / best['GB/s']:.2f}")
-        cells.append(_microseconds(align(models[group], DEVICES[0]), DEVICES[0]) if group in models else "")
+        cells.append(f"{copy / best['GB/s']:.2f}" if copy and "eigh" not in group else "")
+        cells.append(modelled(models[group], card) if group in models else "")
         text += _row([group.removeprefix("cuda "), *cells])
     return text
+
+
+def measured() -> str:
+    """The table of what was measured: of a step in microseconds, and as multiples of what it is compared with."""
+    results = json.loads(RESULTS.read_text())
+    found = grouped(results)
+    card = found["cuda roof"]["copy", "eager"]["device"]
+    machine = results["machine_info"]["fastmtl"]
+    commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
+    said = f"{card}, torch {machine['torch']}, commit {commit[:7]}, {results['datetime'][:10]}"
+    return f"{said}. {table_of(found, card)}"
 
 
 def _group(case: Case) -> str:

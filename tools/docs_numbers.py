@@ -15,7 +15,8 @@ benchmarks/check.py, as it prints them, or a pattern of several; MEASURE one of 
 ...), or "fast" or "base" with a unit ("fast ms"): the time of fastmtl, or of what it is compared with; FORMAT a Python
 format (default .2f); PICK "min" or "max" where there are several. More kinds are
 <!-- n: steps / ROW / COLUMN / FORMAT -->, from the table of training steps, <!-- n: model / launch µs -->, from the
-CUDA model, <!-- n: demo / METHOD / FIELD / FORMAT -->, the mean over the seeds of what `make demo` prints
+CUDA model, <!-- n: cuda / CASE / FORMAT -->, plain PyTorch's time over fastmtl's in its table of what was measured, or
+<!-- n: cuda / card -->, <!-- n: demo / METHOD / FIELD / FORMAT -->, the mean over the seeds of what `make demo` prints
 (examples/digits.py --json), where METHOD / FIELD may also be "shorter", <!-- n: methods -->, how many there are, and
 <!-- n: experiment / NAME / METHOD / FORMAT -->, Δm of a method in a table of experiments/results, in percent (of rl
 success in percent, of toy how many of 25 runs reach the optimum), or with FORMAT "place" its place among all.
@@ -41,11 +42,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import cuda_model  # noqa: E402  (from benchmarks)
+import cuda_results  # noqa: E402
+import exact_split  # noqa: E402
 import pictures  # noqa: E402  (from tools)
 
 from fastmtl import catalog  # noqa: E402
@@ -531,6 +532,18 @@ def expected(results: Results) -> str:
     return table(["Δm %", *EXPERIMENTS.values()], rows)
 
 
+def on_gpu(results: Results) -> str:
+    """The newest run of `make gpu`."""
+    run = cuda_results.newest(results.folder.parent)
+    return run.page() if run else absent("make gpu")
+
+
+def gpu_lead(results: Results) -> str:
+    """Its few rows for README, which leads with them as soon as they are there."""
+    run = cuda_results.newest(results.folder.parent)
+    return run.lead() if run else ""
+
+
 TIME = "processor, s"  # of one run
 
 
@@ -603,8 +616,11 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "threads": lines("threads *"),
     "scaling": scaling,
     "losses": losses,
+    "cuda run": on_gpu,
+    "cuda lead": gpu_lead,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
+    "exact split": lambda results: exact_split.table(),
 }
 
 
@@ -626,6 +642,19 @@ def experiment_mean(results: Results, name: str, method: str) -> float:
     return deltas(name)[method][0]
 
 
+def of_cuda(name: str, rest: Sequence[str]) -> str:
+    """The card of the CUDA table, or how many times as long plain PyTorch takes in one of its rows."""
+    found = cuda_model.grouped(json.loads(cuda_model.RESULTS.read_text(encoding="utf-8")))
+    if rest == ["card"]:
+        card: str = found["cuda roof"]["copy", "eager"]["device"]
+        return card.removeprefix("NVIDIA ").partition(" ")[0]
+    try:
+        ours, plain = (found[f"cuda {rest[0]}"][who, "eager"]["microseconds"] for who in ("fastmtl", "pure"))
+    except (KeyError, IndexError):
+        raise ValueError(f"n: {name}: not in {cuda_model.RESULTS.name}, or expected 'cuda / CASE / FORMAT'") from None
+    return format(plain / ours, *rest[1:])
+
+
 def place(name: str, method: str) -> int:
     """Which Δm of a table it is, the best being the first."""
     return sorted(deltas(name), key=lambda other: deltas(name)[other][0]).index(method) + 1
@@ -643,6 +672,8 @@ def span(name: str, results: Results) -> str:
         if rest != ["launch µs"]:
             raise ValueError(f"n: {name}: expected 'model / launch µs'")
         return f"{1e6 * cuda_model.LAUNCH:g}"
+    if kind == "cuda":
+        return of_cuda(name, rest)
     if kind == "methods":
         return str(len(catalog.names()))
     if kind in ("demo", "experiment"):

@@ -137,7 +137,7 @@ def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
 
 def times(x: Tensor, scale: Tensor) -> Tensor:
     """`x`, itself where that is known to be the product."""
-    if not x.is_floating_point() or not (scale.is_cuda or (scale != 1).any()):  # nothing waits for a GPU
+    if not x.is_floating_point() or (scale.is_cpu and not (scale != 1).any()):  # nothing waits for a GPU
         return x
     return x * scale.to(x.dtype).reshape(scale.shape + (1,) * (x.dim() - scale.dim()))
 
