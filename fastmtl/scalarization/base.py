@@ -309,7 +309,7 @@ class Scalarization(MethodModule):
             parts = self._parts(losses)
             there = present(parts)
             if not any(there):
-                raise ValueError(f"losses: expected at least one task that is there, got None for all {len(parts)}")
+                raise ValueError(f"losses: expected at least one task that is present, got None for all {len(parts)}")
             L = stack_losses([loss if known else None for loss, known in zip(parts, there, strict=True)], absent=1.0)
             if not all(there):
                 none = L.new_zeros((), dtype=torch.bool)  # made on the device, not copied there

@@ -240,8 +240,8 @@ class Accumulator:
     def _check_whole(self) -> None:
         if self._halfway:
             raise RuntimeError(
-                "accumulate: a micro-batch failed in the midst of its passes, and a part of it is in the sums: "
-                "reset() forgets this step's micro-batches"
+                "accumulate: a micro-batch failed in the middle of its passes, and the sums contain a part of it: "
+                "reset() discards this step's micro-batches"
             )
 
     def _check_like_others(self, step: Step) -> None:

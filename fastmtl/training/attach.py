@@ -207,7 +207,7 @@ class Attached:
         output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
         if output is None:
             raise RuntimeError(
-                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; what lies between "
+                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; anything between "
                 "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
             )
         alias = list(tensors_of(self._fanned(output)[t]))
