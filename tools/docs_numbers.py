@@ -565,7 +565,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "losses": losses,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
-    "exact split": lambda results: exact_split.table(),
+    "cuda exact split": lambda results: exact_split.table(),
 }
 
 
