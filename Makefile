@@ -14,11 +14,11 @@ FUZZ_SECONDS ?= 300
 # `make wheel` builds against the one torch and tests on the other.
 WHEEL_TORCH ?= 2.14.1
 WHEEL_RUNS_ON ?= 2.13.0
-CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/sanitize/*.h tests/sanitize/*.cpp \
+CPP := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/emulation/runtime/*.h tests/emulation/devices/*.* tests/sanitize/*.h tests/sanitize/*.cpp \
 	tests/sanitize/torch/csrc/stable/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel emulate cuda cuda-all cuda-report gpu bench bench-check bench-engines bench-gate bench-against scaling-quick docs docs-numbers test-site lint lint-style lint-types lint-public-types format clean
+.PHONY: help install develop demo test test-tools test-experiments test-trainers test-avx2 test-all sanitize fuzz wheel wheel-cuda emulate cuda cuda-all cuda-report gpu bench bench-check bench-engines bench-gate bench-against scaling-quick docs docs-numbers test-site lint lint-style lint-types lint-public-types format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -87,6 +87,13 @@ wheel: develop ## dist/: sdist and, built from it in isolation, the wheel with C
 	PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build
 	FASTMTL_DIST=dist FASTMTL_WHEEL_RUNS_ON=$(WHEEL_RUNS_ON) $(BIN)/python -m pytest tests/packaging --slow -s $(PYTEST_ARGS)
 
+wheel-cuda: develop ## dist/: the wheel with CUDA kernels too, for every architecture of the design (needs nvcc; half an hour)
+	rm -f dist/*+cu*.whl
+	echo 'torch==$(WHEEL_TORCH)' > $(VENV)/wheel-constraint.txt
+	cuda=cu$$($(BIN)/python -c 'import torch; print(torch.version.cuda.split(".")[0])') && \
+	FASTMTL_CUDA=1 FASTMTL_LOCAL_VERSION=$$cuda PIP_CONSTRAINT=$(abspath $(VENV)/wheel-constraint.txt) $(BIN)/python -m build --wheel
+	FASTMTL_CUDA_WHEEL='dist/*+cu*.whl' $(BIN)/python -m pytest tests/packaging/test_wheel.py --slow -s -k cuda $(PYTEST_ARGS)
+
 # Every pair of parameters: all combinations, which test-all has, take a day of processor time.
 emulate: develop ## every CUDA kernel on the host: three thread orders, AddressSanitizer, ThreadSanitizer (some of it is part of test)
 	$(BIN)/python -m pytest $(PARALLEL) tests/emulation --slow --cover 2 $(PYTEST_ARGS)
@@ -103,8 +110,8 @@ cuda-all: ## the same for every architecture of the design
 cuda-report: develop ## registers, spills, occupancy and load widths of the compiled kernels (needs nvcc)
 	$(BIN)/python tools/cuda_report.py
 
-gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes
-	$(BIN)/python tools/gpu.py
+gpu: develop ## on a machine with an NVIDIA GPU: build for it, test, sanitize and measure in nine minutes; resumes (GPU_ARGS="--rehearse" without one)
+	$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
 bench: develop ## every op and step beside plain PyTorch, TorchJD and a LibMTL-style loop, under pytest-benchmark
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)

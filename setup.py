@@ -102,6 +102,8 @@ def extensions() -> dict:
         )
     build = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)
     options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    if local := os.environ.get("FASTMTL_LOCAL_VERSION"):  # 0.2.0+cu13: beside the wheel without CUDA kernels
+        options["egg_info"] = {"tag_build": f"+{local}"}
     return {"ext_modules": modules, "cmdclass": {"build_ext": build}, "options": options}
 
 

@@ -43,8 +43,11 @@ __all__ = [
     "Device",
     "Kernel",
     "align",
+    "grouped",
     "measured",
+    "modelled",
     "plain",
+    "table_of",
     "tables",
 ]
 
@@ -463,20 +466,30 @@ def tables() -> str:
     )
 
 
-def measured() -> str:
-    """The table of what was measured: of a step in microseconds, and as multiples of what it is compared with."""
-    results = json.loads(RESULTS.read_text())
+def grouped(results: dict[str, Any]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """What benchmarks/test_cuda.py measured: group -> (whose, eager or graph) -> `extra_info`."""
     found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for benchmark in results["benchmarks"]:
-        params = benchmark["params"]
-        way = params.get("name", "fastmtl"), params.get("way", "eager")
-        found.setdefault(benchmark["group"], {})[way] = benchmark["extra_info"]
-    roof = found.pop("cuda roof")
-    copy, read = (roof[name, "eager"]["GB/s"] for name in ("copy", "sum"))
-    machine = results["machine_info"]["fastmtl"]
-    commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
-    text = f"{roof['copy', 'eager']['device']}, torch {machine['torch']}, commit {commit[:7]}. "
-    text += f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
+    for benchmark in results.get("benchmarks", []):
+        params = benchmark["params"] or {}
+        if "GB/s" in benchmark["extra_info"]:  # a time of the device
+            way = params.get("name", "fastmtl"), params.get("way", "eager")
+            found.setdefault(benchmark["group"], {})[way] = benchmark["extra_info"]
+    return found
+
+
+def modelled(case: Case, card: str) -> str:
+    """The model of a step on this card, in microseconds; empty where its rates are not known."""
+    device = next((device for device in DEVICES if device.name.split()[0] in card), None)
+    return _microseconds(align(case, device), device) if device else ""
+
+
+def table_of(found: dict[str, dict[tuple[str, str], dict[str, Any]]], card: str) -> str:
+    """Steps in microseconds, and as multiples of what they are compared with; the memory's rates first."""
+    roof, text = found.get("cuda roof", {}), ""
+    copy = roof["copy", "eager"]["GB/s"] if ("copy", "eager") in roof else None
+    if copy and ("sum", "eager") in roof:
+        read = roof["sum", "eager"]["GB/s"]
+        text = f"A copy moves {copy / 1e3:.2f} TB/s (read and written), `sum` reads {read / 1e3:.2f} TB/s.\n\n"
     text += (
         _row(["case", "µs", "called eagerly", "plain PyTorch", "× plain", "× the reads", "model"]) + "|---" * 7 + "|\n"
     )
@@ -488,10 +501,21 @@ def measured() -> str:
         best = graph or eager
         cells = [f"{x['microseconds']:.1f}" if x else "" for x in (graph, eager, plain)]
         cells.append(f"{plain['microseconds'] / eager['microseconds']:.1f}" if plain else "")
-        cells.append("" if "eigh" in group else f"{copy / best['GB/s']:.2f}")
-        cells.append(_microseconds(align(models[group], DEVICES[0]), DEVICES[0]) if group in models else "")
+        cells.append(f"{copy / best['GB/s']:.2f}" if copy and "eigh" not in group else "")
+        cells.append(modelled(models[group], card) if group in models else "")
         text += _row([group.removeprefix("cuda "), *cells])
     return text
+
+
+def measured() -> str:
+    """The table of what was measured: of a step in microseconds, and as multiples of what it is compared with."""
+    results = json.loads(RESULTS.read_text())
+    found = grouped(results)
+    card = found["cuda roof"]["copy", "eager"]["device"]
+    machine = results["machine_info"]["fastmtl"]
+    commit = results["commit_info"]["id"] if "commit_info" in results else machine["commit"]
+    said = f"{card}, torch {machine['torch']}, commit {commit[:7]}, {results['datetime'][:10]}"
+    return f"{said}. {table_of(found, card)}"
 
 
 def _group(case: Case) -> str:

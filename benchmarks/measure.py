@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,10 +14,29 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmtl.scaling import machine as machines
+from fastmtl.scaling.timing import Sample, by_clock, on_cuda
 
-__all__ = ["GEMM", "Held", "cpu_clock", "gemm", "held", "keep_memory", "machine"]
+__all__ = [
+    "DEVICE",
+    "GEMM",
+    "REHEARSAL",
+    "Held",
+    "cpu_clock",
+    "device_name",
+    "gemm",
+    "held",
+    "keep_memory",
+    "machine",
+    "peak",
+    "sample",
+    "synchronize",
+]
 
 GEMM = 1024  # side of the matrix product that gives the multiply-add rate
+
+# The benchmarks of a GPU run on the CPU, at tiny sizes, where `make gpu` is rehearsed: what they print means nothing.
+REHEARSAL = bool(os.environ.get("FASTMTL_REHEARSAL"))
+DEVICE = "cpu" if REHEARSAL else "cuda"
 
 
 def cpu_clock() -> Callable[[], float]:
@@ -76,12 +96,44 @@ def held(function: Callable[[], object]) -> Held:
     return Held(peak, now)
 
 
-def machine() -> dict[str, Any]:
-    """What a result depends on: processor, threads, versions, kernels in use, commit and date."""
+def device_name() -> str:
+    """The GPU, or what stands for it."""
+    return "rehearsal" if REHEARSAL else torch.cuda.get_device_name()
+
+
+def sample() -> Sample:
+    """How calls on `DEVICE` are timed."""
+    return by_clock() if REHEARSAL else on_cuda
+
+
+def synchronize() -> None:
+    """Waits for `DEVICE`."""
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes that a call takes from the GPU's allocator and holds at once, above what was there; 0 in a rehearsal."""
+    if REHEARSAL:
+        function()
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a result depends on: processor, threads, versions, kernels in use, commit and date.
+
+    Where there is no git, as on a machine that is lent, the commit is $FASTMTL_COMMIT.
+    """
     return {
-        **machines.machine(),
+        **machines.machine(device),
         "threads": torch.get_num_threads(),
-        "commit": machines.git("rev-parse", "HEAD") or None,
+        "commit": os.environ.get("FASTMTL_COMMIT") or machines.git("rev-parse", "HEAD") or None,
         "dirty": bool(machines.git("status", "--porcelain", "--", ":/", ":/!benchmarks/results")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from workloads import MultiTask
+from workloads import MultiTask, convolution
 
-__all__ = ["convolutions", "recurrent", "text", "transformer"]
+__all__ = ["convolutions", "recurrent", "resnet50", "text", "transformer"]
 
 
 def transformer(tasks: int, width: int = 256, layers: int = 4, batch: int = 8, length: int = 64) -> MultiTask:
@@ -32,6 +32,23 @@ def convolutions(tasks: int, channels: Sequence[int], batch: int, size: int, ker
     return MultiTask(tasks, encoder, torch.randn(batch, 3, size, size))
 
 
+def resnet50(
+    tasks: int, batch: int = 32, size: int = 64, width: int = 64, stages: Sequence[int] = (3, 4, 6, 3)
+) -> MultiTask:
+    """T heads on the convolutions of ResNet-50 (23.5 million parameters), for images of `size` x `size`."""
+    torch.manual_seed(0)
+    inputs = width
+    blocks: list[nn.Module] = []
+    for stage, count in enumerate(stages):
+        inner = width << stage
+        for block in range(count):
+            blocks.append(_Bottleneck(inputs, inner, 2 if stage > 0 and block == 0 else 1))
+            inputs = 4 * inner
+    stem = [*convolution(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    encoder = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return MultiTask(tasks, encoder, torch.randn(batch, 3, size, size))
+
+
 def text(tasks: int, vocabulary: int, width: int, batch: int, length: int) -> MultiTask:
     """T heads on the mean over the sequence of embedded tokens, behind two linear layers."""
     torch.manual_seed(0)
@@ -44,6 +61,22 @@ def recurrent(tasks: int, width: int, batch: int, length: int) -> MultiTask:
     torch.manual_seed(0)
     encoder = nn.Sequential(_Outputs(nn.LSTM(width, width, batch_first=True)), _Mean())
     return MultiTask(tasks, encoder, torch.randn(batch, length, width))
+
+
+class _Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1 and a way around them: the block of ResNet-50."""
+
+    def __init__(self, inputs: int, inner: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * inner
+        first, second = convolution(inputs, inner, 1, 1), convolution(inner, inner, 3, stride)
+        relu = nn.ReLU(inplace=True)
+        self.body = nn.Sequential(*first, relu, *second, relu, *convolution(inner, outputs, 1, 1))
+        same = inputs == outputs and stride == 1
+        self.around = nn.Identity() if same else nn.Sequential(*convolution(inputs, outputs, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.body(x) + self.around(x), inplace=True)
 
 
 class _Mean(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = [
     "MultiTask",
     "conflicting",
+    "convolution",
     "eigen_error",
     "error",
     "exact",
@@ -70,19 +71,19 @@ def resnet50(classes: int = 1000) -> list[tuple[int, ...]]:
     """The shapes of ResNet-50's 161 parameters (25.557 million numbers), in the order of `parameters()`."""
     shapes: list[tuple[int, ...]] = []
 
-    def convolution(inputs: int, outputs: int, kernel: int) -> None:  # and the batch norm that follows each of them
+    def layer(inputs: int, outputs: int, kernel: int) -> None:  # a convolution, and the batch norm that follows it
         shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
 
-    convolution(3, 64, 7)
+    layer(3, 64, 7)
     inputs = 64
     for width, blocks in zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True):
         outputs = 4 * width
         for block in range(blocks):
-            convolution(inputs, width, 1)
-            convolution(width, width, 3)
-            convolution(width, outputs, 1)
+            layer(inputs, width, 1)
+            layer(width, width, 3)
+            layer(width, outputs, 1)
             if block == 0:
-                convolution(inputs, outputs, 1)
+                layer(inputs, outputs, 1)
             inputs = outputs
     return [*shapes, (classes, inputs), (classes,)]
 
@@ -178,15 +179,15 @@ def mlp(tasks: int, batch: int = 32, widths: Sequence[int] = (128, 512, 512, 512
     return MultiTask(tasks, nn.Sequential(*layers), torch.randn(batch, widths[0]))
 
 
-def resnet18(tasks: int, batch: int = 16, size: int = 64) -> MultiTask:
+def resnet18(tasks: int, batch: int = 16, size: int = 64, width: int = 64) -> MultiTask:
     """T heads on the convolutions of ResNet-18 (11.2 million parameters), for images of `size` x `size`."""
     torch.manual_seed(0)
     blocks: list[nn.Module] = []
-    inputs = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
         blocks += [_Residual(inputs, outputs, stride), _Residual(outputs, outputs, 1)]
         inputs = outputs
-    stem = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    stem = [*convolution(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     encoder = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return MultiTask(tasks, encoder, torch.randn(batch, 3, size, size))
 
@@ -196,16 +197,17 @@ class _Residual(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        first, second = _convolution(inputs, outputs, 3, stride), _convolution(outputs, outputs, 3, 1)
+        first, second = convolution(inputs, outputs, 3, stride), convolution(outputs, outputs, 3, 1)
         self.body = nn.Sequential(*first, nn.ReLU(inplace=True), *second)
         same = inputs == outputs and stride == 1
-        self.around = nn.Identity() if same else nn.Sequential(*_convolution(inputs, outputs, 1, stride))
+        self.around = nn.Identity() if same else nn.Sequential(*convolution(inputs, outputs, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu(self.body(x) + self.around(x), inplace=True)
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    """Without bias, and the batch norm that follows it."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
 
 

@@ -30,9 +30,6 @@ namespace fastmtl::cuda {
 struct Verdict {
   double again;      // 1 where there is to be a second pass, else 0: three numbers, as the op `second_pass` makes them
   double half, rest; // its G is scaled by half * rest, a power of two that alone might not be representable
-  __device__ double factor() const {
-    return half * rest;
-  }
 };
 
 // A pass over G: the first one always takes place, the second one where the verdict says so.

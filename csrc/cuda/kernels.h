@@ -42,7 +42,7 @@ struct Partials {
 // What a Gram matrix is turned into.
 struct Weights {
   double* alpha;       // [B, T]
-  double* eigenvalues; // [B, T], descending
+  double* eigenvalues; // [B, T], descending; null where nobody wants them: they take Jacobi's many steps
   int64_t* rank;       // [B]
 };
 
@@ -123,7 +123,8 @@ void launch_probe_bound(
 // Entries of M that a missing row has made NaN, unless the pass is skipped or scales its G.
 void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream); // M [T, T]
 
-// T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
+// T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B balance_scratch(T) doubles, is null where shared memory has
+// room for it.
 void launch_balance(
     const double* M, // [B, T, T]
     int64_t B,

@@ -163,7 +163,6 @@ void launch_align_small(
         policy,
         gram,
         weights.alpha,
-        weights.eigenvalues,
         weights.rank);
   };
   with_rows<8, 16, 32>(source.tasks <= 8 ? 8 : source.tasks <= 16 ? 16 : 32, launch);

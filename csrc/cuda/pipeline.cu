@@ -61,7 +61,7 @@ int64_t blocks_of(const GramPlan& plan, int64_t tiles, int64_t B, int64_t bytes)
   return std::max<int64_t>(1, std::min({tiles, wanted / B, kPartialBytes / bytes}));
 }
 
-double* vectors_scratch(int64_t B, int64_t count, size_t shared, const Context& context) {
+double* global_scratch(int64_t B, int64_t count, size_t shared, const Context& context) {
   return int64_t(shared) <= context.shared_limit ? nullptr : allocate<double>(context, B * count);
 }
 
@@ -77,7 +77,7 @@ void balance(
     Verdict* verdict,
     double* gram,
     const Context& context) {
-  double* scratch = vectors_scratch(B, T * jacobi_stride(T), balance_shared(T, true), context);
+  double* scratch = global_scratch(B, balance_scratch(T), balance_shared(T, true), context);
   launch_balance(M, B, T, policy, judge, pass, bound, scratch, weights, verdict, gram, context.stream);
 }
 
@@ -283,7 +283,7 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
   Weights kept = weights;
   if (!M) {
     M = allocate<double>(context, B * T * T);
-    kept = {allocate<double>(context, B * T), allocate<double>(context, B * T), allocate<int64_t>(context, B)};
+    kept = {allocate<double>(context, B * T), nullptr, allocate<int64_t>(context, B)};
   }
   const GramResult first = gram(G, false, {}, M, context);
   Verdict* verdict = first.judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
@@ -299,7 +299,7 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
 
 void eigh(const double* M, int64_t B, int64_t T, double* eigenvalues, double* eigenvectors, const Context& context) {
   if (B > 0) {
-    double* scratch = vectors_scratch(B, T * T, jacobi_shared(T, true), context);
+    double* scratch = global_scratch(B, T * T, jacobi_shared(T, true), context);
     launch_eigh(M, B, T, eigenvalues, eigenvectors, scratch, context.stream);
   }
 }

@@ -38,7 +38,9 @@ inline void check_state(const char* name, const Tensor& x, const Tensor& M) {
       name,
       ": expected a contiguous float64 tensor of the shape ",
       shape_of(M),
-      " and device of M, got ",
+      " on ",
+      device_of(M),
+      ", got ",
       describe_vector(x));
   FASTMTL_CHECK(!View(x).overlaps(View(M)), name, ": expected memory of its own, got some that overlaps M");
 }

@@ -128,14 +128,16 @@ def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
     if not sizes:
         return scale
     largest = torch.stack(sizes).amax(0)
-    exponent = torch.frexp(largest).exponent
+    # A power that brings the smallest numbers near 1 is beyond the largest.
+    limit = min(math.frexp(torch.finfo(x.dtype).max)[1] for x in tensors if x.is_floating_point()) - 2
+    exponent = torch.frexp(largest).exponent.clamp_min(-limit)
     far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
     return torch.where(far, torch.ldexp(scale, -exponent), scale)
 
 
 def times(x: Tensor, scale: Tensor) -> Tensor:
     """`x`, itself where that is known to be the product."""
-    if not x.is_floating_point() or not (scale.is_cuda or (scale != 1).any()):  # nothing waits for a GPU
+    if not x.is_floating_point() or (scale.is_cpu and not (scale != 1).any()):  # nothing waits for a GPU
         return x
     return x * scale.to(x.dtype).reshape(scale.shape + (1,) * (x.dim() - scale.dim()))
 

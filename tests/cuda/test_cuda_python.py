@@ -5,6 +5,7 @@ calls and refuses those that wait. What the compiled ops do is checked by tests/
 reading their source.
 """
 
+import contextlib
 import copy
 import pickle
 import re
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastmtl
 from fastmtl import catalog, inputs
+from fastmtl.observe import diagnostics
 from fastmtl.ops import reference
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -247,6 +249,7 @@ def test_every_op(watch):
 
 # For T > 64 these ops ask the host, and so do the methods that need them: docs/numerics.md says so.
 WAITING = {"eigh", "mgda", "dual_cone", "cagrad", "nash"}
+SPECTRAL = {"aligned_gram", "condition_number", "rank", "singular_values", "stable_rank", "summary"}  # need eigenvalues
 
 
 @needs_cuda_build
@@ -341,6 +344,148 @@ def test_backward_on_meta(weights, scale_heads):
             method.backward(model.losses(x), shared=model.trunk.parameters(), scale_heads=scale_heads)
         assert recorder.ops.count("fastmtl::align_rows") == 1
     assert all(p.grad.device.type == "meta" for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ methods and paths
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("T", [3, 64])
+def test_no_method_waits(T):
+    """On a matrix, and, which takes time here, on a few lists; also with what the steps before have left."""
+    for entry in catalog.entries():
+        if entry.name.startswith("scalarization."):
+            continue
+        of_lists, of_a_matrix = catalog.make(entry.make), catalog.make(entry.make)
+        with FakeTensorMode(), Recorder():
+            for _ in range(3 if T < 64 else 0):
+                rows = [[cuda(4, 3), cuda(7)] for _ in range(T)]
+                results = of_lists(rows, losses=list(cuda(T).unbind()))
+                assert {g.device.type for g in results} == {"cuda"}, entry.name
+            for _ in range(2):
+                assert of_a_matrix(cuda(T, 10), losses=cuda(T)).device.type == "cuda", entry.name
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("T", [3, 65])
+def test_what_watches_does_not_wait(watch, T):
+    """Every diagnostic of an info and of a Gram matrix; a monitor until its buffer is full, a live table beside it."""
+    M = cuda(T, T, dtype=F64)
+    info = fastmtl.Info(T, device="cuda")
+    for x in (M, info, M.float(), M.expand(2, T, T)):
+        for name in diagnostics.__all__:
+            if not (T > 64 and name in SPECTRAL):
+                getattr(diagnostics, name)(x)
+    monitor = fastmtl.Monitor(buffer=100)
+    for step in range(5):
+        monitor(info, list(cuda(T).unbind()), step=step)
+    assert not [name for name in watch.ops if name == "fastmtl::eigh" and T > 64]
+
+
+@needs_cuda_build
+def test_mixed_devices_are_named():
+    """Two GPUs in one call: what says so before any kernel runs; tests/emulation/test_devices.py has the kernels'."""
+
+    def on(device, *shape, dtype=F32):
+        return torch.empty(*shape, dtype=dtype, device=f"cuda:{device}")
+
+    method, policy = fastmtl.AlignedMTL(), ("min", 1e-3, 1e-7, "normalized")
+    with FakeTensorMode():
+        seed, M = on(0, 1, dtype=torch.int64)[0], on(0, 3, 3, dtype=F64)
+        for call in (
+            lambda: method([on(0, 5), on(1, 5)]),
+            lambda: method([[on(0, 5), on(0, 3)], [on(0, 5), on(1, 3)]]),
+            lambda: method(on(0, 3, 5), out=on(1, 5)),
+            lambda: method([on(0, 5), on(0, 5)], out=[on(1, 5)]),
+            lambda: fastmtl.GradDrop()([[on(0, 5), on(1, 3)], [on(0, 5), on(1, 3)]]),
+            lambda: fastmtl.ops.gram_rows([on(0, 5), on(0, 3), on(1, 5), on(1, 3)], 2),
+            lambda: fastmtl.ops.align_gram(M, on(1, 3, dtype=F64), *policy),
+            lambda: fastmtl.ops.pcgrad(on(1, 3, 3), seed, True),
+            lambda: fastmtl.ops.gradvac(M, seed, 0.5, on(1, 3, 3, dtype=F64)),
+            lambda: fastmtl.ops.combine(on(0, 3, 5), on(1, 3, dtype=F64), on(0, 5)),
+            lambda: fastmtl.ops.sign_drop(on(0, 3, 5), seed, on(1, 3, dtype=F64), on(0, 5)),
+        ):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                call()
+            assert {"cuda:0", "cuda:1"} <= set(re.findall(r"cuda:\d", str(error.value))), str(error.value)
+
+
+META_WAYS = {
+    "shared": lambda m, s: m.backward(s.losses(), s.trunk.parameters()),
+    "found": lambda m, s: m.backward(s.losses()),
+    "gramian": lambda m, s: m.backward(s.losses(), s.trunk.parameters(), engine="gramian"),
+    "auto": lambda m, s: m.backward(s.losses(), s.trunk.parameters(), engine="auto"),
+    "every": lambda m, s: m.backward(s.losses(), s.trunk.parameters(), every=2),
+    "representation": lambda m, s: m.backward(s.losses(h := s.forward()), representation=h),
+    "features": lambda m, s: m.backward(s.losses(h := s.forward()), features=h),
+    "batched": lambda m, s: m.backward(s.losses(h := s.forward()), features=h, batched=True),
+    "groups": lambda m, s: m.backward(s.losses(), groups=[list(s.trunk[k].parameters()) for k in (0, 2)]),
+    "fan_out": lambda m, s: s.fan_out(m),
+    "hooks": lambda m, s: s.fan_out(m, via="hooks"),
+    "accumulate": lambda m, s: s.accumulate(m),
+}
+
+
+class Steps:
+    """A trunk of two layers and T heads on the meta device, whose tensors have no numbers: engines run on it."""
+
+    def __init__(self, T):
+        self.trunk = torch.nn.Sequential(*(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))).to("meta")
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(5, 1) for _ in range(T)).to("meta")
+
+    def forward(self):
+        return self.trunk(torch.empty(7, 4, device="meta"))
+
+    def losses(self, h=None):
+        h = self.forward() if h is None else h
+        return [head(h).square().mean() for head in self.heads]
+
+    def fan_out(self, method, **options):
+        hs = fastmtl.fan_out(self.forward(), len(self.heads), method, **options)
+        hs.total([head(h).square().mean() for head, h in zip(self.heads, hs, strict=True)]).backward()
+
+    def accumulate(self, method):
+        batches = method.accumulate(list(self.trunk.parameters()))
+        for _ in range(2):
+            batches.add(self.losses())
+        batches.backward()
+
+
+@pytest.mark.parametrize(
+    ("way", "T"), [*((way, 3) for way in META_WAYS), ("shared", 66), ("gramian", 66), ("fan_out", 66)]
+)
+def test_no_path_of_backward_waits(monkeypatch, way, T):
+    """From the losses to `.grad`, with torch's engine, whatever has to be known of numbers and devices."""
+    known = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: device != ("meta",) and known(*device))
+    steps, method = Steps(T), fastmtl.AlignedMTL(weights=[1.0] * T)
+    META_WAYS[way](method, steps)
+    for _ in range(2):
+        with Recorder() as recorder:
+            META_WAYS[way](method, steps)
+        assert [name for name in recorder.ops if name.startswith("fastmtl::")] or way == "every"
+    assert all(p.grad.device.type == "meta" for p in (*steps.trunk.parameters(), *steps.heads.parameters()))
+
+
+def test_no_method_on_losses_waits():
+    """On the meta device, where a module can be moved to without a GPU."""
+    for entry in catalog.entries():
+        if entry.name.startswith("scalarization."):
+            made = catalog.make(entry.make, tasks=3) if "tasks" in entry.options else catalog.make(entry.make)
+            method, steps = made.to("meta"), Steps(3)
+            for step in range(3):
+                with Recorder() if step else contextlib.nullcontext():  # the first places weights
+                    method.backward(steps.losses(), steps.trunk.parameters())
+            assert steps.trunk[0].weight.grad.device.type == "meta", entry.name
+
+
+def test_the_check_of_examples_waits_and_is_said():
+    """Which rows are whose is decided in Python, from numbers: the one path of `backward` that asks for them."""
+    steps, method = Steps(1), fastmtl.AlignedMTL()
+    losses = steps.heads[0](steps.forward()).square().squeeze(1)
+    with pytest.raises((Waits, RuntimeError), match=r"item|moves numbers"), Recorder():
+        method.backward(losses, batch_dim=0)
+    assert "the host waits" in DOCS.with_name("per-example.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ weights

@@ -60,6 +60,7 @@ WAYS = {
     "shared": full,
     "features": lambda model, method: full(model, method, with_features=True),
     "batched": lambda model, method: full(model, method, with_features=True, batched=True),
+    "gramian": lambda model, method: full(model, method, engine="gramian"),
     "groups": lambda model, method: full(
         model, method, groups=[list(layer.parameters()) for layer in model.encoder if list(layer.parameters())]
     ),
@@ -77,7 +78,63 @@ def test_like_the_cpu(way, T):
         torch.testing.assert_close(gpu.grads(), host.grads(), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["node", "hooks", "representation", "shared", "features", "groups"])
+def examples(device, dtype=F64):
+    """A network of convolutions, a norm and linear layers, and a loss for each of 12 examples."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 5)),
+    )
+    x, y = torch.randn(12, 1, 8, 8), torch.randint(5, (12,))
+    network, x, y = network.to(device, dtype), x.to(device, dtype), y.to(device)
+    return network, lambda: nn.functional.cross_entropy(network(x), y, reduction="none")
+
+
+@pytest.mark.parametrize("method", [fastmtl.AlignedMTL, fastmtl.UPGrad, fastmtl.Uniform])
+def test_losses_of_examples(method):
+    """From one pass, as on the CPU."""
+    infos, grads = [], []
+    for device in ("cpu", "cuda"):
+        network, losses = examples(device)
+        infos.append(method().backward(losses(), batch_dim=0))
+        grads.append(torch.cat([p.grad.flatten() for p in network.parameters()]).cpu())
+    torch.testing.assert_close(infos[1].gram.cpu(), infos[0].gram, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(infos[1].alpha.cpu(), infos[0].alpha, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-7, atol=1e-10)
+
+
+def test_losses_of_examples_wait_for_their_check_alone():
+    _, losses = examples("cuda", F32)
+    method = fastmtl.AlignedMTL()
+    method.backward(losses(), batch_dim=0, check=False)  # checked as the first of its kind
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.backward(losses(), batch_dim=0, check=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_convolutions_through_the_gramian_engine():
+    """Closed forms of convolutions, batch norm in training mode and linear layers, beside T backward passes."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 6)),
+    ).to("cuda", F64)
+    heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(5)).to("cuda", F64)
+    x = torch.randn(7, 3, 9, 9, device="cuda", dtype=F64)
+    grads = {}
+    for engine in ("full", "gramian"):
+        trunk.zero_grad()
+        h = trunk(x)
+        losses = [head(h).square().mean() for head in heads]
+        fastmtl.AlignedMTL().backward(losses, trunk.parameters(), engine=engine)
+        grads[engine] = torch.cat([p.grad.flatten() for p in trunk.parameters()])
+    torch.testing.assert_close(grads["gramian"], grads["full"], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["node", "hooks", "representation", "shared", "features", "groups", "gramian"])
 def test_nothing_waits_for_the_device(way):
     model, method = Model(3, "cuda", F32), fastmtl.AlignedMTL()
     WAYS[way](model, method)
@@ -174,3 +231,25 @@ def test_memory_is_the_captured_gradients():
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= (T + 3) * 4 * side  # T captured, the aligned one, the encoder's product with it, and .grad
+
+
+@pytest.mark.parametrize("way", ["node", "hooks"])
+def test_heads_on_streams_of_their_own(way):
+    """Autograd brings their gradients to the stream of h, where they are aggregated."""
+    model, method = Model(3, "cuda"), fastmtl.AlignedMTL()
+    WAYS[way](model, method)
+    expected = model.grads()
+    for _ in range(5):
+        model.zero_grad()
+        main, sides = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in model.heads]
+        hs = fastmtl.fan_out(model.encoder(model.x), 3, method, via=way)
+        losses = []
+        for head, h, y, side in zip(model.heads, hs, model.y, sides, strict=True):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(1_000_000)
+                losses.append(nn.functional.mse_loss(head(h), y))
+        for side in sides:
+            main.wait_stream(side)
+        hs.total(losses).backward()
+        torch.testing.assert_close(model.grads(), expected, rtol=1e-9, atol=1e-12)

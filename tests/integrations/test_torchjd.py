@@ -8,13 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, EPS, F32, F64, conditioned, contract, dtype_id, randn, relative, svd_align
+from helpers import (
+    BF16,
+    DTYPES,
+    EPS,
+    F32,
+    F64,
+    conditioned,
+    contract,
+    dtype_id,
+    needs_ecos,
+    randn,
+    relative,
+    svd_align,
+)
 from torch import nn
 
 import fastmtl
 
 theirs = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
-for solver in ("clarabel", "cvxpy", "ecos", "quadprog", "scipy"):
+for solver in ("clarabel", "cvxpy", "quadprog", "scipy"):
     pytest.importorskip(solver, reason=f"{solver}, which torchjd solves with, is not installed")
 ours = importlib.import_module("fastmtl.integrations.torchjd")
 our_scalars = importlib.import_module("fastmtl.integrations.torchjd.scalarization")
@@ -104,7 +117,7 @@ def test_which_classes_there_are():
     assert set(their_scalars.__all__) - BASES == set(our_scalars.__all__)
 
 
-@methods
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_ecos if n == "NashMTL" else ()) for n in METHODS])
 def test_kinds(name):
     mine = make(name)
     its = getattr(theirs, name.partition(" ")[0])
@@ -288,6 +301,7 @@ def test_fairgrad(alpha):
         assert relative(ours.FairGrad(alpha)(G), theirs.FairGrad(alpha)(G)) <= 1e-4
 
 
+@needs_ecos
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
@@ -352,6 +366,7 @@ def test_zero_rows(name, zero):
     assert mine(broken).isnan().all()
 
 
+@needs_ecos
 @pytest.mark.filterwarnings("ignore")
 def test_zero_rows_of_nash():
     """They leave the weights as they were, at first all alike: TorchJD's solver fails on them."""

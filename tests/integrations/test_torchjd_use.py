@@ -10,7 +10,7 @@ from helpers import F32, F64, dtype_id, randn, relative
 from torch import nn
 
 theirs = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
-for solver in ("clarabel", "cvxpy", "ecos", "quadprog", "scipy"):
+for solver in ("clarabel", "cvxpy", "quadprog", "scipy"):
     pytest.importorskip(solver, reason=f"{solver}, which torchjd solves with, is not installed")
 ours = importlib.import_module("fastmtl.integrations.torchjd")
 scalars = importlib.import_module("fastmtl.integrations.torchjd.scalarization")

@@ -1,7 +1,8 @@
 """The wheel as its users get it: built in isolation from the sdist, and tested where nothing else of this project is.
 
 Built with one torch, it runs on an older one. `make wheel` sets two environment variables: FASTMTL_DIST, a folder with
-the sdist and the wheel, which are built here without it, and FASTMTL_WHEEL_RUNS_ON, the older torch.
+the sdist and the wheel, which are built here without it, and FASTMTL_WHEEL_RUNS_ON, the older torch. `make wheel-cuda`
+sets FASTMTL_CUDA_WHEEL, the wheel that has CUDA kernels, too; nothing else builds one, which takes half an hour.
 """
 
 import os
@@ -15,13 +16,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from artefacts import LIBRARIES, ROOT, build, foreign_symbols, found, libraries, modules, newest_versions, wheel_files
+from artefacts import (
+    LIBRARIES,
+    LIBRARIES_CUDA,
+    ROOT,
+    build,
+    foreign_symbols,
+    found,
+    libraries,
+    modules,
+    newest_versions,
+    wheel_files,
+)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="wheels are built on Linux only so far"),
 ]
 
+CUDA_WHEEL = os.environ.get("FASTMTL_CUDA_WHEEL")
 OLDER = os.environ.get("FASTMTL_WHEEL_RUNS_ON", "2.13.0")
 # All that calls an op.
 TESTS = """
@@ -108,3 +121,32 @@ def test_the_op_tests_pass_on_the_older_torch(installed, tmp_path):
     print("", done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout
     assert "the extension is not built" not in done.stdout
+
+
+@pytest.mark.skipif(CUDA_WHEEL is None, reason="make wheel-cuda builds it and runs this")
+def test_the_wheel_with_cuda_kernels(tmp_path):
+    (wheel,) = ROOT.glob(str(CUDA_WHEEL))
+    major = str(torch.version.cuda).partition(".")[0]
+    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
+    assert wheel.name.endswith(f"+cu{major}-cp310-abi3-{platform}.whl")
+    files = wheel_files(wheel)
+    kernels = {name: files[f"fastmtl/{name}.so"] for name in ("_C", "_C_cuda")}
+    print(f"\n{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB; unpacked, the kernels are {kernels}")
+    library = {name for name in files if ".dist-info/" not in name}
+    assert library == modules() | {"fastmtl/py.typed", *(f"fastmtl/{name}.so" for name in kernels)}
+    # Before this checkout on the path, and with its torch: a second one would take five gigabytes.
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, env=clean(), check=True)
+    code = "import fastmtl, sys; print(fastmtl.ops.EXTENSIONS['_C_cuda']); print(fastmtl.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=clean(PYTHONPATH=str(site)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [str(site / "fastmtl" / "_C_cuda.so"), str(site / "fastmtl" / "__init__.py")]
+    assert foreign_symbols(site / "fastmtl" / "_C_cuda.so") == []
+    assert libraries(site / "fastmtl" / "_C_cuda.so") <= LIBRARIES | LIBRARIES_CUDA

@@ -105,6 +105,21 @@ def test_spans_of_the_demo_and_of_experiments(tool, tmp_path):
             tool.fill(f"<!-- n: {wrong} --><!-- /n -->", results)
 
 
+def test_spans_of_experiments_are_their_tables(tool):
+    """Of toy, counted from the ends of its runs: as its table counts them; and places."""
+    folder = ROOT / "experiments" / "results"
+    if not folder.exists():
+        pytest.skip("a source release, which has no results")
+    rows = re.findall(r"^\| ([a-z-]+) \|.*\| (\d+) of 25 \|", (folder / "toy" / "table.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for method, count in rows:
+        assert tool.span(f"experiment / toy / {method} / .0f", None) == count
+    table = json.loads((folder / "scene" / "table.json").read_text())["rows"]
+    best = min((row for row in table if "Δm % ↓" in table[row]), key=lambda row: table[row]["Δm % ↓"])
+    assert tool.span(f"experiment / scene / {best} / place", None) == "1"
+    assert tool.span("experiment / rl / shared aligned / .0f", None) == "70"
+
+
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
@@ -114,6 +129,7 @@ def test_spans_of_the_demo_and_of_experiments(tool, tmp_path):
         ("<!-- n: flat * / speed-up / .2f / mean --><!-- /n -->", "min or max"),
         ("<!-- n: flat 3x1e6 --><!-- /n -->", "expected 'CASE"),
         ("<!-- n: steps / a / b --><!-- /n -->", "step-table"),
+        ("<!-- n: cuda / float32 9x9 / .1f --><!-- /n -->", "expected 'cuda / CASE / FORMAT'"),
         ("<!-- numbers: unknown -->\n<!-- end -->", "expected one of verdicts, flat"),
         ("<!-- numbers: flat -->\n", "expected a beginning and an end"),
         ("<!-- numbers: flat -->\n<!-- numbers: more -->\n<!-- end -->", "expected a beginning and an end"),
@@ -208,8 +224,74 @@ def test_scaling(tool, tmp_path):
 def test_what_nobody_has_measured_is_said(tool, tmp_path):
     empty = tool.Results(tmp_path)
     for name, section in tool.SECTIONS.items():
-        if name != "expect" and not name.startswith("cuda"):  # which are no machine's
+        if not name.startswith(("expect", "experiment", "cuda")):  # which are no machine's
             assert "Not measured yet" in section(empty), name
+    assert "Not measured yet. The command: `make gpu`" in tool.SECTIONS["cuda run"](empty)
+    assert tool.SECTIONS["cuda lead"](empty) == ""
+
+
+def timing(test, group, microseconds, **params):
+    extra = {"device": "NVIDIA H100", "microseconds": microseconds, "GB/s": 1e6 / microseconds}
+    stats = {"median": microseconds * 1e-6}
+    return {"name": test, "group": group, "params": params, "extra_info": extra, "stats": stats}
+
+
+def test_a_run_of_make_gpu(tool, tmp_path):
+    """What a card left, as tables in docs/performance.md, and its few rows in README; a rehearsal is none."""
+    part = {"status": "passed", "seconds": 1.0, "date": "2026-02-03T04:05:06Z", "said": "", "output": ""}
+    about = {"card": "NVIDIA H100", "torch": "2.15.0", "commit": "abc1234", "rehearsal": False}
+    parts = {"build": part, "ops": part, "memcheck": part | {"status": "failed (9)"}}
+    folders = [tmp_path / name for name in ("cpu", "nvidia-h100", "old", "rehearsal")]
+    for folder in folders:
+        folder.mkdir()
+    for folder, changes in zip(folders[1:], ({}, {}, {"rehearsal": True}), strict=True):
+        older = {name: of | {"date": "2026-01-01T00:00:00Z"} for name, of in parts.items()}
+        (folder / "gpu.json").write_text(
+            json.dumps(about | changes | {"parts": older if folder.name == "old" else parts})
+        )
+    results = tool.Results(folders[0])
+    assert "commit abc1234, torch 2.15.0, 2026-02-03. Passed: build, ops. Not passed: memcheck (failed (9))." in (
+        tool.SECTIONS["cuda run"](results)
+    )
+    assert tool.SECTIONS["cuda lead"](results) == "", "nothing is measured yet"
+
+    flat, many = "cuda float32 10x1000000", "cuda many 256x100000"
+    ways = [("fastmtl", "eager", 50.0), ("fastmtl", "graph", 40.0), ("pure", "eager", 300.0)]
+    roof = [timing(f"test_roof[{name}]", "cuda roof", 1.0, name=name) for name in ("copy", "sum")]
+    timings = [timing("test_flat", flat, us, name=name, way=way) for name, way, us in ways]
+    large = [timing("test_many", many, us, name=name, way=way) for name, way, us in [*ways, ("host", "eager", 900.0)]]
+    lists = [{"name": "test_list_host_time[8-161-AlignedMTL-cuda]", "group": "host", "params": {"device": "cuda"}}]
+    lists[0]["extra_info"] = {
+        "microseconds": 120.0,
+        "_foreach_norm + _foreach_mul_, microseconds": 480.0,
+        "ratio": 0.25,
+    }
+    step = {
+        "case": "resnet18 T=10",
+        "tasks": 10,
+        "ratios": {"plain": 1.0, "UB": 1.25},
+        "peaks": {"plain": 1e6, "UB": 2e6},
+    }
+    step |= {"seconds": {"plain": 0.008, "UB": 0.01}, "absent": {"TorchJD autogram": "ImportError: torchjd"}}
+    for name, content in {
+        "cuda.json": {"benchmarks": [*roof, *timings]},
+        "cuda-large.json": {"benchmarks": large},
+        "cuda-lists.json": {"benchmarks": lists},
+        "cuda-steps.json": {"cases": [step]},
+    }.items():
+        (folders[1] / name).write_text(json.dumps(content))
+    page = tool.SECTIONS["cuda run"](results)
+    assert re.search(
+        r"^\| float32 10x1000000 \| 40.0 \| 50.0 \| 300.0 \| 6.0 \| [\d.]+ \| [\d.]+ \|$", page, re.MULTILINE
+    )
+    assert re.search(r"^\| 256x100000 \| 40.0 \| 50.0 \| 300.0 \| 900.0 \| 6.0 \| 18.0 \| \d+ \|$", page, re.MULTILINE)
+    assert "| 8-161-AlignedMTL-cuda | 120.0 | 480.0 | 0.25 |" in page
+    assert "| resnet18 T=10 | 1.00 (8 ms, 1 MB) | 1.25 (10 ms, 2 MB) |" in page
+    assert "\nTorchJD autogram: ImportError: torchjd\n" in page
+    lead = tool.SECTIONS["cuda lead"](results)
+    assert "| 10 tasks × 1 million parameters | 50.0 µs | 300.0 µs | 6.0 × |" in lead
+    assert "| a training step, resnet18 T=10 | 10 ms | 8 ms | 1.25 × a plain step |" in lead
+    assert lead.endswith("\nNVIDIA H100, commit abc1234, torch 2.15.0, 2026-02-03.\n")
 
 
 def test_a_page_that_differs(tool, tmp_path, monkeypatch, capsys):
