@@ -87,9 +87,9 @@ def _ops(name: str, seconds: float, what: str, writes: str, select: str, *files:
 
 
 def _steps(model: str, seconds: float, said: str) -> Part:
-    command = ("benchmarks/cuda_steps.py", "--only", f"{model} ", "--missing", "--json", "{folder}/cuda-steps.json")
+    every = ("benchmarks/cuda_steps.py", "--missing", "--json", "{folder}/cuda-steps.json")
     what = f"{said}, T = 3, 10, 40: plain, UB, full, gramian, amortised, TorchJD; memory"
-    return Part(f"steps: {model}", seconds, what, command, writes="cuda-steps.json")
+    return Part(f"steps: {model}", seconds, what, (*every, "--only", f"{model} "), every, writes="cuda-steps.json")
 
 
 PARTS = (
