@@ -174,6 +174,7 @@ CASES = (
     Case(10, 10_000_000),
     Case(10, 1_000_000, torch.bfloat16),
     Case(32, 1_000_000),
+    Case(33, 1_000_000),
     Case(64, 1_000_000),
     Case(128, 100_000),
     Case(1024, 100_000),
@@ -216,8 +217,8 @@ class Plan:
 
 def _groups(rows: int) -> int:
     """`Groups`: tiles of 16 x 8 entries, those on and above the diagonal."""
-    pairs = rows // 16
-    return pairs * (pairs + 1) * 16 * 8
+    groups = rows // 8
+    return (groups + 1) // 2 * (groups // 2 + 1) * 16 * 8
 
 
 PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
@@ -228,7 +229,7 @@ def _plan(case: Case, exact: bool, device: Device) -> Plan:
     most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxJacobiTasks"]
     blocks = not exact and case.dtype is not torch.float64 and most < T
     wide = [rows for rows in (2, 4, 8) if rows >= T and not blocks]
-    tiled = [rows for rows in (16, 32) if rows >= T]
+    tiled = [rows for rows in ((16, 32) if blocks else (16, 24, 32, 40, 48)) if rows >= T]
     return Plan(next(iter([*wide, *tiled, 64])), blocks, _up(T, CONSTANTS["kGroupRows"]))
 
 
@@ -297,7 +298,7 @@ def align(case: Case, device: Device) -> list[Kernel]:
     """The launches of a step on well-conditioned gradients, in order."""
     kernels: list[Kernel] = []
     if case.sizes:
-        words = len(case.sizes) * (4 + case.T)
+        words = len(case.sizes) * (5 + case.T)
         kernels.append(Kernel("upload", 4, 2 * words * 8, launches=_up(words, CONSTANTS["kManyWords"])))
     if _small(case.B, case.T, case.P):
         rows = 8 if case.T <= 8 else 16 if case.T <= 16 else 32

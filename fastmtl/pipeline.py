@@ -13,6 +13,7 @@ from fastmtl import ops
 from fastmtl.info import Info
 from fastmtl.inputs import EPS, Rows, check_outs, check_rows, nothing_for
 from fastmtl.ops.arguments import argument_error
+from fastmtl.ops.derivatives import detached
 from fastmtl.rule import NOTHING, Context, Rule, solved
 
 __all__ = [
@@ -87,9 +88,9 @@ def gram_of(grads: Sequence[Tensor | None], T: int, like: Sequence[Tensor] = ())
     parts, K = _parts(like), len(like)
     try:
         if len(parts) < 2:
-            return ops.gram_rows(grads, T)
+            return detached(ops.gram_rows, grads, T)
         rows = [[grads[t * K + k] for t in range(T) for k in part] for part in parts]
-        grams = [ops.gram_rows(part, T) for part in rows if any(g is not None for g in part)]
+        grams = [detached(ops.gram_rows, part, T) for part in rows if any(g is not None for g in part)]
     except RuntimeError as error:
         raise argument_error(error) from None
     first = like[0].device

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+import sysconfig
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,13 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 GUARD = 64  # elements before and after a result
 
 BUILT = ops.EXTENSIONS["_C"] is not None
+# Debian has them in a package of their own, which neither fastmtl nor its kernels need.
+HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
+NO_HEADERS = "Python's headers are not installed (python3-dev)"
+needs_ecos = pytest.mark.skipif(
+    importlib.util.find_spec("ecos") is None,
+    reason="ecos, which TorchJD's NashMTL solves with, is not installed: it has no wheel for Python 3.13",
+)
 needs_extension = pytest.mark.skipif(not BUILT, reason="the extension is not built")
 
 

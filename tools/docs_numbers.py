@@ -18,7 +18,8 @@ format (default .2f); PICK "min" or "max" where there are several. More kinds ar
 CUDA model, <!-- n: cuda / CASE / FORMAT -->, plain PyTorch's time over fastmtl's in its table of what was measured, or
 <!-- n: cuda / card -->, <!-- n: demo / METHOD / FIELD / FORMAT -->, the mean over the seeds of what `make demo` prints
 (examples/digits.py --json), where METHOD / FIELD may also be "shorter", <!-- n: methods -->, how many there are, and
-<!-- n: experiment / NAME / METHOD / FORMAT -->, Δm of a method in a table of experiments/results.
+<!-- n: experiment / NAME / METHOD / FORMAT -->, Δm of a method in a table of experiments/results, in percent (of rl
+success in percent, of toy how many of 25 runs reach the optimum), or with FORMAT "place" its place among all.
 
 Where a case is in several files of a machine's folder, the newest run of it counts.
 """
@@ -41,18 +42,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import cuda_model  # noqa: E402  (from benchmarks)
 import cuda_results  # noqa: E402
+import exact_split  # noqa: E402
+import pictures  # noqa: E402  (from tools)
 
 from fastmtl import catalog  # noqa: E402
 
 __all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
 
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "per-example", "choosing", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "per-example", "training", "what-to-expect")),
     ROOT / "README.md",
+    ROOT / "experiments" / "README.md",
 )
 MACHINE = "xeon-2core-avx512"  # whose numbers the pages show, CUDA's apart
 SECTION = re.compile(r"(<!-- numbers: (?P<name>[^>]+?) -->\n)(?:(?!<!-- numbers: ).)*?(<!-- end -->)", re.DOTALL)
@@ -540,6 +544,34 @@ def gpu_lead(results: Results) -> str:
     return run.lead() if run else ""
 
 
+TIME = "processor, s"  # of one run
+
+
+def experiment(name: str, *columns: str) -> Callable[[Results], str]:
+    """A section: columns of an experiment's table, as it was committed."""
+
+    def section(_: Results) -> str:
+        path = ROOT / "experiments" / "results" / name / "table.json"
+        if not path.exists():
+            return absent("make test-experiments")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seconds = content["about"].get("mean processor seconds per run", {})
+        rows = {m: {**row, TIME: seconds.get(m.partition("-task")[0])} for m, row in content["rows"].items()}
+
+        def cell(found: Any) -> str:
+            return of_two(*found) if isinstance(found, list) else "" if found is None else f"{found:.0f}"
+
+        return table(["", *columns], ([f"`{m}`", *(cell(row.get(c)) for c in columns)] for m, row in rows.items()))
+
+    return section
+
+
+def of_two(mean: float, error: float) -> str:
+    """A mean with its standard error, both to its two digits."""
+    digits = 0 if error <= 0 else min(max(1 - math.floor(math.log10(error)), 0), 4)
+    return f"{mean:.{digits or 2}f} ± {error:.{digits or 2}f}" if error < 10 else f"{mean:.0f} ± {error:.0f}"
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "verdicts": verdicts,
     "flat": lambda results: flat(results, lambda T: T < LARGE),
@@ -569,6 +601,14 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "engine choice": engine_choice,
     "peers": beside_peers,
     "expect": expected,
+    "experiment scene": experiment(
+        "scene", "mIoU % ↑", "pixel accuracy % ↑", "abs error ↓", "rel error ↓", "mean angle ↓", "Δm % ↓"
+    ),
+    "experiment rl": experiment(
+        "rl", "success ↑", "success reach-v3 ↑", "success drawer-close-v3 ↑", "success window-close-v3 ↑", "return ↑"
+    ),
+    "experiment regression every": experiment("regression-every", "Δm % ↓", TIME),
+    "experiment scene every": experiment("scene-every", "mIoU % ↑", "abs error ↓", "mean angle ↓", "Δm % ↓", TIME),
     "step targets": lines("step mlp *", "step resnet18 *"),
     "weighting": weighting,
     "memory": lines("resnet50 memory *", "step memory *"),
@@ -580,6 +620,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "cuda lead": gpu_lead,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
+    "exact split": lambda results: exact_split.table(),
 }
 
 
@@ -593,7 +634,11 @@ def demo_mean(results: Results, method: str, field: str = "") -> float:
 
 
 def experiment_mean(results: Results, name: str, method: str) -> float:
-    """Δm of a method, in percent."""
+    """Δm of a method, in percent; of rl success in percent, of toy the runs that reach the optimum."""
+    if name == "toy":
+        return pictures.reached()[method]
+    if name == "rl":
+        return {row[0]: row[1] for row in pictures.of_table(name, "success ↑", 100)}[method]
     return deltas(name)[method][0]
 
 
@@ -608,6 +653,11 @@ def of_cuda(name: str, rest: Sequence[str]) -> str:
     except (KeyError, IndexError):
         raise ValueError(f"n: {name}: not in {cuda_model.RESULTS.name}, or expected 'cuda / CASE / FORMAT'") from None
     return format(plain / ours, *rest[1:])
+
+
+def place(name: str, method: str) -> int:
+    """Which Δm of a table it is, the best being the first."""
+    return sorted(deltas(name), key=lambda other: deltas(name)[other][0]).index(method) + 1
 
 
 def span(name: str, results: Results) -> str:
@@ -628,8 +678,10 @@ def span(name: str, results: Results) -> str:
         return str(len(catalog.names()))
     if kind in ("demo", "experiment"):
         try:
+            if rest[-1:] == ["place"]:
+                return str(place(*rest[:-1]))
             return format((demo_mean if kind == "demo" else experiment_mean)(results, *rest[:-1]), rest[-1])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise ValueError(f"n: {name}: not in the results of the demo or experiment") from None
     if kind == "steps":
         if len(rest) not in (2, 3):

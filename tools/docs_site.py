@@ -322,9 +322,9 @@ def sourced(path: Path) -> str:
 
 def on_config(config: Any) -> Any:
     """Puts what is made into the navigation."""
-    scripts = sorted(tutorials.FOLDER.glob("*.py"))
+    scripts = re.findall(r"^\| \[.*\]\((\w+)\.py\)", (tutorials.FOLDER / "index.md").read_text("utf-8"), re.MULTILINE)
     more = {
-        "Tutorials": [f"tutorials/{path.stem}.md" for path in scripts],
+        "Tutorials": [f"tutorials/{name}.md" for name in scripts],
         "Methods": [f"methods/{name}.md" for name in kinds()],
         "Reference": [f"reference/{page}.md" for page in API],
     }

@@ -1,7 +1,7 @@
-"""Draws the documentation's pictures: the pipeline of the README, and what a method makes of two gradients.
+"""Draws the documentation's pictures: the pipeline of the README, what a method makes of two gradients, and results.
 
-    python tools/pictures.py            # writes docs/pictures/pipeline.svg
-    python tools/pictures.py --check    # exits 1 where the file is not what this draws
+    python tools/pictures.py            # writes docs/pictures/*.svg, those of experiments from experiments/results
+    python tools/pictures.py --check    # exits 1 where a file is not what this draws
 
 Colours follow the reader's light or dark page.
 """
@@ -9,6 +9,7 @@ Colours follow the reader's light or dark page.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PIPELINE = ROOT / "docs" / "pictures" / "pipeline.svg"
+FOLDER = ROOT / "docs" / "pictures"
+RESULTS = ROOT / "experiments" / "results"
 TASKS = ("#00798c", "#d1495b", "#edae49")
 STYLE = """
   .ink { fill: #1f2328 } .faint { fill: #656d76 } .line { stroke: #656d76; stroke-width: 1.5; fill: none }
@@ -163,19 +165,104 @@ def combination(gradients: Sequence[Vector], result: Vector, name: str) -> str:
     return str(svg)
 
 
+Measured = Sequence[tuple[str, float, float]]
+
+
+def dots(rows: Measured, title: str, scale: str, marked: Sequence[str] = ("aligned", "aligned-ub")) -> str:
+    """A dot a row with its standard error, in the order given.
+
+    Args:
+        rows: name, mean and standard error.
+        title: what a screen reader says.
+        scale: what the horizontal axis shows.
+        marked: names in colour.
+    """
+    left, width, step, top = 150.0, 430.0, 20.0, 16.0
+    low = min(0.0, *(mean - error for _, mean, error in rows))
+    high = max(0.0, *(mean + error for _, mean, error in rows))
+    spread = (high - low) or 1.0
+    bottom = top + step * len(rows)
+    svg = Svg(left + width + 80, bottom + 44, title)
+
+    def x(value: float) -> float:
+        return left + width * (value - low) / spread
+
+    tick = next(t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if spread / t <= 8)
+    for k in range(math.ceil(low / tick), math.floor(high / tick) + 1):
+        svg.line(x(k * tick), top - 6, x(k * tick), bottom, "axis")
+        svg.text(x(k * tick), bottom + 16, f"{k * tick:g}", "small faint")
+    svg.text(left + width / 2, bottom + 34, scale, "small faint")
+    for k, (name, mean, error) in enumerate(rows):
+        y, colour = top + step * (k + 0.5), "result" if name in marked else TASKS[0]
+        svg.text(left - 10, y + 4, name, "small ink", "end")
+        svg.line(x(mean - error), y, x(mean + error), y)
+        svg.box(x(mean) - 4, y - 4, 8, 8, colour)
+        svg.text(left + width + 14, y + 4, f"{mean:.{1 if any(e for _, _, e in rows) else 0}f}", "small faint", "start")
+    return str(svg)
+
+
+def of_table(name: str, column: str, factor: float = 1.0) -> list[tuple[str, float, float]]:
+    """A column of an experiment's table, the smallest first."""
+    rows = json.loads((RESULTS / name / "table.json").read_text(encoding="utf-8"))["rows"]
+    found = [(method, *(factor * x for x in row[column])) for method, row in rows.items() if column in row]
+    return sorted(found, key=lambda row: row[1])
+
+
+def reached() -> dict[str, int]:
+    """Of the 25 runs of the toy problem, how many of each method end at the optimum, as in its table."""
+    ends = json.loads((RESULTS / "toy" / "ends.json").read_text(encoding="utf-8"))["ends"]
+    found: dict[str, int] = {}
+    for end in ends:
+        found[end["method"]] = found.get(end["method"], 0) + (end["distance"] < 1e-3)
+    return found
+
+
+def results() -> dict[str, str]:
+    """The pictures of the experiments, by file name; none in a source release, which has no results."""
+    if not RESULTS.exists():
+        return {}
+    delta = "Δm in percent against single-task models: smaller is better"
+    said = {
+        "regression": "QM9 regression, 11 targets",
+        "fashion": "Overlaid Fashion-MNIST, 2 tasks",
+        "scene": "Rendered rooms, 3 tasks",
+    }
+    drawn = {name: dots(of_table(name, "Δm % ↓"), f"{title}: {delta}", delta) for name, title in said.items()}
+    toy = sorted(((name, float(count), 0.0) for name, count in reached().items()), key=lambda row: (-row[1], row[0]))
+    drawn["toy"] = dots(
+        [row for row in toy if row[0] not in ("aligned-gram", "aligned-tight")],
+        "Toy problem: runs of 25 that reach the optimum",
+        "runs, of 25, that reach the optimum: larger is better",
+    )
+    drawn["rl"] = dots(
+        of_table("rl", "success ↑", 100)[::-1],
+        "Meta-World, 3 tasks: success in percent",
+        "success in percent, last tenth of training: larger is better",
+        ("shared aligned",),
+    )
+    drawn["every"] = dots(
+        of_table("regression-every", "Δm % ↓"),
+        f"QM9 regression with older task weights: {delta}",
+        delta,
+        ("aligned",),
+    )
+    return {f"experiment-{name}.svg": text for name, text in drawn.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the README's picture, or compares it; the exit status."""
+    """Writes the pictures, or compares them; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the file differs")
-    drawn = pipeline()
-    if parser.parse_args(arguments).check:
-        same = PIPELINE.exists() and PIPELINE.read_text(encoding="utf-8") == drawn
-        if not same:
-            print(f"{PIPELINE.relative_to(ROOT)}: run python tools/pictures.py", file=sys.stderr)
-        return int(not same)
-    PIPELINE.parent.mkdir(parents=True, exist_ok=True)
-    PIPELINE.write_text(drawn, encoding="utf-8")
-    return 0
+    check, status = parser.parse_args(arguments).check, 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in {"pipeline.svg": pipeline(), **results()}.items():
+        path = FOLDER / name
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            print(f"{path.relative_to(ROOT)}: run python tools/pictures.py", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #include <numeric>
 
 #include "../common.h"
-#include "../math/thresholds.h"
+#include "../math/elliptic.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -39,6 +39,21 @@ int64_t vectors_before(int64_t n) {
 }
 
 } // namespace
+
+PartialFractions inverse_root_fractions(double low, double high, double error) {
+  constexpr double kPi = 3.14159265358979323846;
+  high = std::max(low, high);
+  double a[kMaxMeans], b[kMaxMeans];
+  const int means = elliptic_means(low, high, a, b);
+  const auto N = int64_t(std::ceil(std::log(4.0 / error) * std::log(16.0 * (high / low)) / (2.0 * kPi * kPi)));
+  PartialFractions f{std::vector<double>(size_t(N)), std::vector<double>(size_t(N))};
+  for (int64_t j = 0; j < N; ++j) {
+    const PartialFraction term = inverse_root_fraction(low, high, a, b, means, j, N);
+    f.t[size_t(j)] = term.t;
+    f.c[size_t(j)] = term.c;
+  }
+  return f;
+}
 
 Tridiagonal::Tridiagonal(const double* M, int64_t T)
     : T_(T),

@@ -26,9 +26,15 @@
 #include <memory>
 #include <vector>
 
-#include "../math/elliptic.h"
-
 namespace fastmtl::cpu {
+
+// Σ_j c_j / (x + t_j)
+struct PartialFractions {
+  std::vector<double> t, c;
+};
+
+// x^-1/2 for low <= x <= high, to a relative `error`.
+PartialFractions inverse_root_fractions(double low, double high, double error);
 
 class Tridiagonal {
  public:

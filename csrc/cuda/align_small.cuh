@@ -21,7 +21,7 @@ struct Small {
     if constexpr (kRows > 8) {
       gram = Groups<kRows, kThreads>::kShared;
     }
-    return (gram > balance ? gram : balance) + size_t(kValues + 1 + T * T + 2 * T + 2) * sizeof(double);
+    return (gram > balance ? gram : balance) + size_t(kValues + 1 + T * T + T + 2) * sizeof(double);
   }
 };
 
@@ -35,10 +35,9 @@ template <class scalar, int kRows>
 __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRows>)) void align_small(
     const __grid_constant__ Source source,
     Policy policy,
-    double* gram,            // [B, T, T], as are the rest: results where they are wanted, else null
-    double* alpha_out,       // [B, T]
-    double* eigenvalues_out, // [B, T]
-    int64_t* rank_out) {     // [B]
+    double* gram,        // [B, T, T], as are the rest: results where they are wanted, else null
+    double* alpha_out,   // [B, T]
+    int64_t* rank_out) { // [B]
   using Shape = Small<kRows>;
   FASTMTL_DYNAMIC_SHARED(shared);
   const int64_t b = blockIdx.x;
@@ -46,11 +45,9 @@ __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRo
   double* values = reinterpret_cast<double*>(shared); // [kValues + 1]
   double* M = values + Shape::kValues + 1;            // [T, T]
   double* alpha = M + T * T;
-  double* eigenvalues = alpha + T;
-  int64_t* rank = reinterpret_cast<int64_t*>(eigenvalues + T);
+  int64_t* rank = reinterpret_cast<int64_t*>(alpha + T);
   // Stages of 16-byte vectors begin on a multiple of 16.
-  unsigned char* rest_of_shared =
-      shared + (size_t(Shape::kValues + 1 + T * T + 2 * T + 1) + 1) / 2 * 2 * sizeof(double);
+  unsigned char* rest_of_shared = shared + (size_t(Shape::kValues + 1 + T * T + T + 1) + 1) / 2 * 2 * sizeof(double);
   const Run all(source.tiles, 0, 1);
   double half = 1.0, rest = 1.0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -77,8 +74,7 @@ __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRo
       }
     }
     const Judge judge = sizeof(scalar) == 8 && pass == 0 ? Judge::range : Judge::none;
-    const bool again =
-        balance_block(M, T, policy, judge, 0.0, half * rest, rest_of_shared, nullptr, alpha, eigenvalues, rank);
+    const bool again = balance_block(M, T, policy, judge, 0.0, rest_of_shared, nullptr, alpha, nullptr, rank);
     if (judge == Judge::none || !again) {
       break;
     }
@@ -91,13 +87,12 @@ __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRo
   __syncthreads();
   for (int i = int(threadIdx.x); i < T && alpha_out; i += Shape::kThreads) {
     alpha_out[b * T + i] = alpha[i];
-    eigenvalues_out[b * T + i] = eigenvalues[i];
   }
   if (threadIdx.x == 0 && rank_out) {
     rank_out[b] = *rank;
   }
   if (source.table || source.out) {
-    combine_run<scalar>(source, b, all, alpha);
+    combine_run<scalar, Shape::kThreads>(source, b, all, alpha);
   }
 }
 

@@ -6,17 +6,17 @@ namespace fastmtl::cuda {
 
 namespace {
 
-__global__ __launch_bounds__(kMaxJacobiThreads, 2) void balance(
+__global__ __launch_bounds__(kMaxJacobiThreads) void balance(
     const double* M, // [B, T, T]
     int T,
     Policy policy,
     Judge judge,
     Pass pass,
     const double* bound, // [B]: what the judge goes by
-    bool vectors_shared,
-    double* scratch,     // [B, T, ld] where the vectors do not fit shared memory
+    bool scratch_shared,
+    double* scratch,     // [B, balance_scratch(T)] where it does not fit shared memory
     double* alpha,       // [B, T]
-    double* eigenvalues, // [B, T]
+    double* eigenvalues, // [B, T], or null
     int64_t* rank,       // [B]
     Verdict* verdict,    // [B], or null
     double* gram) {      // [B, T, T]: where the second pass leaves an M that needed no scaling, or null
@@ -32,11 +32,10 @@ __global__ __launch_bounds__(kMaxJacobiThreads, 2) void balance(
       policy,
       judge,
       judge == Judge::blocks ? bound[b] : 0.0,
-      pass.verdict ? pass.verdict[b].factor() : 1.0,
       shared,
-      vectors_shared ? nullptr : scratch + b * T * jacobi_stride(T),
+      scratch_shared ? nullptr : scratch + b * balance_scratch(T),
       alpha + b * T,
-      eigenvalues + b * T,
+      eigenvalues ? eigenvalues + b * T : nullptr,
       rank + b);
   if (gram && !pass.rescales(b)) {
     for (int k = int(threadIdx.x); k < T * T; k += int(blockDim.x)) {

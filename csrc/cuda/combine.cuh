@@ -11,54 +11,60 @@ namespace fastmtl::cuda {
 
 constexpr int kCombineThreads = 256;
 
-template <class scalar>
+template <class scalar, int kThreads>
 __device__ void combine_run(const Source& source, int64_t b, Run run, const double* alpha) { // alpha [T]
   constexpr int kV = kVec<scalar>, kDepth = 4;                                               // rows in flight
   const int64_t T = source.tasks;
   Pieces pieces(source, run.first, run.last);
   Piece piece;
   while (pieces.next(piece)) {
-    scalar* out = out_of<scalar>(source, b, piece.segment);
-    int64_t begin = piece.begin;
-    if (piece.wide) {
-      const int64_t whole = piece.end - (piece.end - piece.begin) % kV;
-      for (int64_t at = begin + int64_t(threadIdx.x) * kV; at < whole; at += int64_t(blockDim.x) * kV) {
-        double sum[kV] = {};
-        for (int64_t t = 0; t < T; t += kDepth) {
-          Vector<scalar> v[kDepth];
+    const Whole<scalar> whole(piece);
+    scalar* out = whole.row(out_of<scalar>(source, b, piece.segment));
+    const auto add_rows = [&]<int kColumns>(double (&sum)[kColumns], auto&& load) {
+      for (int64_t t = 0; t < T; t += kDepth) {
+        Vector<scalar> v[kDepth];
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-            const scalar* row = row_of<scalar>(source, b, piece.segment, t + d);
-            v[d] = zeros<scalar>();
-            if (row) {
-              v[d].bits = __ldcs(reinterpret_cast<const uint4*>(row + at));
-            }
-          }
+        for (int d = 0; d < kDepth; ++d) {
+          v[d] = load(whole.row(row_of<scalar>(source, b, piece.segment, t + d)));
+        }
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-            const double weight = t + d < T ? alpha[t + d] : 0.0;
+        for (int d = 0; d < kDepth; ++d) {
+          const double weight = t + d < T ? alpha[t + d] : 0.0;
 #pragma unroll
-            for (int i = 0; i < kV; ++i) {
-              sum[i] = fma(weight, widen<double>(v[d][i]), sum[i]);
-            }
+          for (int i = 0; i < kColumns; ++i) {
+            sum[i] = fma(weight, widen<double>(v[d][i]), sum[i]);
           }
         }
-        Vector<scalar> result;
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          result.set(i, narrow<scalar>(sum[i]));
-        }
-        __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
       }
-      begin = whole;
+    };
+    for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
+      double sum[kV] = {};
+      add_rows(sum, [&](const scalar* row) {
+        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
+      });
+      Vector<scalar> result;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        result.set(i, narrow<scalar>(sum[i]));
+      }
+      __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
     }
-    for (int64_t at = begin + threadIdx.x; at < piece.end; at += blockDim.x) {
-      double sum = 0.0;
-      for (int64_t t = 0; t < T; ++t) {
-        const scalar* row = row_of<scalar>(source, b, piece.segment, t);
-        sum = fma(alpha[t], row ? widen<double>(row[at]) : 0.0, sum);
+    // What is before them and behind.
+    int at = whole.begin + int(threadIdx.x), end = 0;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      for (; at < end; at += kThreads * kFew<scalar>) {
+        double sum[kFew<scalar>] = {};
+        add_rows(sum, [&](const scalar* row) { return read<kThreads, kFew<scalar>>(row, at, end); });
+#pragma unroll
+        for (int i = 0; i < kFew<scalar>; ++i) {
+          if (at + i * kThreads < end) {
+            out[at + i * kThreads] = narrow<scalar>(sum[i]);
+          }
+        }
       }
-      out[at] = narrow<scalar>(sum);
+      at = whole.to + int(threadIdx.x);
+      end = whole.end;
     }
   }
 }
@@ -69,7 +75,7 @@ __global__ __launch_bounds__(kCombineThreads) void combine(
     int64_t blocks,
     const double* alpha) { // [B, T]
   const int64_t block = int64_t(gridDim.x) - 1 - blockIdx.x, b = block / blocks;
-  combine_run<scalar>(source, b, Run(source.tiles, block % blocks, blocks), alpha + b * source.tasks);
+  combine_run<scalar, kCombineThreads>(source, b, Run(source.tiles, block % blocks, blocks), alpha + b * source.tasks);
 }
 
 } // namespace fastmtl::cuda

@@ -7,7 +7,8 @@
 //
 // gram_groups, T <= 64 and the 64 x 64 blocks on the diagonal of more, in float64 through the tensor cores (mma.cuh):
 //   what a lane has read is its part of the factors as it is, so nothing goes through shared memory but the sums of the
-//   warps at the end. Reads G once; 256, 768 or 2560 P multiply-adds for 16, 32 or 64 rows, zeros where T is less.
+//   warps at the end. Reads G once; 256, 512, 768, 1152, 1536 or 2560 P multiply-adds for 16, 24, 32, 40, 48 or 64
+//   rows, zeros where T is less.
 //
 // gram_tiles, in float32 for any T, and in float64 the blocks off the diagonal: columns are staged in shared memory as
 //   `accumulator`, the next ones being fetched into registers meanwhile; a thread owns a 4 x 4 tile of M. With float32
@@ -29,9 +30,6 @@ namespace fastmtl::cuda {
 struct Verdict {
   double again;      // 1 where there is to be a second pass, else 0: three numbers, as the op `second_pass` makes them
   double half, rest; // its G is scaled by half * rest, a power of two that alone might not be representable
-  __device__ double factor() const {
-    return half * rest;
-  }
 };
 
 // A pass over G: the first one always takes place, the second one where the verdict says so.
@@ -93,14 +91,15 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
   Pieces pieces(source, run.first, run.last);
   Piece piece;
   while (pieces.next(piece)) {
+    const Whole<scalar> whole(piece);
     const scalar* rows[kRows];
 #pragma unroll
     for (int t = 0; t < kRows; ++t) {
-      rows[t] = row_of<scalar>(source, b, piece.segment, t);
+      rows[t] = whole.row(row_of<scalar>(source, b, piece.segment, t));
     }
-    const auto accumulate = [&](const Vector<scalar>* v) {
+    const auto accumulate = [&]<int kCount>(const Vector<scalar>* v) {
 #pragma unroll
-      for (int i = 0; i < kV; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         double x[kRows];
 #pragma unroll
         for (int t = 0; t < kRows; ++t) {
@@ -120,37 +119,39 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
         }
       }
     };
-    constexpr int64_t kStep = int64_t(kThreads) * kV;
-    int64_t at = piece.begin + int64_t(threadIdx.x) * kV;
-    if (piece.wide) { // whole vectors of all rows
-      const int64_t whole = piece.end - (piece.end - piece.begin) % kV;
-      for (; at < whole; at += kDepth * kStep) {
-        Vector<scalar> v[kDepth][kRows];
+    constexpr int kStep = kThreads * kV;
+    for (int at = int(threadIdx.x) * kV; at < whole.to; at += kDepth * kStep) {
+      Vector<scalar> v[kDepth][kRows];
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
+      for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
-          for (int t = 0; t < kRows; ++t) {
-            const int64_t c = at + d * kStep;
-            v[d][t] = zeros<scalar>();
-            if (rows[t] && c < whole) {
-              v[d][t].bits = __ldg(reinterpret_cast<const uint4*>(rows[t] + c));
-            }
+        for (int t = 0; t < kRows; ++t) {
+          const int c = at + d * kStep;
+          v[d][t] = zeros<scalar>();
+          if (rows[t] && c < whole.to) {
+            v[d][t].bits = __ldg(reinterpret_cast<const uint4*>(rows[t] + c));
           }
         }
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          accumulate(v[d]);
-        }
       }
-      at = threadIdx.x == 0 ? whole : piece.end; // what is left is less than a vector
+#pragma unroll
+      for (int d = 0; d < kDepth; ++d) {
+        accumulate.template operator()<kV>(v[d]);
+      }
     }
-    for (; at < piece.end; at += kStep) {
-      Vector<scalar> v[kRows];
+    // What is before them and behind.
+    int at = whole.begin + int(threadIdx.x), end = 0;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      for (; at < end; at += kThreads * kFew<scalar>) {
+        Vector<scalar> v[kRows];
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) {
-        v[t] = read(rows[t], at, piece.end, false);
+        for (int t = 0; t < kRows; ++t) {
+          v[t] = read<kThreads, kFew<scalar>>(rows[t], at, end);
+        }
+        accumulate.template operator()<kFew<scalar>>(v);
       }
-      accumulate(v);
+      at = whole.to + int(threadIdx.x);
+      end = whole.end;
     }
   }
   largest = block_max<kThreads>(largest, shared);
@@ -196,14 +197,15 @@ constexpr int kGroupRows = 64; // beyond, M is made of blocks of 64 x 64
 
 // Rows are taken eight at a time: a lane holds 16 bytes of row lane / 4 of each group, as it has read them. Tiles of
 // 16 x 8 entries of M: two groups with each group that does not come before them. 64 rows have too many tiles for the
-// registers of one warp: two share them, and read the same columns.
+// registers of one warp: two share them, and read the same columns. Of an odd number of groups the last has its tile
+// with zeros.
 template <int kRows, int kBlock = 128>
 struct Groups {
-  static constexpr int kGroups = kRows / 8, kPairs = kGroups / 2;
-  static constexpr int kShare = kRows == 64 ? 2 : 1;            // warps to a strip of columns
-  static constexpr int kTiles = kPairs * (kPairs + 1) / kShare; // of a warp
+  static constexpr int kGroups = kRows / 8;
+  static constexpr int kShare = kRows == 64 ? 2 : 1;                            // warps to a strip of columns
+  static constexpr int kTiles = (kGroups + 1) / 2 * (kGroups / 2 + 1) / kShare; // of a warp
   static constexpr int kThreads = kBlock, kWarps = kThreads / 32;
-  static constexpr int kResident = kRows == 16 ? 4 : kRows == 32 ? 3 : 2; // blocks of a multiprocessor
+  static constexpr int kResident = kRows <= 24 ? 4 : kRows <= 40 ? 3 : 2; // blocks of a multiprocessor
   static constexpr int kDepth = 1024 / kThreads / kGroups;                // vectors of a row in flight
   static constexpr int kValues = kRows * (kRows + 1) / 2;
   static constexpr size_t kShared = size_t(kWarps) / 2 * kTiles * 4 * 32 * sizeof(double);
@@ -232,15 +234,16 @@ __device__ void groups_warp(
   Pieces pieces(source, run.first, run.last);
   Piece piece;
   while (pieces.next(piece)) {
+    const Whole<scalar> whole(piece);
     const scalar* rows[kGroups];
 #pragma unroll
     for (int r = kFirst; r < kGroups; ++r) {
-      rows[r] = row_of<scalar>(source, b, piece.segment, first_row + r * 8 + g);
+      rows[r] = whole.row(row_of<scalar>(source, b, piece.segment, first_row + r * 8 + g));
     }
-    const auto accumulate = [&](const Vector<scalar>* v) {
+    const auto accumulate = [&]<int kCount>(const Vector<scalar>* v) {
 #pragma unroll
-      for (int i = 0; i < kV; i += 2) { // whichever eight columns: all rows have the same
-        double x[kGroups][2];
+      for (int i = 0; i < kCount; i += 2) { // whichever eight columns: all rows have the same
+        double x[kGroups + kGroups % 2][2] = {};
 #pragma unroll
         for (int r = kFirst; r < kGroups; ++r) {
 #pragma unroll
@@ -262,10 +265,12 @@ __device__ void groups_warp(
         }
       }
     };
-    constexpr int64_t kStrip = 4 * kV, kStep = kDepth * kStrip; // columns of a warp's vectors
-    const int64_t strip = int64_t(threadIdx.x / 32 / Shape::kShare);
-    for (int64_t at = piece.begin + strip * kStep; at < piece.end; at += Shape::kWarps / Shape::kShare * kStep) {
-      if (piece.wide && at + kStep <= piece.end) {
+    constexpr int kStrip = 4 * kV, kStep = kDepth * kStrip; // columns of a warp's vectors
+    constexpr int kStride = Shape::kWarps / Shape::kShare * kStep;
+    const int strip = int(threadIdx.x / 32) / Shape::kShare;
+    // The first warps begin with what is before the vectors.
+    for (int at = strip == 0 && whole.begin < 0 ? -kStride : strip * kStep; at < whole.end; at += kStride) {
+      if (at >= 0 && at + kStep <= whole.to) {
         Vector<scalar> v[kDepth][kGroups];
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
@@ -279,18 +284,19 @@ __device__ void groups_warp(
         }
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          accumulate(v[d]);
+          accumulate.template operator()<kV>(v[d]);
         }
         continue;
       }
+      const int last = at < 0 ? 0 : at + kStep < whole.end ? at + kStep : whole.end;
 #pragma unroll 1
-      for (int64_t c = at; c < at + kStep && c < piece.end; c += kStrip) {
+      for (int c = at < 0 ? whole.begin : at; c < last; c += 4 * kFew<scalar>) {
         Vector<scalar> v[kGroups];
 #pragma unroll
         for (int r = kFirst; r < kGroups; ++r) {
-          v[r] = read(rows[r], c + q * kV, piece.end, piece.wide);
+          v[r] = read<4, kFew<scalar>>(rows[r], c + q, last);
         }
-        accumulate(v);
+        accumulate.template operator()<kFew<scalar>>(v);
       }
     }
   }
@@ -440,25 +446,27 @@ __device__ void tile_place(int k, int& i, int& j) {
   }
 }
 
-// Columns [at, at + kColumns) of a piece, as vectors of this thread.
+// Columns [at, end) of a segment, kColumns at most, as vectors of this thread.
 template <class Shape, class scalar, int kLoads>
 __device__ __forceinline__ void fetch_tiles(
     const Source& source,
     int64_t b,
-    const Piece& piece,
-    int64_t at,
+    int64_t segment,
+    const Whole<scalar>& whole,
+    int at,
+    int end,
     int64_t first_row,
     int64_t second_row,
     Vector<scalar> (&next)[kLoads]) {
   constexpr int kRows = Shape::kRows, kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
-  if (piece.wide && at + Shape::kColumns <= piece.end) {
+  if (at >= 0 && at + Shape::kColumns <= whole.to) {
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
       next[l] = zeros<scalar>();
       if (r < kRows) {
         const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-        const scalar* row = row_of<scalar>(source, b, piece.segment, t);
+        const scalar* row = whole.row(row_of<scalar>(source, b, segment, t));
         if (row) {
           next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV));
         }
@@ -472,7 +480,7 @@ __device__ __forceinline__ void fetch_tiles(
     Vector<scalar> v = zeros<scalar>();
     if (r < kRows) {
       const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-      v = read(row_of<scalar>(source, b, piece.segment, t), at + (k % kRowVectors) * kV, piece.end, piece.wide);
+      v = read<kRowVectors, kV>(whole.row(row_of<scalar>(source, b, segment, t)), at + k % kRowVectors, end);
     }
 #pragma unroll
     for (int m = 0; m < kLoads; ++m) { // a register has no address
@@ -625,13 +633,17 @@ __device__ void tiles_block(
 
   Pieces pieces(source, run.first, run.last);
   Piece piece{};
-  int64_t at = 0;
   bool more = pieces.next(piece);
-  if (more) {
-    at = piece.begin;
-  }
+  Whole<scalar> whole(piece);
+  int at = whole.begin;
+  // What is before the vectors is a stage of its own.
+  const auto end_of_stage = [&] {
+    return at < 0 ? 0 : at + Shape::kColumns < whole.end ? at + Shape::kColumns : whole.end;
+  };
   Vector<scalar> next[kLoads];
-  const auto fetch = [&] { fetch_tiles<Shape>(source, b, piece, at, first_row, second_row, next); };
+  const auto fetch = [&] {
+    fetch_tiles<Shape>(source, b, piece.segment, whole, at, end_of_stage(), first_row, second_row, next);
+  };
 
   if (more) {
     fetch();
@@ -639,10 +651,11 @@ __device__ void tiles_block(
   while (more) {
     __syncthreads(); // the stage has been read
     stage_tiles<Shape>(next, half, rest, stage, largest);
-    at += Shape::kColumns;
-    if (at >= piece.end) {
+    at = end_of_stage();
+    if (at >= whole.end) {
       more = pieces.next(piece);
-      at = piece.begin;
+      whole = Whole<scalar>(piece);
+      at = whole.begin;
     }
     if (more) {
       fetch(); // on its way while this stage is worked on

@@ -11,8 +11,8 @@ namespace fastmtl::cuda {
 
 // How a Gram matrix is computed.
 struct GramPlan {
-  int rows;         // 2, 4 or 8: gram_stream; 16, 32 or 64: gram_groups, or gram_tiles in float32
-  bool blocks;      // float32
+  int rows;    // 2, 4 or 8: gram_stream; 16, 24, 32, 40, 48 or 64: gram_groups; 16, 32 or 64: gram_tiles in float32
+  bool blocks; // float32
   int64_t diagonal; // 64 x 64 blocks on the diagonal of M (one up to T = 64), and above it
   int64_t pairs() const {
     return diagonal * (diagonal - 1) / 2;
@@ -42,7 +42,7 @@ struct Partials {
 // What a Gram matrix is turned into.
 struct Weights {
   double* alpha;       // [B, T]
-  double* eigenvalues; // [B, T], descending
+  double* eigenvalues; // [B, T], descending; null where nobody wants them: they take Jacobi's many steps
   int64_t* rank;       // [B]
 };
 
@@ -123,7 +123,8 @@ void launch_probe_bound(
 // Entries of M that a missing row has made NaN, unless the pass is skipped or scales its G.
 void launch_mend(const Sources& G, Pass pass, int64_t T, double* M, cudaStream_t stream); // M [T, T]
 
-// T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B T ld doubles, is null where shared memory holds the vectors.
+// T <= kMaxJacobiTasks, as for `launch_eigh`; `scratch`, B balance_scratch(T) doubles, is null where shared memory has
+// room for it.
 void launch_balance(
     const double* M, // [B, T, T]
     int64_t B,

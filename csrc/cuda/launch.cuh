@@ -73,7 +73,7 @@ void launch_gram(
   if (plan.rows <= 8) {
     with_rows<2, 4, 8>(plan.rows, stream_rows);
   } else if (!plan.blocks) {
-    with_rows<16, 32, 64>(plan.rows, groups);
+    with_rows<16, 24, 32, 40, 48, 64>(plan.rows, groups);
     if (plan.pairs() > 0) {
       tiles.template operator()<double, 128>(plan.pairs(), partials.pairs);
     }
@@ -163,7 +163,6 @@ void launch_align_small(
         policy,
         gram,
         weights.alpha,
-        weights.eigenvalues,
         weights.rank);
   };
   with_rows<8, 16, 32>(source.tasks <= 8 ? 8 : source.tasks <= 16 ? 16 : 32, launch);

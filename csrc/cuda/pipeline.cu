@@ -1,6 +1,7 @@
 #include "pipeline.h"
 
 #include <algorithm>
+#include <memory>
 
 namespace fastmtl::cuda {
 
@@ -26,8 +27,9 @@ void with_type(Dtype dtype, F&& f) {
   }
 }
 
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+// Columns from an address to the next multiple of 16.
+int64_t head_of(uint64_t address, Dtype dtype) {
+  return int64_t(-address % 16) / element_size(dtype);
 }
 
 int64_t tiles_of(int64_t columns) {
@@ -41,7 +43,12 @@ GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   // Without columns there is nothing to measure.
   const bool blocks =
       !exact && G.columns() > 0 && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
-  const int rows = !blocks && T <= 8 ? (T <= 2 ? 2 : T <= 4 ? 4 : 8) : T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
+  int rows = T <= 2 ? 2 : T <= 4 ? 4 : 8;
+  if (blocks) {
+    rows = T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
+  } else if (T > 8) {
+    rows = T <= 48 ? int(T + 7) / 8 * 8 : kGroupRows;
+  }
   return {rows, blocks, (T + kGroupRows - 1) / kGroupRows};
 }
 
@@ -54,7 +61,7 @@ int64_t blocks_of(const GramPlan& plan, int64_t tiles, int64_t B, int64_t bytes)
   return std::max<int64_t>(1, std::min({tiles, wanted / B, kPartialBytes / bytes}));
 }
 
-double* vectors_scratch(int64_t B, int64_t count, size_t shared, const Context& context) {
+double* global_scratch(int64_t B, int64_t count, size_t shared, const Context& context) {
   return int64_t(shared) <= context.shared_limit ? nullptr : allocate<double>(context, B * count);
 }
 
@@ -70,7 +77,7 @@ void balance(
     Verdict* verdict,
     double* gram,
     const Context& context) {
-  double* scratch = vectors_scratch(B, T * jacobi_stride(T), balance_shared(T, true), context);
+  double* scratch = global_scratch(B, balance_scratch(T), balance_shared(T, true), context);
   launch_balance(M, B, T, policy, judge, pass, bound, scratch, weights, verdict, gram, context.stream);
 }
 
@@ -109,61 +116,69 @@ Batch::Batch(
   source.length = P;
   source.out = out;
   source.next_out = next_out;
-  source.wide = aligned(base) && aligned(out) && (T == 1 || next_row % 16 == 0) &&
-                (B == 1 || (next_matrix % 16 == 0 && next_out % 16 == 0));
+  const auto address = reinterpret_cast<uintptr_t>(base), result = reinterpret_cast<uintptr_t>(out);
+  const bool alike = (!out || (address - result) % 16 == 0) && (T == 1 || next_row % 16 == 0) &&
+                     (B == 1 || (next_matrix % 16 == 0 && (!out || next_out % 16 == 0)));
+  source.head = alike ? head_of(address, dtype) : -1;
   parts_.push_back({dtype, source});
 }
 
 Batch::Batch(const Gradients& G, const Context& context) : B_(1), T_(G.tasks), P_(0) {
   const int64_t record = kRows0 + T_;
-  bool missing = false;
-  std::vector<uint64_t> words;
-  words.reserve(size_t(G.count * record));
-  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-    Source source{};
-    source.tasks = T_;
-    // Offsets until the table has an address.
-    source.length = int64_t(words.size());
-    int64_t next_column = 0;
-    for (int64_t k = 0; k < G.count; ++k) {
-      const Segment& segment = G.segments[k];
-      const int64_t first_column = next_column;
-      next_column += segment.length;
-      if (segment.dtype != dtype || segment.length == 0) {
-        continue;
-      }
-      bool wide = aligned(segment.out);
-      for (int64_t t = 0; t < T_; ++t) {
-        wide = wide && aligned(segment.rows[t]);
-      }
-      words.push_back(uint64_t(source.tiles));
-      words.push_back(uint64_t(first_column));
-      words.push_back(uint64_t(segment.length));
-      words.push_back(reinterpret_cast<uintptr_t>(segment.out));
-      words.push_back(wide);
-      for (int64_t t = 0; t < T_; ++t) {
-        words.push_back(reinterpret_cast<uintptr_t>(segment.rows[t]));
-        missing = missing || !segment.rows[t];
-      }
-      source.tiles += tiles_of(segment.length);
-      source.segments += 1;
-      P_ += segment.length;
-    }
-    if (source.segments > 0) {
-      parts_.push_back({dtype, source});
-    }
+  constexpr int kTypes = 4;
+  int64_t segments[kTypes] = {};
+  for (int64_t k = 0; k < G.count; ++k) {
+    segments[int(G.segments[k].dtype)] += G.segments[k].length > 0;
   }
-  if (words.empty()) {
+  // The tables of the types follow each other.
+  Source source[kTypes] = {};
+  int64_t next[kTypes], count = 0; // where in the words the next record of a type goes, and how many there are
+  for (int d = 0; d < kTypes; ++d) {
+    source[d].tasks = T_;
+    next[d] = count;
+    count += segments[d] * record;
+  }
+  if (count == 0) {
     return;
   }
-  uint64_t* table = allocate<uint64_t>(context, int64_t(words.size()));
-  launch_upload(words.data(), int64_t(words.size()), table, context.stream);
-  for (Part& part : parts_) {
-    part.source.table = table + part.source.length;
-    part.source.length = 0;
-    if (missing) {
-      with_missing_.part[with_missing_.count] = part.source;
-      with_missing_.dtype[with_missing_.count++] = part.dtype;
+  const std::unique_ptr<uint64_t[]> words(new uint64_t[size_t(count)]);
+  bool missing = false;
+  for (int64_t k = 0; k < G.count; ++k) {
+    const Segment& segment = G.segments[k];
+    if (segment.length == 0) {
+      continue;
+    }
+    const int d = int(segment.dtype);
+    uint64_t* to = words.get() + next[d];
+    next[d] += record;
+    const uint64_t result = reinterpret_cast<uintptr_t>(segment.out);
+    uint64_t some = result, differ = 0; // an address, and in which bits others differ from it
+    for (int64_t t = 0; t < T_; ++t) {
+      const uint64_t row = reinterpret_cast<uintptr_t>(segment.rows[t]);
+      to[kRows0 + t] = row;
+      missing |= row == 0;
+      some = some ? some : row;
+      differ |= row ? row ^ some : 0;
+    }
+    to[kFirstTile] = uint64_t(source[d].tiles);
+    to[kFirstColumn] = uint64_t(P_);
+    to[kLength] = uint64_t(segment.length);
+    to[kOut] = result;
+    to[kHead] = uint64_t(differ % 16 == 0 ? head_of(some, segment.dtype) : -1);
+    source[d].tiles += tiles_of(segment.length);
+    source[d].segments += 1;
+    P_ += segment.length;
+  }
+  uint64_t* table = allocate<uint64_t>(context, count);
+  launch_upload(words.get(), count, table, context.stream);
+  for (int d = 0; d < kTypes; ++d) {
+    if (segments[d] > 0) {
+      source[d].table = table + next[d] - segments[d] * record;
+      parts_.push_back({Dtype(d), source[d]});
+      if (missing) {
+        with_missing_.part[with_missing_.count] = source[d];
+        with_missing_.dtype[with_missing_.count++] = Dtype(d);
+      }
     }
   }
 }
@@ -268,7 +283,7 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
   Weights kept = weights;
   if (!M) {
     M = allocate<double>(context, B * T * T);
-    kept = {allocate<double>(context, B * T), allocate<double>(context, B * T), allocate<int64_t>(context, B)};
+    kept = {allocate<double>(context, B * T), nullptr, allocate<int64_t>(context, B)};
   }
   const GramResult first = gram(G, false, {}, M, context);
   Verdict* verdict = first.judge == Judge::none ? nullptr : allocate<Verdict>(context, B);
@@ -284,7 +299,7 @@ void align(const Batch& G, const Policy& policy, double* M, const Weights& weigh
 
 void eigh(const double* M, int64_t B, int64_t T, double* eigenvalues, double* eigenvectors, const Context& context) {
   if (B > 0) {
-    double* scratch = vectors_scratch(B, T * T, jacobi_shared(T, true), context);
+    double* scratch = global_scratch(B, T * T, jacobi_shared(T, true), context);
     launch_eigh(M, B, T, eigenvalues, eigenvectors, scratch, context.stream);
   }
 }

@@ -98,7 +98,7 @@ void sign_drop(
 void align(
     const Batch& G,
     const Policy& policy,
-    double* M, // [B, T, T], or null together with what `weights` holds: not wanted
+    double* M, // [B, T, T], or null together with what `weights` holds: not wanted. Eigenvalues are not computed
     const Weights& weights,
     const Context& context);
 

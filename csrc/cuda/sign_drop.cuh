@@ -76,58 +76,58 @@ struct SignSums {
 
 template <class scalar, bool kLeak>
 __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t seed, const double* leak) { // leak [T]
-  constexpr int kV = kVec<scalar>, kDepth = 4; // rows in flight
+  constexpr int kV = kVec<scalar>, kDepth = 4, kThreads = kSignDropThreads; // rows in flight
   const int64_t T = source.tasks;
   Pieces pieces(source, run.first, run.last);
   Piece piece;
   while (pieces.next(piece)) {
-    scalar* out = out_of<scalar>(source, b, piece.segment);
-    const uint64_t first = uint64_t(first_column(source, b, piece.segment));
-    int64_t begin = piece.begin;
-    if (piece.wide) {
-      const int64_t whole = piece.end - (piece.end - piece.begin) % kV;
-      for (int64_t at = begin + int64_t(threadIdx.x) * kV; at < whole; at += int64_t(blockDim.x) * kV) {
-        SignSums<scalar, kV, kLeak> sums;
-        for (int64_t t = 0; t < T; t += kDepth) {
-          Vector<scalar> v[kDepth];
+    const Whole<scalar> whole(piece);
+    scalar* out = whole.row(out_of<scalar>(source, b, piece.segment));
+    const uint64_t first = uint64_t(first_column(source, b, piece.segment) + whole.from);
+    const auto add_rows = [&]<int kColumns>(SignSums<scalar, kColumns, kLeak>& sums, auto&& load) {
+      for (int64_t t = 0; t < T; t += kDepth) {
+        Vector<scalar> v[kDepth];
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-            const scalar* row = row_of<scalar>(source, b, piece.segment, t + d);
-            v[d] = zeros<scalar>();
-            if (row) {
-              v[d].bits = __ldcs(reinterpret_cast<const uint4*>(row + at));
-            }
-          }
+        for (int d = 0; d < kDepth; ++d) {
+          v[d] = load(whole.row(row_of<scalar>(source, b, piece.segment, t + d)));
+        }
 #pragma unroll
-          for (int d = 0; d < kDepth; ++d) {
-            const double part = kLeak && t + d < T ? leak[t + d] : 0.0;
+        for (int d = 0; d < kDepth; ++d) {
+          const double part = kLeak && t + d < T ? leak[t + d] : 0.0;
 #pragma unroll
-            for (int i = 0; i < kV; ++i) {
-              sums.add(i, v[d][i], part);
-            }
+          for (int i = 0; i < kColumns; ++i) {
+            sums.add(i, v[d][i], part);
           }
         }
-        uint32_t word[kV];
-        random_words(seed, first + uint64_t(at), word);
-        Vector<scalar> result;
-#pragma unroll
-        for (int i = 0; i < kV; ++i) {
-          result.set(i, sums.chosen(i, word[i]));
-        }
-        __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
       }
-      begin = whole;
-    }
-    for (int64_t at = begin + threadIdx.x; at < piece.end; at += blockDim.x) {
-      SignSums<scalar, 1, kLeak> sums;
-      for (int64_t t = 0; t < T; ++t) {
-        if (const scalar* row = row_of<scalar>(source, b, piece.segment, t)) {
-          sums.add(0, row[at], kLeak ? leak[t] : 0.0);
-        }
-      }
-      uint32_t word[1];
+    };
+    for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
+      SignSums<scalar, kV, kLeak> sums;
+      add_rows(sums, [&](const scalar* row) {
+        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
+      });
+      uint32_t word[kV];
       random_words(seed, first + uint64_t(at), word);
-      out[at] = sums.chosen(0, word[0]);
+      Vector<scalar> result;
+#pragma unroll
+      for (int i = 0; i < kV; ++i) {
+        result.set(i, sums.chosen(i, word[i]));
+      }
+      __stcs(reinterpret_cast<uint4*>(out + at), result.bits);
+    }
+    // What is before them and behind.
+    int at = whole.begin + int(threadIdx.x), end = 0;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      for (; at < end; at += kThreads) {
+        SignSums<scalar, 1, kLeak> sums;
+        add_rows(sums, [&](const scalar* row) { return read<kThreads, 1>(row, at, end); });
+        uint32_t word[1];
+        random_words(seed, first + uint64_t(at), word);
+        out[at] = sums.chosen(0, word[0]);
+      }
+      at = whole.to + int(threadIdx.x);
+      end = whole.end;
     }
   }
 }

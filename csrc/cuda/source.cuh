@@ -15,7 +15,7 @@ namespace fastmtl::cuda {
 constexpr int64_t kTileColumns = 512;
 
 // A record of the table: the words below, then the T addresses of the rows (0 where a task has no gradient).
-enum RecordWord { kFirstTile, kFirstColumn, kLength, kOut, kWide, kRows0 };
+enum RecordWord { kFirstTile, kFirstColumn, kLength, kOut, kHead, kRows0 };
 
 struct Source {
   int64_t tasks;                 // T
@@ -27,7 +27,8 @@ struct Source {
   int64_t length;                // columns
   char* out;                     // result of matrix b at out + b * next_out, or null
   int64_t next_out;              // bytes
-  bool wide;                     // all addresses are multiples of 16
+  int64_t head;                  // columns before the first one that lies on a multiple of 16 bytes in every row and
+                                 // the result, -1 where they are not alike
 
   __device__ const uint64_t* record(int64_t segment) const {
     return table + segment * (kRows0 + tasks);
@@ -37,7 +38,30 @@ struct Source {
 // A stretch of columns of one tensor.
 struct Piece {
   int64_t segment, begin, end; // columns
-  bool wide;                   // its rows (and result) may be accessed 16 bytes at a time
+  int64_t head;                // of these columns, as of Source
+};
+
+// The columns [begin, end) of a piece, of which [0, to) are the whole vectors of its rows and result: counted from the
+// first of those on, and from the piece's begin where they are not alike. That these numbers are short spares
+// registers; a piece that they do not hold would be larger than any memory.
+template <class scalar>
+struct Whole {
+  int64_t from; // of the segment, where 0 is
+  int begin, to, end;
+
+  __device__ explicit Whole(const Piece& piece) {
+    constexpr int kV = 16 / int(sizeof(scalar));
+    const bool alike = piece.head >= 0 && piece.begin + piece.head < piece.end;
+    from = piece.begin + (alike ? piece.head : 0);
+    begin = int(piece.begin - from);
+    end = int(piece.end - from);
+    to = alike ? end - end % kV : 0;
+  }
+
+  template <class X>
+  __device__ X* row(X* x) const {
+    return x ? x + from : nullptr;
+  }
 };
 
 // Address of row t, null where the task has no gradient.
@@ -85,7 +109,7 @@ class Pieces {
       return false;
     }
     int64_t first = 0, length = source_.length, end = source_.tiles;
-    piece.wide = source_.wide;
+    int64_t head = source_.head;
     if (source_.table) {
       // Segments without columns have no tiles: they start where their successor does.
       while (segment_ + 1 < source_.segments && int64_t(source_.record(segment_ + 1)[kFirstTile]) <= tile_) {
@@ -94,13 +118,18 @@ class Pieces {
       const uint64_t* record = source_.record(segment_);
       first = int64_t(record[kFirstTile]);
       length = int64_t(record[kLength]);
-      piece.wide = record[kWide] != 0;
+      head = int64_t(record[kHead]);
       end = segment_ + 1 < source_.segments ? int64_t(source_.record(segment_ + 1)[kFirstTile]) : source_.tiles;
     }
     end = end < last_ ? end : last_;
     piece.segment = segment_;
-    piece.begin = (tile_ - first) * kTileColumns;
-    piece.end = (end - first) * kTileColumns < length ? (end - first) * kTileColumns : length;
+    // Pieces but the first of a segment begin with a vector; the last one may then be empty.
+    const int64_t shift = head > 0 ? head : 0;
+    const int64_t from = tile_ > first ? (tile_ - first) * kTileColumns + shift : 0;
+    const int64_t to = (end - first) * kTileColumns + shift;
+    piece.begin = from < length ? from : length;
+    piece.end = to < length ? to : length;
+    piece.head = from > 0 && head > 0 ? 0 : head;
     tile_ = end;
     return true;
   }

@@ -38,20 +38,29 @@ __device__ Vector<scalar> zeros() {
   return {uint4{0, 0, 0, 0}};
 }
 
-// Elements [at, end) of a row, zeros beyond `end` and where there is no row.
+// The emulation counts what lanes read together.
 template <class scalar>
-__device__ Vector<scalar> read(const scalar* row, int64_t at, int64_t end, bool wide) {
-  if (!row || at >= end) {
-    return zeros<scalar>();
-  }
-  if (wide && at + kVec<scalar> <= end) {
-    return {*reinterpret_cast<const uint4*>(row + at)};
-  }
+__device__ scalar load(const scalar* address) {
+#ifdef FASTMTL_EMULATE
+  host_cuda::watch(address);
+#endif
+  return *address;
+}
+
+// How many elements of a row are worth their registers where they are read one by one.
+template <class scalar>
+constexpr int kFew = kVec<scalar> < 4 ? kVec<scalar> : 4;
+
+// kCount elements at, at + kStep, ... of a row that has no whole vectors there, zeros from `end` on and where there is
+// no row. kStep neighbouring lanes that begin at neighbouring elements read neighbours at the same time.
+template <int kStep, int kCount, class scalar>
+__device__ Vector<scalar> read(const scalar* row, int at, int end) {
   Vector<scalar> v = zeros<scalar>();
+  const int left = row ? end - at : 0;
 #pragma unroll
-  for (int i = 0; i < kVec<scalar>; ++i) {
-    if (at + i < end) {
-      v.set(i, row[at + i]);
+  for (int i = 0; i < kCount; ++i) {
+    if (i * kStep < left) {
+      v.set(i, load(row + at + i * kStep));
     }
   }
   return v;

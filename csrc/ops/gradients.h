@@ -25,8 +25,6 @@ struct Options {
   }
 };
 
-using Row = std::optional<Tensor>; // a task's gradient of one parameter
-
 template <class Device>
 struct GradientOps {
   using Scope = typename Device::Scope;
@@ -42,8 +40,9 @@ struct GradientOps {
   }
 
   // Where the result will go is checked here, before a method has solved, and changed, anything.
-  static Tensor gram_rows(std::vector<Row> grads, int64_t tasks, std::optional<std::vector<Tensor>> out) {
-    const Tensor& like = any_of(grads);
+  static Tensor gram_rows(const Handles& handles, int64_t tasks, const std::optional<std::vector<Tensor>>& out) {
+    const TensorList grads(handles);
+    const Tensor like = any_of(grads);
     const Scope scope(like);
     const RaggedRows rows(grads, tasks, out ? &*out : nullptr, like);
     const Tensor M = empty_float64({tasks, tasks}, like);
@@ -92,7 +91,8 @@ struct GradientOps {
     matrix.finish();
   }
 
-  static void combine_rows(std::vector<Row> grads, const Tensor& alpha, std::vector<Tensor> out) {
+  static void combine_rows(const Handles& handles, const Tensor& alpha, const std::vector<Tensor>& out) {
+    const TensorList grads(handles);
     const Scope scope(alpha);
     RaggedRows rows(grads, check_alpha(alpha, grads, out), &out, alpha);
     rows.start();
@@ -111,12 +111,13 @@ struct GradientOps {
   }
 
   static void sign_drop_rows(
-      std::vector<Row> grads,
+      const Handles& handles,
       int64_t tasks,
       const Tensor& seed,
       std::optional<Tensor> leak,
-      std::vector<Tensor> out) {
-    const Tensor& like = any_of(grads);
+      const std::vector<Tensor>& out) {
+    const TensorList grads(handles);
+    const Tensor like = any_of(grads);
     const Scope scope(like);
     RaggedRows rows(grads, tasks, &out, like);
     check_seed(seed, like);
@@ -144,15 +145,16 @@ struct GradientOps {
   }
 
   static std::tuple<Tensor, Tensor, Tensor> align_rows(
-      std::vector<Row> grads,
+      const Handles& handles,
       int64_t tasks,
       std::optional<Tensor> weights,
       std::string scale,
       double rtol,
       double zero,
       std::string rank_rule,
-      std::vector<Tensor> out) {
-    const Tensor& like = any_of(grads);
+      const std::vector<Tensor>& out) {
+    const TensorList grads(handles);
+    const Tensor like = any_of(grads);
     const Scope scope(like);
     RaggedRows rows(grads, tasks, &out, like);
     const Options options{weights, scale, rtol, zero, rank_rule};

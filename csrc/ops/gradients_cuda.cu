@@ -42,7 +42,7 @@ struct Cuda {
     if (T <= kMaxJacobiTasks) {
       const Weights weights{
           doubles(alpha),
-          eigenvalues ? doubles(*eigenvalues) : allocate<double>(call.context(), B * T),
+          eigenvalues ? doubles(*eigenvalues) : nullptr,
           static_cast<int64_t*>(rank.mutable_data_ptr())};
       cuda::balance(const_doubles(M), B, T, policy, weights, call.context());
     } else {
@@ -84,8 +84,7 @@ struct Cuda {
       align_many(G, options, M, alpha, rank, call);
       return;
     }
-    double* eigenvalues = allocate<double>(call.context(), G.tasks());
-    const Weights weights{doubles(alpha), eigenvalues, static_cast<int64_t*>(rank.mutable_data_ptr())};
+    const Weights weights{doubles(alpha), nullptr, static_cast<int64_t*>(rank.mutable_data_ptr())};
     cuda::align(G, policy, doubles(M), weights, call.context());
   }
 };

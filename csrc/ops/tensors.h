@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <deque>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -106,16 +105,64 @@ inline std::string describe_vector(const Tensor& x) {
   return describe(x) + (x.is_contiguous() ? "" : ", not contiguous");
 }
 
+// A list with gaps as an op takes it, every tensor a reference that is the op's own. As `Tensor`s each would be
+// allocated and counted once more, which is what most of the time of a call on a long list would go into.
+using Handles = std::vector<std::optional<AtenTensorHandle>>;
+
+// Keeps them for as long as the op runs.
+class TensorList {
+ public:
+  explicit TensorList(const Handles& handles) : handles_(handles) {}
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+  ~TensorList() {
+    for (const auto& handle : handles_) {
+      if (handle) {
+        aoti_torch_delete_tensor_object(*handle);
+      }
+    }
+  }
+
+  int64_t size() const {
+    return int64_t(handles_.size());
+  }
+  AtenTensorHandle operator[](int64_t i) const { // null where there is none
+    return handles_[size_t(i)].value_or(nullptr);
+  }
+
+ private:
+  const Handles& handles_;
+};
+
+// One more reference.
+inline Tensor tensor_of(AtenTensorHandle handle) {
+  AtenTensorHandle mine;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &mine));
+  return Tensor(mine);
+}
+
+inline std::string describe(AtenTensorHandle x) {
+  return describe(tensor_of(x));
+}
+
 // What the ops need to know of a tensor, asked once: every question crosses the ABI. Only what is written is asked for
 // memory to write: of a copy on write, that makes the copy.
 struct View {
-  explicit View(const Tensor& x) : View(x, const_cast<void*>(x.const_data_ptr())) {}
+  explicit View(const Tensor& x) : View(x.get()) {}
+  explicit View(AtenTensorHandle x) : View(x, nullptr) {
+    const void* memory;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(x, &memory));
+    data = static_cast<char*>(const_cast<void*>(memory));
+  }
   static View to_write(const Tensor& x) {
-    return View(x, x.mutable_data_ptr());
+    return View(x.get(), x.mutable_data_ptr());
   }
 
+  ScalarType type() const {
+    return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
+  }
   Dtype dtype() const {
-    switch (type) {
+    switch (type()) {
       case ScalarType::Float:
         return Dtype::f32;
       case ScalarType::Double:
@@ -125,12 +172,12 @@ struct View {
       case ScalarType::Half:
         return Dtype::f16;
       default:
-        fail("gradients: expected float32, float64, bfloat16 or float16, got ", name_of(type));
+        fail("gradients: expected float32, float64, bfloat16 or float16, got ", name_of(type()));
     }
   }
   bool is_gradient() const {
-    return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-           type == ScalarType::Half;
+    const ScalarType x = type();
+    return x == ScalarType::Float || x == ScalarType::Double || x == ScalarType::BFloat16 || x == ScalarType::Half;
   }
   int64_t element() const { // bytes
     return element_size(dtype());
@@ -178,7 +225,7 @@ struct View {
     return false;
   }
   bool same_shape(const View& other) const {
-    return type == other.type && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
+    return code == other.code && dims == other.dims && std::equal(sizes, sizes + dims, other.sizes);
   }
   bool same_layout(const View& other) const {
     for (int64_t i = 0; i < dims; ++i) {
@@ -219,16 +266,32 @@ struct View {
   const int64_t* sizes;
   const int64_t* strides;
   int64_t dims;
-  ScalarType type;
+  int32_t code; // of the dtype, torch's
   char* data;
 
  private:
-  View(const Tensor& x, void* memory)
-      : sizes(x.sizes().data()),
-        strides(x.strides().data()),
-        dims(x.dim()),
-        type(x.scalar_type()),
-        data(static_cast<char*>(memory)) {}
+  View(AtenTensorHandle x, void* memory) : data(static_cast<char*>(memory)) {
+    int64_t *size, *stride;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(x, &dims));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x, &size));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x, &stride));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &code));
+    sizes = size;
+    strides = stride;
+  }
+};
+
+// Where a tensor lies.
+struct Place {
+  explicit Place(AtenTensorHandle x) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x, &index));
+  }
+  bool operator==(const Place& other) const {
+    return type == other.type && index == other.index;
+  }
+
+  int32_t type, index;
 };
 
 inline bool same_device(const Tensor& x, const Tensor& y) {
@@ -343,7 +406,7 @@ inline void check_result(const Tensor& G, const View& source, const Tensor& out,
   const int64_t dims = source.dims;
   FASTMTL_CHECK(
       target.dims == dims - 1 && target.sizes[dims - 2] == source.sizes[dims - 1] &&
-          (dims == 2 || target.sizes[0] == source.sizes[0]) && target.type == source.type && same_device(out, G),
+          (dims == 2 || target.sizes[0] == source.sizes[0]) && target.code == source.code && same_device(out, G),
       "out: expected the dtype and device of G and shape ",
       dims == 2 ? "[P]" : "[B, P]",
       " for G, a ",
@@ -416,23 +479,25 @@ class Strided {
 class RaggedRows {
  public:
   RaggedRows(
-      const std::vector<std::optional<Tensor>>& grads,
+      const TensorList& grads,
       int64_t tasks,
       const std::vector<Tensor>* out,
       const Tensor& like) // on the device where all are
-      : T_(tasks), like_(like), same_(like.is_cpu()) {
+      : T_(tasks), like_(like), place_(like.get()), same_(like.is_cpu()), out_(out) {
     FASTMTL_CHECK(tasks >= 1, "tasks: expected at least one, got ", tasks);
-    FASTMTL_CHECK(
-        int64_t(grads.size()) % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
-    K_ = int64_t(grads.size()) / tasks;
+    FASTMTL_CHECK(grads.size() % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
+    K_ = grads.size() / tasks;
     FASTMTL_CHECK(!out || int64_t(out->size()) == K_, "out: expected ", K_, " tensors, got ", out ? out->size() : 0);
-    rows_.assign(grads.size(), nullptr);
+    rows_.assign(size_t(grads.size()), nullptr);
     segments_.resize(size_t(K_));
+    if (out) {
+      read_.reserve(size_t(grads.size()));
+      results_.reserve(size_t(K_));
+    }
     for (int64_t k = 0; k < K_; ++k) {
-      add(grads, k, out);
+      add(grads, k);
     }
     if (out) {
-      written_ = *out;
       check_apart();
     }
     gradients_ = {segments_.data(), K_, T_};
@@ -440,7 +505,7 @@ class RaggedRows {
 
   // As of Strided.
   void start() {
-    for (const Tensor& target : written_) {
+    for (const Tensor& target : *out_) {
       mark_written("out", target);
     }
   }
@@ -455,12 +520,10 @@ class RaggedRows {
   }
 
  private:
-  using List = std::vector<std::optional<Tensor>>;
-
   // Where the first gradient of tensor k is in the list, -1 where no task has one.
-  int64_t first_of(const List& grads, int64_t k) const {
+  int64_t first_of(const TensorList& grads, int64_t k) const {
     for (int64_t i = k; i < T_ * K_; i += K_) {
-      if (grads[size_t(i)]) {
+      if (grads[i]) {
         return i;
       }
     }
@@ -468,53 +531,56 @@ class RaggedRows {
   }
 
   // Rows of tensor k in one layout: that of the first gradient, made dense where it is not.
-  void add(const List& grads, int64_t k, const std::vector<Tensor>* out) {
+  void add(const TensorList& grads, int64_t k) {
     const int64_t from = first_of(grads, k);
-    const Tensor* first = from >= 0 ? &*grads[size_t(from)] : out ? &(*out)[size_t(k)] : nullptr;
+    AtenTensorHandle first = from >= 0 ? grads[from] : out_ ? (*out_)[size_t(k)].get() : nullptr;
     if (!first) {
       segments_[size_t(k)] = {rows_.data() + k * T_, nullptr, 0, Dtype::f32};
       return;
     }
-    View layout(*first);
+    View layout(first);
     if (!layout.is_gradient()) {
       const std::string name = from >= 0 ? row_name(from / K_, k) : out_name(k);
-      fail(name, ": expected float32, float64, bfloat16 or float16, got ", describe(*first));
+      fail(name, ": expected float32, float64, bfloat16 or float16, got ", describe(first));
     }
-    check_device(*first, [&] { return from >= 0 ? row_name(from / K_, k) : out_name(k); });
+    check_device(first, [&] { return from >= 0 ? row_name(from / K_, k) : out_name(k); });
     if (!layout.dense()) {
-      copies_.push_back(
-          torch::stable::new_empty(*first, std::vector<int64_t>(layout.sizes, layout.sizes + layout.dims)));
-      first = &copies_.back();
-      layout = View(*first);
+      const std::vector<int64_t> sizes(layout.sizes, layout.sizes + layout.dims);
+      copies_.push_back(torch::stable::new_empty(tensor_of(first), sizes));
+      first = copies_.back().get();
+      layout = View(first);
     }
-    char* const result = out ? add_result((*out)[size_t(k)], k, *first, layout) : nullptr;
+    char* const result = out_ ? add_result((*out_)[size_t(k)], k, first, layout) : nullptr;
+    const int64_t bytes = layout.span();
     for (int64_t t = 0; t < T_; ++t) {
-      if (const auto& g = grads[size_t(t * K_ + k)]) {
-        add_row(*g, t, k, *first, layout, out);
+      if (const AtenTensorHandle g = grads[t * K_ + k]) {
+        rows_[size_t(k * T_ + t)] = add_row(g, t, k, first, layout, bytes);
       }
     }
     segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
   }
 
-  void add_row(const Tensor& g, int64_t t, int64_t k, const Tensor& first, const View& layout, bool apart) {
+  // `bytes` is what the layout spans.
+  const void*
+  add_row(AtenTensorHandle g, int64_t t, int64_t k, AtenTensorHandle first, const View& layout, int64_t bytes) {
     const View row(g);
     check_device(g, [&] { return row_name(t, k); });
     FASTMTL_CHECK(
         row.same_shape(layout), row_name(t, k), ": expected the other tasks' ", describe(first), ", got ", describe(g));
-    if (apart) {
-      spans_.push_back({row.data, row.data + row.span(), -1});
+    const bool same = row.same_layout(layout);
+    if (out_) {
+      read_.push_back({row.data, row.data + (same ? bytes : row.span()), k});
     }
-    if (row.same_layout(layout)) {
-      rows_[size_t(k * T_ + t)] = row.data;
-    } else {
-      copies_.push_back(torch::stable::empty_like(first));
-      torch::stable::copy_(copies_.back(), g);
-      rows_[size_t(k * T_ + t)] = copies_.back().const_data_ptr();
+    if (same) {
+      return row.data;
     }
+    copies_.push_back(torch::stable::empty_like(tensor_of(first)));
+    torch::stable::copy_(copies_.back(), tensor_of(g));
+    return copies_.back().const_data_ptr();
   }
 
   // Where the result of tensor k is to be written.
-  char* add_result(const Tensor& target, int64_t k, const Tensor& first, const View& layout) {
+  char* add_result(const Tensor& target, int64_t k, AtenTensorHandle first, const View& layout) {
     const View view = View::to_write(target);
     FASTMTL_CHECK(
         view.same_shape(layout) && same_device(target, like_),
@@ -528,52 +594,48 @@ class RaggedRows {
         out_name(k),
         ": expected a tensor without repeated elements, got strides ",
         list_of(target.strides()));
-    spans_.push_back({view.data, view.data + view.span(), k});
+    results_.push_back({view.data, view.data + view.span(), k});
     if (view.same_layout(layout)) {
       return view.data;
     }
-    copies_.push_back(torch::stable::empty_like(first));
+    copies_.push_back(torch::stable::empty_like(tensor_of(first)));
     copy_back_.emplace_back(target, copies_.back());
     return View::to_write(copies_.back()).data;
   }
 
   // Results lie apart from all gradients and from each other.
   void check_apart() {
-    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) {
-      return a.begin < b.begin || (a.begin == b.begin && a.out < b.out);
+    const auto empty = [](const Span& span) { return span.begin == span.end; };
+    results_.erase(std::remove_if(results_.begin(), results_.end(), empty), results_.end());
+    std::sort(results_.begin(), results_.end(), [](const Span& a, const Span& b) {
+      return a.begin < b.begin || (a.begin == b.begin && a.k < b.k);
     });
-    const char *read = nullptr, *written = nullptr; // where what began so far ends
-    int64_t writer = -1;
-    for (const Span& span : spans_) {
-      if (span.begin == span.end) {
-        continue;
-      }
-      if (span.out < 0 ? span.begin < written : span.begin < read) {
-        const int64_t k = span.out < 0 ? writer : span.out;
+    // Where results lie apart, the last one that begins before a gradient ends is the one that reaches furthest.
+    for (const Span& read : read_) {
+      const auto after = std::partition_point(
+          results_.begin(), results_.end(), [&](const Span& result) { return result.begin < read.end; });
+      if (!empty(read) && after != results_.begin() && read.begin < std::prev(after)->end) {
+        const int64_t k = std::prev(after)->k;
         fail(
             out_name(k),
             ": expected memory that does not overlap the gradients, got ",
-            describe(written_[size_t(k)]),
+            describe((*out_)[size_t(k)]),
             " within");
       }
+    }
+    for (size_t i = 1; i < results_.size(); ++i) {
       FASTMTL_CHECK(
-          span.out < 0 || span.begin >= written,
-          out_name(span.out),
+          results_[i].begin >= results_[i - 1].end,
+          out_name(results_[i].k),
           ": expected memory that does not overlap other results, got that of ",
-          out_name(writer));
-      if (span.out < 0) {
-        read = std::max(read, span.end);
-      } else {
-        written = span.end;
-        writer = span.out;
-      }
+          out_name(results_[i - 1].k));
     }
   }
 
   // All gradients are on one device: on the CPU the dispatcher sees to that.
   template <class Name>
-  void check_device(const Tensor& x, Name&& name) const {
-    if (!same_ && !same_device(x, like_)) {
+  void check_device(AtenTensorHandle x, Name&& name) const {
+    if (!same_ && !(Place(x) == place_)) {
       fail(name(), ": expected all gradients on ", device_of(like_), ", got ", describe(x));
     }
   }
@@ -586,19 +648,20 @@ class RaggedRows {
     return K_ == 1 ? "out" : "out[" + std::to_string(k) + "]";
   }
 
-  struct Span {
+  struct Span { // of tensor k
     const char *begin, *end;
-    int64_t out; // which result it is, -1 for a gradient
+    int64_t k;
   };
 
   int64_t T_, K_;
   const Tensor& like_;
-  bool same_;
-  std::vector<Span> spans_;       // of results, and of gradients where there are results
-  std::vector<const void*> rows_; // [K, T]
+  const Place place_;
+  const bool same_;
+  const std::vector<Tensor>* out_;   // null where there are no results
+  std::vector<Span> read_, results_; // where there are
+  std::vector<const void*> rows_;    // [K, T]
   std::vector<Segment> segments_;
-  std::deque<Tensor> copies_; // addresses stay
-  std::vector<Tensor> written_;
+  std::vector<Tensor> copies_;
   std::vector<std::pair<Tensor, Tensor>> copy_back_;
   Gradients gradients_;
 };
@@ -639,10 +702,10 @@ inline Tensor as_type_of(const Tensor& M, const Tensor& wide) {
   return narrow;
 }
 
-inline const Tensor& any_of(const std::vector<std::optional<Tensor>>& grads) {
-  for (const auto& g : grads) {
-    if (g) {
-      return *g;
+inline Tensor any_of(const TensorList& grads) {
+  for (int64_t i = 0; i < grads.size(); ++i) {
+    if (grads[i]) {
+      return tensor_of(grads[i]);
     }
   }
   fail("grads: expected at least one tensor, got none in ", grads.size(), " entries");
@@ -677,9 +740,8 @@ inline void check_apart(const Tensor& alpha, const Tensor& out) {
 }
 
 // α [T] for a ragged list and its results; returns T.
-inline int64_t
-check_alpha(const Tensor& alpha, const std::vector<std::optional<Tensor>>& grads, const std::vector<Tensor>& out) {
-  const int64_t T = out.empty() ? alpha.numel() : int64_t(grads.size() / out.size());
+inline int64_t check_alpha(const Tensor& alpha, const TensorList& grads, const std::vector<Tensor>& out) {
+  const int64_t T = out.empty() ? alpha.numel() : grads.size() / int64_t(out.size());
   check_vector("alpha", alpha, T, out.empty() ? alpha : out[0]);
   for (const Tensor& target : out) {
     check_apart(alpha, target);

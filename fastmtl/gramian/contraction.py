@@ -128,7 +128,9 @@ def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
     if not sizes:
         return scale
     largest = torch.stack(sizes).amax(0)
-    exponent = torch.frexp(largest).exponent
+    # A power that brings the smallest numbers near 1 is beyond the largest.
+    limit = min(math.frexp(torch.finfo(x.dtype).max)[1] for x in tensors if x.is_floating_point()) - 2
+    exponent = torch.frexp(largest).exponent.clamp_min(-limit)
     far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
     return torch.where(far, torch.ldexp(scale, -exponent), scale)
 

@@ -13,6 +13,7 @@ from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, Rows, checked_out
 from fastmtl.losses import Losses
 from fastmtl.methods.checks import check_gram, checked_weights
+from fastmtl.ops.derivatives import detached
 from fastmtl.pipeline import aggregate_rows
 from fastmtl.rule import NOTHING, Context, MethodModule, context_of, solved
 from fastmtl.training.accumulate import Accumulator
@@ -371,7 +372,8 @@ class GramMethod(Method):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        info = solved(self, ops.gram_rows(grads, T, out), dtype, context)  # all is checked before a state changes
+        # All is checked before a state changes.
+        info = solved(self, detached(ops.gram_rows, grads, T, out), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, library
 
+from fastmtl.inputs import transforming
 from fastmtl.ops.reference.rounding import rounded
 
-__all__ = ["register"]
+__all__ = ["detached", "register"]
+
+Result = TypeVar("Result")
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -27,6 +31,17 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
         raise NotImplementedError(f"fastmtl::{name} has no derivative: detach its inputs")
 
     return backward
+
+
+def detached(op: Callable[..., Result], *args: Any) -> Result:
+    """Calls an op whose inputs are known to be detached, and that writes nothing, past autograd.
+
+    Its formula is in Python: of a list it would take every tensor apart and put it together again.
+    """
+    if torch.compiler.is_compiling() or transforming():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import HEADERS, NO_HEADERS
 
 ROOT = Path(__file__).resolve().parents[2]
 F64 = torch.float64
@@ -101,6 +102,7 @@ def test_for_a_thread(tree):
     assert same(torch.tensor([float(x) for x in run.stdout.split()], dtype=F64), expected[1])
 
 
+@pytest.mark.skipif(not HEADERS, reason=NO_HEADERS)
 def test_for_a_warp(tree):
     """The CUDA kernel of the registered solver, on the host."""
     pytest.importorskip("pybind11")

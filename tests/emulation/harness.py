@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import build
+import pytest
 import torch
-from helpers import F32, F64, check_guard, guarded
+from helpers import F32, F64, HEADERS, NO_HEADERS, check_guard, guarded
 from parity import Aligned, policy
 from torch import Tensor
 
@@ -22,11 +23,13 @@ KERNELS = Path(__file__).with_name("kernels.cpp")
 
 
 def require_tools() -> None:
-    """What is missing to compile the kernels is an error, not a reason to skip."""
+    """What is missing to compile the kernels is an error, no reason to skip, but for what pip cannot install."""
     if shutil.which(build.COMPILER) is None:
         raise RuntimeError(f"the emulated CUDA tests need a C++20 compiler: {build.COMPILER} not found")
     if importlib.util.find_spec("pybind11") is None:
         raise RuntimeError("the emulated CUDA tests need pybind11: pip install pybind11")
+    if not HEADERS:
+        pytest.skip(f"the emulated CUDA tests: {NO_HEADERS}")
 
 
 def built(mode: str = "plain", defines: Sequence[str] = ()) -> Path:
@@ -176,43 +179,51 @@ class Device:
         return [b for b, _ in both], [o for _, o in both]
 
     def _align(self, x, B: int, T: int, policy: dict, wanted: bool):
-        shapes = [((B, T, T), F64), ((B, T), F64), ((B, T), F64)]
-        buffers, results = zip(*(guarded(*s) for s in shapes), strict=True)
+        """M, alpha, eigenvalues (as `Info` computes them from M when they are read), rank, launches."""
+        buffers, (M, alpha) = zip(*(guarded(shape, F64) for shape in ((B, T, T), (B, T))), strict=True)
         rank = torch.full((B,), -1, dtype=torch.int64)
-        addresses = [r.data_ptr() for r in (*results, rank)] if wanted else [0] * 4
+        addresses = [M.data_ptr(), alpha.data_ptr(), rank.data_ptr()] if wanted else [0] * 3
         module().align(self.session(), x, policy, *addresses)
-        for buffer, result in zip(buffers, results, strict=True):
+        for buffer, result in zip(buffers, (M, alpha), strict=True):
             check_guard(buffer, result.numel())
-        return *results, rank
+        launches = self.launches()
+        lam = self._balance(M, policy, True)[1] if wanted else torch.empty(B, T, dtype=F64)
+        return M, alpha, lam, rank, launches
 
     def align(self, G: Tensor, offset: int = 0, wanted: bool = True, **options) -> Aligned:
         B, T = (G.shape[0] if G.ndim == 3 else 1), G.shape[-2]
         buffer, out = guarded((*G.shape[:-2], G.shape[-1]), G.dtype, offset)
-        results = self._align(self._input(G, out), B, T, settings(T, G.dtype, **options), wanted)
+        *results, launches = self._align(self._input(G, out), B, T, settings(T, G.dtype, **options), wanted)
         check_guard(buffer, out.numel(), offset)
         if G.ndim == 2:
             results = [r[0] for r in results]
-        return Aligned(out, *results, self.launches())
+        return Aligned(out, *results, launches)
 
     def align_rows(self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, **options) -> Aligned:
         """`dtype` is the one that decides on tolerances."""
         buffers, outs = self._outs(grads, T)
-        results = self._align(self._rows(grads, T, outs), 1, T, settings(T, dtype, **options), True)
+        *results, launches = self._align(self._rows(grads, T, outs), 1, T, settings(T, dtype, **options), True)
         for buffer, out in zip(buffers, outs, strict=True):
             check_guard(buffer, out.numel())
-        return Aligned(outs, *[r[0] for r in results], self.launches())
+        return Aligned(outs, *[r[0] for r in results], launches)
 
-    def balance(self, M: Tensor, dtype: torch.dtype = F64, **options) -> tuple[Tensor, Tensor, Tensor]:
-        T = M.shape[-1]
-        B = M.shape[0] if M.ndim == 3 else 1
+    def _balance(self, M: Tensor, policy: dict, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """With eigenvalues, by Jacobi's rotations, or (NaN) without: by a tridiagonal matrix where that is accurate."""
+        B, T = M.shape[:2]
         (ab, alpha), (lb, lam) = guarded((B, T), F64), guarded((B, T), F64)
         rank = torch.full((B,), -1, dtype=torch.int64)
-        policy = settings(T, dtype, **options)
-        addresses = [alpha.data_ptr(), lam.data_ptr(), rank.data_ptr()]
-        M = M.contiguous()
+        addresses = [alpha.data_ptr(), lam.data_ptr() if wanted else 0, rank.data_ptr()]
         module().balance(self.session(), M.data_ptr(), B, T, policy, *addresses)
         check_guard(ab, alpha.numel())
         check_guard(lb, lam.numel())
+        return alpha, lam, rank
+
+    def balance(
+        self, M: Tensor, dtype: torch.dtype = F64, wanted: bool = True, **options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T = M.shape[-1]
+        results = self._balance(M.contiguous().view(-1, T, T), settings(T, dtype, **options), wanted)
+        alpha, lam, rank = results
         return alpha.view(M.shape[:-1]), lam.view(M.shape[:-1]), rank.view(M.shape[:-2])
 
     def eigh(self, M: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <new>
 #include <numeric>
+#include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -143,8 +145,18 @@ struct LaunchRecord {
   size_t shared_bytes;
 };
 
+// An address that a thread has loaded from, where it is watched.
+struct Load {
+  uint64_t warp; // of the grid
+  unsigned lane;
+  uintptr_t address;
+  size_t bytes;
+};
+
 struct Settings {
   std::mutex mutex; // one launch at a time
+  bool watches = false;
+  std::vector<Load> loads;
   Order order = Order::sequential;
   uint64_t seed = 0;
   size_t shared_limit = 227 << 10;
@@ -1011,6 +1023,42 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 }
 
 namespace host_cuda {
+// Called by what loads from global memory, each time.
+template <class T>
+void watch(const T* address) {
+  if (settings.watches) {
+    const unsigned index = state.current->index;
+    const uint64_t block = state.block_index.x + uint64_t(state.grid.x) * state.block_index.y;
+    const uint64_t warp = block * (max_threads / 32) + index / 32;
+    settings.loads.push_back({warp, index % 32, reinterpret_cast<uintptr_t>(address), sizeof(T)});
+  }
+}
+
+// Bytes that were asked for since the watch began, how many of them 16 at a time, and those of the 32-byte sectors that
+// took. The nth load of every lane of a warp counts as one instruction, as it is where lanes do not part.
+inline std::tuple<int64_t, int64_t, int64_t> watched() {
+  std::map<std::pair<uint64_t, uint64_t>, std::set<uintptr_t>> sectors; // of a warp's instruction
+  std::map<std::pair<uint64_t, unsigned>, uint64_t> before;             // loads of a lane
+  int64_t asked = 0, wide = 0, moved = 0;
+  for (const Load& load : settings.loads) {
+    const uint64_t n = before[{load.warp, load.lane}]++;
+    for (uintptr_t a = load.address / 32; a <= (load.address + load.bytes - 1) / 32; ++a) {
+      sectors[{load.warp, n}].insert(a);
+    }
+    asked += int64_t(load.bytes);
+    wide += load.bytes == 16 ? 16 : 0;
+  }
+  for (const auto& [instruction, touched] : sectors) {
+    moved += 32 * int64_t(touched.size());
+  }
+  return {asked, wide, moved};
+}
+
+inline void watch_loads(bool watches) {
+  settings.watches = watches;
+  settings.loads.clear();
+}
+
 template <class T>
 concept Loadable = std::is_arithmetic_v<T> || std::same_as<T, float2> || std::same_as<T, float4> ||
                    std::same_as<T, double2> || std::same_as<T, uint4>;
@@ -1018,10 +1066,12 @@ concept Loadable = std::is_arithmetic_v<T> || std::same_as<T, float2> || std::sa
 
 template <host_cuda::Loadable T>
 T __ldg(const T* address) {
+  host_cuda::watch(address);
   return *address;
 }
 template <host_cuda::Loadable T>
 T __ldcs(const T* address) {
+  host_cuda::watch(address);
   return *address;
 }
 template <host_cuda::Loadable T>

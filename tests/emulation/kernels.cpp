@@ -139,6 +139,8 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
     }
     return names;
   });
+  m.def("watch_loads", &host_cuda::watch_loads);
+  m.def("watched", &host_cuda::watched);
   m.def("reset_launches", [] { host_cuda::reset_launches(); });
 
   py::class_<Input>(m, "Input")
@@ -191,18 +193,12 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
   });
   m.def(
       "align",
-      [](Session& session,
-         const Input& G,
-         const py::dict& options,
-         uintptr_t M,
-         uintptr_t alpha,
-         uintptr_t eigenvalues,
-         uintptr_t rank) {
+      [](Session& session, const Input& G, const py::dict& options, uintptr_t M, uintptr_t alpha, uintptr_t rank) {
         align(
             G.batch(session.context),
             policy_of(options),
             at<double>(M),
-            {at<double>(alpha), at<double>(eigenvalues), at<int64_t>(rank)},
+            {at<double>(alpha), nullptr, at<int64_t>(rank)},
             session.context);
       });
   m.def("eigh", [](Session& session, uintptr_t M, int64_t B, int64_t T, uintptr_t eigenvalues, uintptr_t eigenvectors) {

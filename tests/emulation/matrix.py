@@ -89,16 +89,16 @@ class Matrix:
         return x
 
     def run_align(self, name, x, T, device, G, outs, dtypes, rtol, limit):
-        M, alpha, lam, rank = np.empty((T, T)), np.empty(T), np.empty(T), np.empty(1, np.int64)
+        M, alpha, rank = np.empty((T, T)), np.empty(T), np.empty(1, np.int64)
         policy = {"weights": 0, "scale": "min", "rank_rule": "normalized", "rtol": rtol, "zero": EPS["float32"]}
-        addresses = [a.ctypes.data for a in (M, alpha, lam, rank)]
+        addresses = [a.ctypes.data for a in (M, alpha, rank)]
         self.module.align(self.session(device), x, policy, *addresses)
         want, R = truth(G, rtol)
         got = np.concatenate([values(o, d) for o, d in zip(outs, dtypes, strict=True)])
         limit += max(EPS[d] for d in dtypes)
         self.check(name, np.linalg.norm(got - want) / np.linalg.norm(want), limit)
         self.check(f"{name}: rank", abs(int(rank[0]) - R), 0)
-        self.same(name, *outs, M, alpha, lam, rank)
+        self.same(name, *outs, M, alpha, rank)
 
     def align(self, T, P, dtype, device, skip=0, kappa=1.0):
         name = f"align {T} x {P} {dtype} slow={device[0]} skip={skip} kappa={kappa}"
@@ -161,13 +161,13 @@ class Matrix:
         name = f"rescaled {T} x {P} {scale}"
         X = np.random.default_rng(T).standard_normal((T, P))
         G, out = exact(X * scale), np.empty(P)
-        alpha, lam, rank, M = np.empty(T), np.empty(T), np.empty(1, np.int64), np.empty((T, T))
+        alpha, rank, M = np.empty(T), np.empty(1, np.int64), np.empty((T, T))
         policy = {"weights": 0, "scale": "min", "rank_rule": "normalized", "rtol": 1e-7, "zero": EPS["float64"]}
-        addresses = [a.ctypes.data for a in (M, alpha, lam, rank)]
+        addresses = [a.ctypes.data for a in (M, alpha, rank)]
         self.module.align(self.session(DEVICES[0]), self.flat(G, "float64", out), policy, *addresses)
         want, _ = truth(X, 1e-7)
         self.check(name, np.linalg.norm(out / scale - want) / np.linalg.norm(want), 1e-12)
-        self.same(name, out, alpha, lam)
+        self.same(name, out, alpha)
 
     def eigh(self, T, device):
         name = f"eigh {T} slow={device[0]}"

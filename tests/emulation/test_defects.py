@@ -36,6 +36,12 @@ DEFECTS = {
         "sine[thread] = s;\n      }",
         "Error",
     ),
+    "missing barrier in the tridiagonalisation": Defect(
+        "tridiagonal.cuh",
+        "find_reflection(x, S, k);\n    }\n    __syncthreads();",
+        "find_reflection(x, S, k);\n    }",
+        "Error",
+    ),
     "divergent barrier": Defect(
         "eigh.cuh",
         "place[before] = i;\n  }\n  __syncthreads();",

@@ -9,7 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 from emulation import build
+from helpers import HEADERS, NO_HEADERS
 
+pytestmark = pytest.mark.skipif(not HEADERS, reason=NO_HEADERS)
 ORDERS = [("sequential", 0), ("reversed", 0), ("shuffled", 1), ("shuffled", 2)]
 NUMBERS = np.random.default_rng(0).integers(0, 9, 640).astype(np.float32)
 

@@ -116,6 +116,71 @@ def test_threads_in_any_order_give_the_same_bits(T, dtype):
         assert same(results[0], results[2])
 
 
+# ------------------------------------------------------------------------------------------------ misaligned rows
+
+
+def placed(T, P, dtype, head, step=0):
+    """[T, P] whose rows begin `head` elements after a multiple of 16 bytes, each `step` further than the one before."""
+    width = (P + 64) // 16 * 16 + step
+    buffer = torch.full((T * width + 16,), torch.nan, dtype=dtype)
+    G = buffer[head:].as_strided((T, P), (width, 1), buffer[head:].storage_offset())
+    G.copy_(randn(T, P, dtype=dtype, seed=T))
+    assert buffer.data_ptr() % 16 == 0
+    return G
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("T", [2, 3, 8, 12, 24, 33, 40, 48, 64, 70])
+def test_rows_begin_anywhere(order, T, dtype):
+    """All alike, with the result or without it, so that the first columns are read one by one; or each elsewhere."""
+    P, vector = 1100 + T, 16 // dtype.itemsize
+    for head, step, out in ((0, 0, 0), (vector - 1, 0, vector - 1), (1, 0, 0), (1, 1, 1)):
+        G = placed(T, P, dtype, head, step)
+        for device in (FAST, SLOW) if dtype is F32 else (FAST,):
+            M = device.gram(G)[0]
+            assert relative(M, G.to(F64) @ G.to(F64).T) <= 1e-14 * T
+            if T > 8 and dtype is not F64:
+                assert relative(device.gram(G, exact=False)[0], M) <= 1e-6
+        alpha = weights(T)
+        expected = (alpha @ G.to(F64)).to(dtype)
+        assert relative(FAST.combine(G, alpha, offset=out), expected) <= EPS[dtype]
+        # A list of a few columns and the others.
+        rows = [part for row in G for part in row.split([3, P - 3])]
+        assert relative(FAST.gram_rows(rows, T)[0], M) <= 1e-14 * T
+        assert relative(torch.cat(FAST.combine_rows(rows, alpha)), expected) <= EPS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+@pytest.mark.parametrize(("T", "exact", "lanes"), [(3, True, 32), (8, True, 32), (16, True, 4), (40, False, 8)])
+def test_what_lanes_read_together_lies_together(T, exact, lanes, dtype):
+    """Sectors of 32 bytes that an instruction of a warp touches; `lanes` neighbours of the Gram pass share a row."""
+    device, P, size = (FAST if exact else SLOW), 8192, dtype.itemsize
+    alpha = weights(T)
+
+    def loads(run):
+        harness.module().watch_loads(True)
+        try:
+            run()
+            asked, wide, moved = harness.module().watched()
+        finally:
+            harness.module().watch_loads(False)
+        assert T * P * size <= asked <= 1.01 * T * P * size
+        return wide / asked, moved / asked
+
+    def most(lanes):  # wherever their stretch begins
+        return ((lanes - 1) * size // 32 + 2) * 32 / (lanes * size)
+
+    aligned, alike, odd = placed(T, P, dtype, 0), placed(T, P, dtype, 1), placed(T, P, dtype, 1, 1)
+    assert loads(lambda: device.gram(aligned, exact=exact)) == (1, 1)
+    assert loads(lambda: device.combine(aligned, alpha)) == (1, 1)
+    assert loads(lambda: device.gram(alike, exact=exact))[0] >= 0.97
+    assert loads(lambda: device.combine(alike, alpha, offset=1))[0] >= 0.97
+    for run, together in ((lambda: device.gram(odd, exact=exact), lanes), (lambda: device.combine(odd, alpha), 32)):
+        wide, share = loads(run)
+        assert wide == 0
+        assert share <= most(together)
+
+
 # ------------------------------------------------------------------------------------------------ launches
 
 

@@ -735,6 +735,21 @@ def test_losses_of_any_size(size):
     agree(lambda: mlp(x * scale[:, None] ** 0.5).square().mean(1), mlp.parameters(), F32)
 
 
+def test_losses_that_have_all_but_vanished():
+    """As of a classifier that is sure: their cotangents are below float32's normal range, in one pass or both."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(2, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 2))
+        x = torch.randn(64, 2)
+        right = net(x).argmax(1)
+        with torch.no_grad():
+            net[3].weight *= 200
+        losses = F.cross_entropy(net(x), right, reduction="none")
+        J = jacobian(losses, list(net.parameters()))
+        info = fastmtl.Uniform().backward(losses, batch_dim=0)
+        assert (info.gram - J @ J.T).norm() < 1e-5 * (J @ J.T).norm()
+
+
 def test_sums_over_positions_that_cancel():
     """A large mean of the inputs, and cotangents that add up to nothing."""
     torch.manual_seed(0)

@@ -1,14 +1,27 @@
 """fastmtl.integrations.torchjd: TorchJD's interfaces, TorchJD's results where TorchJD's are accurate."""
 
 import copy
-import importlib.util
+import importlib
 import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, EPS, F32, F64, conditioned, contract, dtype_id, randn, relative, svd_align
+from helpers import (
+    BF16,
+    DTYPES,
+    EPS,
+    F32,
+    F64,
+    conditioned,
+    contract,
+    dtype_id,
+    needs_ecos,
+    randn,
+    relative,
+    svd_align,
+)
 from torch import nn
 
 import fastmtl
@@ -16,10 +29,6 @@ import fastmtl
 theirs = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
 for solver in ("clarabel", "cvxpy", "quadprog", "scipy"):
     pytest.importorskip(solver, reason=f"{solver}, which torchjd solves with, is not installed")
-needs_ecos = pytest.mark.skipif(
-    importlib.util.find_spec("ecos") is None,
-    reason="ecos, which TorchJD's NashMTL solves with, is not installed: it has no wheel for Python 3.13",
-)
 ours = importlib.import_module("fastmtl.integrations.torchjd")
 our_scalars = importlib.import_module("fastmtl.integrations.torchjd.scalarization")
 their_scalars = importlib.import_module("torchjd.scalarization")

@@ -8,7 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import EPS64, F64, conditioned, randn
+from helpers import EPS64, F64, conditioned, needs_ecos, randn
 from scipy.optimize import root
 
 import fastmtl
@@ -234,6 +234,7 @@ def test_parity_with_torchjd_fairgrad(fairness):
         assert equation(M, alpha, 1 / fairness) <= equation(M, theirs, 1 / fairness) + 1e-13
 
 
+@needs_ecos
 def test_parity_with_torchjd_nash():
     """Theirs stops at 1e-3 of its equation."""
     aggregation = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
@@ -246,7 +247,7 @@ def test_parity_with_torchjd_nash():
 
 
 def test_the_method_by_its_equation():
-    """Mα = 1/α (Eq. 2 of the paper), then shortened to `max_norm`; TorchJD's solver finds the same to its accuracy."""
+    """Mα = 1/α (Eq. 2 of the paper), then shortened to `max_norm`."""
     G = randn(5, 60, dtype=F64, seed=4) + 0.3
     M = G @ G.T
     alpha = fastmtl.NashMTL(max_norm=0).weighting(M)
@@ -255,5 +256,11 @@ def test_the_method_by_its_equation():
     shortened = fastmtl.NashMTL().weighting(M)
     assert (shortened @ G).norm().item() == pytest.approx(1.0, rel=1e-12)
     assert torch.allclose(shortened / shortened.sum(), alpha / alpha.sum(), rtol=1e-12)
+
+
+@needs_ecos
+def test_torchjd_finds_the_same_nash_point():
+    G = randn(5, 60, dtype=F64, seed=4) + 0.3
+    alpha = fastmtl.NashMTL(max_norm=0).weighting(G @ G.T)
     theirs = pytest.importorskip("torchjd.aggregation").NashMTL(5, max_norm=0.0)
     assert torch.allclose(theirs(G), alpha @ G, rtol=1e-2, atol=1e-2)

@@ -105,6 +105,21 @@ def test_spans_of_the_demo_and_of_experiments(tool, tmp_path):
             tool.fill(f"<!-- n: {wrong} --><!-- /n -->", results)
 
 
+def test_spans_of_experiments_are_their_tables(tool):
+    """Of toy, counted from the ends of its runs: as its table counts them; and places."""
+    folder = ROOT / "experiments" / "results"
+    if not folder.exists():
+        pytest.skip("a source release, which has no results")
+    rows = re.findall(r"^\| ([a-z-]+) \|.*\| (\d+) of 25 \|", (folder / "toy" / "table.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for method, count in rows:
+        assert tool.span(f"experiment / toy / {method} / .0f", None) == count
+    table = json.loads((folder / "scene" / "table.json").read_text())["rows"]
+    best = min((row for row in table if "Δm % ↓" in table[row]), key=lambda row: table[row]["Δm % ↓"])
+    assert tool.span(f"experiment / scene / {best} / place", None) == "1"
+    assert tool.span("experiment / rl / shared aligned / .0f", None) == "70"
+
+
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
@@ -209,7 +224,7 @@ def test_scaling(tool, tmp_path):
 def test_what_nobody_has_measured_is_said(tool, tmp_path):
     empty = tool.Results(tmp_path)
     for name, section in tool.SECTIONS.items():
-        if name != "expect" and not name.startswith("cuda"):  # which are no machine's
+        if not name.startswith(("expect", "experiment", "cuda")):  # which are no machine's
             assert "Not measured yet" in section(empty), name
     assert "Not measured yet. The command: `make gpu`" in tool.SECTIONS["cuda run"](empty)
     assert tool.SECTIONS["cuda lead"](empty) == ""

@@ -21,6 +21,7 @@ from fastmtl import catalog
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(tutorials.FOLDER.glob("*.py"))
+NEEDS = {"lightning": ("pytorch_lightning",), "from_torchjd": ("torchjd", "quadprog")}
 API = docs_site.api_pages()
 MODULES = [module for _, modules in docs_site.API.values() for module in modules]
 
@@ -31,8 +32,8 @@ MODULES = [module for _, modules in docs_site.API.values() for module in modules
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_tutorial_runs(path, tmp_path):
     """A few steps of it; the site has all of them."""
-    if path.stem == "lightning":
-        pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
+    for package in NEEDS.get(path.stem, ()):
+        pytest.importorskip(package, reason=f"the tutorial is about {package}, which is not installed")
     threads = torch.get_num_threads()
     try:
         done = tutorials.run(path, tmp_path, steps=12)
@@ -44,7 +45,7 @@ def test_a_tutorial_runs(path, tmp_path):
     for cell in done:
         assert all((tmp_path / name).stat().st_size > 1000 for name in cell.pictures)
     listed = (tutorials.FOLDER / "index.md").read_text()
-    assert f"]({path.name})" in listed
+    assert f"| [{page.partition(chr(10))[0][2:]}]({path.name}) |" in listed  # in the navigation, under its title
 
 
 def test_cells():

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import BF16, F64, randn
+from helpers import BF16, F64, HEADERS, randn
 
 import fastmtl
 
@@ -14,7 +14,8 @@ METHODS = {
     "options": fastmtl.AlignedMTL(weights=[1.0, 2.0, 3.0], scale="rmse", rtol=1e-3, rank_rule="gram"),
     "sum": fastmtl.AlignedMTL(weights="sum", scale="median"),
 }
-COMPILER = shutil.which("g++") or shutil.which("clang++")
+COMPILES = HEADERS and (shutil.which("g++") or shutil.which("clang++"))
+inductor = pytest.mark.skipif(not COMPILES, reason="inductor needs a C++ compiler and Python's headers (python3-dev)")
 ROWS = [[randn(3, 4, seed=t), None if t == 1 else randn(7, seed=10 + t)] for t in range(3)]
 MIXED = [[randn(3, 4, seed=t), randn(7, dtype=BF16, seed=10 + t), None] for t in range(3)]
 
@@ -105,7 +106,7 @@ def test_amid_other_work():
     assert equal(torch.compile(step, fullgraph=True, backend="aot_eager")(G), step(G))
 
 
-@pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")
+@inductor
 def test_inductor():
     m = fastmtl.AlignedMTL()
 
@@ -145,7 +146,7 @@ TASKS = 3
 BACKENDS = [
     "eager",
     "aot_eager",
-    pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="inductor needs a C++ compiler")),
+    pytest.param("inductor", marks=inductor),
 ]
 
 

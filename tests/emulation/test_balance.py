@@ -1,0 +1,188 @@
+"""Task weights from a tridiagonal matrix, on the host: against long double, against Jacobi's rotations, and which of
+the two solves what. Jacobi is what is asked for eigenvalues, so equal bits say that it has solved the other call too.
+"""
+
+import math
+
+import harness
+import numpy as np
+import pytest
+import torch
+from harness import LARGE_SHARED, SMALL_SHARED, Device
+from helpers import EPS32, EPS64, F32, F64, conditioned, generator, randn
+from parity import SCALES, graded, with_spectrum
+from test_spectral import HARD, real
+
+pytestmark = pytest.mark.cover(1)  # an emulated kernel takes its time
+
+ORDERS = ("sequential", "reversed", "shuffled")
+TASKS = (3, 4, 7, 8, 9, 10, 16, 17, 32, 33, 62, 63, 64)
+SMALLEST = 1e-8  # λ_min / λ_max, below which Jacobi solves
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    harness.module().set_order("sequential", 0)
+
+
+def weights(T):
+    return torch.rand(T, dtype=F64, generator=generator(T)) - 0.3
+
+
+def spectrum(T, kappa):
+    return with_spectrum(torch.logspace(0, -math.log10(kappa), T, dtype=F64), seed=T)
+
+
+def root(M):
+    """M^½ and M^-½ in long double, by Newton and Schulz."""
+    M = M.numpy().astype(np.longdouble)
+    size, one = np.sqrt((M * M).sum()), np.eye(len(M), dtype=np.longdouble)
+    Y, Z = M / size, one
+    for _ in range(80):
+        step = (3 * one - Z @ Y) / 2
+        Y, Z = Y @ step, step @ Z
+        if abs(step - one).max() <= 1e-15:
+            break
+    return Y * np.sqrt(size), Z / np.sqrt(size)
+
+
+def error(M, alpha, w, scale):
+    """Of the aligned gradient, whose norm is sqrt(s) ‖w‖: M^½ is an isometry from α to it."""
+    half, inverse = root(M)
+    T, exact, w = len(M), M.numpy().astype(np.longdouble), w.numpy().astype(np.longdouble)
+    if scale == "rmse":
+        s = np.trace(exact) / T
+    else:  # a quotient has twice the digits of its vector
+        _, V = np.linalg.eigh(M.numpy())
+        v = V[:, 0 if scale == "min" else (T - 1) // 2].astype(np.longdouble)
+        s = v @ exact @ v / (v @ v)
+    off = half @ (alpha.numpy() / np.sqrt(s) - inverse @ w)
+    return float(np.sqrt((off @ off) / (w @ w)))
+
+
+def both(M, w, dtype=F32, **options):
+    """α without eigenvalues and with, the ranks, which are the same, and whether it was the tridiagonal way."""
+    alpha, _, rank = Device().balance(M, dtype, wanted=False, weights=w, **options)
+    jacobi, _, expected = Device().balance(M, dtype, weights=w, **options)
+    assert torch.equal(rank, expected)
+    return alpha, jacobi, rank, not torch.equal(alpha, jacobi)
+
+
+@pytest.mark.parametrize("T", TASKS)
+@pytest.mark.parametrize("kappa", [1.0, 1e2, 1e4, 1e6, 1e7])
+def test_accuracy(T, kappa):
+    """eps κ(M) at most, wherever the scratch lies, with the same bits in every order of threads."""
+    M, w = spectrum(T, kappa), weights(T)
+    scale = SCALES[(T + int(math.log10(kappa))) % 3]
+    results = []
+    for order, limit in zip(ORDERS, (LARGE_SHARED, SMALL_SHARED, LARGE_SHARED), strict=True):
+        harness.module().set_order(order, T)
+        results.append(Device(limit=limit).balance(M, F32, wanted=False, weights=w, scale=scale, rtol=1e-6)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    alpha, _, rank, reduced = both(M, w, scale=scale, rtol=1e-6)
+    assert torch.equal(alpha, results[0])
+    assert reduced
+    assert rank == T
+    assert error(M, alpha, w, scale) <= 1e-13 + EPS64 * kappa
+
+
+@pytest.mark.parametrize("T", [3, 10, 33, 64])
+@pytest.mark.parametrize("scale", SCALES)
+def test_both_sides_of_the_switch(T, scale):
+    """Where one way ends and the other begins both are as accurate as each other."""
+    w, ways = weights(T), set()
+    for kappa in np.geomspace(0.2 / SMALLEST, 2 / SMALLEST, 5):
+        M = spectrum(T, kappa)
+        alpha, jacobi, _, reduced = both(M, w, scale=scale, rtol=1e-6)
+        assert max(error(M, alpha, w, scale), error(M, jacobi, w, scale)) <= EPS64 * kappa <= 5e-8
+        ways.add(reduced)
+    assert ways == {False, True}
+
+
+@pytest.mark.parametrize("T", [3, 12, 40])
+def test_rows_that_are_uneven(T):
+    """C proves the rank where M's own spectrum does not; in float64 their accuracy is Jacobi's."""
+    w = weights(T)
+    for spread, kappa in ((30.0, 5.0), (1e3, 5.0), (1e6, 5.0), (30.0, 1e4)):
+        G = conditioned(T, 3 * T, kappa, spread, dtype=F64, seed=T)
+        M = G @ G.T
+        alpha, _, rank, reduced = both(M, w)
+        assert reduced == (spread * kappa < 1e4)
+        assert rank == T or not reduced
+        assert error(M, alpha, w, "min") <= 1e-8 or rank < T
+        assert not both(M, w, dtype=F64, rtol=1e-6)[3]
+    assert not both(graded(T), w, rtol=1e-6)[3]
+
+
+DEGENERATE = {
+    "duplicates": lambda G: torch.cat([G[:-1], G[:1]]),
+    "opposed": lambda G: torch.cat([G[:-1], -G[:1]]),
+    "a zero row": lambda G: torch.cat([G[:-1], 0 * G[:1]]),
+    "low rank": lambda G: G[:, :2] @ randn(2, 60, dtype=F64),
+    "all equal": lambda G: G[:1].expand_as(G),
+    "nothing": lambda G: 0 * G,
+    "one row far below": lambda G: torch.cat([G[:-1], 1e-9 * G[-1:]]),
+}
+
+
+@pytest.mark.parametrize("T", [3, 9, 33])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_what_is_not_of_full_rank_is_left_to_jacobi(T, name):
+    G = DEGENERATE[name](randn(T, 2 * T, dtype=F64, seed=T))
+    for rule in ("normalized", "gram"):
+        alpha, jacobi, _, _ = both(G @ G.T, weights(T), rank_rule=rule)
+        assert torch.equal(alpha, jacobi)
+
+
+@pytest.mark.parametrize("T", [3, 10, 33])
+def test_ranks_by_rtol(T):
+    """The same number as by all eigenvalues, wherever the cut lies between them."""
+    for make in (lambda: spectrum(T, 1e5), lambda: with_spectrum(0.5 + torch.linspace(0, 1, T, dtype=F64), T)):
+        M = make()
+        C = M / M.diagonal().sqrt() / M.diagonal().sqrt()[:, None]
+        for rule, A in (("gram", M), ("normalized", C)):
+            lam = torch.linalg.eigvalsh(A).flip(0)
+            edge = math.sqrt(lam[-1] / lam[0])
+            for rtol in (0.0, 0.3 * edge, 0.999 * edge, 1.001 * edge, 3 * edge):
+                _, _, rank, reduced = both(M, weights(T), rank_rule=rule, rtol=rtol)
+                assert rank == (lam.sqrt() > rtol * lam[0].sqrt()).sum()
+                assert not reduced or rank == T
+
+
+@pytest.mark.parametrize("T", [10, 64])
+def test_hard_and_real_rows(T):
+    ways = []
+    for G in [*(HARD[name](T) for name in HARD), real(T, 0)]:
+        w = weights(len(G))
+        for rtol in (math.sqrt(T * EPS32), 1e-5):
+            alpha, jacobi, _, reduced = both(G @ G.T, w, rtol=rtol)
+            ways.append(reduced)
+            assert float(((alpha - jacobi) @ G).norm() / (jacobi @ G).norm()) <= 1e-8
+    assert any(ways)
+    assert not all(ways)
+
+
+def test_many_shapes_of_tridiagonal_matrices():
+    """Decoupled, diagonal, and with subnormal entries beside others: nothing divides by what is not there."""
+    for T in (3, 5, 20):
+        block = with_spectrum(1 + torch.linspace(0, 1, T, dtype=F64), T)
+        cases = [
+            torch.eye(T, dtype=F64),
+            torch.diag(1 + torch.linspace(0, 3, T, dtype=F64)),
+            torch.block_diag(block, 2 * block),
+            block + 1e-160 * torch.ones(T, T, dtype=F64),
+            torch.eye(T, dtype=F64) + 1e-160 * (torch.ones(T, T, dtype=F64) - torch.eye(T, dtype=F64)),
+            2.0**300 * block,
+            2.0**-300 * block,
+        ]
+        for M in cases:
+            w = weights(len(M))
+            for scale in SCALES:
+                alpha, jacobi, rank, _ = both(M, w, scale=scale)
+                assert rank == len(M)
+                assert float((alpha - jacobi).norm() / jacobi.norm()) <= 1e-12
