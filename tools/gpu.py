@@ -380,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if card is None:
         sys.stderr.write("no GPU that torch can use; --rehearse tries the commands without one\n")
         return 1
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, as its children would be
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     where = ROOT / "build" / "rehearsal" if options.rehearse else ROOT / "benchmarks" / "results" / folder_of(card)
     results = (options.results or where / "gpu.json").absolute()
     done = run(card, results, options.budget, commit=options.commit, rehearse=options.rehearse)
