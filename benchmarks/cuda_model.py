@@ -7,20 +7,22 @@ benchmarks/results, where pytest benchmarks/test_cuda.py has left it.
 
 Every kernel of csrc/cuda is counted as it is launched for well-conditioned gradients: bytes from and to memory,
 multiply-adds (those on zero rows included: tiles are padded), and launches. A kernel takes the longer of bytes /
-bandwidth and multiply-adds / rate, and `LAUNCH` for each launch. A kernel of fewer blocks than the GPU has
+bandwidth and multiply-adds / rate, `LAUNCH` for each launch, and where one block solves a matrix the `cycles` of its
+chain of dependent operations, as estimated from the source by `LATENCY`. A kernel of fewer blocks than the GPU has
 multiprocessors has that share of the rate.
 
 More than 64 tasks are weighed by torch's own kernels: their launches and products are counted by calling the ops
 without numbers.
 
-Left out, hence a lower bound: latency (which is most of an eigenproblem: its `steps` depend on each other), conversions
-to float64, shared memory, occupancy, blocks that end late, and the host. Caches are left out as well: that makes a
+Left out, hence a lower bound: other latency (many tasks' `steps` depend on each other), conversions to float64, shared
+memory, occupancy, blocks that end late, and the host. Caches are left out as well: that makes a
 matrix that fits the second-level cache, and partial sums, look slower than they are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ __all__ = [
     "Kernel",
     "align",
     "grouped",
+    "latencies",
     "measured",
     "modelled",
     "plain",
@@ -60,6 +63,10 @@ CONSTANTS = {
     "kManyWords": 4080,
     "kGroupRows": 64,  # gram.cuh
     "kMaxJacobiTasks": 64,  # eigh.cuh
+    "kNodes": 32,  # tridiagonal.cuh
+    "kMaxEigenShifts": 256,
+    "kLeastEigenvalue": 1e-8,  # thresholds.h
+    "kSmallestWidth": 1e-13,
     "kMaxSmallTasks": 32,  # align_small.cuh
     "kCombineThreads": 256,  # combine.cuh
     "kReduceValues": 32,  # gram_reduce.cu
@@ -77,6 +84,21 @@ CONSTANTS = {
     "tiles of a block": 4,
 }
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
+# Seconds of a step of Jacobi's rotations up to so many tasks, on an H100: what a second eigenproblem (κ=1e3) has added
+# to 10 and 32 tasks, and what was left at 64 beside Gram, reduction and recombination.
+JACOBI_STEP = {16: 0.72e-6, 32: 1.26e-6, 64: 1.38e-6}
+# Cycles of what the weights of one matrix wait for (csrc/cuda/tridiagonal.cuh), from the latencies of the parts: 8 a
+# multiply-add, 33 a shuffle and the sum behind it, 30 a load from shared memory, 35 a barrier, 50 a division or root.
+LATENCY = {
+    "reflection": 600,  # a norm of five shuffles, a root, a division; products, an update, and two barriers
+    "back": 200,  # two products, five shuffles, an update
+    "minor": 14,  # of a Sturm sequence: a multiply-add and its share of the rescaling
+    "round": 80,  # of multisection: the shift, and a barrier that counts
+    "node": 1600,  # of the partial fractions: means, trigonometric functions, and the sum in the end
+    "pivot": 91,  # a division and two multiply-adds on the way there, and two back
+    "entry": 30,  # of the diagonal, read one by one, twice
+    "begin": 2000,  # M is read twice from the second-level cache, and instructions once
+}
 LAUNCH = 2.5e-6  # seconds
 PROBE_WORK = 20  # operations of gram_probe for an entry and probe: two sums of two numbers each, and three products
 PLAIN_WEIGHTS = 6  # launches of baseline.task_weights beside its eigh
@@ -92,6 +114,7 @@ class Device:
     float64: float
     matrix64: float  # float64 in the tensor cores, where it is faster there
     processors: int
+    clock: float = 1.7e9  # cycles a second
 
     @property
     def slow_float64(self) -> bool:
@@ -100,9 +123,9 @@ class Device:
 
 
 DEVICES = (
-    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 66.9e12, 132),
-    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 19.5e12, 108),
-    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 1.29e12, 128),
+    Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 66.9e12, 132, 1.755e9),
+    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 19.5e12, 108, 1.41e9),
+    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 1.29e12, 128, 2.52e9),
 )
 
 
@@ -117,7 +140,8 @@ class Kernel:
         fma32: multiply-adds in float32.
         fma64: multiply-adds in float64.
         mma64: multiply-adds of float64 matrix products.
-        steps: that follow each other in an eigenproblem; they are in no time.
+        steps: that follow each other.
+        cycles: that these take; none where they are in no time.
         launches: of this kernel.
     """
 
@@ -128,14 +152,15 @@ class Kernel:
     fma64: float = 0
     mma64: float = 0
     steps: int = 0
+    cycles: float = 0
     launches: int = 1
 
     def seconds(self, device: Device) -> float:
-        """The roofline."""
+        """The roofline, and what one thing after the other takes."""
         share = min(1.0, self.blocks / device.processors)
         work = self.fma32 / device.float32 + self.fma64 / device.float64 + self.mma64 / device.matrix64
         operations = 2 * work / share
-        return max(self.bytes / device.bandwidth, operations) + self.launches * LAUNCH
+        return max(self.bytes / device.bandwidth, operations) + self.launches * LAUNCH + self.cycles / device.clock
 
 
 @dataclass(frozen=True)
@@ -270,14 +295,44 @@ def _gram(case: Case, plan: Plan, again: bool) -> Iterable[Kernel]:
         yield Kernel("probe_bound", case.B, 8 * slots * (blocks + T), fma64=slots * T)
 
 
-def _jacobi(T: int) -> tuple[float, int]:
-    """Multiply-adds (or what takes as long: two products and two multiply-adds a rotation) and steps of a solution."""
-    return 4.0 * SWEEPS * T**3, SWEEPS * (T + T % 2 - 1)
+def _jacobi(T: int) -> int:
+    """Steps of a solution by rotations."""
+    return SWEEPS * (T + T % 2 - 1)
+
+
+def _threads(T: int) -> int:
+    """`jacobi_threads`."""
+    return 64 if T <= 16 else 256 if T <= 32 else 512
+
+
+def _rounds(threads: int) -> int:
+    """`eigenvalue`: of multisection, by factors first."""
+    shifts = min(threads, CONSTANTS["kMaxEigenShifts"])
+    width = 1 - CONSTANTS["kLeastEigenvalue"] ** (1 / shifts)
+    return 1 + math.ceil(math.log(width / CONSTANTS["kSmallestWidth"]) / math.log(shifts + 1))
+
+
+def _weights(T: int, threads: int) -> tuple[float, int, dict[str, float]]:
+    """Multiply-adds, steps, and cycles by part of the weights of a matrix of full rank; of Jacobi below T = 3."""
+    if T < 3:
+        return 4.0 * SWEEPS * T**3, _jacobi(T), {"jacobi": _jacobi(T) * 1000.0}
+    rounds, nodes = _rounds(threads), CONSTANTS["kNodes"]
+    cycles = {
+        "reduction": (T - 2) * LATENCY["reflection"],
+        "λ_min": rounds * (T * LATENCY["minor"] + LATENCY["round"]),
+        "inverse root": LATENCY["node"] + T * LATENCY["pivot"],
+        "back": (T - 2) * LATENCY["back"],
+        "rest": LATENCY["begin"] + T * LATENCY["entry"],
+    }
+    # An entry of the reduction: a product, the same two vectors' entries again, and an update of two.
+    work = 2.0 * T**3 + 3.0 * rounds * T * min(threads, CONSTANTS["kMaxEigenShifts"]) + 20.0 * T * nodes
+    return work, 2 * (T - 2) + rounds + 2 * T, {part: float(n) for part, n in cycles.items()}
 
 
 def _balance(case: Case) -> Kernel:
-    work, steps = _jacobi(case.T)
-    return Kernel("balance", case.B, case.B * (case.T**2 + 2 * case.T + 1) * 8, fma64=case.B * work, steps=steps)
+    work, steps, cycles = _weights(case.T, _threads(case.T))
+    moved = case.B * (case.T**2 + case.T + 1) * 8
+    return Kernel("balance", case.B, moved, fma64=case.B * work, steps=steps, cycles=sum(cycles.values()))
 
 
 def _combine(case: Case) -> Kernel:
@@ -302,12 +357,14 @@ def align(case: Case, device: Device) -> list[Kernel]:
         kernels.append(Kernel("upload", 4, 2 * words * 8, launches=_up(words, CONSTANTS["kManyWords"])))
     if _small(case.B, case.T, case.P):
         rows = 8 if case.T <= 8 else 16 if case.T <= 16 else 32
-        work, steps = _jacobi(case.T)
+        work, steps, parts = _weights(case.T, 128 if rows == 8 else 256)
+        cycles = sum(parts.values())
         moved = case.entries + case.entries // case.T
         stream, products = (_triangle(8), 0.0) if rows == 8 else (0, float(_groups(rows) * case.P))
         each = (stream + case.T) * case.P + work
         name = f"align_small<{rows}>"
-        return [*kernels, Kernel(name, case.B, moved, fma64=case.B * each, mma64=case.B * products, steps=steps)]
+        work64, mma64 = case.B * each, case.B * products
+        return [*kernels, Kernel(name, case.B, moved, fma64=work64, mma64=mma64, steps=steps, cycles=cycles)]
     first = _plan(case, False, device)
     kernels += _gram(case, first, False)
     judged = first.blocks or case.dtype is torch.float64
@@ -430,8 +487,10 @@ def _place(name: str) -> int:
 
 def _kernels() -> str:
     names = [device.name for device in DEVICES]
-    text = _row(["T×P", "kernel", "launches", "MB", "10⁶ FMA32", "10⁶ FMA64", "10⁶ MMA64", "steps", *names])
-    text += "|---" * (8 + len(names)) + "|\n"
+    text = _row(
+        ["T×P", "kernel", "launches", "MB", "10⁶ FMA32", "10⁶ FMA64", "10⁶ MMA64", "steps", "10³ cycles", *names]
+    )
+    text += "|---" * (9 + len(names)) + "|\n"
     for case in CASES:
         runs = [_merged(align(case, device)) for device in DEVICES]
         # Devices may take different kernels: a row for each, in the order of the launches.
@@ -452,6 +511,8 @@ def _kernels() -> str:
                 cells.append(_number(sum(kernel.fma64 for kernel in kernels) / 1e6))
                 cells.append(_number(sum(kernel.mma64 for kernel in kernels) / 1e6))
                 cells.append(max(kernel.steps for kernel in kernels) or "")
+                cycles = max(kernel.cycles for kernel in kernels)
+                cells.append(f"{cycles / 1e3:.1f}" if cycles else "")
                 for run, device in zip(runs, DEVICES, strict=True):
                     cells.append(_microseconds(kernels, device) if run.get(name) == kernels else "")
                 text += _row(cells)
@@ -464,6 +525,20 @@ def tables() -> str:
         "Modelled microseconds of a step: fastmtl, then plain PyTorch without its `eigh`, which is not modelled.\n\n"
         f"{_totals()}\nThe kernels behind fastmtl's columns, modelled microseconds on the right:\n\n{_kernels()}"
     )
+
+
+def latencies() -> str:
+    """The table of what the weights of one matrix wait for on the first device, by Jacobi's rotations and now."""
+    clock = DEVICES[0].clock
+    parts = list(_weights(3, 64)[2])
+    text = _row(["T", "Jacobi: steps", "µs", "now: steps", "µs", *(f"{part}, 10³ cycles" for part in parts)])
+    text += "|---" * (5 + len(parts)) + "|\n"
+    for T in (3, 8, 10, 16, 32, 64):
+        _, steps, cycles = _weights(T, _threads(T))
+        before = _jacobi(T) * next(step for most, step in JACOBI_STEP.items() if most >= T)
+        cells = [T, _jacobi(T), _number(1e6 * before), steps, _number(1e6 * sum(cycles.values()) / clock)]
+        text += _row([*cells, *(f"{n / 1e3:.1f}" for n in cycles.values())])
+    return text
 
 
 def grouped(results: dict[str, Any]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
@@ -526,4 +601,4 @@ def _group(case: Case) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{measured()}\n{tables()}")
+    sys.stdout.write(f"{measured()}\n{latencies()}\n{tables()}")

@@ -620,7 +620,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "cuda lead": gpu_lead,
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
-    "exact split": lambda results: exact_split.table(),
+    "cuda latency": lambda results: cuda_model.latencies(),
+    "cuda exact split": lambda results: exact_split.table(),
 }
 
 

@@ -218,9 +218,10 @@ __device__ inline FASTMTL_ONE_COPY int64_t weigh_by_vectors(
   return R;
 }
 
-// M [T, T] may lie in shared memory. `scratch`: balance_scratch(T) doubles of global memory where it is not to be in
-// shared memory, else null. Eigenvalues may be null, where nobody wants them. Every thread returns the same verdict.
-__device__ inline bool balance_block(
+// A function of its own, whose registers come and go. M [T, T] may lie in shared memory. `scratch`: balance_scratch(T)
+// doubles of global memory where it is not to be in shared memory, else null. Eigenvalues may be null, where nobody
+// wants them. Every thread returns the same verdict.
+__device__ inline FASTMTL_ONE_COPY bool balance_block(
     const double* M,
     int T,
     const Policy& policy,

@@ -130,6 +130,20 @@ def test_the_roofline(model):
     assert model.Kernel("matrix products", 10, mma64=1e6).seconds(device) == pytest.approx(5e-4 + launch)
     assert model.Kernel("one block", 1, fma64=1e6).seconds(device) == pytest.approx(1e-2 + launch)
     assert model.Kernel("nothing", 1, launches=3).seconds(device) == pytest.approx(3 * launch)
+    assert model.Kernel("waits", 1, cycles=1.7e6).seconds(device) == pytest.approx(1e-3 + launch)
+
+
+def test_what_weights_wait_for(model):
+    """T steps of constant length, and rounds that narrow λ_min to the width of the sources."""
+    for threads in (64, 256, 512):
+        shifts = min(threads, 256)
+        width, rounds = 1 - 1e-8 ** (1 / shifts), 1
+        while width > 1e-13:
+            width, rounds = width / (shifts + 1), rounds + 1
+        assert model._rounds(threads) == rounds
+    totals = {T: sum(model._weights(T, 512)[2].values()) for T in (3, 32, 64)}
+    assert totals[64] - totals[32] == pytest.approx(32 / 29 * (totals[32] - totals[3]), rel=1e-9)
+    assert totals[64] / model.DEVICES[0].clock < 1e-4 < 504 * model.JACOBI_STEP[64]
 
 
 def test_what_is_counted(model):
