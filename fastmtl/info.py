@@ -20,10 +20,10 @@ _ANY_RULE = (0.0, 0.0, "gram")  # eigenvalues are the same under each
 
 
 class Info:
-    """What a method saw and did in one step; all tensors lie on the gradients' device, and nothing waits for them.
+    """What a method saw and did in one step: tensors on the gradients' device, for which the host does not wait.
 
     `Info(T)` makes buffers for `fan_out(..., info=...)`, NaN until a backward has filled them. With `groups=` or `per=`
-    every field has a leading dimension, one entry a group. A field that a method does not have is None.
+    every field has a leading dimension, one entry a group. A field that a method does not fill is None.
     `logger.log(info.as_dict())` logs it.
 
     Args:
@@ -111,7 +111,7 @@ class Info:
         return condition_number(*ops.balance(self.gram, None, "min", rtol, zero, "normalized")[1:])
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers for a logger; to read them, the host waits for the device.
+        """Plain numbers for a logger; reading them makes the host wait for the device.
 
         `alpha/…` and `norm/…` (of the gradient) of every task by name, or by number where tasks have no names; `rank`,
         `condition_number` and `residual`, as far as the method has them. With `groups=` the group's number comes first
@@ -131,7 +131,7 @@ class Info:
         return numbers
 
     def copy_(self, other: Info) -> Info:
-        """Overwrites the buffers with what `other` has; fields that it does not have keep their content."""
+        """Overwrites the buffers with those of `other`; fields that it does not have keep their content."""
         for mine, its in zip(self._fields(), other._fields(), strict=True):
             if mine is not None and its is not None:
                 mine.copy_(its)

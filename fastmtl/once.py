@@ -116,5 +116,5 @@ def warn_alone(site: Site | None, option: str, where: str) -> None:
         site or caller(),
         f"{where}: {distributed.get_world_size()} processes train, and each aggregates the gradients of its own part "
         "of the batch, which gives another direction than those of the whole batch. "
-        f"{option}=True aggregates these; {option}=False says that each process is meant to go by itself",
+        f"{option}=True aggregates these; {option}=False says that each process is meant to work on its own",
     )

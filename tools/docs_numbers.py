@@ -621,7 +621,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "cuda": lambda results: cuda_model.measured(),
     "cuda model": lambda results: cuda_model.tables(),
     "cuda latency": lambda results: cuda_model.latencies(),
-    "exact split": lambda results: exact_split.table(),
+    "cuda exact split": lambda results: exact_split.table(),
 }
 
 

@@ -87,9 +87,9 @@ def _ops(name: str, seconds: float, what: str, writes: str, select: str, *files:
 
 
 def _steps(model: str, seconds: float, said: str) -> Part:
-    command = ("benchmarks/cuda_steps.py", "--only", f"{model} ", "--missing", "--json", "{folder}/cuda-steps.json")
+    every = ("benchmarks/cuda_steps.py", "--missing", "--json", "{folder}/cuda-steps.json")
     what = f"{said}, T = 3, 10, 40: plain, UB, full, gramian, amortised, TorchJD; memory"
-    return Part(f"steps: {model}", seconds, what, command, writes="cuda-steps.json")
+    return Part(f"steps: {model}", seconds, what, (*every, "--only", f"{model} "), every, writes="cuda-steps.json")
 
 
 PARTS = (
@@ -380,6 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if card is None:
         sys.stderr.write("no GPU that torch can use; --rehearse tries the commands without one\n")
         return 1
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, as its children would be
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     where = ROOT / "build" / "rehearsal" if options.rehearse else ROOT / "benchmarks" / "results" / folder_of(card)
     results = (options.results or where / "gpu.json").absolute()
     done = run(card, results, options.budget, commit=options.commit, rehearse=options.rehearse)

@@ -27,9 +27,9 @@ struct Small {
 
 // Blocks of a multiprocessor that are worth fewer registers; where they would spill, one.
 template <class scalar, int kRows>
-constexpr int kSmallResident = kRows == 8                           ? 3
-                               : kRows == 16 || sizeof(scalar) == 4 ? 2
-                                                                    : 1;
+constexpr int kSmallResident = kRows == 8                                                    ? 3
+                               : sizeof(scalar) == 4 || (kRows == 16 && sizeof(scalar) == 2) ? 2
+                                                                                             : 1;
 
 template <class scalar, int kRows>
 __global__ __launch_bounds__(Small<kRows>::kThreads, (kSmallResident<scalar, kRows>)) void align_small(

@@ -10,6 +10,7 @@
 namespace fastmtl::cuda {
 
 constexpr int kCombineThreads = 256;
+constexpr int kCombineResident = 3; // blocks of a multiprocessor; more would not be worth spills
 
 template <class scalar, int kThreads>
 __device__ void combine_run(const Source& source, int64_t b, Run run, const double* alpha) { // alpha [T]
@@ -25,7 +26,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
         Vector<scalar> v[kDepth];
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          v[d] = load(whole.row(row_of<scalar>(source, b, piece.segment, t + d)));
+          v[d] = load(row_of<scalar>(source, b, piece.segment, t + d));
         }
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
@@ -40,7 +41,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
     for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
       double sum[kV] = {};
       add_rows(sum, [&](const scalar* row) {
-        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
+        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + (whole.from + at)))} : zeros<scalar>();
       });
       Vector<scalar> result;
 #pragma unroll
@@ -55,7 +56,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
     for (int side = 0; side < 2; ++side) {
       for (; at < end; at += kThreads * kFew<scalar>) {
         double sum[kFew<scalar>] = {};
-        add_rows(sum, [&](const scalar* row) { return read<kThreads, kFew<scalar>>(row, at, end); });
+        add_rows(sum, [&](const scalar* row) { return read<kThreads, kFew<scalar>>(whole.row(row), at, end); });
 #pragma unroll
         for (int i = 0; i < kFew<scalar>; ++i) {
           if (at + i * kThreads < end) {
@@ -70,7 +71,7 @@ __device__ void combine_run(const Source& source, int64_t b, Run run, const doub
 }
 
 template <class scalar>
-__global__ __launch_bounds__(kCombineThreads) void combine(
+__global__ __launch_bounds__(kCombineThreads, kCombineResident) void combine(
     const __grid_constant__ Source source,
     int64_t blocks,
     const double* alpha) { // [B, T]

@@ -165,11 +165,17 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
 
 constexpr int kStreamThreads = 128;
 
+// Blocks of a multiprocessor; more would not be worth spills.
+template <int kRows>
+constexpr int kStreamResident = kRows == 8   ? 3
+                                : kRows == 4 ? 5
+                                             : 6;
+
 template <int kRows>
 constexpr size_t kStreamShared = kStreamThreads / 32 * (kStreamValues<kRows> + 1) * sizeof(double);
 
 template <class scalar, int kRows>
-__global__ __launch_bounds__(kStreamThreads) void gram_stream(
+__global__ __launch_bounds__(kStreamThreads, kStreamResident<kRows>) void gram_stream(
     const __grid_constant__ Source source,
     Pass pass,
     int64_t blocks,
@@ -205,7 +211,7 @@ struct Groups {
   static constexpr int kShare = kRows == 64 ? 2 : 1;                            // warps to a strip of columns
   static constexpr int kTiles = (kGroups + 1) / 2 * (kGroups / 2 + 1) / kShare; // of a warp
   static constexpr int kThreads = kBlock, kWarps = kThreads / 32;
-  static constexpr int kResident = kRows <= 24 ? 4 : kRows <= 40 ? 3 : 2; // blocks of a multiprocessor
+  static constexpr int kResident = kRows <= 24 ? 4 : kRows <= 32 ? 3 : 2; // blocks of a multiprocessor
   static constexpr int kDepth = 1024 / kThreads / kGroups;                // vectors of a row in flight
   static constexpr int kValues = kRows * (kRows + 1) / 2;
   static constexpr size_t kShared = size_t(kWarps) / 2 * kTiles * 4 * 32 * sizeof(double);
@@ -466,9 +472,9 @@ __device__ __forceinline__ void fetch_tiles(
       next[l] = zeros<scalar>();
       if (r < kRows) {
         const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-        const scalar* row = whole.row(row_of<scalar>(source, b, segment, t));
+        const scalar* row = row_of<scalar>(source, b, segment, t);
         if (row) {
-          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + at + (k % kRowVectors) * kV));
+          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + whole.from + at + (k % kRowVectors) * kV));
         }
       }
     }

@@ -89,7 +89,7 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
         Vector<scalar> v[kDepth];
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          v[d] = load(whole.row(row_of<scalar>(source, b, piece.segment, t + d)));
+          v[d] = load(row_of<scalar>(source, b, piece.segment, t + d));
         }
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
@@ -104,7 +104,7 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
     for (int at = int(threadIdx.x) * kV; at < whole.to; at += kThreads * kV) {
       SignSums<scalar, kV, kLeak> sums;
       add_rows(sums, [&](const scalar* row) {
-        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + at))} : zeros<scalar>();
+        return row ? Vector<scalar>{__ldcs(reinterpret_cast<const uint4*>(row + (whole.from + at)))} : zeros<scalar>();
       });
       uint32_t word[kV];
       random_words(seed, first + uint64_t(at), word);
@@ -121,7 +121,7 @@ __device__ void sign_drop_run(const Source& source, int64_t b, Run run, uint64_t
     for (int side = 0; side < 2; ++side) {
       for (; at < end; at += kThreads) {
         SignSums<scalar, 1, kLeak> sums;
-        add_rows(sums, [&](const scalar* row) { return read<kThreads, 1>(row, at, end); });
+        add_rows(sums, [&](const scalar* row) { return read<kThreads, 1>(whole.row(row), at, end); });
         uint32_t word[1];
         random_words(seed, first + uint64_t(at), word);
         out[at] = sums.chosen(0, word[0]);

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Choosing a method
 #
-# Before a method is chosen, look at what it would be given. `Monitor` records the Gram matrix's measures over a run
+# Before choosing a method, look at the gradients it would get. `Monitor` records measures of the Gram matrix over a run
 # of the plain sum; then a few methods run beside it. [Choosing a method](../choosing.md) has the table that goes with
 # these pictures.
 
@@ -61,7 +61,7 @@ def train(name: str, **options: object) -> fastmtl.Monitor:
 # %% [markdown]
 # ## Look first
 #
-# `constant` with `weights="sum"` trains as the plain sum does, and lets the `Monitor` see the gradients.
+# `constant` with `weights="sum"` trains like the plain sum, and lets the `Monitor` see the gradients.
 
 # %%
 plain = train("constant", weights="sum")
@@ -72,7 +72,7 @@ print(
 )
 
 # %% [markdown]
-# A condition number far above 1 has two possible reasons, which the other columns tell apart: gradients of unlike
+# A condition number far above 1 has two possible causes, which the other columns tell apart: gradients of different
 # length (dominance), and pairs with a negative cosine (conflict). Here it is dominance: `near` is in millimetres.
 
 # %%
@@ -81,11 +81,11 @@ plain.plot(figure.subplots(1, 3))
 figure.savefig("plain.svg")
 
 # %% [markdown]
-# The mean cosine of each two tasks over the run:
+# The mean cosine of each pair of tasks over the run:
 
 # %%
 assert plain.names is not None
-assert plain.cosines is not None  # as of every method with a Gram matrix
+assert plain.cosines is not None  # as for every method with a Gram matrix
 for name, row in zip(plain.names, plain.cosines):
     print(f"{name:>5}", *(f"{x:6.2f}" for x in row))
 
@@ -107,12 +107,12 @@ figure.savefig("compared.svg")
 
 # %% [markdown]
 # `near` and `far` share a head and disagree, so one of them has to lose. The sum, `upgrad` and `gls` follow `near`,
-# whose unit makes it large; `nash` does not look at units, and lands between the two, which costs `near` most in its
-# square millimetres; `aligned` follows `near` more slowly, and is the one that learns `kind` as well. None of this
-# says which outcome you want: it says what each method does.
+# whose unit makes it large. `nash` ignores units and lands between the two, which costs `near` most, in its square
+# millimetres. `aligned` follows `near` more slowly, and is the one that also learns `kind`. This does not say which
+# outcome you want; it says what each method does.
 #
-# `gls` is a method on losses: there are no gradients to look at, and it costs what the sum costs. Where dominance is
-# the whole problem it often suffices. The report of a run is one page of HTML, for a colleague or for later:
+# `gls` is a method on losses: there are no gradients to look at, and it costs what the sum costs. If dominance is the
+# whole problem, it is often enough. The report of a run is one page of HTML, for a colleague or for later:
 
 # %%
 page = runs["aligned"].report("aligned.html", title="Aligned-MTL on three tasks")

@@ -32,7 +32,7 @@ def network() -> tuple[nn.Sequential, nn.ModuleList]:
 # %% [markdown]
 # ## The plain sum
 #
-# What every loop does. The third loss has the longest gradient by far, and the encoder follows it.
+# What every loop does. The third loss has by far the longest gradient, and the encoder follows it.
 
 # %%
 encoder, heads = network()
@@ -68,14 +68,14 @@ for step in range(STEPS):
     optimizer.step()
     aligned.append([float(loss.detach()) / scale for loss, scale in zip(losses, SCALES)])
     info = hs.info
-    assert info is not None  # it is there after the backward
+    assert info is not None  # set by the backward pass
     kappa.append(float(fastmtl.diagnostics.condition_number(info)))
 
 # %% [markdown]
-# ## What came of it
+# ## The result
 #
-# The mean of the last tenth of the steps, every loss in its own unit. The tasks that were drowned gain, the one that
-# dominated pays.
+# Means over the last tenth of the steps, every loss in its own unit. The tasks that were drowned out gain, and the one
+# that dominated pays.
 
 # %%
 last = max(STEPS // 10, 1)
@@ -103,8 +103,8 @@ axes[-1].legend()
 figure.savefig("first_loop.svg")
 
 # %% [markdown]
-# **With SGD** tune the learning rate again: the aligned gradient is as long as the smallest singular value of the task
-# gradients, and usually shorter than that of the sum. Here is by how much, in the first step:
+# **With SGD, re-tune the learning rate**: the length of the aligned gradient is set by the smallest singular value of
+# the task gradients, and it is usually shorter than the gradient of the sum. Here is by how much, in the first step:
 
 # %%
 encoder, heads = network()

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # In a Lightning trainer
 #
-# Two ways. `fan_out` needs nothing of Lightning: `training_step` returns the total, and all else is the trainer's.
-# For exact steps there is a callback, `MultiTask`: `training_step` returns the losses.
+# There are two ways. `fan_out` works as is: `training_step` returns the total, and the trainer does the rest. For exact
+# steps there is a callback, `MultiTask`: `training_step` returns the losses.
 
 # %%
 import logging

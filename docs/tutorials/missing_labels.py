@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Missing labels, and weights now and then
 #
-# Most examples have a label for some tasks only. A task without any in a batch is *absent* from that step: None
-# stands in for its loss, it gets the weight 0, and the others are aggregated as if it did not exist.
+# Most examples have labels for some tasks only. A task without any label in a batch is *absent* from that step: pass
+# None in place of its loss. It gets the weight 0, and the others are aggregated as if it did not exist.
 
 # %%
 import torch
@@ -28,8 +28,8 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 # %% [markdown]
-# The loss of a task is the mean over *its* labelled examples. A sum divided by all examples would make a task weaker
-# the fewer labels it has, and that is what a multi-task method would then have to undo.
+# The loss of a task is the mean over *its* labelled examples. Dividing the sum by the number of all examples would make
+# a task weaker the fewer labels it has, and a multi-task method would then have to undo that.
 
 
 # %%
@@ -53,14 +53,14 @@ print(f"task 2 was absent in {absent} of {STEPS} steps")
 print(info)
 
 # %% [markdown]
-# The heads of absent tasks get no gradient, and `Adam` leaves them alone. A method with state keeps what it knows of
-# the task.
+# The heads of absent tasks get no gradient, and `Adam` leaves them alone. A method with state keeps what it knows
+# about the task.
 #
 # ## Weights in every eighth step
 #
-# Exact steps take a backward pass a task. Task weights change slowly, so that `every=8` computes them in every eighth
-# step only; in between one pass brings the same combination. A step in which a task is there that was not when the
-# weights were computed computes them too.
+# Exact steps take one backward pass per task. Task weights change slowly, so `every=8` computes them only every eighth
+# step; in between, a single pass applies the latest weights. A step with a task that was absent when the weights were
+# computed computes them, too.
 
 # %%
 method = fastmtl.UPGrad()
@@ -77,7 +77,7 @@ for _ in range(STEPS):
 print(f"weights were computed in {computed} of {STEPS} steps")
 
 # %% [markdown]
-# `every="auto"` finds the interval by itself: it doubles while successive weights agree, and halves where they turn.
+# `every="auto"` finds the interval by itself: it doubles while successive weights agree, and halves when they turn.
 
 # %%
 method = fastmtl.UPGrad()

@@ -3,9 +3,9 @@
 #
 # Two processes on this machine, with gloo. On GPUs it is the same code with `nccl`, started by `torchrun`.
 #
-# Which gradient do you want? `fan_out` alone aligns on each process, and averaging follows: another, noisier
-# direction than a single process would take on the whole batch. With `process_group=True` all processes use the
-# weights of the whole batch.
+# Which gradient do you want? Without options, `fan_out` aligns on each process, and the results are averaged: a
+# different, noisier direction than a single process would take on the whole batch. With `process_group=True` all
+# processes use the task weights of the whole batch.
 
 # %%
 import os
@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 
 class Model(nn.Module):
-    """An encoder and two heads; its forward returns the losses' representation beside the outputs."""
+    """An encoder and two heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def gradient(model: Model) -> Tensor:
 
 
 # %% [markdown]
-# What runs in each process: a function of the rank. The steps are those of any loop.
+# What runs in each process is a function of its rank. The steps are those of any loop.
 
 
 # %%
@@ -109,7 +109,7 @@ def sharded(rank: int) -> Tensor:
 
 
 # %% [markdown]
-# The rest starts the processes and brings their results back. All run in one go:
+# The rest starts the processes and collects their results:
 
 # %%
 WAYS: tuple[Callable[[int], Tensor], ...] = (upper_bound, exact, sharded)
@@ -138,7 +138,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## The same as one process
 #
-# One process on the whole batch, for comparison: both exact ways agree with it to rounding, and so does the upper
+# For comparison, one process on the whole batch. Both exact ways agree with it up to rounding, and so does the upper
 # bound with that of one process.
 
 # %%

@@ -26,14 +26,14 @@ _HAS_KERNELS = ops.EXTENSIONS["_C"] is not None
 
 
 class AlignedMTL(Weighted, GramMethod):
-    """Aligned-MTL (paper, Algorithm 1): align the principal components of the task gradients, then sum them weighted.
+    """Aligned-MTL (paper, Algorithm 1): aligns the principal components of the task gradients and sums them.
 
     The gradient matrix G [T, P] is replaced by the nearest one with condition number 1 (Eq. 4 and 5), scaled by s, and
     its rows are summed with the task weights w:
 
         λ, V = eigh(G Gᵀ)        α = sqrt(s) · V_R diag(λ_R^-1/2) V_Rᵀ w        g = αᵀ G
 
-    An instance holds only these options (and a copy of the weights for each device that it met): it is safe to share
+    An instance holds only these options (and a copy of the weights for each device it has seen): it is safe to share
     between threads and models.
 
     Args:

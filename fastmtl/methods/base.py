@@ -28,17 +28,17 @@ GradScale: TypeAlias = Tensor | float | None  # None for 1
 class Method(MethodModule):
     """One direction from T task gradients.
 
-    A method on the Gram matrix, as most are, derives from `GramMethod` and writes `weigh`. One that needs more of the
-    gradients writes `aggregate_matrix` and `aggregate_list`.
+    Most methods work on the Gram matrix: they derive from `GramMethod` and write `weigh`. One that needs the gradients
+    themselves writes `aggregate_matrix` and `aggregate_list`.
 
-    A method is a module, so that what it learns is in `parameters()`, what it remembers in `state_dict()`, and all of
-    it goes `.to(device)`; options are plain attributes. State changes in training mode only, not under `.eval()`. A
+    A method is a module: what it learns is in `parameters()`, what it remembers is in `state_dict()`, and `.to(device)`
+    moves all of it; options are plain attributes. State changes in training mode only, not under `.eval()`. A
     method without state has an empty `state_dict()`, and can be shared between threads and models.
 
     Attributes:
-        on_gram: whether it needs no more of the gradients than their Gram matrix.
+        on_gram: whether it needs only the Gram matrix of the gradients.
         needs_losses: whether it needs the T losses.
-        remembers: whether a step depends on those before it. Such a method is not for `torch.compile`.
+        remembers: whether a step depends on earlier ones. Such a method cannot be used inside `torch.compile`.
         names: the tasks' names, in the order of weights and state; None until losses have come by names.
     """
 
@@ -122,7 +122,7 @@ class Method(MethodModule):
         per: Literal["all", "example", "task"] = "all",
         check: bool = True,
     ) -> Info:
-        """From T losses to `.grad`: the gradients of all tasks, one aggregation, one commit.
+        """From T losses to `.grad`: the gradients of all tasks, aggregated once and written once.
 
         The shared parameters get the aggregated gradient, in one of two ways:
 
@@ -212,21 +212,21 @@ class Method(MethodModule):
         scale_heads: bool = False,
         process_group: Any = None,
     ) -> Accumulator:
-        """For micro-batches: sums of their T gradients are aggregated once. The arguments are those of `backward`."""
+        """For micro-batches: their T gradients are summed and aggregated once. Arguments are those of `backward`."""
         return Accumulator(self, shared, groups, scale_heads, process_group)
 
     def after_step(self, losses: Callable[[], Losses]) -> None:
-        """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
+        """Call it after the optimizer's step, for methods that learn from its effect; most ignore it.
 
         Args:
             losses: computes the T losses of the same batch again; called only by a method that asks for them.
         """
 
     def end_epoch(self) -> None:
-        """To be called at the end of an epoch, for methods that count them; most take no notice."""
+        """Call it at the end of an epoch, for methods that count epochs; most ignore it."""
 
     def reset(self) -> None:
-        """Back to the state of a new instance: buffers become None, as they are before the first step."""
+        """Returns to the state of a new instance: buffers become None, as before the first step."""
         super().reset()
         self._buffers.update(dict.fromkeys(self._buffers))
 
@@ -269,9 +269,9 @@ class Method(MethodModule):
 
 
 class GramMethod(Method):
-    """A method that needs no more of the gradients than their Gram matrix M = G Gᵀ: a map M → α.
+    """A method that needs only the Gram matrix M = G Gᵀ of the gradients: a map M → α.
 
-    `weigh` is all that a method of one's own has to write (docs/your-own-method.md):
+    A method of your own only has to write `weigh` (docs/your-own-method.md):
 
         class Inverse(fastmtl.GramMethod):
             def weigh(self, M):
@@ -289,7 +289,7 @@ class GramMethod(Method):
 
     @staticmethod
     def of(f: Callable[[Tensor], Tensor], name: str | None = None) -> GramMethod:
-        """A method of a function M → α: see `weigh` for what it gets and returns.
+        """Makes a method of a function M → α: see `weigh` for what it receives and returns.
 
             method = fastmtl.GramMethod.of(lambda M: torch.linalg.pinv(M).sum(-1))
 
@@ -303,7 +303,7 @@ class GramMethod(Method):
         return _OfFunction(f, name)
 
     def weigh(self, M: Tensor) -> Tensor:
-        """Task weights α from a Gram matrix: what a method of one's own writes.
+        """Task weights α from a Gram matrix: what a method of your own writes.
 
         Args:
             M: [T, T] or, of B groups of parameters or matrices, [B, T, T]: float64, on the gradients' device, symmetric
@@ -312,12 +312,12 @@ class GramMethod(Method):
 
         Returns:
             α of shape M.shape[:-1], on M's device, of a floating dtype, detached. What it has for an absent task is
-            taken as 0, whatever it is; the others' weights are its own affair. All are NaN where M is not finite.
+            taken as 0, whatever it is; the others' weights are up to the method. All are NaN where M is not finite.
         """
         raise NotImplementedError(_missing(self, "weigh(self, M), which returns α [..., T] for M [..., T, T]"))
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        """Task weights from M, and what else is known: the hook below `weigh`, for methods that need more.
+        """Task weights from M, and what else is known: the hook beneath `weigh`, for methods that need more.
 
         A method that overrides it brings the conventions itself: weights of M as it is, float64 or float32; 0 for an
         absent task; NaN where M is not finite.
@@ -341,7 +341,7 @@ class GramMethod(Method):
         losses: Losses | None = None,
         grad_scale: GradScale = None,
     ) -> Tensor:
-        """Task weights α from a Gram matrix: the middle of the pipeline, for those who have M = G Gᵀ already.
+        """Task weights α from a Gram matrix: the middle of the pipeline, for callers who have M = G Gᵀ already.
 
         For a method with state this is a step: it changes the state.
 

@@ -39,7 +39,7 @@ _ALIGNED = (
 
 
 class Monitor:
-    """Records the diagnostics of a run from the `Info` of each step, without another pass over the gradients.
+    """Records the diagnostics of a run from the `Info` of each step, without an extra pass over the gradients.
 
         monitor = Monitor(writer=SummaryWriter())
         for ...:
@@ -47,8 +47,8 @@ class Monitor:
             monitor(info, losses)
         monitor.report("run.html")                # plot("fig4.png"), frame(), to_json("run.json")
 
-    A step costs one copy of what the info holds, on its device. The diagnostics of `buffer` steps are then computed as
-    one batch and moved to the host: once each `buffer` records, or when `history` is read, the host waits. With a loss
+    A step costs one copy of the info's tensors, on their device. The diagnostics of `buffer` steps are computed as one
+    batch and moved to the host: the host waits once every `buffer` records, or when `history` is read. With a loss
     scaler, norms and singular values are those of the scaled gradients; no other measure depends on it.
 
     Args:
@@ -96,7 +96,7 @@ class Monitor:
         self._written = 0
 
     def record(self, info: Info, losses: Losses | None = None, step: int | None = None) -> None:
-        """Records one step. Neither reads a value nor waits for the device, but for every `buffer`-th record.
+        """Records one step. Only every `buffer`-th record reads values, and waits for the device.
 
         Args:
             info: of this step; with `groups=` its diagnostics have a leading dimension, one entry a group. What it
@@ -157,7 +157,7 @@ class Monitor:
 
     @property
     def cosines(self) -> np.ndarray | None:
-        """The mean cosine of each two tasks' gradients over the finite records, [T, T], with groups [B, T, T]."""
+        """The mean cosine of each pair of tasks' gradients over the finite records, [T, T], with groups [B, T, T]."""
         self._drain()
         if self._angles is None:
             return None
@@ -165,7 +165,7 @@ class Monitor:
         return (total / count).cpu().numpy()
 
     def flush(self) -> None:
-        """Gives the writer, if there is one, what it has not been given yet."""
+        """Passes what is pending to the writer, if there is one."""
         columns = export.columns(self.history, self.names)
         steps = columns.pop("step")
         if self._send is not None:
@@ -175,7 +175,7 @@ class Monitor:
         self._written = len(steps)
 
     def frame(self) -> pd.DataFrame:
-        """The history as a pandas data frame: a row a record, the step as index, columns as "alpha/depth".
+        """The history as a pandas data frame: one row per record, indexed by step, with columns such as "alpha/depth".
 
         Raises:
             ImportError: pandas is not installed.
@@ -197,7 +197,7 @@ class Monitor:
         return text
 
     def report(self, path: str | Path | None = None, title: str = "Training run") -> str:
-        """One HTML page about the run, complete in itself: κ, cosines, conflicts, task weights, norms and losses.
+        """A self-contained HTML page about the run: κ, cosines, conflicts, task weights, norms and losses.
 
         Args:
             path: a file to write it to.
@@ -217,7 +217,7 @@ class Monitor:
         return page
 
     def live(self, refresh: float = 1.0, console: Console | None = None) -> Live:
-        """A table in the terminal for the time of a `with` block, which every record may redraw.
+        """A table in the terminal during a `with` block, redrawn as records arrive.
 
             with monitor.live():
                 for ...:
@@ -235,14 +235,14 @@ class Monitor:
         return Live(self, refresh, console)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was recorded, for `load_state_dict`; gives the writer what waits, so that it gets nothing twice."""
+        """All that was recorded, for `load_state_dict`; flushes to the writer first, so that it gets nothing twice."""
         self.flush()
         history = {name: torch.from_numpy(values.copy()) for name, values in self.history.items()}
         state = {"calls": self._calls, "shapes": self._shapes, "history": history, "names": self.names}
         return state | {"cosines": self._angles}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken; what this monitor has recorded is dropped."""
+        """Continues from where `state_dict` was taken; what this monitor has recorded is dropped."""
         history = {name: values.cpu().numpy().copy() for name, values in state["history"].items()}
         self._calls, self._shapes, self.names = state["calls"], state["shapes"], state.get("names")
         self._angles = state.get("cosines")

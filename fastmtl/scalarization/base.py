@@ -222,14 +222,14 @@ class Scalarization(MethodModule):
             )
 
     def after_step(self, losses: Callable[[], Losses]) -> None:
-        """To be called after the optimizer's step, for methods that learn from what it did; most take no notice.
+        """Call it after the optimizer's step, for methods that learn from its effect; most ignore it.
 
         Args:
             losses: computes the T losses of the same batch again; called only by a method that asks for them.
         """
 
     def end_epoch(self) -> None:
-        """To be called at the end of an epoch, for methods that count them; most take no notice."""
+        """Call it at the end of an epoch, for methods that count epochs; most ignore it."""
 
     def reset(self) -> None:
         """Back to the state of a new instance."""
@@ -309,7 +309,7 @@ class Scalarization(MethodModule):
             parts = self._parts(losses)
             there = present(parts)
             if not any(there):
-                raise ValueError(f"losses: expected at least one task that is there, got None for all {len(parts)}")
+                raise ValueError(f"losses: expected at least one task that is present, got None for all {len(parts)}")
             L = stack_losses([loss if known else None for loss, known in zip(parts, there, strict=True)], absent=1.0)
             if not all(there):
                 none = L.new_zeros((), dtype=torch.bool)  # made on the device, not copied there

@@ -107,7 +107,7 @@ class Accumulator:
             TypeError: as `Method.backward`.
             ValueError: as `Method.backward`; or another number of tasks, other shared parameters, or a representation
                 where there was none. Nothing has been added then, and the others are kept.
-            RuntimeError: an earlier call failed in the midst of its passes, which has spoiled the sums: `reset()`.
+            RuntimeError: an earlier call failed in the middle of its passes, which has spoiled the sums: `reset()`.
         """
         self._check_whole()
         method = self._options.method
@@ -156,7 +156,7 @@ class Accumulator:
         self.count += 1
 
     def backward(self, *, grad_scale: Tensor | float | None = None) -> Info:
-        """Aggregates what has been added, and adds the result to `.grad`; begins anew.
+        """Aggregates what has been added, adds the result to `.grad`, and starts over.
 
         Whatever fails before gradients are committed leaves every `.grad` as it was, and what has been added.
 
@@ -240,8 +240,8 @@ class Accumulator:
     def _check_whole(self) -> None:
         if self._halfway:
             raise RuntimeError(
-                "accumulate: a micro-batch failed in the midst of its passes, and a part of it is in the sums: "
-                "reset() forgets this step's micro-batches"
+                "accumulate: a micro-batch failed in the middle of its passes, and the sums contain a part of it: "
+                "reset() discards this step's micro-batches"
             )
 
     def _check_like_others(self, step: Step) -> None:

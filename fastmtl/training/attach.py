@@ -38,7 +38,7 @@ def attach(
         with fastmtl.attach(model.encoder, model.heads, method) as handle:
             for batch in loader: ...
 
-    A forward without gradients leaves all as it is. Copies of the modules (`copy.deepcopy`, averaged models) and what
+    A forward pass without gradients changes nothing. Copies of the modules (`copy.deepcopy`, averaged models) and what
     is saved of them, or sent to another process, are ordinary modules; one that is trained without an attachment of its
     own warns once.
 
@@ -102,7 +102,7 @@ class _Output:
 
 
 class Attached:
-    """What `attach` returns; holds hooks until `remove()`, and the last fan-out until the next one.
+    """What `attach` returns; it keeps its hooks until `remove()`, and the last fan-out until the next one.
 
     Attributes:
         names: of the tasks, the keys of the heads; None where these have none.
@@ -131,7 +131,7 @@ class Attached:
 
     @property
     def info(self) -> Info | None:
-        """What the method saw and did in the last backward; None before one."""
+        """What the last backward saw and did; None before the first one."""
         fan = self._fan
         return None if fan is None else fan.info
 
@@ -149,7 +149,7 @@ class Attached:
         return self._fanned(output).total(losses)
 
     def remove(self) -> None:
-        """Takes all hooks off the modules and lets go of the last forward's tensors."""
+        """Removes all hooks from the modules and releases the tensors of the last forward pass."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -207,7 +207,7 @@ class Attached:
         output = next((o for o in (self._beside, self._last) if o is not None and any(map(o.holds, given))), None)
         if output is None:
             raise RuntimeError(
-                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; what lies between "
+                f"attach: {self._heads[t]} was called with no tensor of the encoder's last output; anything between "
                 "them has to be part of the encoder, and a checkpoint around the head needs use_reentrant=False"
             )
         alias = list(tensors_of(self._fanned(output)[t]))

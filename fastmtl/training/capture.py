@@ -114,8 +114,8 @@ class Capture:
             once.warn(
                 "derivative of all tasks",
                 self.watch.site,
-                "fan_out: a torch.autograd.grad of what all aliases lead to, with respect to no nn.Parameter, is the "
-                "derivative, without aggregation. For an aggregated gradient start at hs.total(losses)",
+                "fan_out: torch.autograd.grad of losses of all tasks, with respect to no nn.Parameter, returns the "
+                "derivative, without aggregation. For an aggregated gradient, start at hs.total(losses)",
             )
         return parameters
 
@@ -125,9 +125,9 @@ class Capture:
             once.warn(
                 "derivative of the total",
                 self.watch.site,
-                "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter gives what a training "
-                "backward would bring there, from the aggregated gradient, and is not the derivative. For that start "
-                "at the losses",
+                "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter returns what a training "
+                "step would send there, from the aggregated gradient, which is not the derivative. For the derivative, "
+                "start at the losses",
             )
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
@@ -155,8 +155,8 @@ class Capture:
             once.warn(
                 "mean of the losses",
                 watch.site,
-                f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are the method's: with a "
-                "mean over the losses, all gradients are T times too small. hs.total(losses) sums them",
+                f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are part of the method: "
+                "with a mean over the losses, all gradients are T times too small. hs.total(losses) sums them",
             )
         if once.first("roots", watch.site):  # this takes a walk through the graph
             ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
@@ -250,8 +250,8 @@ class _Derivative(torch.autograd.Function):
 
 _DERIVED = (
     "fan_out: a loss contains a derivative that was taken through the aliases (torch.autograd.grad with "
-    "create_graph=True). What it brings the encoder does not pass through the aliases and cannot be aggregated. Let "
-    "heads read h itself, and call method.backward(losses, shared=encoder), which is exact"
+    "create_graph=True). Its gradient of the encoder does not pass through the aliases and cannot be aggregated. Let "
+    "the heads read h itself, and call method.backward(losses, shared=encoder), which is exact"
 )
 
 

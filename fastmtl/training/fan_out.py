@@ -44,7 +44,7 @@ def fan_out(
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
-    """T aliases of a shared representation, one for each task's head, for aggregation in one ordinary backward.
+    """T aliases of a shared representation, one for each task's head: aggregation in one ordinary backward.
 
         hs = fan_out(h, tasks=T, method=method)
         hs.total([loss(head(h_t)) for head, h_t in zip(heads, hs)]).backward()
@@ -62,8 +62,8 @@ def fan_out(
     the inputs for example, is the derivative, as if there were no fan-out; with `create_graph=True` too, but losses
     made from such derivatives are refused, since what they bring the encoder does not pass through the aliases.
 
-    Use that goes by the aliases is warned of, once for each call in the source: an alias without a gradient, `h` itself
-    or something before it used beside them, losses that are averaged, as far as that can be seen.
+    Uses that bypass the aliases cause a warning, once for each call in the source: an alias without a gradient, `h`
+    itself or something before it used beside them, losses that are averaged, as far as that can be detected.
 
     Args:
         h: the representation: a tensor (float32, float64, bfloat16 or float16), or a nested list, tuple, dict or
@@ -202,7 +202,7 @@ def _check_info(info: Any, tasks: int) -> None:
 
 
 class FanOut(Sequence[Any]):
-    """The T aliases that `fan_out` returns; after a backward also what was seen and done in it.
+    """The T aliases that `fan_out` returns and, after a backward, what happened in it.
 
     Attributes:
         names: of the tasks, for `hs["seg"]`; None where they have none.
@@ -243,15 +243,15 @@ class FanOut(Sequence[Any]):
 
     @property
     def info(self) -> Info | None:
-        """What the method saw and did in the last backward; None before one, unless buffers were given."""
+        """What the last backward saw and did; None before the first one, unless buffers were given."""
         return self._info if self._capture is None else self._capture.info
 
     @property
     def gradients(self) -> list[Any] | None:
-        """The task gradients that the last backward captured: T structures like `h`; None before a backward.
+        """The task gradients that the last backward captured: T structures like `h`; None before the first one.
 
         None stands in them for a tensor that a task's loss does not reach (and for one that does not require grad).
-        They are those very tensors that autograd passed on: do not write into them.
+        They are the very tensors that autograd passes on: do not modify them.
         """
         if self._capture is None or self._capture.gradients is None:
             return None

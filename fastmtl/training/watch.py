@@ -71,15 +71,15 @@ class Watch:
         else:
             what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
         absent = (
-            "For a task whose loss does not depend on h in this step, give total None and add the loss to the total"
+            "For a task whose loss does not depend on h in this step, pass None to total and add the loss to its result"
             if given
             else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
         )
         once.warn(
             "alias without gradient",
             self.site,
-            f"fan_out: {what}. Head t has to read hs[t]: what it brings h in another way is not aggregated as the "
-            f"gradient of its task. {absent}",
+            f"fan_out: {what}. Head t has to read hs[t]: gradients that reach h in another way are not aggregated as "
+            f"those of its task. {absent}",
         )
 
     def warn_beside(self, what: str) -> None:
@@ -87,8 +87,8 @@ class Watch:
         once.warn(
             "h beside its aliases",
             self.site,
-            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. What comes by there is added plainly, "
-            "not aggregated: head t has to read hs[t], and h has to have all that heads read",
+            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. Gradients that arrive there are added "
+            "plainly, not aggregated: head t has to read hs[t], and h has to contain all that heads read",
             most=1,
         )
 
@@ -101,8 +101,8 @@ def watch_for_heads(called: list[bool], site: once.Site, names: Sequence[str]) -
             once.warn(
                 "no head called",
                 site,
-                f"attach: the encoder has got a gradient, but none of {', '.join(names)} was called with what it "
-                "returned, so nothing was aggregated",
+                f"attach: the encoder got a gradient, but none of {', '.join(names)} was called with its output, so "
+                "nothing was aggregated",
             )
 
     return look

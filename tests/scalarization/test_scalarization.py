@@ -692,7 +692,7 @@ def test_scaled_losses_of_absent_tasks():
 
 
 def test_nobody_is_there():
-    with pytest.raises(ValueError, match="losses: expected at least one task that is there, got None for all 3"):
+    with pytest.raises(ValueError, match="losses: expected at least one task that is present, got None for all 3"):
         LS()([None, None, None])
     with torch.no_grad():  # no loss needs a gradient, and all count
         assert LS()([torch.tensor(2.0), torch.tensor(4.0)]) == 3.0

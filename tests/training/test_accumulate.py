@@ -280,7 +280,7 @@ def test_a_failure_leaves_every_gradient_and_says_what_is_spoiled(way):
         with pytest.raises(ArithmeticError):
             add(*others[0], fails=2)
         for call in (accumulator.backward, lambda: add(*first)):
-            with pytest.raises(RuntimeError, match=r"failed in the midst of its passes.*reset\(\)"):
+            with pytest.raises(RuntimeError, match=r"failed in the middle of its passes.*reset\(\)"):
                 call()
         alike(gradients(model), before, 0)
         accumulator.reset()

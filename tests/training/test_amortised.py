@@ -286,7 +286,7 @@ def test_hooks_of_parameters_run_once_on_what_is_committed():
 def test_where_one_pass_cannot_bring_both_weights_come_in_every_step(way):
     """A head that two losses reach has the plain sum of their gradients, which the same pass cannot bring."""
     model, method = Model(), fastmtl.AlignedMTL()
-    with pytest.warns(UserWarning, match="every: parameters that are not shared lie among"):
+    with pytest.warns(UserWarning, match="every: several losses reach parameters that are not shared"):
         ages = [method.backward(way(model), shared=model.trunk, every=4).age for _ in range(3)]
     assert ages == [0, 0, 0]
     model.zero_grad()
@@ -302,7 +302,7 @@ def test_where_one_pass_cannot_bring_both_weights_come_in_every_step(way):
 def test_a_part_of_the_trunk_alone():
     """What lies between the shared part and the heads belongs to all, and is not weighted."""
     model, method = Model(), fastmtl.AlignedMTL()
-    with pytest.warns(UserWarning, match="every: parameters that are not shared lie among"):
+    with pytest.warns(UserWarning, match="every: several losses reach parameters that are not shared"):
         ages = [method.backward(model.losses(), shared=model.trunk[0], every=4).age for _ in range(2)]
     assert ages == [0, 0]
 

@@ -70,7 +70,9 @@ def test_all_tasks_with_respect_to_the_inputs(way, via):
     network = Network()
     (expected,) = torch.autograd.grad(sum(network.plain()).sum(), network.x)
     _, outputs = way(network, via)
-    with pytest.warns(UserWarning, match=r"fan_out: a torch.autograd.grad .* is the derivative, without aggregation"):
+    with pytest.warns(
+        UserWarning, match=r"fan_out: torch.autograd.grad .* returns the derivative, without aggregation"
+    ):
         (got,) = torch.autograd.grad(sum(outputs).sum(), network.x)
     assert relative(got, expected) <= 1e-14
 
@@ -288,7 +290,7 @@ def test_a_representation_warns_of_residuals():
     network = Network()
     h = network.encoder(network.x)
     losses = residuals(network, network.outputs([h] * TASKS))
-    with pytest.warns(UserWarning, match=r"representation: .* by a way around it.* use shared= in its place, which is"):
+    with pytest.warns(UserWarning, match=r"representation: .* along a path around it.* use shared= instead, which is"):
         AlignedMTL().backward(losses, representation=h)
 
 

@@ -92,8 +92,8 @@ def run(step: Step) -> Outcome | None:
         once.warn(
             "every without effect",
             once.caller(),
-            "every: parameters that are not shared lie among what several losses have in common, so that one pass "
-            "cannot bring these and the shared ones: task weights are computed in every step",
+            "every: several losses reach parameters that are not shared, so one pass cannot bring the gradients of "
+            "both: task weights are computed in every step",
         )
         return None
     method = step.options.method

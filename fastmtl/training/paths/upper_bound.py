@@ -75,8 +75,8 @@ def _warn_around(step: Step, rows: list[Row]) -> None:
         once.warn(
             "representation not reached",
             once.caller(),
-            f"representation: {_names(missing)} not depend on it and counted as absent; where its head reads something "
-            "else than this very representation, its gradient is not aggregated",
+            f"representation: {_names(missing)} not depend on it and counts as absent; if its head reads anything but "
+            "this very representation, its gradient is not aggregated",
         )
     owner = step.heads.owner
     around = {owner[node] for node in step.trunk.nodes & owner.keys() if computes(node)}
@@ -85,8 +85,8 @@ def _warn_around(step: Step, rows: list[Row]) -> None:
         once.warn(
             "representation passed by",
             once.caller(),
-            f"representation: {who} what it is made of by a way around it; what comes that way is added plainly, not "
-            "aggregated. Make that part of the representation, or use shared= in its place, which is exact",
+            f"representation: {who} the encoder along a path around it; gradients that take it are added plainly, not "
+            "aggregated. Make that path part of the representation, or use shared= instead, which is exact",
         )
 
 

@@ -99,7 +99,7 @@ for name, (u, errors, _monitor) in runs.items():
 solution.set(title="u(x)", xlabel="x", ylim=(-3, 3))
 progress.set(title="relative error of u", xlabel="step", yscale="log")
 progress.legend()
-figure.savefig("pinn.svg")
+figure.savefig("physics.svg")
 
 # %% [markdown]
 # The `Monitor` shows why: how many times longer one gradient is than the other.

@@ -118,7 +118,7 @@ bins = torch.logspace(math.log10(least), math.log10(most), 30).tolist()
 axes[2].hist([norms[~flipped].tolist(), norms[flipped].tolist()], bins, stacked=True, label=["right", "wrong"])
 axes[2].set(title="norms of the gradients", xscale="log")
 axes[2].legend()
-figure.savefig("per_example.svg")
+figure.savefig("single_examples.svg")
 
 # %% [markdown]
 # Methods that give every example a say give wrong labels one, too: look at the norms first. [On
