@@ -165,9 +165,9 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
 
 constexpr int kStreamThreads = 128;
 
-// Blocks of a multiprocessor; more would not be worth spills.
+// Blocks of a multiprocessor; more would not be worth spills, which eight rows have with any such number.
 template <int kRows>
-constexpr int kStreamResident = kRows == 8   ? 3
+constexpr int kStreamResident = kRows == 8   ? 1
                                 : kRows == 4 ? 5
                                              : 6;
 
@@ -466,6 +466,7 @@ __device__ __forceinline__ void fetch_tiles(
     Vector<scalar> (&next)[kLoads]) {
   constexpr int kRows = Shape::kRows, kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
   if (at >= 0 && at + Shape::kColumns <= whole.to) {
+    const int64_t column = whole.from + at;
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
@@ -474,7 +475,7 @@ __device__ __forceinline__ void fetch_tiles(
         const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
         const scalar* row = row_of<scalar>(source, b, segment, t);
         if (row) {
-          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + whole.from + at + (k % kRowVectors) * kV));
+          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + column + (k % kRowVectors) * kV));
         }
       }
     }
