@@ -19,9 +19,9 @@ class FairGrad(GramMethod):
 
         M α = α^(-1/fairness)    (elementwise, α > 0; their Eq. 4)        M the Gram matrix
 
-    Fairness 0 is the plain mean, 1 is Nash-MTL's proportional fairness, and infinity maximizes the smallest improvement
-    (max-min). If zero lies in the convex hull of the gradients there is no such α: then α = 0, and `info.converged` is
-    false. Otherwise there is exactly one, found by damped Newton steps, to rounding.
+    Fairness 0 is the plain mean, 1 is Nash-MTL's proportional fairness, and the limit at infinity is max-min fairness:
+    the smallest improvement is largest. If zero lies in the convex hull of the gradients, there is no such α: then
+    α = 0, and `info.converged` is false. Otherwise there is exactly one, found by damped Newton steps, to rounding.
 
     Not homogeneous (the result's norm grows with a power of the gradients'): with a loss scaler pass `grad_scale=`.
 

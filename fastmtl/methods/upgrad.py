@@ -8,7 +8,7 @@ __all__ = ["UPGrad"]
 
 
 class UPGrad(DualCone):
-    """UPGrad: each task gradient is projected onto the dual cone of all of them, and the projections are summed.
+    """UPGrad: projects each task gradient onto the dual cone of all of them, and sums the projections.
 
         g = Σ_t w_t π(g_t)        π(x) the point nearest to x with <g_i, π(x)> >= 0 for every task i
 
