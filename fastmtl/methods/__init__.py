@@ -1,4 +1,4 @@
-"""The methods: most map a Gram matrix to task weights; one method a file."""
+"""The methods, one per file; most map a Gram matrix to task weights."""
 
 from fastmtl.methods.aligned import AlignedMTL
 from fastmtl.methods.bloop import Bloop

@@ -33,8 +33,8 @@ class AlignedMTL(Weighted, GramMethod):
 
         λ, V = eigh(G Gᵀ)        α = sqrt(s) · V_R diag(λ_R^-1/2) V_Rᵀ w        g = αᵀ G
 
-    An instance holds only these options (and a copy of the weights for each device it has seen): it is safe to share
-    between threads and models.
+    An instance holds only these options (and a copy of the weights for each device used), so threads and models can
+    safely share it.
 
     Args:
         weights: task weights w: None or "mean" for 1/T each (the paper's), "sum" for ones (the public code's), or T
@@ -45,11 +45,11 @@ class AlignedMTL(Weighted, GramMethod):
             zero. Default sqrt(T · eps) with eps of the gradients' dtype for float32 and float64, max(sqrt(T · eps32),
             eps(dtype)) for bfloat16 and float16.
         rank_rule: what `rtol` is applied to: "normalized", the Gram of the gradients scaled to unit norm, so that a
-            large task is not mistaken for dependent ones; or "gram", the Gram itself, as in the public codes.
+            large task does not make the others look dependent; or "gram", the Gram itself, as in the public codes.
 
     Raises:
         ValueError: unknown `scale` or `rank_rule`, a negative or non-finite `rtol`, weights that are not
-            one-dimensional or not finite. (As everywhere, also where the attribute is set later.)
+            one-dimensional or not finite. (For every method, setting the attribute later raises the same errors.)
         TypeError: an option of another kind.
     """
 
@@ -112,8 +112,8 @@ class AlignedMTL(Weighted, GramMethod):
             or not _HAS_KERNELS
         ):
             out = checked_out(G, out)
-        # A small problem takes the kernel a microsecond or two: its own checks stand in for ours, which would take as
-        # long, and ours are asked only for what to say.
+        # The kernel solves a small problem in a microsecond or two, and our checks would take as long. Its own checks
+        # replace them here; ours only word the error.
         try:
             self.aggregate_matrix(G, out, NOTHING)
         except Exception:

@@ -28,18 +28,18 @@ GradScale: TypeAlias = Tensor | float | None  # None for 1
 class Method(MethodModule):
     """One direction from T task gradients.
 
-    Most methods work on the Gram matrix: they derive from `GramMethod` and write `weigh`. One that needs the gradients
-    themselves writes `aggregate_matrix` and `aggregate_list`.
+    Most methods work on the Gram matrix: they derive from `GramMethod` and define `weigh`. A method that needs the
+    gradients themselves defines `aggregate_matrix` and `aggregate_list`.
 
-    A method is a module: what it learns is in `parameters()`, what it remembers is in `state_dict()`, and `.to(device)`
-    moves all of it; options are plain attributes. State changes in training mode only, not under `.eval()`. A
-    method without state has an empty `state_dict()`, and can be shared between threads and models.
+    A method is a module: `parameters()` has what it learns, `state_dict()` what it remembers, and `.to(device)`
+    moves both; options are plain attributes. State changes only in training mode, not under `.eval()`. A
+    method without state has an empty `state_dict()`, and threads and models can share it.
 
     Attributes:
         on_gram: whether it needs only the Gram matrix of the gradients.
         needs_losses: whether it needs the T losses.
         remembers: whether a step depends on earlier ones. Such a method cannot be used inside `torch.compile`.
-        names: the tasks' names, in the order of weights and state; None until losses have come by names.
+        names: the tasks' names, in the order of weights and state; None until losses have been passed by name.
     """
 
     on_gram: bool = False
@@ -72,22 +72,22 @@ class Method(MethodModule):
 
         Args:
             gradients: G [T, P] or a batch [B, T, P] (float32, float64, bfloat16 or float16; rows of any stride); or T
-                rows, each a tensor, a sequence of K tensors, or None, where a tensor may be None too: a missing
-                gradient counts as zeros. Between tasks, tensors k must agree in shape and dtype.
+                rows, each a tensor, a sequence of K tensors, or None. A tensor in a sequence may be None too. Missing
+                gradients count as zeros. The k-th tensors of all tasks must agree in shape and dtype.
             out: where to write: [P], [B, P], or K tensors of the parameters' shapes. It must not overlap the gradients
                 or itself.
-            losses: the T task losses, for the methods that need them; others take no notice.
+            losses: the T task losses, for methods that need them; others ignore them.
             grad_scale: the factor S (a float or a tensor []) by which a loss scaler has multiplied losses and
-                gradients. Only methods that are not homogeneous take notice: their weights are those of the unscaled
-                gradients, and the result is S times theirs.
+                gradients. Only methods that are not homogeneous use it: they compute the weights of the unscaled
+                gradients, and the result is S times the unscaled one.
 
         Returns:
             [P] or [B, P] for a matrix; for rows a list of K tensors (None where no task has a gradient). A non-finite
             gradient makes the whole result non-finite, without raising.
 
         Raises:
-            TypeError: integer, complex or sparse gradients, something that is no tensor, or a `grad_scale` that is no
-                real number.
+            TypeError: integer, complex or sparse gradients, something that is not a tensor, or a `grad_scale` that is
+                not a real number.
             ValueError: wrong number of dimensions, no task, rows that differ in length, shape, dtype or device,
                 gradients that require grad or have a forward-mode tangent, weights of another length than T, an `out`
                 that does not fit or overlaps an input or itself, losses that are missing or not T of them.
@@ -131,50 +131,50 @@ class Method(MethodModule):
           passes through the heads give each task's gradient of h, these are aggregated, and the result goes through the
           encoder in a single backward pass.
 
-        Every other parameter that a loss reaches gets the gradient of its own loss (of their sum, where several reach
-        it). Gradients are committed once through autograd, so that hooks fire; whatever fails before leaves every
+        Every other parameter that a loss reaches gets the gradient of that loss (or of the sum of the losses that reach
+        it). Gradients are committed once, through autograd, so hooks fire. A failure before that leaves every
         `.grad` as it was.
 
         Args:
             losses: T scalar losses in the order of the tasks, a list, a tuple or a tensor [T]; or a dict of them by
-                name, whatever its order: `info.names` has that of the first step, in which a list is read from then on.
-                A task is absent if its loss is None or requires no grad (as is one whose gradient is zero): its row of
-                G is missing, α 0, its head alone.
-            shared: the shared parameters: a module or an iterable of parameters, of which those count that require
-                grad; one that no loss reaches is left untouched. Default: the parameters that at least two losses
-                reach, but not those of which each loss reads other entries, such as learned scales s[t] of the losses.
+                name, in any order: `info.names` has the order of the first step, which later lists have to follow.
+                A task is absent if its loss is None or requires no grad, or if its gradient is zero: its row of
+                G is missing, its α is 0, and its head is left alone.
+            shared: the shared parameters: a module or an iterable of parameters. Those that require no grad are
+                ignored, and those that no loss reaches are left untouched. Default: the parameters that at least two
+                losses reach, except where each loss reads entries of its own, as of learned loss scales s[t].
             representation: what the encoder returned, a tensor or a nested structure of tensors. The shared parameters
-                are then those behind it, and `shared` has to be None. Warns of a loss that does not depend on it, and
-                of what reaches the encoder by a way around it, which is added plainly.
+                are then those behind it, and `shared` has to be None. Warns if a loss does not depend on it, or
+                reaches the encoder by a way around it; gradients that bypass it are added unweighted.
             features: like `representation`, but exact: the heads' backward passes run first, down to the features, then
                 T passes from there to `shared` (default: all parameters behind the features).
-            batched: with `features`, send the T cotangents through the encoder in one vectorised pass. Needs an encoder
-                whose operations all have a batching rule; on a CPU it gains on an MLP, not on convolutions.
-            groups: parts of the shared parameters, each as `shared`, aggregated on their own, for example one a layer;
+            batched: with `features`, send the T cotangents through the encoder in one vectorised pass. All operations
+                of the encoder need a batching rule; on a CPU this speeds up an MLP, but not convolutions.
+            groups: parts of the shared parameters, each as `shared`, aggregated separately, for example one per layer;
                 all their T × T problems are solved as one batch. `shared` then has to be None.
-            scale_heads: multiply the gradients of head t by α_t, of whatever one loss alone reaches. With parameters of
+            scale_heads: multiply the gradients of head t (all parameters that only loss t reaches) by α_t. With
                 `fully_shard` the heads have to be given, T modules or iterables of parameters; elsewhere they may be.
             retain_graph: keep the graph for another backward.
             process_group: data parallelism: aggregate the gradients *averaged over the processes* of this group (True:
-                all processes). Every process has to call; one that lacks losses gives None for them and names the
-                shared parameters. The other parameters' gradients stay those of the process: DistributedDataParallel
-                averages them. None is False, each process by itself, with a warning where there are several.
+                all processes). Every process has to call; one that lacks losses passes None for them and names the
+                shared parameters. The other parameters' gradients stay local; DistributedDataParallel averages them.
+                None means False, each process by itself, but warns if there are several processes.
             grad_scale: the factor S by which a loss scaler has multiplied the losses (`scaler.get_scale()`), for
                 methods that are not homogeneous: see `__call__`.
-            engine: how the exact gradients come about. "full": T backward passes down to the parameters. "gramian":
-                their Gram matrix from activations and T cotangents of the operations' outputs, and one gradient of
-                each weight: for methods that need no more than the Gram matrix; as accurate as float32 products allow,
-                and without memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be
-                faster.
-            every: compute task weights in every k-th step; in between one pass brings Σ α_t g_t with the last ones, now
-                in `state_dict()`, and each head its own gradient; examples by place. "auto": k grows while they hold.
-            batch_dim: the losses are those of examples, [B], or of T tasks and B examples, [T, B] or [B, T]: this is
-                the examples' dimension. Loss b depends on example b alone: one backward pass brings all B gradients'
-                Gram matrix (docs/methods.md), whichever `engine`. Shared are, by default, all parameters.
-            per: of T tasks and B examples, what is aggregated with each other: "all", α [T·B] in the order of [T, B];
-                "example", the tasks of each, α [B, T]; "task", the examples of each, α [T, B]. The parts are summed.
-            check: see by a second pass that no loss depends on another's example, in each step (on a GPU the host waits
-                for it), or in the first of each kind of graph alone.
+            engine: how exact gradients are computed. "full": T backward passes down to the parameters. "gramian":
+                the Gram matrix from activations and T cotangents of the operations' outputs, then one gradient per
+                weight, for methods that need only the Gram matrix; as accurate as float32 products allow, without
+                memory for T gradients (docs/methods.md). "auto": whichever a cost model expects to be faster.
+            every: compute task weights in every k-th step. In between, one pass brings Σ α_t g_t with the last weights
+                (kept in `state_dict()`; for examples, by position); heads get their own gradients. "auto": k grows
+                while the weights hold.
+            batch_dim: the losses are per-example losses [B], or those of T tasks and B examples, [T, B] or [B, T]; this
+                is the examples' dimension. Loss b must depend on example b alone: one backward pass brings the Gram
+                matrix of all B gradients (docs/methods.md), whichever `engine`. All parameters are shared by default.
+            per: for T tasks and B examples, what is aggregated together: "all", α [T·B] in the order of [T, B];
+                "example", the tasks of each, α [B, T]; "task", the examples of each, α [T, B]. Results are summed.
+            check: verify by a second pass that no loss depends on another's example: in each step (on a GPU the host
+                waits for it), or only in the first step of each kind of graph.
 
         Returns:
             What the method saw and did.
@@ -182,8 +182,9 @@ class Method(MethodModule):
         Raises:
             TypeError: a loss, a shared parameter or a part of the representation is not a floating tensor, or a
                 gradient is sparse.
-            ValueError: a loss that is not a scalar, none that requires grad, no shared parameter that does, one that is
-                no leaf, an unknown engine, options that exclude each other, weights of another length than T.
+            ValueError: a loss that is not a scalar, no loss or no shared parameter that requires grad, a shared
+                parameter that is not a leaf, an unknown engine, options that exclude each other, weights whose length
+                is not T.
         """
         return backward(
             self,
@@ -216,14 +217,14 @@ class Method(MethodModule):
         return Accumulator(self, shared, groups, scale_heads, process_group)
 
     def after_step(self, losses: Callable[[], Losses]) -> None:
-        """Call it after the optimizer's step, for methods that learn from its effect; most ignore it.
+        """To call after the optimizer's step, for methods that learn from its effect; most ignore it.
 
         Args:
-            losses: computes the T losses of the same batch again; called only by a method that asks for them.
+            losses: computes the T losses of the same batch again; only methods that need them call it.
         """
 
     def end_epoch(self) -> None:
-        """Call it at the end of an epoch, for methods that count epochs; most ignore it."""
+        """To call at the end of an epoch, for methods that count epochs; most ignore it."""
 
     def reset(self) -> None:
         """Returns to the state of a new instance: buffers become None, as before the first step."""
@@ -247,9 +248,9 @@ class Method(MethodModule):
         raise NotImplementedError(_missing(self, "aggregate_list(self, grads, T, dtype, out, context)"))
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype, and what else is known.
+        """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype, and other findings.
 
-        Of methods on the Gram matrix only.
+        For methods on the Gram matrix only.
         """
         raise NotImplementedError(_missing(self, "solve(self, M, dtype, context)"))
 
@@ -261,7 +262,7 @@ class Method(MethodModule):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # Whatever is there is the state, of any shape; what is not there was None.
+        # Keys that are present are the state, of any shape; missing ones were None.
         for name in self._buffers.keys() - self._non_persistent_buffers_set:
             value = state_dict.get(prefix + name)
             setattr(self, name, None if value is None else value.detach().clone())
@@ -271,18 +272,18 @@ class Method(MethodModule):
 class GramMethod(Method):
     """A method that needs only the Gram matrix M = G Gᵀ of the gradients: a map M → α.
 
-    A method of your own only has to write `weigh` (docs/your-own-method.md):
+    A method of your own only has to define `weigh` (docs/your-own-method.md):
 
         class Inverse(fastmtl.GramMethod):
             def weigh(self, M):
                 norms = M.diagonal(dim1=-2, dim2=-1).sqrt()
                 return 1 / norms
 
-    It is then called, and trains, like every other: on a matrix, a batch or rows; by `backward` on every path; by
+    It then works like every other method: on a matrix, a batch or rows; with every option of `backward`; with
     `fan_out` and `attach`; in several processes; within `torch.compile`, if torch can compile `weigh`.
 
-    State, if there is some, lies in buffers that are None until the first step (`register_buffer(name, None)`), and
-    `remembers` says so; `weigh` changes it where `self.training`.
+    A method with state keeps it in buffers that are None until the first step (`register_buffer(name, None)`) and sets
+    `remembers`; `weigh` changes the state only if `self.training`.
     """
 
     on_gram = True
@@ -294,38 +295,38 @@ class GramMethod(Method):
             method = fastmtl.GramMethod.of(lambda M: torch.linalg.pinv(M).sum(-1))
 
         Args:
-            f: the function. A module is part of the method, with its parameters and state.
-            name: for `repr`; default: that of the function.
+            f: the function. If it is a module, it becomes part of the method, with its parameters and state.
+            name: for `repr`; default: the function's.
 
         Raises:
-            TypeError: `f` is no function.
+            TypeError: `f` is not a function.
         """
         return _OfFunction(f, name)
 
     def weigh(self, M: Tensor) -> Tensor:
-        """Task weights α from a Gram matrix: what a method of your own writes.
+        """Task weights α from a Gram matrix: what a method of your own defines.
 
         Args:
-            M: [T, T] or, of B groups of parameters or matrices, [B, T, T]: float64, on the gradients' device, symmetric
-                and positive semidefinite up to rounding, of its own to write to. The row and the column of a task that
-                is absent in this step, one without a gradient or with a zero one, are zero.
+            M: [T, T], or [B, T, T] for B groups of parameters or matrices: float64, on the gradients' device, symmetric
+                and positive semidefinite up to rounding. It is a copy that `weigh` may overwrite. If a task is absent
+                in this step (no gradient, or a zero one), its row and column are zero.
 
         Returns:
-            α of shape M.shape[:-1], on M's device, of a floating dtype, detached. What it has for an absent task is
-            taken as 0, whatever it is; the others' weights are up to the method. All are NaN where M is not finite.
+            α of shape M.shape[:-1], on M's device, of a floating dtype, detached. Entries of absent tasks are replaced
+            by 0; the others' weights are up to the method. If M is not finite, all weights become NaN.
         """
         raise NotImplementedError(_missing(self, "weigh(self, M), which returns α [..., T] for M [..., T, T]"))
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
-        """Task weights from M, and what else is known: the hook beneath `weigh`, for methods that need more.
+        """Task weights from M, and other findings: the hook beneath `weigh`, for methods that need more.
 
-        A method that overrides it brings the conventions itself: weights of M as it is, float64 or float32; 0 for an
-        absent task; NaN where M is not finite.
+        A method that overrides it has to follow the conventions itself: accept M in float64 or float32 and leave it
+        unchanged; 0 for an absent task; NaN if M is not finite.
 
         Args:
             M: [T, T] or [B, T, T], the Gram matrix.
-            dtype: the coarsest of the gradients behind it, which sets tolerances.
-            context: the losses (with `needs_losses`), a loss scaler's factor, and how processes agree on what is drawn.
+            dtype: the coarsest dtype among the gradients behind it, which sets tolerances.
+            context: the losses (with `needs_losses`), a loss scaler's factor, and how processes agree on random draws.
 
         Returns:
             An info with `alpha`, float64 [..., T], and `gram`.
@@ -355,7 +356,7 @@ class GramMethod(Method):
             α, float64, [T] or [B, T].
 
         Raises:
-            TypeError: `M` is no dense float32 or float64 tensor.
+            TypeError: `M` is not a dense float32 or float64 tensor.
             ValueError: `M` is not square, requires grad or has a forward-mode tangent, weights or losses of another
                 length than T, losses that are missing.
         """
@@ -372,7 +373,7 @@ class GramMethod(Method):
     def aggregate_list(
         self, grads: Sequence[Tensor | None], T: int, dtype: torch.dtype, out: list[Tensor], context: Context
     ) -> Info:
-        # All is checked before a state changes.
+        # Everything is checked before any state changes.
         info = solved(self, detached(ops.gram_rows, grads, T, out), dtype, context)
         ops.combine_rows(grads, info.alpha, out)
         return info

@@ -16,14 +16,14 @@ __all__ = ["Bloop"]
 
 
 class Bloop(GradientMemory):
-    """Bloop: the first task's gradient, and of the others' what is orthogonal to its moving average.
+    """Bloop: the first task's gradient, plus the part of the others' that is orthogonal to its moving average.
 
         g = g_0 + λ (a - (<a, m> / ‖m‖²) m)        a = Σ_{t > 0} g_t        m ← (1 - ρ) m + ρ g_0
 
-    The first task is the one that counts; the others (auxiliary losses) are minimized where that costs it nothing. m is
-    the average before this step, in the first step g_0 itself. Where the first task is absent, m stays as it was.
+    The first task has priority; the others (auxiliary losses) are minimized where that costs it nothing. m is the
+    average before this step, or g_0 itself in the first step. If the first task is absent, m stays as it was.
 
-    `info` has `gram`; `alpha` is 1 for the first task and λ for the others, whose gradients are projected.
+    `info` has `gram`; `alpha` is 1 for the first task, and λ for the others' projected gradients.
 
     Source: Hsieh, Thornton, Ndiaye, Klein, Cuturi, Ablin, "Careful with that Scalpel: Improving Gradient Surgery with
     an EMA", ICML 2024, Algorithm 1.
@@ -33,9 +33,9 @@ class Bloop(GradientMemory):
         rho: ρ, how much a new gradient counts in the average; the authors' default is 0.01.
 
     Raises:
-        TypeError: an option is no number.
-        ValueError: `lam` is negative, `rho` is not in [0, 1]; (in a step) gradients of other sizes than in the first
-            one.
+        TypeError: an option is not a number.
+        ValueError: `lam` is negative, `rho` is not in [0, 1]; (in a step) gradients whose sizes differ from the first
+            step's.
     """
 
     memory: ClassVar[str] = "P"
@@ -61,9 +61,9 @@ class Bloop(GradientMemory):
         there, finite = present(M)
         scale: Tensor | float = 1.0 if context.grad_scale is None else context.grad_scale
         shares = self.lam * there.to(torch.float64)
-        shares[..., 0].zero_()  # an assignment would copy a number from the host
+        shares[..., 0].zero_()  # assigning a number would copy it from the host
         first, counted = (steps == 0)[..., None], there[..., :1] & finite
-        # In the first step m is g_0, which M has the products with.
+        # In the first step m is g_0, whose products are in M.
         products, square = torch.where(first, M[..., 0], products), torch.where(first, M[..., :1, 0], square)
         part = torch.where(square > 0, (shares * products).sum(-1, keepdim=True) / square, 0.0)
         alpha = shares.clone()

@@ -22,17 +22,17 @@ class CAGrad(GramMethod):
         g = argmax min_t <g_t, d>    over    ‖d - g0‖ <= c ‖g0‖        g0 the mean gradient
 
     By duality g = g0 + c ‖g0‖ g_w / ‖g_w‖, where w minimises <g_w, g0> + c ‖g0‖ ‖g_w‖ over the simplex (their Eq. 4).
-    Solved exactly by active sets, in float64. Where the optimal g_w is zero, w does not determine g: then g is the
+    Solved exactly by active sets, in float64. If the optimal g_w is zero, w does not determine g: then g is the
     point of the ball closest to g0 that harms no task.
 
     `info` has `alpha`, `gram` and `residual` (the relative duality gap).
 
     Args:
-        c: radius of the ball, relative to ‖g0‖ (0.5: the authors' for scene understanding; 0.4 in their toy problem).
+        c: radius of the ball, relative to ‖g0‖ (the authors: 0.5 for scene understanding, 0.4 in their toy problem).
         rescale: 1 divides the result by 1 + c², as the authors' training code does; 0 does not.
 
     Raises:
-        TypeError: `c` is no number.
+        TypeError: `c` is not a number.
         ValueError: `c` is negative or not finite, unknown `rescale`.
     """
 

@@ -1,4 +1,4 @@
-"""What comes as a Gram matrix, and what a method of one's own returns for it, before either is used."""
+"""Checks of a Gram matrix, and of the weights that a user's own method returns for it, before either is used."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def check_gram(M: object) -> None:
     """Accepts [T, T] and [B, T, T] with T >= 1.
 
     Raises:
-        TypeError: no dense float32 or float64 tensor.
-        ValueError: of another shape, or one that requires grad or has a forward-mode tangent.
+        TypeError: not a dense float32 or float64 tensor.
+        ValueError: of another shape, or it requires grad or has a forward-mode tangent.
     """
     if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:
         raise TypeError(f"M: expected a dense float32 or float64 tensor, got {describe(M)}")
@@ -29,15 +29,15 @@ def check_gram(M: object) -> None:
 
 
 def checked_weights(method: object, alpha: object, M: Tensor) -> Tensor:
-    """What `weigh` returned for M, float64 and contiguous.
+    """The weights that `weigh` returned for M, float64 and contiguous.
 
     Raises:
-        TypeError: no tensor of a floating dtype.
-        ValueError: of another shape or device, or one that requires grad.
+        TypeError: not a tensor of a floating dtype.
+        ValueError: of another shape or device, or it requires grad.
     """
     name, shape = f"{method!r}.weigh", list(M.shape[:-1])
     expected = f"expected task weights of shape {shape} on {M.device} for M of shape {list(M.shape)}"
-    eager = not torch.compiler.is_compiling()  # a backward that is traced may not ask for layout and requires_grad
+    eager = not torch.compiler.is_compiling()  # a traced backward cannot query layout and requires_grad
     if not isinstance(alpha, Tensor) or not alpha.is_floating_point() or (eager and alpha.layout is not torch.strided):
         raise TypeError(f"{name}: {expected}, a floating tensor, got {describe(alpha)}")
     if alpha.shape != M.shape[:-1] or alpha.device != M.device:

@@ -22,20 +22,21 @@ Length: TypeAlias = Literal["projection", "min", "max", "harmonic", "arithmetic"
 
 
 class ConFIG(Weighted, GramMethod):
-    """ConFIG: a direction with given cosines to all task gradients, as long as their projections onto it together.
+    """ConFIG: the direction with given cosines to all task gradients; its length is the sum of their projections.
 
         u = U⁺ w / ‖U⁺ w‖        g = (Σ_t <g_t, u>) u        U the gradients at unit length
 
-    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part. Where U⁺ w is
+    (Eq. 2 of the paper.) On the Gram matrix: U⁺ w = Uᵀ C⁺ w with C = U Uᵀ. Zero gradients take no part. If U⁺ w is
     zero, as for opposed gradients with equal weights, no direction has such cosines, and g is zero (α = 0).
 
     `info` has `alpha` and `gram`.
 
     Args:
         weights: the ratio of the cosines: None, "mean" or "sum" for equal ones, or T numbers.
-        length: of g. "projection" is the paper's. The others give every gradient the same norm before it is projected:
-            the smallest ("min"), the largest ("max"), or their harmonic, arithmetic or geometric mean (the authors'
-            `TrackMinimum` and so on); "min" and "harmonic" keep a large gradient from making g long.
+        length: the length of g. "projection" is the paper's. The others give all gradients the same norm before they
+            are projected: the smallest ("min"), the largest ("max"), or the harmonic, arithmetic or geometric mean of
+            the norms (the authors' `TrackMinimum` and so on). "min" and "harmonic" keep g short despite a large
+            gradient.
         rtol: singular values of U at most `rtol` times the largest are treated as zero. Default T · eps with eps of the
             gradients' dtype.
 
@@ -60,9 +61,9 @@ class ConFIG(Weighted, GramMethod):
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         w = self._task_weights(T, M)
-        if w is not None:  # only their ratio counts: by a power of two, so that no square leaves the range of numbers
+        if w is not None:  # only their ratio counts: scaled by a power of two, so that squares stay in range
             w = torch.ldexp(w, -torch.frexp(w.abs().amax()).exponent)
-        # Gᵀv = U⁺ w, whose products with the unit gradients are `cosines`.
+        # Gᵀv = U⁺ w; its products with the unit gradients are `cosines`.
         v, cosines = ops.unit_solve(M, w, T * EPS[dtype] if self.rtol is None else self.rtol)
         norms = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
         products = cosines * norms
@@ -75,7 +76,7 @@ class ConFIG(Weighted, GramMethod):
 
 
 def _tracked(norms: Tensor, there: Tensor, length: Length) -> Tensor:
-    """The norm [..., 1] that all gradients are given: of those [..., T] that are there."""
+    """The common norm [..., 1] that replaces the norms [..., T] of the present gradients."""
     n = there.sum(-1, keepdim=True).clamp_min(1)
     if length == "min":
         return torch.where(there, norms, torch.inf).amin(-1, keepdim=True)

@@ -21,13 +21,12 @@ __all__ = ["CRMOGM"]
 
 
 class CRMOGM(StatefulMethod):
-    """CR-MOGM: the weights of another method, averaged over the steps, which makes them less dependent on one batch.
+    """CR-MOGM: the weights of another method, averaged over steps so that they depend less on a single batch.
 
         λ_k = m λ_{k-1} + (1 - m) λ̂_k        g = λ_kᵀ G        λ̂_k the other method's weights
 
-    with λ̂ of a task's first step where it has none yet. The paper lets m grow from near 0 towards 1 as the learning
-    rate
-    falls: `method.momentum = 1 - lr / first_lr`. An absent task keeps its λ.
+    A task's λ starts as λ̂ of its first step. The paper lets m grow from near 0 towards 1 as the learning rate falls:
+    `method.momentum = 1 - lr / first_lr`. An absent task keeps its λ.
 
     `info` has `alpha` and `gram`, and the other method's `residual`.
 
@@ -35,17 +34,17 @@ class CRMOGM(StatefulMethod):
     and Beyond", NeurIPS 2022, Algorithm 1.
 
     Args:
-        method: a method on the Gram matrix; None for `MGDA()`. It is a part of this one, with its state.
-        momentum: m, in [0, 1]; TorchJD's default.
+        method: a method on the Gram matrix; None for `MGDA()`. It becomes part of this one, with its state.
+        momentum: m, in [0, 1]; the default is TorchJD's.
 
     Raises:
-        TypeError: `method` is no method on the Gram matrix, `momentum` is no number.
-        ValueError: `momentum` is outside of [0, 1].
+        TypeError: `method` is not a method on the Gram matrix, `momentum` is not a number.
+        ValueError: `momentum` is outside [0, 1].
     """
 
     remembers = True
     average: Tensor  # λ, float64 [T] or [B, T]
-    known: Tensor  # which tasks have one, bool
+    known: Tensor  # which tasks have a λ, bool
 
     momentum: float = option(number(low=0, high=1))
 
@@ -71,7 +70,7 @@ class CRMOGM(StatefulMethod):
         return self.inner.needs_losses
 
     def reset(self) -> None:
-        """Back to the state of a new instance, and so with the other method."""
+        """Returns to the state of a new instance, and resets the other method too."""
         super().reset()
         self.inner.reset()
 

@@ -15,28 +15,28 @@ __all__ = ["DBMTL"]
 
 
 class DBMTL(GradientMemory):
-    """DB-MTL: averaged gradients of the losses' logarithms, each brought to the length of the longest.
+    """DB-MTL: averaged gradients of the losses' logarithms, each scaled to the length of the longest.
 
         y_t ← β_k y_t + (1 - β_k) ∇ log L_t        g = Σ_t (max_i ‖y_i‖ / ‖y_t‖) y_t        β_k = β / k^b in step k
 
-    ∇ log L_t is the gradient divided by the loss. Heads get the gradients of the losses as they are given: to train
-    them on log L_t too, as the authors do, give logarithms and `log=False`. An absent task keeps its average, and takes
+    ∇ log L_t is the gradient divided by the loss. Heads get the gradients of the losses as passed: to train
+    them on log L_t too, as the authors do, pass logarithms and `log=False`. An absent task keeps its average, and takes
     no part in the step.
 
-    `info` has `alpha`, the weights of the averages, and `gram`, that of the gradients.
+    `info` has `alpha`, the weights of the averages, and `gram`, the Gram matrix of the gradients.
 
     Source: Lin, Jiang, Ye, Zhang, Chen, Chen, Liu, Kwok, "Dual-Balancing for Multi-Task Learning", 2023, Algorithm 1,
     and their LibMTL.
 
     Args:
-        beta: β, how much of the average stays: LibMTL's default (the authors try 0.1 to 0.9).
+        beta: β, the share of the average that is kept; the default is LibMTL's (the authors try 0.1 to 0.9).
         beta_decay: b, how fast it falls.
-        log: False where the losses are logarithms already, or gradients are to be taken as they are.
+        log: False if the losses are already logarithms, or to use the gradients unscaled.
 
     Raises:
         TypeError: an option of another kind.
-        ValueError: `beta` is not in [0, 1], `beta_decay` is negative; (in a step) gradients of other sizes than in the
-            first one.
+        ValueError: `beta` is not in [0, 1], `beta_decay` is negative; (in a step) gradients whose sizes differ from the
+            first step's.
     """
 
     y: Tensor  # the averages, [T, P] or [B, T, P]

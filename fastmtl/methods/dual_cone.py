@@ -21,7 +21,7 @@ __all__ = ["DualCone"]
 class DualCone(Weighted, GramMethod):
     """A method that projects onto the dual cone, solved exactly by active sets in float64."""
 
-    _each: ClassVar[bool]  # whether each weighted gradient is projected, or their sum
+    _each: ClassVar[bool]  # whether to project each weighted gradient, or their sum
 
     ridge: float = option(number(low=0))
 

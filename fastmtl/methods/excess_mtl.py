@@ -21,26 +21,26 @@ class ExcessMTL(GradientMemory):
 
         S_t ← S_t + g_t²        r_t = Σ_p g_tp² / sqrt(S_tp + 1e-7)        w_t ∝ w_t exp(η r_t / r_t(0))        g = wᵀ G
 
-    r_t estimates the excess risk L_t - min L_t with a diagonal Hessian as AdaGrad has it (their Eq. 6 to 9). The first
-    step has r_t itself in the exponent and becomes r_t(0), as in TorchJD; with `warmup` the weights stay 1/T for so
-    many steps, whose mean becomes r_t(0), as the paper's appendix recommends.
+    r_t estimates the excess risk L_t - min L_t with AdaGrad's diagonal Hessian (their Eq. 6 to 9). As in TorchJD, the
+    exponent of the first step is r_t itself, which becomes r_t(0). With `warmup` the weights stay 1/T for that many
+    steps, and the mean of their r_t becomes r_t(0), as the paper's appendix recommends.
 
-    An absent task keeps its S and w; the others share what is left. Not homogeneous: with a loss scaler pass
+    An absent task keeps its S and w; the others share the remaining weight. Not homogeneous: with a loss scaler pass
     `grad_scale=`.
 
     `info` has `alpha` and `gram`.
 
     Source: He, Zhou, Zhang, Zhao, Yun, "Robust Multi-Task Learning with Excess Risks", ICML 2024, and the authors'
-        code.
+    code.
 
     Args:
-        step_size: η, the step of the weights: 1 as in TorchJD (LibMTL: 0.01).
+        step_size: η, the step size of the weights: 1 as in TorchJD (LibMTL: 0.01).
         warmup: how many steps only collect risks.
 
     Raises:
         TypeError: an option of another kind.
-        ValueError: `step_size` is not positive, `warmup` is negative; (in a step) gradients of other sizes than in the
-            first one.
+        ValueError: `step_size` is not positive, `warmup` is negative; (in a step) gradients whose sizes differ from the
+            first step's.
     """
 
     squares: Tensor  # S, [T, P] or [B, T, P]
@@ -64,7 +64,7 @@ class ExcessMTL(GradientMemory):
         return present(M)
 
     def weighting(self, G: Tensor) -> Tensor:
-        """The task weights, float64 [T] or [B, T], from gradients [T, P] or [B, T, P]: a step, without its result.
+        """The task weights, float64 [T] or [B, T], from gradients [T, P] or [B, T, P]: a step without aggregation.
 
         Raises:
             TypeError: as `__call__`.
@@ -97,7 +97,7 @@ class ExcessMTL(GradientMemory):
         if has_numbers(counted) and bool(counted.all()):
             logs.copy_(new.log_softmax(-1))
             return Info.of(logs.exp(), M)
-        # Their sum stays 1, and what the absent ones have of it.
+        # The sum stays 1, and absent tasks keep their share of it.
         total = torch.where(there, logs, -torch.inf).logsumexp(-1, keepdim=True)
         shift = torch.where(there, new, -torch.inf).logsumexp(-1, keepdim=True) - total
         logs.copy_(torch.where(counted, new - shift, logs))
@@ -106,7 +106,7 @@ class ExcessMTL(GradientMemory):
         return Info.of(alpha, M)
 
     def _risks(self, S: Tensor, G: Pieces, where: Tensor, grad_scale: Tensor | float | None) -> Tensor:
-        """R [..., T] of this step; adds the squares to S."""
+        """The risks r [..., T] of this step; adds the squares to S."""
         risks = torch.zeros(where.shape, dtype=torch.float64, device=S.device)
         for t, start, stop, g in G.merged(S.dtype):
             if g is None:
@@ -115,6 +115,6 @@ class ExcessMTL(GradientMemory):
             g = g.to(S.dtype) if grad_scale is None else (g / grad_scale).to(S.dtype)
             squares = torch.where(where[..., t, None], g.square(), 0.0)
             row += squares
-            # Not the root itself, which torch deals out to threads for every few numbers.
+            # Not the root itself: torch spreads it over threads even for a few numbers.
             risks[..., t] += squares.mul_((row + _EPS).rsqrt_()).sum(-1, dtype=torch.float64)
         return risks

@@ -19,9 +19,9 @@ class FairGrad(GramMethod):
 
         M α = α^(-1/fairness)    (elementwise, α > 0; their Eq. 4)        M the Gram matrix
 
-    Fairness 0 is the plain mean, 1 is Nash-MTL's proportional fairness, and towards infinity the smallest improvement
-    is largest (max-min). There is exactly one such α where zero does not lie in the convex hull of the gradients, else
-    none: then α = 0, and `info.converged` is false. Found by damped Newton steps, to rounding.
+    Fairness 0 is the plain mean, 1 is Nash-MTL's proportional fairness, and the limit at infinity is max-min fairness:
+    the smallest improvement is largest. If zero lies in the convex hull of the gradients, there is no such α: then
+    α = 0, and `info.converged` is false. Otherwise there is exactly one, found by damped Newton steps, to rounding.
 
     Not homogeneous (the result's norm grows with a power of the gradients'): with a loss scaler pass `grad_scale=`.
 
@@ -31,7 +31,7 @@ class FairGrad(GramMethod):
         fairness: the exponent, called α in the paper. The authors' default is 1; their experiments use 2 and more.
 
     Raises:
-        TypeError: `fairness` is no number.
+        TypeError: `fairness` is not a number.
         ValueError: `fairness` is negative or not finite.
     """
 

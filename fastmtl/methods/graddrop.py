@@ -17,20 +17,20 @@ __all__ = ["GradDrop"]
 
 
 class GradDrop(Method):
-    """GradDrop: in every coordinate, only the gradients of one sign are summed.
+    """GradDrop: in every coordinate, sums only the gradients of one sign.
 
-    The sign is drawn at random, positive with the probability P = ½ (1 + Σ_t g_t / Σ_t |g_t|), the sign purity of that
-    coordinate; of task t's gradients of the other sign the part ℓ_t remains (Chen et al. 2020, Algorithm 1, on the
-    gradients as they are):
+    The sign is drawn at random: positive with probability P = ½ (1 + Σ_t g_t / Σ_t |g_t|), the sign purity of the
+    coordinate. Gradients of the other sign are scaled by ℓ_t, the leak of task t (Chen et al. 2020, Algorithm 1,
+    applied to the parameters' gradients):
 
         g = Σ_t (ℓ_t + (1 - ℓ_t) [g_t has the drawn sign]) g_t
 
-    It works on the gradients, not on their Gram matrix: `info` is empty. One pass over them, in float64; what is drawn
-    depends on the state of the generator alone, not on the number of threads or the device's blocks.
+    It works on the gradients, not on their Gram matrix, so `info` is empty. It takes one pass over them, in float64.
+    The draws depend only on the state of the generator, not on the number of threads or the device's blocks.
 
     Args:
         leak: ℓ, one number in [0, 1] for all tasks, or T of them (a tensor [T], an array or a sequence). None is 0, the
-            authors' default; 1 is the sum of the gradients.
+            authors' default; 1 gives the sum of the gradients.
         generator: source of randomness, on the gradients' device; default: torch's global one there.
 
     Raises:
@@ -66,7 +66,7 @@ class GradDrop(Method):
         return Info.of()
 
     def _task_leak(self, T: int, like: Tensor) -> Tensor | None:
-        """The leaks [T] for the ops, where `like` is; None where nothing leaks."""
+        """The leaks [T] for the ops, on the device of `like`; None if nothing leaks."""
         if isinstance(self.leak, float):
             return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
         self.check_tasks(T)

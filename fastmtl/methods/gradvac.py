@@ -18,14 +18,14 @@ __all__ = ["GradVac"]
 
 
 class GradVac(StatefulMethod):
-    """GradVac: pairs of gradients are turned towards each other up to a cosine that is usual for them.
+    """GradVac: turns pairs of gradients towards each other, up to the usual cosine of the pair.
 
-    For each task i and the other tasks j in random order: where cos(g_i, g_j) is below its target φ_ij, the multiple of
-    g_j is added to g_i that makes it φ_ij; then φ_ij ← (1-β) φ_ij + β cos(g_i, g_j) (Algorithm 1 of the paper). The
-    result is the sum of the g_i. Done on task weights, with the Gram matrix.
+    For each task i and the other tasks j in random order: if cos(g_i, g_j) is below its target φ_ij, a multiple of
+    g_j is added to g_i to raise it to φ_ij; then φ_ij ← (1-β) φ_ij + β cos(g_i, g_j) (Algorithm 1 of the paper). The
+    result is the sum of the g_i. All of it is done on task weights, with the Gram matrix.
 
-    The targets φ are the state, [T, T]. They are of the whole model, or, with `groups=`, of every group of parameters
-    (layer-wise targets, the paper's all_layer).
+    The state is the targets φ [T, T]. There is one set for the whole model, or with `groups=` one for each group of
+    parameters (layer-wise targets, the paper's all_layer).
 
     `info` has `alpha` and `gram`.
 

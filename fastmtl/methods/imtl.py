@@ -21,14 +21,14 @@ class IMTL(GramMethod):
 
         <g, g_t> / ‖g_t‖ equal for all t        g = αᵀ G,  Σ α = 1        so  M α ∝ (‖g_1‖, …, ‖g_T‖)
 
-    With linearly dependent gradients the α of least norm of D^½ α is taken (a pseudo-inverse, D the squared norms).
-    α is not restricted to be positive: where Σ α would be zero or negative the paper's formula turns the direction
-    around or leaves none, and so does this. Zero gradients take no part.
+    For linearly dependent gradients the α with the smallest ‖D^½ α‖ is taken (a pseudo-inverse; D the squared norms).
+    α may be negative. If Σ α would be negative, the paper's formula reverses the direction, and if it would be zero
+    there is none; the same happens here. Zero gradients take no part.
 
-    `info` has `alpha`, `gram` and `residual`: how far the projections are from equal, relative to them; infinite where
-    no α with Σ α = 1 exists (for opposed gradients, for example), and then α = 0.
+    `info` has `alpha`, `gram` and `residual`: how far the projections are from equal, relative to their size. If no α
+    with Σ α = 1 exists (for opposed gradients, for example), the residual is infinite and α = 0.
 
-    Together with IMTL-L (learned loss scales): `method.backward(imtl_l.scaled(losses))`, with
+    With IMTL-L (learned loss scales): `method.backward(imtl_l.scaled(losses))`, where
     `imtl_l = fastmtl.scalarization.IMTLL(T)`.
 
     Args:
@@ -36,7 +36,7 @@ class IMTL(GramMethod):
             T · eps with eps of the gradients' dtype.
 
     Raises:
-        TypeError: `rtol` is no number.
+        TypeError: `rtol` is not a number.
         ValueError: a negative or non-finite `rtol`.
     """
 
@@ -56,7 +56,7 @@ class IMTL(GramMethod):
         there = is_present(M)
         residual = (projections - there.to(torch.float64)).abs().amax(-1)
         total = v.sum(-1, keepdim=True)
-        # Relative to its parts: what cancels to rounding is zero.
+        # Relative to its parts: a sum that cancels to rounding is zero.
         none = total.abs() <= 4 * T * EPS[torch.float64] * v.abs().sum(-1, keepdim=True)
         alpha = torch.where(none, 0.0, v / total)
         residual = torch.where(none[..., 0] & there.any(-1), torch.inf, residual)

@@ -17,24 +17,24 @@ from fastmtl.rule import NOTHING, Context
 
 __all__ = ["Krum"]
 
-_FEW = 16  # tasks that Python has compared before torch has made two dozen small tensors
+_FEW = 16  # up to this many tasks, comparing in Python is faster than two dozen small tensors
 
 
 class Krum(GramMethod):
-    """(Multi-)Krum: the mean of the gradients that lie closest to their neighbours; others may be adversarial.
+    """(Multi-)Krum: the mean of the gradients closest to their neighbours; the others may be adversarial.
 
-    A gradient's score is the sum of its squared distances to the T - f - 2 gradients nearest to it; the `selected` ones
+    A gradient's score is the sum of its squared distances to its T - f - 2 nearest gradients; the `selected` gradients
     with the lowest scores are averaged. Distances come from the Gram matrix: ‖g_i - g_j‖² = M_ii + M_jj - 2 M_ij.
 
-    Absent tasks (zero gradients) are neither selected nor neighbours: T is then the number of the others. Where that
-    is too small for the options, one neighbour counts, and the others' share of the average stays 1 / `selected`.
+    Absent tasks (zero gradients) are neither selected nor neighbours: T is then the number of the others. If that
+    is too small for the options, one neighbour counts, and each share of the average stays 1 / `selected`.
 
     `info` has `alpha` and `gram`.
 
     Args:
         byzantine: number f of gradients that may be arbitrary; T has to be at least f + 3.
-        selected: how many are averaged: 1 is Krum, more is Multi-Krum.
-        squared: False sums the distances themselves, as TorchJD does.
+        selected: how many gradients are averaged: 1 is Krum, more is Multi-Krum.
+        squared: False sums the plain distances, as TorchJD does.
 
     Raises:
         TypeError: an option of another kind.
@@ -56,7 +56,7 @@ class Krum(GramMethod):
         return f"byzantine={self.byzantine}, selected={self.selected}, squared={self.squared}"
 
     def _is_there(self, square: float) -> bool:
-        """Whether the task of a gradient with this squared norm is there."""
+        """Whether a gradient with this squared norm belongs to a task that is present."""
         return square > 0
 
     def _weights_of_few(self, M: list[list[float]]) -> list[float]:
@@ -69,7 +69,7 @@ class Krum(GramMethod):
         for i in there:
             apart = sorted(max(M[i][i] - 2 * M[i][j] + M[j][j], 0.0) for j in there if j != i)[:neighbours]
             scores[i] = sum(apart if self.squared else map(math.sqrt, apart))
-        # Of equal ones torch's choice, here as elsewhere.
+        # Ties are broken as torch breaks them, here as elsewhere.
         chosen = torch.tensor(scores, dtype=torch.float64).topk(self.selected, largest=False).indices.tolist()
         return [1 / self.selected if i in there and i in chosen else 0.0 for i in range(len(M))]
 
@@ -95,4 +95,4 @@ class Krum(GramMethod):
         scores = torch.where(there, torch.where(counted, nearest, 0.0).sum(-1), torch.inf)
         chosen = scores.topk(self.selected, largest=False).indices
         alpha = torch.zeros_like(scores).scatter(-1, chosen, 1 / self.selected)
-        return Info.of(ops.constant(M, alpha), M)  # 0 for absent tasks, where fewer are there than are selected
+        return Info.of(ops.constant(M, alpha), M)  # 0 for absent tasks if fewer are present than selected

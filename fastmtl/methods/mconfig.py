@@ -20,37 +20,37 @@ _EPS = 1e-8  # added to the root of the second moment, as the authors and Adam d
 
 
 class MConFIG(GradientMemory):
-    """M-ConFIG: ConFIG on the tasks' momenta, of which each step may bring as few as one, and Adam's step from it.
+    """M-ConFIG: an Adam step from ConFIG on the tasks' momenta, of which a step may update as few as one.
 
         m_t ← β₁ m_t + (1 - β₁) g_t for the tasks of this step        c = ConFIG(m̂_1, …, m̂_T)
         f ← c (1 - β₁^k)    s ← β₂ s + (1 - β₂) ((f - β₁ f_before) / (1 - β₁))²        g = c / (sqrt(ŝ) + 1e-8)
 
-    m̂ and ŝ are corrected for their start. s is the second moment of gradients whose momentum would be c. g is a whole
-    step, as Adam's: use it with SGD and Adam's learning rates, not with another momentum.
+    m̂ and ŝ are bias-corrected, as in Adam. s is the second moment of gradients whose momentum would be c. g is a
+    complete step, like Adam's: use it with SGD at Adam's learning rates, without further momentum.
 
-    A step costs one backward pass where the losses alternate, with None for the others:
+    If the losses alternate, with None for the others, a step costs one backward pass:
 
         losses = [None] * T; losses[k % T] = ...; method.backward(losses, shared=model)
 
-    So here an absent task takes part, with the momentum that it has. Until each had a gradient g is zero. With a loss
-    scaler pass `grad_scale=`: g does not change with the gradients' size, S g is what a scaler expects.
+    So here an absent task takes part with its momentum. Until every task has had a gradient, g is zero. With a loss
+    scaler pass `grad_scale=`: g does not depend on the gradients' size, but a scaler expects S g.
 
-    `info` has `gram` of this step's gradients and `alpha`, ConFIG's weights of the momenta.
+    `info` has `gram`, the Gram matrix of this step's gradients, and `alpha`, ConFIG's weights of the momenta.
 
     Source: Liu, Chu, Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", 2024,
     Algorithm 1, and the authors' code.
 
     Args:
-        beta1: β₁, of the momenta.
-        beta2: β₂, of the second moment.
-        weights: as of `ConFIG`.
-        length: as of `ConFIG`.
-        rtol: as of `ConFIG`.
+        beta1: β₁, the decay of the momenta.
+        beta2: β₂, the decay of the second moment.
+        weights: as in `ConFIG`.
+        length: as in `ConFIG`.
+        rtol: as in `ConFIG`.
 
     Raises:
         TypeError: an option of another kind.
         ValueError: `beta1` or `beta2` is not in [0, 1), weights that are not one-dimensional or not finite, a negative
-            or non-finite `rtol`; (in a step) gradients of other sizes than in the first one.
+            or non-finite `rtol`; (in a step) gradients whose sizes differ from the first step's.
     """
 
     memory: ClassVar[str] = "(T + 2)·P"
@@ -97,7 +97,7 @@ class MConFIG(GradientMemory):
 
     @property
     def rtol(self) -> float | None:
-        """The cut of singular values."""
+        """The threshold for singular values."""
         return self._config.rtol
 
     @rtol.setter

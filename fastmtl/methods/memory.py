@@ -1,4 +1,4 @@
-"""Methods that keep something as large as gradients: flat buffers, updated from gradients where autograd left them."""
+"""Methods with state as large as gradients: flat buffers, updated from gradients where autograd left them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastmtl.rule import Context
 
 __all__ = ["GradientMemory", "Pieces", "move", "present"]
 
-_BLOCK = 1 << 14  # below what torch deals out to threads, whose waits would cost more
+_BLOCK = 1 << 14  # below the size at which torch uses threads, whose waits would cost more
 
 
 class Pieces:
     """The gradients of T tasks as pieces of their rows.
 
-    A matrix [T, P] or [B, T, P] is one piece; of a list, each of K parameters is one.
+    A matrix [T, P] or [B, T, P] is one piece; in a list, each of the K parameters is one.
     """
 
     def __init__(self, grads: Tensor | Sequence[Tensor | None], T: int, out: Tensor | Sequence[Tensor]) -> None:
@@ -35,18 +35,18 @@ class Pieces:
         ends = [0]
         for target in self.out:
             ends.append(ends[-1] + (target.shape[-1] if isinstance(grads, Tensor) else target.numel()))
-        self.spans = list(itertools.pairwise(ends))  # of columns, one a piece
+        self.spans = list(itertools.pairwise(ends))  # of columns, one per piece
         self.P = ends[-1]
         self.dtype = self.out[0].dtype
         for target in self.out:
             self.dtype = max(self.dtype, target.dtype, key=EPS.__getitem__)
         wide = all(target.dtype is torch.float64 for target in self.out)
-        self.kept = torch.float64 if wide else torch.float32  # the dtype of what is kept of them
+        self.kept = torch.float64 if wide else torch.float32  # the dtype of the state
 
     def __iter__(self) -> Iterator[tuple[slice, int, int, Tensor | None]]:
-        """(tasks, start, stop, gradients [..., tasks, stop - start]): all of a matrix, of a list each, in blocks.
+        """(tasks, start, stop, gradients [..., tasks, stop - start]), in blocks: all tasks of a matrix, each of a list.
 
-        What a step computes of a block stays in the cache, and takes little memory.
+        Whatever a step computes from a block stays in the cache, and takes little memory.
         """
         if isinstance(self.grads, Tensor):
             for begin, end in self.blocks(0, self.P, self.T):
@@ -58,13 +58,13 @@ class Pieces:
                     yield slice(t, t + 1), begin, end, None if g is None else g[None, begin - start : end - start]
 
     def blocks(self, start: int, stop: int, rows: int = 1) -> Iterator[tuple[int, int]]:
-        """Blocks of these columns, for so many rows at once."""
+        """Blocks of these columns, for this many rows at once."""
         block = max(1, _BLOCK // rows if self.out[0].device.type == "cpu" else self.P)
         for begin in range(start, stop, block):
             yield begin, min(begin + block, stop)
 
     def piece(self, k: int) -> Iterator[tuple[int, int, int, Tensor | None]]:
-        """The same for one piece, as it is."""
+        """The same for one piece, without blocks."""
         start, stop = self.spans[k]
         for t in range(self.T):
             if isinstance(self.grads, Tensor):
@@ -74,7 +74,7 @@ class Pieces:
                 yield t, start, stop, None if g is None else g.reshape(-1)
 
     def are_small(self, dtype: torch.dtype) -> bool:
-        """Whether they are pieces of a list, in this dtype, of which several make a block, or on a device one."""
+        """Whether they are pieces of a list, in this dtype, and several fit into one block, or they are on a device."""
         if isinstance(self.grads, Tensor):
             return False
         if self.P / len(self.out) > _BLOCK and self.out[0].device.type == "cpu":
@@ -95,7 +95,7 @@ class Pieces:
         yield start, self.P, sizes, grads
 
     def merged(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, int, Tensor | None]]:
-        """As iterating, but of small pieces as many at once as stay in the cache."""
+        """Like `__iter__`, but with as many small pieces at once as stay in the cache."""
         if not self.are_small(dtype):
             yield from self
             return
@@ -113,7 +113,7 @@ class Pieces:
         return ops.gram(self.grads) if isinstance(self.grads, Tensor) else ops.gram_rows(self.grads, self.T)
 
     def gram_with(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M [..., T, T], the products [..., T] of the gradients with `row` [..., P], and its square [..., 1]."""
+        """M [..., T, T], the products [..., T] of the gradients with `row` [..., P], and the row's square [..., 1]."""
         rows = self._rows_with(row)
         if rows is not None:
             N = ops.gram_rows(rows, self.T + 1)
@@ -138,14 +138,14 @@ class Pieces:
         self.write(flat)
 
     def _rows_with(self, row: Tensor) -> list[Tensor | None] | None:
-        """The gradients and one more row for the ops on rows; None for batches, and where dtypes differ."""
+        """The gradients and one more row for the ops on rows; None for batches, and if dtypes differ."""
         if self.batch or any(target.dtype is not row.dtype for target in self.out):
             return None
         rows = self.grads.unbind() if isinstance(self.grads, Tensor) else self.grads
         return [*rows, *self._parts(row)]
 
     def _parts(self, row: Tensor) -> list[Tensor]:
-        """A row [P] as one piece for each result."""
+        """A row [P], split into one piece per result."""
         parts = row.split([stop - start for start, stop in self.spans])
         return [part.view(target.shape) for part, target in zip(parts, self.out, strict=True)]
 
@@ -157,7 +157,7 @@ class Pieces:
             ops.combine_rows(self.grads, alpha, self.out)
 
     def first(self) -> Pieces:
-        """The same of the first task alone."""
+        """The same for the first task alone."""
         if isinstance(self.grads, Tensor):
             return Pieces(self.grads[..., :1, :], 1, self.out[0])
         return Pieces(self.grads[: len(self.out)], 1, self.out)
@@ -180,14 +180,14 @@ class Pieces:
 
 
 class GradientMemory(Method):
-    """A method whose state is as large as gradients, one row a task or one row.
+    """A method whose state is as large as gradients, one row per task or one row.
 
-    The state's columns are those of the gradients in the first step, whose order and sizes later ones must have. It is
-    float64 for float64 gradients, else float32. A step with a gradient that is not finite leaves it as it was, and so
-    does an absent task the row that is its own; nothing waits for the device to say so.
+    The first step's gradients define the columns of the state; later gradients must have the same order and sizes. The
+    state is float64 for float64 gradients, else float32. A step with a gradient that is not finite leaves it unchanged,
+    and an absent task leaves its own row unchanged; the host does not wait for the device to find out.
 
     Attributes:
-        memory: what the state takes, for T tasks and P parameters.
+        memory: the size of the state, for T tasks and P parameters.
     """
 
     memory: ClassVar[str] = "T·P"
@@ -213,7 +213,7 @@ class GradientMemory(Method):
     def _kept(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, fill: float = 0
     ) -> Tensor:
-        """The buffer of this name for a step to change: in evaluation a copy."""
+        """The buffer of this name, for a step to change; in evaluation, a copy."""
         value = self._buffers[name]
         if value is None:
             with torch.inference_mode(False):
@@ -232,15 +232,15 @@ class GradientMemory(Method):
 
 
 def present(M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tasks are there, bool [..., T], and whether all gradients are finite, bool [..., 1]."""
+    """Which tasks are present, bool [..., T], and whether all gradients are finite, bool [..., 1]."""
     finite = M.isfinite().all(-1).all(-1, keepdim=True)
     return is_present(M), finite
 
 
 def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor: Tensor | None = None) -> None:
-    """Moves the rows of `memory` [..., T, P] towards those of G, times `factor` [..., T], `where` [..., T] is true.
+    """Moves the rows of `memory` [..., T, P] towards G's times `factor` [..., T], where `where` [..., T] is true.
 
-    A missing piece of a task that is there counts as zeros.
+    A missing piece of a present task counts as zeros.
     """
     if G.are_small(memory.dtype):
         _move_pieces(memory, G, where, step, factor)
@@ -259,7 +259,7 @@ def move(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor:
 
 
 def _move_pieces(memory: Tensor, G: Pieces, where: Tensor, step: Tensor | float, factor: Tensor | None) -> None:
-    """The same of a list: as many pieces at once as stay in the cache, by the op that combines rows."""
+    """The same for a list: as many pieces at once as stay in the cache, by the op that combines rows."""
     if not isinstance(step, Tensor):  # made on the device, not copied there
         step = torch.full((G.T,), step, dtype=torch.float64, device=memory.device)
     steps = step.to(torch.float64).expand(G.T)

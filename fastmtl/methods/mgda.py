@@ -25,18 +25,17 @@ class MGDA(GramMethod):
 
         α = argmin ‖αᵀ G‖²    over    α >= 0, Σ α = 1        g = αᵀ G
 
-    It is a descent direction for every task, or zero at a Pareto-stationary point. Solved exactly on the Gram matrix,
+    It is a descent direction for every task, or zero at a Pareto-stationary point. Solved exactly on the Gram matrix
     by active sets in float64, not by Frank-Wolfe steps. With `fan_out` or `representation=` this is MGDA-UB.
 
     `info` has `alpha`, `gram` and `residual` (the largest violation of the optimality conditions, relative to gradients
     of unit length).
 
     Args:
-        normalization: what each gradient is divided by before α is computed (as in the authors' code the combination is
-            of the gradients as they are): "none"; "l2", its norm; "loss", its task's loss; or "loss+", both. With
-            "loss" and "loss+" the losses are needed: see `losses=`, and `FanOut.total`. A loss of zero makes its
-            gradient infinitely long, so that its task gets no weight. One that is negative is an error where losses lie
-            on the CPU, and makes α NaN elsewhere.
+        normalization: what each gradient is divided by before α is computed: "none"; "l2", its norm; "loss", its task's
+            loss; or "loss+", both. α then combines the unscaled gradients, as in the authors' code. "loss" and "loss+"
+            need the losses: see `losses=`, and `FanOut.total`. A loss of zero makes its gradient infinitely long, so
+            its task gets no weight. A negative loss is an error if losses are on the CPU, and makes α NaN elsewhere.
 
     Raises:
         ValueError: unknown `normalization`; (in a step) a negative loss.
@@ -72,7 +71,7 @@ class MGDA(GramMethod):
                 raise ValueError(f"losses[{t}]: expected a loss >= 0, by which {self!r} divides, got {got:.6g}")
         if self.normalization != "loss":
             divisor = divisor * M.diagonal(dim1=-2, dim2=-1).clamp_min(0).to(torch.float64).sqrt()
-        # A loss that is not finite does not make its task an absent one.
+        # A loss that is not finite does not make its task absent.
         inverse = torch.where(divisor.isfinite() & (divisor >= 0), 1 / divisor, torch.nan)
         inverse = torch.where(there & (divisor != 0), inverse, 0.0)
         return M * inverse[..., :, None] * inverse[..., None, :]

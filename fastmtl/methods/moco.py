@@ -20,27 +20,27 @@ class MoCo(GradientMemory):
 
         y_t ← y_t - β_k (y_t - g_t L_t / ‖g_t‖)        w ← softmax(w - γ_k (Y Yᵀ + ρ I) w)        g = wᵀ Y
 
-    with β_k = β / k^b and γ_k = γ / k^c in step k. (As in the authors' code, each gradient has the length of its loss;
-    `normalize=False` takes them as they are, which is the paper's formula.) An absent task keeps its average and its
-    weight, and takes no part in the step.
+    with β_k = β / k^b and γ_k = γ / k^c in step k. (As in the authors' code, each gradient is scaled to the length of
+    its loss; `normalize=False` leaves gradients unscaled, which is the paper's formula.) An absent task keeps its
+    average and its weight, and takes no part in the step.
 
-    `info` has `alpha`, the weights of the averages, and `gram`, that of the gradients.
+    `info` has `alpha`, the weights of the averages, and `gram`, the Gram matrix of the gradients.
 
     Source: Fernando, Shen, Liu, Chaudhury, Murugesan, Chen, "Mitigating Gradient Bias in Multi-objective Learning: A
     Provably Convergent Approach", ICLR 2023, Eq. 9 and 11, and LibMTL, which has the authors' code.
 
     Args:
-        beta: β, the step of the averages.
+        beta: β, the step size of the averages.
         beta_decay: b, how fast it falls.
-        gamma: γ, the step of the weights.
+        gamma: γ, the step size of the weights.
         gamma_decay: c, how fast it falls.
         rho: ρ, the weight of ½ ‖w‖².
-        normalize: whether gradients are given the length of their losses, which are then needed: see `losses=`.
+        normalize: whether to scale gradients to the length of their losses, which are then needed: see `losses=`.
 
     Raises:
         TypeError: an option of another kind.
-        ValueError: `beta` is not in [0, 1], another number is negative; (in a step) gradients of other sizes than in
-            the first one.
+        ValueError: `beta` is not in [0, 1], another number is negative; (in a step) gradients whose sizes differ from
+            the first step's.
     """
 
     y: Tensor  # the averages, [T, P] or [B, T, P]

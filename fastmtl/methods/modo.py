@@ -18,12 +18,12 @@ __all__ = ["MoDo"]
 
 
 class MoDo(StatefulMethod):
-    """MoDo: weights that take one projected gradient step of MGDA's problem at a time.
+    """MoDo: weights that take one projected gradient step on MGDA's problem at a time.
 
         w ← Π(w - γ (M w + ρ w))        g = wᵀ G        Π onto w >= 0, Σ w = 1
 
-    The authors take M = G₁ G₂ᵀ from two independent batches, so that its expectation is that of the full gradients, and
-    G from a third (or the mean of the two):
+    The authors take M = G₁ G₂ᵀ from two independent batches, an unbiased estimate of the full gradients' Gram matrix,
+    and G from a third (or the mean of the two):
 
         alpha = method.weighting(G1.double() @ G2.double().T)        # need not be symmetric
         (alpha * torch.stack(losses_of_the_third_batch)).sum().backward()
@@ -31,7 +31,7 @@ class MoDo(StatefulMethod):
     `backward` and the other calls have one batch: M = G Gᵀ, whose diagonal is too large by the variance of the
     gradients. Not homogeneous: with a loss scaler pass `grad_scale=`.
 
-    The weights w are the state, 1/T at first. An absent task keeps its own; the others share what is left.
+    The weights w are the state, 1/T at first. An absent task keeps its weight; the others share the rest.
 
     `info` has `alpha` and `gram`.
 
@@ -39,11 +39,11 @@ class MoDo(StatefulMethod):
     and Conflict-Avoidance", NeurIPS 2023, Eq. 6, and the authors' code.
 
     Args:
-        gamma: step size γ of the weights; TorchJD's default (LibMTL: 0.001).
-        rho: ρ, the weight of ½ ‖w‖², which draws them together; 0.1 in both.
+        gamma: step size γ of the weights; the default is TorchJD's (LibMTL: 0.001).
+        rho: ρ, the weight of ½ ‖w‖², which draws the weights together; 0.1 in both libraries.
 
     Raises:
-        TypeError: an option is no number.
+        TypeError: an option is not a number.
         ValueError: `gamma` is not positive, `rho` is negative.
     """
 
@@ -66,7 +66,7 @@ class MoDo(StatefulMethod):
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
     def _there(self, M: Tensor) -> Tensor | None:
-        """Which tasks are there, None for all: M need not be symmetric, and so its diagonal says nothing."""
+        """Which tasks are present, None for all. M need not be symmetric, so its diagonal says nothing."""
         return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:

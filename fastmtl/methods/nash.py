@@ -19,23 +19,23 @@ __all__ = ["NashMTL"]
 
 
 class NashMTL(StatefulMethod):
-    """Nash-MTL: the bargaining solution, in which the product of the tasks' improvements is largest.
+    """Nash-MTL: the Nash bargaining solution, which maximizes the product of the tasks' improvements.
 
         M α = 1/α    (elementwise, α > 0; their Eq. 2)        M the Gram matrix
 
-    There is exactly one such α where zero does not lie in the convex hull of the gradients, else none: then α = 0, and
-    `info.converged` is false. Found by damped Newton steps on the convex problem behind it, to rounding;
+    If zero lies in the convex hull of the gradients, there is no such α: then α = 0, and `info.converged` is false.
+    Otherwise there is exactly one, found by damped Newton steps on the underlying convex problem, to rounding.
     `info.residual` is max |α_t (Mα)_t - 1| of this step's solution, before the options below are applied. The result
-    has the norm sqrt(T), whatever the gradients' size, and then `max_norm`.
+    has norm sqrt(T), whatever the gradients' size, before `max_norm` shortens it.
 
     Not homogeneous, because of `max_norm`: with a loss scaler pass `grad_scale=`.
 
     Args:
-        max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is. The authors' is 1.
-        every: solve in every k-th step and keep the weights in between, where `backward` then takes one pass in place
-            of T (see its `every`), with the same result. The only state: `reset()` forgets it. In a step in which a
-            task is there that has no weight yet, it is solved as well. Elsewhere (`method(G)`, `fan_out`,
-            `representation=`, `groups=`) a task that is absent when it is solved keeps the weight that it had.
+        max_norm: a longer result is shortened to this norm; 0 never shortens. The authors use 1.
+        every: solve in every k-th step and keep the weights in between; `backward` then takes one pass instead of T
+            (see its `every`), with the same result. These weights are the only state; `reset()` forgets them. A step
+            with a task that has no weight yet is solved as well. Elsewhere (`method(G)`, `fan_out`,
+            `representation=`, `groups=`) a task that is absent when weights are solved keeps its old weight.
 
     Raises:
         TypeError: an option of another kind.
@@ -43,7 +43,7 @@ class NashMTL(StatefulMethod):
     """
 
     solution: Tensor  # α of the last one, float64 [T]; only with every > 1
-    steps: Tensor  # how many steps it has had, int64 [], or [B] for B matrices: a step that is not finite is none
+    steps: Tensor  # number of steps so far, int64 [], or [B] for B matrices; steps that are not finite do not count
 
     _first: ClassVar[float] = 0.0  # the weights before the first solution, if they are ever used
 
@@ -73,7 +73,7 @@ class NashMTL(StatefulMethod):
         return {"solution": (shape[:-1], torch.float64, self._first), "steps": (shape[:-2], torch.int64)}
 
     def _solvable(self, M: Tensor) -> Tensor:
-        """For which matrices [...] there is a solution; for others the last one is kept."""
+        """Which matrices [...] have a solution; for the others the last one is kept."""
         return M.isfinite().all(-1).all(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
@@ -92,11 +92,11 @@ class NashMTL(StatefulMethod):
         if not self.max_norm:
             return alpha
         squared = (alpha[..., None, :] @ M @ alpha[..., None]).squeeze(-1)
-        # Rounding may leave a tiny negative number of a zero; a zero needs no shortening.
+        # Rounding may turn a zero into a tiny negative number; a zero needs no shortening.
         return alpha * (self.max_norm / squared.clamp_min(self.max_norm**2).sqrt())
 
     def _held(self, alpha: Tensor, M: Tensor, due: bool) -> Tensor:
-        """The weights of the last step that was to solve; this one's, if it is."""
+        """The weights of the last step that was due to be solved, possibly this one."""
         solution, steps = self._state(M.shape, M.device)
         finite = M.isfinite().all(-1).all(-1)
         there = is_present(M)

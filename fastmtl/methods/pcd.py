@@ -26,12 +26,12 @@ class PCD(StatefulMethod):
 
         d = argmin ‖d - g̃_0‖²    subject to    <g̃_t, d> >= τ_t ‖g̃_t‖² for t > 0        g = ‖g_0‖ d / ‖d‖
 
-    with g̃_t = g_t / sqrt(v_t + ε) and v_t the moving average of ‖g_t‖², corrected for its start. The first task is the
-    primary one: its loss is what counts, the others (regularizers, auxiliary losses) shall not suffer.
+    with g̃_t = g_t / sqrt(v_t + ε) and v_t the bias-corrected moving average of ‖g_t‖². The first task is the
+    primary one: its loss has priority, and the others (regularizers, auxiliary losses) must not get worse.
 
-    Solved exactly: the problem is the projection of a vector onto the dual cone of T vectors of one more dimension
-    (Lawson and Hanson's least distance programming), which is UPGrad's solver. Where the conditions exclude each other
-    g is g_0, and `info.residual` is infinite. Where the first task is absent, or d is zero, g is zero.
+    Solved exactly: the problem is the projection of a vector onto the dual cone of T vectors in one more dimension
+    (Lawson and Hanson's least distance programming), which UPGrad's solver computes. If the conditions exclude each
+    other, g is g_0 and `info.residual` is infinite. If the first task is absent, or d is zero, g is zero.
 
     Without ε the weights do not change with the gradients' size, so `grad_scale=` matters only for tiny gradients.
 
@@ -47,13 +47,13 @@ class PCD(StatefulMethod):
 
     Raises:
         TypeError: an option of another kind.
-        ValueError: a `tau` outside of [0, 1], a `beta` outside of [0, 1), a negative `eps`; (in a step) a `tau` of
-            another length than T - 1.
+        ValueError: a `tau` outside [0, 1], a `beta` outside [0, 1), a negative `eps`; (in a step) a `tau` whose length
+            is not T - 1.
     """
 
     remembers = True
     mean: Tensor  # of squared norms, not corrected, float64 [T] or [B, T]
-    steps: Tensor  # how many it has had, int64 [T] or [B, T]
+    steps: Tensor  # how many norms each average has, int64 [T] or [B, T]
 
     tau: float | Tensor = option(lambda value, name: _checked_tau(value, name))
     beta: float = option(number(low=0, below=1))
@@ -80,7 +80,7 @@ class PCD(StatefulMethod):
         return {"mean": (shape[:-1], torch.float64), "steps": (shape[:-1], torch.int64)}
 
     def _counted(self, M: Tensor) -> Tensor:
-        """Which tasks' norms are averaged."""
+        """Which tasks' norms enter their averages."""
         return is_present(M)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
@@ -105,7 +105,7 @@ class PCD(StatefulMethod):
         )
 
     def _average(self, squares: Tensor, counted: Tensor, finite: Tensor) -> Tensor:
-        """The corrected average of squared norms [..., T] with these; the state then has them too."""
+        """The corrected average of squared norms [..., T], including these; the state takes them in too."""
         mean, steps = self._state((*squares.shape, squares.shape[-1]), squares.device)
         new = torch.where(counted, self.beta * mean + (1 - self.beta) * squares, mean)
         count = steps + counted
@@ -115,10 +115,10 @@ class PCD(StatefulMethod):
         return corrected
 
     def _multipliers(self, C: Tensor) -> tuple[Tensor, Tensor]:
-        """μ >= 0 [..., T - 1] with d = g̃_0 + Σ μ_t g̃_t, zero where the conditions exclude each other; and the residual.
+        """μ >= 0 [..., T - 1] with d = g̃_0 + Σ μ_t g̃_t, zero if the conditions exclude each other; and the residual.
 
         min ‖x‖ with <a_t, x> >= h_t: the projection of (0, 1) onto the dual cone of (0, 1) and the (a_t, -h_t) is a
-        multiple of (x, 1), and zero where there is no such x.
+        multiple of (x, 1), and zero if there is no such x.
         """
         T = C.shape[-1]
         if T == 1:

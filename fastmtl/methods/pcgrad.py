@@ -20,12 +20,12 @@ Reduction: TypeAlias = Literal["sum", "mean"]
 
 
 class PCGrad(GramMethod):
-    """PCGrad: each gradient is projected off every other one that it conflicts with, in random order; then summed.
+    """PCGrad: projects each gradient off every other one that it conflicts with, in random order; then sums them.
 
         g_i ← g_i - min(0, <g_i, g_j>) / ‖g_j‖² · g_j    for the other tasks j in random order        g = Σ_i g_i
 
-    (Algorithm 1 of the paper; g_j are the gradients as they were.) The projections are done on task weights, with the
-    Gram matrix: T² steps of T numbers, no product of gradients.
+    (Algorithm 1 of the paper; g_j are the original gradients.) The projections are done on task weights, with the
+    Gram matrix: T² steps of T numbers, no further products of gradients.
 
     `info` has `alpha` and `gram`.
 

@@ -39,7 +39,7 @@ class RLW(GramMethod):
         self.generator = generator
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Task weights [..., T], whatever the gradients."""
+        """Task weights [..., T], independent of the gradients."""
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator).softmax(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:

@@ -19,21 +19,21 @@ __all__ = ["SDMGrad"]
 
 
 class SDMGrad(Weighted, StatefulMethod):
-    """SDMGrad: MGDA drawn towards a preferred direction, solved by a few steps that go on where the last ones ended.
+    """SDMGrad: MGDA drawn towards a preferred direction, solved by a few warm-started steps.
 
         min_w ½ wᵀ M w + λ wᵀ M w̃    over    w >= 0, Σ w = 1        α = (w + λ w̃) / (1 + λ)
 
     by `iterations` steps of gradient descent with momentum and projection, on M / s² with s the mean of sqrt(M_tt).
 
-    The authors take M = G₁ G₂ᵀ from two independent batches, so that its expectation is that of the full gradients, and
-    the direction from a third:
+    The authors take M = G₁ G₂ᵀ from two independent batches, an unbiased estimate of the full gradients' Gram matrix,
+    and the direction from a third:
 
         alpha = method.weighting(G1.double() @ G2.double().T)        # need not be symmetric
         (alpha * torch.stack(losses_of_the_third_batch)).sum().backward()
 
     `backward` and the other calls have one batch, and M = G Gᵀ.
 
-    The weights w are the state, 1/T at first. An absent task keeps its own; the others share what is left.
+    The weights w are the state, 1/T at first. An absent task keeps its weight; the others share the rest.
 
     `info` has `alpha` and `gram`.
 
@@ -44,7 +44,7 @@ class SDMGrad(Weighted, StatefulMethod):
         lam: λ, how much the preferred direction counts; 0.3 in the authors' experiments. 0 is MGDA's problem.
         weights: the preferred direction w̃: None or "mean" for 1/T each, "sum" for ones, or T numbers.
         lr: step size of the weights; 10 in the authors' code (LibMTL: 5).
-        momentum: of the steps, begun anew in every call.
+        momentum: momentum of the steps; every call starts from zero.
         iterations: how many steps a call makes.
 
     Raises:
@@ -88,7 +88,7 @@ class SDMGrad(Weighted, StatefulMethod):
         return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
 
     def _there(self, M: Tensor) -> Tensor | None:
-        """Which tasks are there, None for all: M need not be symmetric, and so its diagonal says nothing."""
+        """Which tasks are present, None for all. M need not be symmetric, so its diagonal says nothing."""
         return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:

@@ -11,7 +11,7 @@ from fastmtl.inputs import has_numbers
 
 __all__ = ["Shares", "to_simplex"]
 
-_FEW = 256  # numbers that Python has sorted before torch has made a handful of small tensors
+_FEW = 256  # up to this many numbers, sorting in Python is faster than a handful of small tensors
 
 
 def to_simplex(x: Tensor) -> Tensor:
@@ -19,13 +19,13 @@ def to_simplex(x: Tensor) -> Tensor:
     if x.ndim == 1 and len(x) <= _FEW and has_numbers(x):
         return x.sub_(_excess(x.tolist())).clamp_min_(0)
     sums = x.sort(-1, descending=True).values.cumsum(-1)
-    # (Σ_{i <= k} x_i - 1) / k is largest for the k that are not cut off.
+    # (Σ_{i <= k} x_i - 1) / k is largest if k counts the entries that stay positive.
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     return x.sub_(((sums - 1) / counts).amax(-1, keepdim=True)).clamp_min_(0)
 
 
 def _excess(x: list[float]) -> float:
-    """The same largest quotient: it rises with k, and then falls."""
+    """The same largest quotient, which rises with k and then falls."""
     total, excess = -1.0, -math.inf
     for k, largest in enumerate(sorted(x, reverse=True), 1):
         total += largest
@@ -36,15 +36,15 @@ def _excess(x: list[float]) -> float:
 
 
 class Shares:
-    """Remembered weights, as shares of one of the tasks that are there; absent ones keep what they have.
+    """Remembered weights, rescaled so that those of the present tasks sum to one; absent tasks keep theirs.
 
     Args:
         w: the weights [..., T], whose sum is one.
-        there: which tasks are there, bool [..., T]; None for all.
+        there: which tasks are present, bool [..., T]; None for all.
     """
 
     def __init__(self, w: Tensor, there: Tensor | None) -> None:
-        # On a CPU one can see, without waiting, that nobody is absent.
+        # On a CPU, checking that no task is absent costs no wait.
         if there is not None and has_numbers(there) and bool(there.all()):
             there = None
         self.w, self.there, self.now = w, there, w
@@ -55,13 +55,13 @@ class Shares:
             self.now = torch.where(self.total > 0, some / self.total, equal)
 
     def keep_out(self, slope: Tensor) -> Tensor:
-        """`slope` [..., T], along which no step leads to an absent task; overwritten."""
+        """`slope` [..., T], changed in place so that no step moves weight to an absent task."""
         return slope if self.there is None else slope.masked_fill_(~self.there, torch.inf)
 
     def put_back(self, shares: Tensor, when: Tensor | None = None) -> Tensor:
-        """Keeps new shares and returns them, 0 for absent tasks; all are NaN where `when` [...] is false.
+        """Stores new shares and returns them, 0 for absent tasks; all are NaN where `when` [...] is false.
 
-        By default that is where one of them is not finite.
+        By default `when` is false where a share is not finite.
         """
         if when is None and self.there is None and shares.ndim == 1 and has_numbers(shares):
             if not math.isfinite(sum(shares.tolist())):

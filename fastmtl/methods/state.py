@@ -1,4 +1,4 @@
-"""Methods with state: what they remember from step to step is saved and restored with a run."""
+"""Methods with state, which is saved and restored with a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["StatefulMethod"]
 class StatefulMethod(GramMethod):
     """A method on the Gram matrix that remembers something.
 
-    Its buffers are the whole state. They are None until the first step, which knows the number of tasks and the device,
-    and again after `reset`; `load_state_dict` accepts either. Under `.eval()`, and by a step on a non-finite Gram
-    matrix, they stay as they are, without waiting for the device to say so.
+    Its buffers are the whole state. They are None until the first step, which sets the number of tasks and the device,
+    and again after `reset`; `load_state_dict` accepts either. They do not change under `.eval()`, nor in a step on a
+    non-finite Gram matrix, and the host does not wait for the device to find out.
     """
 
     def __init__(self, *state: str) -> None:
@@ -27,12 +27,12 @@ class StatefulMethod(GramMethod):
             self.register_buffer(name, None)
 
     def _state(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The state for Gram matrices of this shape, on this device, for a step to change: in evaluation a copy."""
+        """The state for Gram matrices of this shape, on this device, for a step to change; in evaluation, a copy."""
         state: list[Tensor] = []
         for name, (wanted, dtype, *initial) in self._state_of(shape).items():
             value = self._buffers[name]
             if value is None:
-                with torch.inference_mode(False):  # later steps may be outside of it
+                with torch.inference_mode(False):  # later steps may run outside it
                     value = torch.full(wanted, initial[0] if initial else 0, dtype=dtype, device=device)
             elif value.shape != torch.Size(wanted):
                 raise ValueError(

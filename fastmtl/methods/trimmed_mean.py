@@ -18,26 +18,26 @@ from fastmtl.rule import Context
 __all__ = ["TrimmedMean"]
 
 _BLOCK = 1 << 14  # columns at a time: T rows of them stay in the cache
-_FEW = 4096  # columns that torch has sorted before a network of minima and maxima has
+_FEW = 4096  # up to this many columns, torch's sort is faster than a network of minima and maxima
 
 
 class TrimmedMean(Method):
-    """The mean of each coordinate without its largest and smallest entries; some of the gradients may be adversarial.
+    """The mean of each coordinate without its largest and smallest entries; some gradients may be adversarial.
 
-    In every coordinate the `trim` largest and the `trim` smallest of the T entries are left out, and the mean is of the
-    others. It works on the gradients, not on their Gram matrix: `info` is empty.
+    In every coordinate the `trim` largest and the `trim` smallest of the T entries are left out, and the others are
+    averaged. It works on the gradients, not on their Gram matrix, so `info` is empty.
 
-    Absent tasks (zero gradients) have no entries; a gradient that is missing of a task that is there is zeros. Where so
-    many are absent that nothing would be left, as many are trimmed as leave one or two.
+    Absent tasks (zero gradients) have no entries; for a present task, missing gradients are zeros. If so many tasks are
+    absent that no entry would be left, fewer are trimmed, so that one or two remain.
 
     Source: Yin, Chen, Ramchandran, Bartlett, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
     Rates", ICML 2018, Definition 2.
 
     Args:
-        trim: how many are left out at either end; T has to be at least 2 `trim` + 1. 0 is the mean.
+        trim: how many entries are left out at either end; T has to be at least 2 `trim` + 1. 0 is the mean.
 
     Raises:
-        TypeError: `trim` is no integer.
+        TypeError: `trim` is not an integer.
         ValueError: `trim` is negative; (in a step) too few tasks.
     """
 
@@ -65,7 +65,7 @@ class TrimmedMean(Method):
         return Info.of()
 
     def _there(self, G: Pieces) -> Tensor:
-        """Which tasks are there, bool [..., T]."""
+        """Which tasks are present, bool [..., T]."""
         there = G.out[0].new_zeros((*G.batch, G.T), dtype=torch.bool)
         for t, _, _, g in G:
             if g is not None:
@@ -77,14 +77,14 @@ class TrimmedMean(Method):
         if isinstance(G.grads, Tensor) and G.P <= _FEW and has_numbers(there) and bool(there.all()):
             ordered = G.grads.to(G.kept).sort(-2).values
             mean = ordered[..., self.trim : G.T - self.trim, :].mean(-2, dtype=torch.float64)
-            ends = ordered[..., :: max(G.T - 1, 1), :]  # where all is that is not finite
+            ends = ordered[..., :: max(G.T - 1, 1), :]  # includes any entry that is not finite
             broken = (ends - ends).sum((-2, -1))
             G.write(mean if math.isfinite(broken.sum().item()) else mean + broken[..., None])
             return
         n = there.sum(-1)
         trim = torch.minimum(torch.full_like(n, self.trim), (n - 1).clamp_min(0) // 2)
         place = torch.arange(G.T, device=n.device)
-        # The mean is of these places of the sorted entries, where those of absent tasks come last.
+        # Averages these positions of the sorted entries; entries of absent tasks come last.
         kept = (place >= trim[..., None]) & (place < (n - trim)[..., None])
         share = 1.0 / (n - 2 * trim).clamp_min(1).to(torch.float64)
         broken = torch.zeros(G.batch, dtype=torch.float64, device=n.device)

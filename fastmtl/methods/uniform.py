@@ -16,12 +16,12 @@ __all__ = ["Uniform"]
 
 
 class Uniform(Weighted, GramMethod):
-    """The same task weights in every step: the baseline that the paper calls Uniform, and any other constant ones.
+    """The same task weights in every step: the baseline that the paper calls Uniform, or any other constants.
 
         g = wᵀ G
 
-    The gradients could be summed in a single backward pass (`fastmtl.scalarization.LS`); this takes those of the tasks,
-    like every other method, and so has their Gram matrix for the diagnostics: `info` has `alpha` and `gram`.
+    A single backward pass could sum the gradients (`fastmtl.scalarization.LS`). This method takes the tasks' gradients
+    like every other, and so has their Gram matrix for the diagnostics: `info` has `alpha` and `gram`.
 
     Args:
         weights: None or "mean" for 1/T each, "sum" for ones, or T numbers.

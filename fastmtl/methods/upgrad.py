@@ -8,9 +8,9 @@ __all__ = ["UPGrad"]
 
 
 class UPGrad(DualCone):
-    """UPGrad: each task gradient is projected onto the dual cone of all of them, and the projections are summed.
+    """UPGrad: projects each task gradient onto the dual cone of all of them, and sums the projections.
 
-        g = Σ_t w_t π(g_t)        π(x) the nearest point with <g_i, π(x)> >= 0 for every task i
+        g = Σ_t w_t π(g_t)        π(x) the point nearest to x with <g_i, π(x)> >= 0 for every task i
 
     So g conflicts with no task. Each projection is a quadratic problem in T task weights, solved exactly by active sets
     in float64 (the paper's Proposition 1).
@@ -19,8 +19,8 @@ class UPGrad(DualCone):
 
     Args:
         weights: task weights w: None or "mean" for 1/T each, "sum" for ones, or T numbers.
-        ridge: adds `ridge` · trace(M) to the diagonal of the Gram matrix M. 0 is the exact projection; more keeps
-            the weights of nearly opposed gradients small, and conflicts up to its size remain.
+        ridge: adds `ridge` · trace(M) to the diagonal of the Gram matrix M. 0 is the exact projection; larger values
+            keep the weights of nearly opposed gradients small, and allow conflicts up to that size.
 
     Raises:
         ValueError: weights that are not one-dimensional or not finite, a ridge that is negative or not finite.

@@ -31,7 +31,7 @@ class Weighted:
         options.check_weights(self.weights, T)
 
     def _task_weights(self, T: int, like: Tensor) -> Tensor | None:
-        """The weights [T] for the ops, where `like` is; None for 1/T each."""
+        """The weights [T] for the ops, on the device of `like`; None for 1/T each."""
         if isinstance(self.weights, str):
             return None if self.weights == "mean" else self._copies.get(T, like)
         self.check_tasks(T)

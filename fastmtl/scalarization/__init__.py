@@ -1,4 +1,4 @@
-"""Methods that look at the losses alone (and GradNorm, at gradient norms): one scalar from T losses; one a file."""
+"""Methods that use only the losses (GradNorm also gradient norms): one scalar from T losses. One method per file."""
 
 from fastmtl.scalarization.base import Scalarization
 from fastmtl.scalarization.cosmos import COSMOS

@@ -1,4 +1,4 @@
-"""Adam for the few numbers that a method learns by itself: state in buffers, no step that is skipped on the host."""
+"""Adam for the few numbers that a method learns itself: state in buffers, steps skipped without asking the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Adam"]
 class Adam(nn.Module):
     """Adam (Kingma and Ba, ICLR 2015) on a vector of T numbers, as `torch.optim.Adam` computes it.
 
-    Unlike there, a step can be left out by a condition on the device, for each number, and the state is part of the
-    owner's `state_dict()`.
+    Unlike there, a condition on the device can skip the step of each number, and the state is part of the owner's
+    `state_dict()`.
 
     Args:
         tasks: the length T.
@@ -44,9 +44,9 @@ class Adam(nn.Module):
         Args:
             x: the numbers.
             gradient: their gradient [T].
-            when: of which numbers it is a step; None for all.
+            when: which numbers take a step; None for all.
             lr: learning rate.
-            weight_decay: times `x`, added to the gradient.
+            weight_decay: factor of `x` that is added to the gradient.
         """
         gradient = torch.add(gradient, x, alpha=weight_decay)
         first, second = self.BETAS

@@ -1,4 +1,4 @@
-"""What all scalarizations share: their call, absent tasks, a loss scaler's factor, losses out of the domain."""
+"""What all scalarizations share: the call, absent tasks, a loss scaler's factor, losses outside the domain."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ Derivative: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Scalarization(MethodModule):
-    """One differentiable scalar from T task losses, for methods that look at the losses rather than at gradients.
+    """One differentiable scalar from T task losses, for methods that use the losses rather than gradients.
 
-    Calling it gives the scalar, to be used as a loss; `backward(losses)` runs the backward pass too, and stands where
-    another method's `backward` stands; so does `fan_out(h, T, method)`, whose `total(losses)` is then the scalar. State
-    lies in buffers and parameters, so that `state_dict()` restores a run exactly; it changes in training mode only, not
-    under `.eval()`. Nothing waits for a GPU. The state follows the losses it is given: where several processes train
+    Calling the method returns the scalar, to be used as a loss. `backward(losses)` also runs the backward pass, and can
+    replace another method's `backward`; with `fan_out(h, T, method)` the scalar is `total(losses)`. State is kept
+    in buffers and parameters, so `state_dict()` restores a run exactly. It changes only in training mode, not
+    under `.eval()`. Nothing waits for a GPU. The state depends on the losses passed: if several processes train
     one model, average the losses over them first.
 
-    A task is absent if its loss is None, or needs no gradient beside others that do. The scalar is then that of the
-    others, its task weight is 0, default weights stay 1/T, and what the method remembers of it stays as it was.
+    A task is absent if its loss is None, or requires no gradient while others do. The scalar is then that of the
+    others, its task weight is 0, default weights stay 1/T, and the method's state for this task stays as it was.
 
-    A loss that is not finite makes the result and its gradient NaN and leaves the state as it was, so that a loss
-    scaler skips the step. So does one outside of the method's domain, where losses lie on a GPU; on the CPU that is a
+    A loss that is not finite makes the result and its gradient NaN and leaves the state as it was, so a loss
+    scaler skips the step. On a GPU, so does a loss outside the method's domain; on the CPU that is a
     ValueError.
 
     Args:
-        tasks: number of tasks T that is expected; None for any.
+        tasks: expected number of tasks T; None for any.
 
     Attributes:
         last_weights: the task weights of the last call, [T]: the derivative of the result with respect to each loss,
             detached; None before the first call.
-        names: the tasks' names, once losses have come by names; the same names in another order are put in this one.
+        names: the tasks' names, once losses have been passed by name; later losses are sorted into this order.
 
     Raises:
         TypeError: `tasks` is not an int.
@@ -85,20 +85,20 @@ class Scalarization(MethodModule):
         """The scalarization f(L) of T losses.
 
         Args:
-            losses: T scalar tensors (a list, a tuple, or a dict by task), None for those of absent tasks, or a tensor
+            losses: T scalar tensors (a list, a tuple, or a dict by task), None for absent tasks, or a tensor
                 [T]; float32, float64, bfloat16 or float16.
-            grad_scale: the factor S by which the losses come scaled, a loss scaler's: a positive number or a tensor
-                with one element. The result is S · f(L / S), whose gradient is S times the one of unscaled losses, and
-                what the method remembers are the unscaled losses.
+            grad_scale: the factor S by which a loss scaler has multiplied the losses: a positive number or a tensor
+                with one element. The result is S · f(L / S), whose gradient is S times that of unscaled losses; the
+                method remembers unscaled losses.
 
         Returns:
             A scalar tensor [], float64 for float64 losses, else float32.
 
         Raises:
-            TypeError: a loss is no floating tensor, or `grad_scale` is neither a number nor a floating tensor.
-            ValueError: losses that are not scalars, none, another number than T, on another device than the state, or
-                (on the CPU) outside of the method's domain; a `grad_scale` of several elements, or a number that is not
-                positive and finite.
+            TypeError: a loss is not a floating tensor, or `grad_scale` is neither a number nor a floating tensor.
+            ValueError: losses that are not scalars, are not T (or none at all), are on another device than the state,
+                or (on the CPU) outside the method's domain; a `grad_scale` of several elements, or a number that is
+                not positive and finite.
         """
         S = checked_scale(grad_scale)
         L, here = self._stacked(losses)
@@ -142,22 +142,22 @@ class Scalarization(MethodModule):
         grad_scale: Tensor | float | None = None,
         engine: Literal["full", "gramian", "auto"] = "full",
     ) -> Info:
-        """The one backward pass of `self(losses)`, to stand where another method's `backward` stands.
+        """The single backward pass of `self(losses)`, with the signature of other methods' `backward`.
 
-        All parameters that a loss reaches get the gradient of the scalar, those of head t too: α_t times that of its
-        loss, with or without `scale_heads`.
+        All parameters that a loss reaches get the gradient of the scalar. Those of head t do too: α_t times the
+        gradient of its loss, with or without `scale_heads`.
 
         Args:
             losses: as in `forward`.
-            shared: the shared parameters, a module or parameters: the pass finds them by itself, and GradNorm takes its
-                layer from them.
-            representation: as `features`, taken and not needed: the one pass goes through it.
-            features: see there.
+            shared: the shared parameters, a module or parameters. Only GradNorm needs them, for its layer; the pass
+                finds parameters by itself.
+            representation: accepted but not needed: the single pass goes through it.
+            features: accepted but not needed, like `representation`.
             batched: has to be False: one pass has nothing to batch.
             groups: has to be None: the losses have one set of weights.
-            scale_heads: of no effect: heads are always scaled.
+            scale_heads: has no effect: heads are always scaled.
             retain_graph: keep the graph for another backward.
-            process_group: has to be None or False: average the losses over processes, and gradients by
+            process_group: has to be None or False: average the losses over processes yourself, and gradients with
                 DistributedDataParallel.
             grad_scale: as in `forward`.
             engine: "full" or "auto".
@@ -185,11 +185,11 @@ class Scalarization(MethodModule):
         return self.info
 
     def scalar(self, L: Tensor) -> Tensor:
-        """f(L) alone, unchecked, of float32 or float64 losses [T] that are all there; remembers nothing."""
+        """f(L) alone, for float32 or float64 losses [T] that are all present; checks and remembers nothing."""
         return self._valued(L, None)[0]
 
     def _valued(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor | Derivative]:
-        """The result [], with its graph, and its derivative: for arguments and the latter see `_scalarize`."""
+        """The result [], with its graph, and its derivative; see `_scalarize` for the arguments and the derivative."""
         one = self._one_node and type(L) is Tensor and not torch.compiler.is_compiling() and not transforming()
         value, weights = self._scalarize(L.detach() if one else L, here)
         if value is None:
@@ -201,7 +201,7 @@ class Scalarization(MethodModule):
 
     @property
     def called(self) -> bool:
-        """Whether there was a call, whose weights are known."""
+        """Whether there was a call, so that its weights are known."""
         return self._weights is not None
 
     @property
@@ -222,35 +222,35 @@ class Scalarization(MethodModule):
             )
 
     def after_step(self, losses: Callable[[], Losses]) -> None:
-        """Call it after the optimizer's step, for methods that learn from its effect; most ignore it.
+        """To call after the optimizer's step, for methods that learn from its effect; most ignore it.
 
         Args:
-            losses: computes the T losses of the same batch again; called only by a method that asks for them.
+            losses: computes the T losses of the same batch again; only methods that need them call it.
         """
 
     def end_epoch(self) -> None:
-        """Call it at the end of an epoch, for methods that count epochs; most ignore it."""
+        """To call at the end of an epoch, for methods that count epochs; most ignore it."""
 
     def reset(self) -> None:
-        """Back to the state of a new instance."""
+        """Returns to the state of a new instance."""
         super().reset()
         self.last_weights = None
 
     def _value(
         self, losses: Losses, shared: nn.Module | Iterable[Tensor] | None, grad_scale: Tensor | float | None
     ) -> Tensor:
-        """`self(losses)`, where the shared parameters may be known."""
+        """`self(losses)`, with the shared parameters if they are known."""
         result: Tensor = self(losses, grad_scale=grad_scale)
         return result
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor | None, Tensor | Derivative]:
-        """The result [] and its derivative, of losses [T] that are detached with `_one_node`.
+        """The result [] and its derivative, for losses [T], which are detached with `_one_node`.
 
         * (None, w): Σ w_t L_t, with w [T] in L's dtype, 0 for absent tasks, that no later step changes.
-        * (value, w [T]), or (value, derivative) where that is a function of losses [T], computed if somebody asks. What
-          it uses of this step is constant.
+        * (value, w [T]), or (value, derivative), a function of losses [T] that is called only if needed. The values
+          it uses from this step are constant.
 
-        `here` [T], bool, says which tasks are there; None for all. The loss of another is 1, a constant.
+        `here` [T], bool, says which tasks are present; None for all. An absent task's loss is the constant 1.
         """
         raise NotImplementedError
 
@@ -264,20 +264,20 @@ class Scalarization(MethodModule):
         return min(numbers) > 0 if self._positive else min(numbers) >= 0
 
     def _outside(self, L: Tensor) -> Tensor | None:
-        """Which losses [T] are outside of the method's domain, bool; None where any are good."""
+        """Which losses [T] are outside the method's domain, bool; None if there are no limits."""
         if self._positive is None:
             return None
         return L <= 0 if self._positive else L < 0
 
     def _needs(self, t: int) -> str:
-        """What the domain is for task t, for messages."""
+        """The domain for task t, for error messages."""
         raise NotImplementedError
 
     def _within(self, L: Tensor, here: Tensor | None = None) -> Tensor | bool:
-        """Whether all finite ones of detached losses [T] are in the domain.
+        """Whether all finite entries of the detached losses [T] are in the domain.
 
         Raises:
-            ValueError: one is not, where that can be seen without waiting for a device.
+            ValueError: one is not, and checking that needs no wait for a device.
         """
         outside = self._outside(L)
         if outside is None:
@@ -300,7 +300,7 @@ class Scalarization(MethodModule):
         return parts
 
     def _stacked(self, losses: Losses) -> tuple[Tensor, Tensor | None]:
-        """The checked losses as one tensor [T] of at least float32, and which tasks are there (see `_scalarize`)."""
+        """The checked losses as one tensor [T] of at least float32, and which tasks are present (see `_scalarize`)."""
         here = None
         if is_whole(losses):
             L = losses
@@ -355,12 +355,12 @@ def masked(x: Tensor, here: Tensor | None, other: float = 0.0) -> Tensor:
 
 
 def number_of(L: Tensor, here: Tensor | None) -> Tensor | int:
-    """How many of T tasks are there."""
+    """How many of T tasks are present."""
     return L.shape[0] if here is None else here.sum()
 
 
 def present(losses: Sequence[Tensor | None]) -> list[bool]:
-    """Which tasks are there: all whose loss needs a gradient; where none does, as in an evaluation, all with a loss."""
+    """Which tasks are present: all whose loss requires grad; if none does, as in evaluation, all that have a loss."""
     learning = [loss is not None and loss.requires_grad for loss in losses]
     return learning if any(learning) else [loss is not None for loss in losses]
 

@@ -14,19 +14,19 @@ __all__ = ["COSMOS"]
 
 
 class COSMOS(Scalarization):
-    """COSMOS: the weighted sum of the losses, less the cosine of their vector and the weights.
+    """COSMOS: the weighted sum of the losses, minus λ times the cosine between losses and weights.
 
         Σ_t w_t L_t - λ cos(w, L)
 
-    so that different weights lead to different trade-offs, also where the Pareto front is not convex. To learn all of
-    it with one network the authors draw `cosmos.weights` from a Dirichlet distribution in every step, and give them to
-    the network as an input, which is the model's affair.
+    Different weights then lead to different trade-offs, even on non-convex Pareto fronts. To learn the whole front
+    with one network, the authors draw `cosmos.weights` from a Dirichlet distribution in every step and also pass them
+    to the network as an input, which is up to the model.
 
     Source: Ruchte, Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning", ICDM 2021, Eq. 4.
 
     Args:
         weights: w: None or "mean" for 1/T each, "sum" for ones, or T numbers.
-        lam: λ; the paper has 0.01 to 8, depending on the data.
+        lam: λ; the paper uses 0.01 to 8, depending on the data.
 
     Raises:
         TypeError: an option of another kind.
@@ -45,7 +45,7 @@ class COSMOS(Scalarization):
         self._copies = options.Copies()
 
     def check_tasks(self, T: int) -> None:
-        """Raises ValueError where the weights are of another number of tasks."""
+        """Raises ValueError if there are weights for another number of tasks."""
         options.check_weights(self.weights, T)
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
@@ -78,7 +78,7 @@ class COSMOS(Scalarization):
 
 
 def preferred(weights: Tensor | str, copies: options.Copies, L: Tensor) -> Tensor:
-    """Weights [T] of the losses L [T], in their dtype."""
+    """Weights [T] for the losses L [T], in their dtype."""
     if isinstance(weights, str):
         return torch.full_like(L, 1.0 if weights == "sum" else 1 / L.shape[0], requires_grad=False)
     return copies.get(weights, L).to(L.dtype)

@@ -19,12 +19,12 @@ class DWA(Scalarization):
 
         w = T · softmax(r / τ)        r_t = L_t(k-1) / L_t(k-2)
 
-    where L_t(k) is the loss of task t averaged over epoch k, of which the user tells by calling `end_epoch()`,
-    or over the k-th window of n steps. The first two epochs (windows) have weights 1.
+    where L_t(k) is the loss of task t, averaged over epoch k or over the k-th window of n steps. The user calls
+    `end_epoch()` after every epoch. The first two epochs (windows) have weights 1.
 
-    The losses must not be negative. A loss that rises from zero has r = ∞: it gets all the weight. One that stays zero
-    has r = 1, and so has a task that was not there in two epochs yet; epochs in which it is absent do not count for it.
-    Of n tasks that are there the weights sum to n.
+    The losses must not be negative. A loss that rises from zero has r = ∞: it gets all the weight. A loss that stays
+    zero has r = 1, and so has a task that has not yet been present in two epochs; epochs in which a task is absent do
+    not count for it. The weights of n present tasks sum to n.
 
     Source: Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, Eq. 7.
 
@@ -34,7 +34,7 @@ class DWA(Scalarization):
         window: None for epochs (the authors'), or n: averages over consecutive windows of n steps.
 
     Raises:
-        TypeError: `tasks` or `window` is not an int, `temperature` is no number.
+        TypeError: `tasks` or `window` is not an int, `temperature` is not a number.
         ValueError: one of them is not positive.
     """
 
@@ -68,7 +68,7 @@ class DWA(Scalarization):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Ends an epoch; one without any (finite) step does not count. Windows end by themselves."""
+        """Ends an epoch; an epoch without a finite step does not count. Windows end by themselves."""
         if self.window is None:
             self._end(self.steps > 0)
 
@@ -89,7 +89,7 @@ class DWA(Scalarization):
         return None, w
 
     def _are_first(self) -> bool:
-        """Whether these are known to be the first two epochs; looked at once an epoch."""
+        """Whether these are known to be the first two epochs; checked once per epoch."""
         older = self.older
         if not has_numbers(older):
             return False

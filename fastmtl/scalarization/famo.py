@@ -22,22 +22,22 @@ _EPS = 1e-8  # added to the losses, as the authors do
 
 
 class FAMO(Scalarization):
-    """FAMO: decreases all losses at an equal rate, learning how from the losses alone.
+    """FAMO: decreases all losses at an equal rate, with weights learned from the losses alone.
 
         c Σ_t z_t log D_t        z = softmax(ξ)        D = L - b + 1e-8        1/c = Σ_t z_t / D_t
 
-    z and c are constants to the derivative, so that the task weights c z_t / D_t sum to one. ξ is learned from the
-    change of the losses in the model's step, of which `update` tells:
+    z and c are constants in the derivative, so the task weights c z_t / D_t sum to one. ξ is learned in `update`, from
+    the change of the losses in the model's step:
 
         δ_t = log D_t(before) - log D_t(after)        ξ: an Adam step along z ∘ (δ - zᵀδ) + γ ξ
 
-    A step of training, with the losses of the same batch evaluated once more:
+    A training step evaluates the losses of the same batch once more:
 
         famo.backward(losses(batch)); optimizer.step()
         with torch.no_grad():
             famo.update(losses(batch))
 
-    To do without that evaluation, take the next batch's losses instead, at the price of their noise in δ:
+    To avoid that evaluation, use the next batch's losses instead, at the price of noise in δ:
 
         current = losses(batch); famo.update(current); famo.backward(current); optimizer.step()
 
@@ -53,7 +53,7 @@ class FAMO(Scalarization):
         min_losses: lower bounds b, T numbers; default: zeros. Losses must not fall below them.
 
     Raises:
-        TypeError: `tasks` is not an int, another option is no number.
+        TypeError: `tasks` is not an int, another option is not a number.
         ValueError: `tasks` is less than 1, `lr` or `weight_decay` is negative, `min_losses` is not of shape [T].
     """
 
@@ -86,7 +86,7 @@ class FAMO(Scalarization):
         self.adam: Adam = Adam(self.tasks)
 
     def reset(self) -> None:
-        """Back to equal weights; forgets the losses and Adam's state."""
+        """Returns to equal weights; forgets the losses and Adam's state."""
         super().reset()
         self.logits.zero_()
         self.previous.fill_(math.nan)
@@ -98,12 +98,12 @@ class FAMO(Scalarization):
 
     @torch.no_grad()
     def update(self, losses: Losses, *, grad_scale: Tensor | float | None = None) -> None:
-        """Learns from how the losses of the last call changed; once for every call, else it changes nothing.
+        """Learns from the change of the losses since the last call; only the first update after a call counts.
 
         Args:
             losses: the T losses after the model's step, as in `forward`. A task that was absent in either call learns
                 nothing.
-            grad_scale: the factor S by which these losses come scaled.
+            grad_scale: the factor S by which these losses are scaled.
 
         Raises:
             TypeError: as `forward`.

@@ -12,14 +12,14 @@ __all__ = ["GLS"]
 class GLS(Scalarization):
     """Geometric loss strategy: the geometric mean (Π_t L_t)^(1/T), by logarithms, so that no product overflows.
 
-    The losses must be positive: at zero the mean is zero and has no derivative. Of n tasks that are there it is the
-    n-th root.
+    The losses must be positive: at zero the mean is zero and has no derivative. With n tasks present it is the
+    n-th root of their product.
 
     Source: Chennupati, Sistu, Yogamani, Rawashdeh, "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss
     Strategy for Multi-Task Learning", CVPR Workshops 2019.
 
     Args:
-        tasks: number of tasks T that is expected; None for any.
+        tasks: expected number of tasks T; None for any.
     """
 
     _positive = True

@@ -14,25 +14,24 @@ __all__ = ["GO4Align"]
 
 
 class GO4Align(Scalarization):
-    """GO4Align: tasks whose losses have fallen alike are a group, with one weight.
+    """GO4Align: tasks whose losses have fallen alike form a group, with one weight.
 
         γ_t = p_t Σ_i L_i / L_t        p ∝ p exp(-η L)        w_t = the mean of γ in t's group        Σ_t w_t L_t
 
-    Groups are those of `groups`-means clustering of the numbers γ, which in one dimension is solved exactly: groups are
-    intervals of the sorted numbers. p is the state, 1/T at first. Losses must be positive. An absent task keeps its p,
-    and is in no group.
+    Groups come from k-means clustering of the numbers γ with k = `groups`. In one dimension it is solved exactly:
+    groups are intervals of the sorted numbers. p is the state, 1/T at first. Losses must be positive. An absent task
+    keeps its p, and is in no group.
 
     Source: Shen, Xiao, Worring, Snoek et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024,
-        and
-    the authors' code.
+    and the authors' code.
 
     Args:
         tasks: number of tasks T.
         groups: number of groups, at most T; 1 is one weight for all.
-        step_size: η: 0.0001 as the authors have.
+        step_size: η; the authors use 0.0001.
 
     Raises:
-        TypeError: `tasks` or `groups` is not an int, `step_size` is no number.
+        TypeError: `tasks` or `groups` is not an int, `step_size` is not a number.
         ValueError: `tasks` or `groups` is less than 1, `step_size` is negative.
     """
 
@@ -50,7 +49,7 @@ class GO4Align(Scalarization):
         self.register_buffer("logits", torch.zeros(self.tasks, dtype=torch.float64))
 
     def reset(self) -> None:
-        """Back to equal p."""
+        """Returns to equal p."""
         super().reset()
         self.logits.zero_()
 
@@ -74,7 +73,7 @@ class GO4Align(Scalarization):
 
 
 def _group_means(x: Tensor, here: Tensor | None, groups: int) -> Tensor:
-    """Each number's mean over its cluster, [T], where the sum of squares within `groups` clusters is smallest.
+    """The mean of each number's cluster, [T], for the `groups` clusters with the smallest sum of squares.
 
     By dynamic programming over intervals [i, j) of the sorted numbers; absent ones come last and cost nothing.
     """

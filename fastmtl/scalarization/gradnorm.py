@@ -19,35 +19,35 @@ __all__ = ["GradNorm"]
 
 
 class GradNorm(Scalarization):
-    """GradNorm: Σ_t w_t L_t with learned w, under which all tasks have gradients of like norm and train at like rates.
+    """GradNorm: Σ_t w_t L_t, with w learned so that gradient norms are similar and all tasks train at similar rates.
 
     At the weights W of the last shared layer, with G_t = ‖w_t ∇_W L_t‖, w takes one Adam step on
 
         Σ_t |G_t - mean(G) · r_t^α|        r_t = (L_t / L_t(0)) / mean(L / L(0))
 
     in which the targets mean(G) · r_t^α are constants, and is then rescaled to Σ_t w_t = T. As in the paper's
-    Algorithm 1 the result has the w from before the step; w starts at ones. The gradients take T backward passes
-    through the heads, down to W and no further. The losses must not be negative. Absent tasks keep their w, and are in
-    no mean.
+    Algorithm 1, the result uses the w from before the step; w starts at ones. The gradients take T backward passes
+    through the heads, down to W and no further. The losses must not be negative. Absent tasks keep their w, and do not
+    enter the means.
 
         gradnorm.backward(losses, model.encoder); optimizer.step()
 
-    In `backward` W is the last of the shared parameters that has more than one dimension: `shared=[W]` names another.
-    Not with `fan_out`, whose `total` knows no layer.
+    In `backward` W is the last shared parameter with more than one dimension; use `shared=[W]` to name another.
+    It cannot be used with `fan_out`, whose `total` knows no layer.
 
     Source: Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
     Multitask Networks", ICML 2018, Algorithm 1.
 
     Args:
         tasks: number of tasks T.
-        alpha: α, how strongly tasks that train slowly are favoured: 1.5 as the authors have on NYUv2 (0.12 for tasks
-            much alike); 0 asks for equal norms.
+        alpha: α, how strongly tasks that train slowly are favoured; the authors use 1.5 on NYUv2 (0.12 for very
+            similar tasks); 0 asks for equal norms.
         lr: Adam's learning rate for w.
         initial_losses: L(0), T positive numbers, such as log C for the cross entropy of C classes; default: the losses
             of the first step (the first at which all are finite and positive).
 
     Raises:
-        TypeError: `tasks` is not an int, another option is no number.
+        TypeError: `tasks` is not an int, another option is not a number.
         ValueError: `tasks` is less than 1, `alpha` or `lr` is negative, `initial_losses` are not positive or not of
             shape [T].
     """
@@ -81,7 +81,7 @@ class GradNorm(Scalarization):
         self.reset()
 
     def reset(self) -> None:
-        """Back to weights 1 and the given initial losses; forgets Adam's state."""
+        """Returns to weights 1 and the given initial losses; forgets Adam's state."""
         super().reset()
         self.w.fill_(1.0)
         if self.initial_losses is None:
@@ -100,19 +100,18 @@ class GradNorm(Scalarization):
         """The weighted sum Σ_t w_t L_t; in training mode w then takes its step.
 
         Args:
-            losses: T scalar tensors, None for those of absent tasks, or a tensor [T], with a graph that leads to
-                `layer`.
-            layer: W, the weight of the last shared layer or several tensors; needed in training mode. A task that does
-                not reach it has norm 0.
-            grad_scale: the factor S by which the losses come scaled.
+            losses: T scalar tensors, None for absent tasks, or a tensor [T], with a graph that leads to `layer`.
+            layer: W, the weight of the last shared layer, or several tensors; needed in training mode. A task that
+                does not reach it has norm 0.
+            grad_scale: the factor S by which the losses are scaled.
 
         Returns:
             A scalar tensor [], float64 for float64 losses, else float32.
 
         Raises:
-            TypeError: as `Scalarization.forward`; `layer` is no tensor and no tensors.
-            ValueError: as `Scalarization.forward`; no `layer` in training mode, one that does not require grad, or
-                losses that do not.
+            TypeError: as `Scalarization.forward`; `layer` is neither a tensor nor a collection of tensors.
+            ValueError: as `Scalarization.forward`; in training mode `layer` is missing, or it or the losses do not
+                require grad.
         """
         if not self.training:
             return super().forward(losses, grad_scale=grad_scale)

@@ -17,8 +17,8 @@ __all__ = ["IMTLL"]
 class IMTLL(Scalarization):
     """IMTL-L: Σ_t exp(s_t) L_t - s_t, with learned s; at its optimum all scaled losses exp(s_t) L_t are 1.
 
-    `s` is a parameter: give `parameters()` to the optimizer along with the model's. Of an absent task it gets no
-    gradient. The losses must not be negative; of one that stays zero s grows without bound.
+    `s` is a parameter: give `parameters()` to the optimizer along with the model's. An absent task's s gets no
+    gradient. The losses must not be negative; if one stays zero, its s grows without bound.
 
     Source: Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-Task Learning", ICLR 2021.
 
@@ -40,7 +40,7 @@ class IMTLL(Scalarization):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Puts s back to zero."""
+        """Resets s to zero."""
         super().reset()
         self.s.zero_()
 
@@ -49,7 +49,7 @@ class IMTLL(Scalarization):
 
             fastmtl.IMTL().backward(scales.scaled(losses))
 
-        Each of them reads its own entry of s, which `backward` therefore does not take for a shared parameter.
+        Each of them reads its own entry of s, so `backward` does not take s for a shared parameter.
 
         Args:
             losses: T scalar tensors, None for absent tasks.
@@ -58,7 +58,7 @@ class IMTLL(Scalarization):
             T scalars, None for absent tasks.
 
         Raises:
-            TypeError: `losses` is no sequence of floating tensors.
+            TypeError: `losses` is not a sequence of floating tensors.
             ValueError: not T scalars, or (on the CPU) one that is negative.
         """
         if isinstance(losses, Tensor):  # whose entries would share one graph: each pass would reach all heads

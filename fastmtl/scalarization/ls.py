@@ -31,7 +31,7 @@ class LS(Scalarization):
         self._copies = options.Copies()
 
     def check_tasks(self, T: int) -> None:
-        """Raises ValueError where the weights are of another number of tasks."""
+        """Raises ValueError if there are weights for another number of tasks."""
         options.check_weights(self.weights, T)
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:

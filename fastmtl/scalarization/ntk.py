@@ -19,21 +19,21 @@ _ONE_PASS = 1024  # residuals whose kernel [n, n] is small enough to be formed
 
 
 class NTK(Scalarization):
-    """NTK weights: Σ_t w_t L_t, under which all residuals of a physics-informed network train at like rates.
+    """NTK weights: Σ_t w_t L_t, weighted so that all residuals of a physics-informed network train at similar rates.
 
         w_t = Σ_s Tr(K_s) / Tr(K_t)        K_t = J_t J_tᵀ    J_t the Jacobian of task t's residuals
 
-    The trace is the sum of squared norms of the residuals' gradients. They are not those of the losses, so `update`
-    gets the residuals themselves, before squares and means:
+    The trace is the sum of squared norms of the residuals' gradients. The losses' gradients do not contain it, so
+    `update` gets the residuals themselves, before squares and means:
 
         if step % 100 == 0:
             ntk.update([u(boundary) - g, pde(inside)], model)
         ntk.backward([...])                                          # the losses
 
     By default it estimates the traces from `probes` backward passes a task: E ‖Jᵀ z‖² = Tr(J Jᵀ) for random signs z.
-    `probes=None` is exact: up to 1024 residuals [n], each of a point of its own, take one pass, which brings K_t itself
-    (docs/per-example.md); others take a pass each. Before the first update the weights are 1. A task whose residuals
-    are None keeps its trace; one that depends on no parameter has the weight 0.
+    `probes=None` is exact: up to 1024 residuals [n], each at a point of its own, take one pass, which computes K_t
+    itself (docs/per-example.md); others take one pass each. Before the first update the weights are 1. A task whose
+    residuals are None keeps its trace; a task that depends on no parameter has weight 0.
 
     Source: Wang, Yu, Perdikaris, "When and Why PINNs Fail to Train: A Neural Tangent Kernel Perspective", Journal of
     Computational Physics 2022, Eq. 6.5 and 6.6.
@@ -66,15 +66,15 @@ class NTK(Scalarization):
         residuals: Sequence[Tensor | None] | Mapping[str, Tensor | None],
         parameters: nn.Module | Iterable[Tensor],
     ) -> None:
-        """Takes the traces of the kernels, by backward passes that leave every `.grad` as it is.
+        """Computes the traces of the kernels, by backward passes that leave every `.grad` as it is.
 
         Args:
-            residuals: T tensors of any shape, with their graphs, which stay.
-            parameters: with respect to which: a module or parameters.
+            residuals: T tensors of any shape, with their graphs, which are kept.
+            parameters: what to differentiate with respect to: a module or parameters.
 
         Raises:
-            TypeError: residuals that are no floating tensors.
-            ValueError: another number of them than T, no parameter that requires grad.
+            TypeError: residuals that are not floating tensors.
+            ValueError: the number of residuals is not T, or no parameter requires grad.
         """
         if isinstance(residuals, Mapping):
             order = self.names or tuple(residuals)

@@ -17,12 +17,12 @@ __all__ = ["PBI"]
 
 
 class PBI(Scalarization):
-    """PBI: how far the losses are along a direction, and θ times how far from it.
+    """PBI: the distance of the losses along a direction, plus θ times their distance from it.
 
         d₁ + θ d₂        d₁ = <L - z, u>        d₂ = ‖L - z - d₁ u‖        u = w / ‖w‖
 
-    Minimized, it leads to the point of the Pareto front in direction w from z. On the direction itself d₂ has no
-    derivative; there its part of the gradient is zero.
+    Minimizing it leads to the point of the Pareto front in direction w from z. On the direction itself d₂ has no
+    derivative; its part of the gradient is zero there.
 
     Source: Zhang, Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition", IEEE Transactions on
     Evolutionary Computation 2007, section III.
@@ -35,7 +35,7 @@ class PBI(Scalarization):
     Raises:
         TypeError: an option of another kind.
         ValueError: an unknown word, numbers that are not one-dimensional or not finite, a negative `theta`; (in a step)
-            numbers of another length than T.
+            numbers whose length is not T.
     """
 
     weights: Tensor | str = option(options.weights)
@@ -52,7 +52,7 @@ class PBI(Scalarization):
         self._copies = options.Copies()
 
     def check_tasks(self, T: int) -> None:
-        """Raises ValueError where the weights or the reference are of another number of tasks."""
+        """Raises ValueError if the weights or the reference are for another number of tasks."""
         options.check_weights(self.weights, T)
         if self.reference is not None:
             options.check_weights(self.reference, T, "reference")

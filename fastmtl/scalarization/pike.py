@@ -18,37 +18,37 @@ __all__ = ["PiKE"]
 
 
 class PiKE(Scalarization):
-    """PiKE: shares of the batch for tasks that hardly conflict, by the squared norm and variance of their gradients.
+    """PiKE: divides the batch among tasks that hardly conflict, by the squared norm and variance of their gradients.
 
         w_t ∝ w_t exp(ζ₁ ‖∇L_t‖² - ζ₂ / (2 b) σ_t²)        Σ_t w_t L_t
 
-    with σ_t² the variance of the gradient of one example, E ‖∇ℓ - ∇L_t‖², and b the size of a batch. So a task gets
-    the more of it the more there is to gain, and the less the noisier its gradient is. Both numbers are estimated by
-    `update`, now and then, from the losses of some examples of every task, by one backward pass a task:
+    with σ_t² the variance of a single example's gradient, E ‖∇ℓ - ∇L_t‖², and b the batch size. A task gets a larger
+    share the more there is to gain, and a smaller one the noisier its gradient is. Call `update` now and then; it
+    estimates both numbers from the losses of some examples of every task, by one backward pass per task:
 
         if step % 100 == 0:
             pike.update([losses_of_examples(t) for t in range(T)], model)
         n = pike.sizes(256)                                     # how many examples of each task to draw
         pike.backward([mean_loss(t, n[t]) for t in range(T)])   # Σ_t w_t L_t
 
-    The gradient of Σ w_t L_t is that of a batch mixed by these sizes (Eq. 2), up to their rounding; where batches have
-    fixed sizes, w are weights of the losses. `tau` gives Balanced-PiKE, which keeps tasks from being left behind:
-    losses are multiplied by y_t = τ softmax(τ L)_t, of the losses in the last update.
+    The gradient of Σ w_t L_t is that of a batch mixed by these sizes (Eq. 2), up to their rounding; with fixed batch
+    sizes, w are simply loss weights. `tau` gives Balanced-PiKE, which keeps tasks from being left behind:
+    losses are multiplied by y_t = τ softmax(τ L)_t, with the losses of the last update.
 
-    The logarithms of w are the state. A task without examples in an update keeps its share; one without a loss in a
-    step has the weight 0, and the others share what is left.
+    The logarithms of w are the state. A task without examples in an update keeps its share; a task without a loss in a
+    step has weight 0, and the others share the rest.
 
     Source: Li, Deng, Zhong, Razaviyayn, Mirrokni, "PiKE: Adaptive Data Mixing for Large-Scale Multi-Task Learning Under
-    Low Gradient Conflicts", NeurIPS 2025, Algorithm 1 and Lemma 3.6. They tune ζ₁ and ζ₂ for every run and name no
-    defaults: those here are ours. Estimates are the unbiased ones, and at least 0.
+    Low Gradient Conflicts", NeurIPS 2025, Algorithm 1 and Lemma 3.6. The authors tune ζ₁ and ζ₂ for every run and name
+    no defaults; the defaults here are ours. Estimates are unbiased, but at least 0.
 
     Args:
         tasks: number of tasks T.
         zeta1: ζ₁, how much the squared norm of the gradient counts.
         zeta2: ζ₂, how much its variance counts.
-        batch_size: b, of all tasks together.
-        tau: τ > 0 of Balanced-PiKE, the larger, the more the largest loss counts (the paper: 1 to 5); None for PiKE.
-        weights: w at the start: None or "mean" for 1/T each, or T positive numbers, which are scaled to the sum 1.
+        batch_size: b, over all tasks together.
+        tau: τ > 0 of Balanced-PiKE; the larger, the more the largest loss counts (the paper: 1 to 5). None for PiKE.
+        weights: initial w: None or "mean" for 1/T each, or T positive numbers, which are scaled to sum to 1.
 
     Raises:
         TypeError: an option of another kind.
@@ -89,7 +89,7 @@ class PiKE(Scalarization):
         self.reset()
 
     def reset(self) -> None:
-        """Back to the weights at the start."""
+        """Returns to the initial weights."""
         super().reset()
         if isinstance(self.weights, Tensor):
             self.logits.copy_(self.weights.log().log_softmax(0))
@@ -104,17 +104,17 @@ class PiKE(Scalarization):
         losses: Sequence[Tensor | None] | Mapping[str, Tensor | None],
         parameters: nn.Module | Iterable[Tensor],
     ) -> None:
-        """Estimates gradients from losses of examples and moves w; leaves every `.grad` as it is.
+        """Estimates gradient statistics from per-example losses and moves w; leaves every `.grad` as it is.
 
         Args:
-            losses: for every task the losses [n] of n >= 2 of its examples, with their graph, which stays; None for a
+            losses: for every task the losses [n] of n >= 2 of its examples, with their graph, which is kept; None for a
                 task that keeps its share. No example may depend on another.
             parameters: whose gradients count: a module or parameters.
 
         Raises:
-            TypeError: losses that are no floating tensors.
-            ValueError: another number of them than T, not a vector of at least 2 losses, one that requires no grad, no
-                parameter that does, or an example depends on another.
+            TypeError: losses that are not floating tensors.
+            ValueError: the number of entries is not T, an entry is not a vector of at least 2 losses or requires no
+                grad, no parameter requires grad, or an example depends on another.
         """
         parts = self._checked_examples(losses)
         found = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
@@ -171,10 +171,10 @@ class PiKE(Scalarization):
         """How many examples of each task a batch should have: w times its size, rounded; the host waits for w.
 
         Args:
-            batch_size: their sum; default: the option.
+            batch_size: the sum of the sizes; default: the option.
 
         Raises:
-            TypeError: no int.
+            TypeError: not an int.
             ValueError: less than 1.
         """
         b = self.batch_size if batch_size is None else integer(1)(batch_size, "batch_size")

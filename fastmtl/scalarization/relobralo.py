@@ -14,13 +14,13 @@ __all__ = ["ReLoBRaLo"]
 
 
 class ReLoBRaLo(Scalarization):
-    """ReLoBRaLo: weights by how little each loss has fallen since the last step, and now and then since the first.
+    """ReLoBRaLo: more weight for losses that fell little since the last step, or now and then since the first.
 
         w(k) = α (ρ w(k-1) + (1 - ρ) ŵ(k, 0)) + (1 - α) ŵ(k, k-1)        ŵ(k, j) = T softmax(L(k) / (τ L(j)))
 
-    with ρ drawn in every step, 1 with probability `lookback`, else 0. As in the authors' code w(0) is 1 and w(1) is
-    ŵ(1, 0). Draws from torch's generator. Losses must be positive. An absent task keeps its losses; its first ones are
-    those of the step in which it is there first.
+    with ρ drawn in every step: 1 with probability `lookback`, else 0. As in the authors' code w(0) is 1 and w(1) is
+    ŵ(1, 0). Draws come from torch's generator. Losses must be positive. The state of an absent task does not change;
+    its initial loss is that of the first step in which it is present.
 
     Source: Bischof, Kraus, "Multi-Objective Loss Balancing for Physics-Informed Deep Learning", 2021 (CMAME 2025), Eq.
     14, and the authors' code.
@@ -32,7 +32,7 @@ class ReLoBRaLo(Scalarization):
         lookback: the expectation of ρ.
 
     Raises:
-        TypeError: `tasks` is not an int, another option is no number.
+        TypeError: `tasks` is not an int, another option is not a number.
         ValueError: `tasks` is less than 1, `alpha` or `lookback` is not in [0, 1], `temperature` is not positive.
     """
 
@@ -59,7 +59,7 @@ class ReLoBRaLo(Scalarization):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Back to weights 1; forgets all losses."""
+        """Returns to weights 1; forgets all losses."""
         super().reset()
         self.w.fill_(1)
         self.first.fill_(math.nan)

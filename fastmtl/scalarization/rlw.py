@@ -17,26 +17,26 @@ Distribution: TypeAlias = Literal["normal", "uniform", "dirichlet", "bernoulli",
 
 
 class RLW(Scalarization):
-    """Random loss weighting: Σ_t w_t L_t with new random w at every call, whatever the losses.
+    """Random loss weighting: Σ_t w_t L_t with new random w at every call, independent of the losses.
 
     Source: Lin, Ye, Zhang, Tsang, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
     Learning", TMLR 2022, and its authors' LibMTL.
 
     Args:
-        distribution: of w:
+        distribution: the distribution of w:
 
             * "normal" (the paper's): the softmax of T draws from N(0, 1);
             * "uniform": the softmax of T draws from U(0, 1);
-            * "dirichlet": uniform on the simplex, Dirichlet(1, …, 1) (LibMTL takes a softmax of that once more);
+            * "dirichlet": uniform on the simplex, Dirichlet(1, …, 1) (LibMTL applies another softmax to it);
             * "bernoulli": every w_t is 0 or 1 with probability ½, given that not all are 0;
-            * "constrained_bernoulli": one task, uniformly drawn, has weight 1, the rest 0.
+            * "constrained_bernoulli": one task, drawn uniformly, has weight 1, the rest 0.
         generator: source of randomness, on the losses' device; its state is then part of `state_dict()`. Default:
-            torch's global one, whose state (`torch.get_rng_state`) a checkpoint has to hold by itself.
+            torch's global one, whose state (`torch.get_rng_state`) you have to save in checkpoints yourself.
 
     Raises:
-        TypeError: `generator` is no `torch.Generator`.
-        ValueError: an unknown `distribution`; a state dict that has a generator's state where this has no generator, or
-            the reverse.
+        TypeError: `generator` is not a `torch.Generator`.
+        ValueError: an unknown `distribution`; a state dict with a generator's state for an instance without a
+            generator, or the reverse.
     """
 
     distribution: Distribution = option(choice(*get_args(Distribution)))
@@ -48,7 +48,7 @@ class RLW(Scalarization):
         self.generator = generator
 
     def get_extra_state(self) -> Tensor:
-        """The generator's state; empty without one."""
+        """The generator's state; empty without a generator."""
         return torch.empty(0, dtype=torch.uint8, device="cpu") if self.generator is None else self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:

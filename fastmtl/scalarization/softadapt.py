@@ -21,21 +21,21 @@ class SoftAdapt(Scalarization):
 
         w = softmax(β s)        s_t = L_t(k-1) - L_t(k-2)
 
-    from the losses of the two steps before; in the first two the weights are 1/T. Variants: "normalized" divides s by
-    Σ |s_t|, so that its size does not matter; "loss-weighted" has w_t ∝ L_t(k-1) exp(β s_t), which also looks at how
-    large the losses are. A task that was absent in one of the two steps has s = 0; of the tasks that are there the
-    weights sum to one.
+    from the losses of the previous two steps; in the first two the weights are 1/T. Variants: "normalized" divides s by
+    Σ |s_t|, so its size does not matter; "loss-weighted" has w_t ∝ L_t(k-1) exp(β s_t), which also depends on the
+    size of the losses. A task that was absent in one of the two steps has s = 0. The weights of the present tasks sum
+    to one.
 
     Source: Heydari, Thompson, Mehmood, "SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks with
     Multi-Part Loss Functions", 2019, Algorithm 1.
 
     Args:
         tasks: number of tasks T.
-        beta: β: 0.1 as the authors have; negative favours the losses that fall fastest.
+        beta: β; the authors use 0.1; a negative value favours the losses that fall fastest.
         variant: "plain", "normalized" or "loss-weighted".
 
     Raises:
-        TypeError: `tasks` is not an int, `beta` is no number.
+        TypeError: `tasks` is not an int, `beta` is not a number.
         ValueError: `tasks` is less than 1, `beta` is not finite, an unknown `variant`.
     """
 

@@ -19,22 +19,21 @@ class STCH(Scalarization):
 
         μ log Σ_t exp(λ_t (L_t - z_t) / μ)
 
-    It lies between max_t λ_t (L_t - z_t) and that plus μ log T. With `warmup=` it is what the authors' code does for
-    deep multi-task learning: Σ_t log L_t over the first `warmup` epochs and one more, in which the losses are averaged
-    to n_t; from then on
+    It lies between max_t λ_t (L_t - z_t) and that maximum plus μ log T. With `warmup=` it follows the authors' code for
+    deep multi-task learning: Σ_t log L_t for `warmup` epochs and one more, whose average losses become n_t; after that
 
         T μ log Σ_t exp(log(L_t / n_t) / μ)
 
-    The user calls `end_epoch()` after every epoch; the losses must then be positive. A task without a loss in the epoch
-    of the average has its first one as n_t. Of tasks that are there, T is the number.
+    The user calls `end_epoch()` after every epoch; with a warm-up the losses must be positive. If a task has no loss in
+    the averaged epoch, its next loss becomes n_t. T is the number of tasks present.
 
     Source: Lin, Zhang, Yang, Liu, Wang, Zhang, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization",
     ICML 2024, and the authors' code.
 
     Args:
         tasks: number of tasks T; only needed with `warmup`.
-        mu: smoothing μ; the smaller, the closer to the maximum. The paper tries 0.01 to 1; the authors' code has 1 with
-            a warm-up.
+        mu: smoothing μ; the smaller, the closer to the maximum. The paper tries 0.01 to 1; the authors' code uses 1
+            with a warm-up.
         weights: preferences λ: None or "mean" for 1/T each, "sum" for ones, or T numbers.
         reference: ideal point z, T numbers below the losses; default: zeros.
         warmup: None for the paper's formula, or a number of epochs (the authors: 4); `weights` and `reference` then
@@ -88,7 +87,7 @@ class STCH(Scalarization):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Back to the first epoch."""
+        """Returns to the first epoch."""
         super().reset()
         if self.warmup is not None:
             for buffer in (self.total, self.count, self.epochs):
@@ -125,7 +124,7 @@ class STCH(Scalarization):
         return torch.where(warm, masked(logs, here).sum(), n * value), derivative
 
     def _smooth_maximum(self, y: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
-        """μ log Σ exp(y / μ), and its derivative; y is centred before the division, which could overflow."""
+        """μ log Σ exp(y / μ), and its derivative; y is centred before the division, which could otherwise overflow."""
         y, mu = masked(y, here, -math.inf), self.mu
         largest = y.detach().max()
         value = mu * ((y - largest) / mu).logsumexp(0) + largest

@@ -14,7 +14,7 @@ __all__ = ["Uncertainty"]
 class Uncertainty(Scalarization):
     """Uncertainty weighting: Σ_t ½ exp(-s_t) L_t + ½ s_t, with learned log-variances s = log σ².
 
-    `s` is a parameter: give `parameters()` to the optimizer along with the model's. Of an absent task it gets no
+    `s` is a parameter: give `parameters()` to the optimizer along with the model's. An absent task's s gets no
     gradient. A loss that stays negative makes its s fall without bound.
 
     Source: Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
@@ -22,10 +22,10 @@ class Uncertainty(Scalarization):
 
     Args:
         tasks: number of tasks T.
-        initial: s at the start, 0 as is usual (LibMTL: -0.5).
+        initial: initial s, usually 0 (LibMTL: -0.5).
 
     Raises:
-        TypeError: `tasks` is not an int, `initial` is no number.
+        TypeError: `tasks` is not an int, `initial` is not a number.
         ValueError: `tasks` is less than 1, `initial` is not finite.
     """
 
@@ -39,7 +39,7 @@ class Uncertainty(Scalarization):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Puts s back to `initial`."""
+        """Resets s to `initial`."""
         super().reset()
         self.s.fill_(self.initial)
 
