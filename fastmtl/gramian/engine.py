@@ -1,4 +1,4 @@
-"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients that nobody forms."""
+"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients never formed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hooks of a graph, where this engine would pass them by or hand them something else than T backward passes do.
+"""Hooks of a graph that this engine would bypass, or call with other values than T backward passes do.
 
-A closed form replaces an operation's backward, and those of the views and casts by which a parameter came to it: hooks
+A closed form replaces the backward of an operation, and of the views and casts between it and the parameter: hooks
 there may change the gradient. A pass of all cotangents at once shows hooks a batch that they cannot keep.
 """
 

@@ -1,4 +1,4 @@
-"""Which parameters' gradients are contracted from their factors, and which are formed."""
+"""Decides which parameters' gradients are contracted from their factors, and which are formed."""
 
 from __future__ import annotations
 

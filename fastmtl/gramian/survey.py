@@ -1,4 +1,4 @@
-"""Where the parts of the graph that belong to one loss end, and how parameters are used behind them."""
+"""Finds where each loss's own part of the graph ends, and how parameters are used beyond it."""
 
 from __future__ import annotations
 

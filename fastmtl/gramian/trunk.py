@@ -1,4 +1,4 @@
-"""What T cotangents bring the shared parameters: their Gram matrix, and with task weights their gradients."""
+"""What T cotangents give the shared parameters: the Gram matrix, and with task weights the gradients."""
 
 from __future__ import annotations
 
