@@ -41,6 +41,7 @@ __all__ = [
     "CASES",
     "CONSTANTS",
     "DEVICES",
+    "THRESHOLDS",
     "Case",
     "Device",
     "Kernel",
@@ -65,8 +66,6 @@ CONSTANTS = {
     "kMaxJacobiTasks": 64,  # eigh.cuh
     "kNodes": 32,  # tridiagonal.cuh
     "kMaxEigenShifts": 256,
-    "kLeastEigenvalue": 1e-8,  # thresholds.h
-    "kSmallestWidth": 1e-13,
     "kMaxSmallTasks": 32,  # align_small.cuh
     "kCombineThreads": 256,  # combine.cuh
     "kReduceValues": 32,  # gram_reduce.cu
@@ -83,6 +82,8 @@ CONSTANTS = {
     "blocks, at most": 1024,
     "tiles of a block": 4,
 }
+# The same of thresholds.h.
+THRESHOLDS = {"kLeastEigenvalue": 1e-8, "kSmallestWidth": 1e-13}
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
 # Seconds of a step of Jacobi's rotations up to so many tasks, on an H100: what a second eigenproblem (κ=1e3) has added
 # to 10 and 32 tasks, and what was left at 64 beside Gram, reduction and recombination.
@@ -308,8 +309,8 @@ def _threads(T: int) -> int:
 def _rounds(threads: int) -> int:
     """`eigenvalue`: of multisection, by factors first."""
     shifts = min(threads, CONSTANTS["kMaxEigenShifts"])
-    width = 1 - CONSTANTS["kLeastEigenvalue"] ** (1 / shifts)
-    return 1 + math.ceil(math.log(width / CONSTANTS["kSmallestWidth"]) / math.log(shifts + 1))
+    width = 1 - THRESHOLDS["kLeastEigenvalue"] ** (1 / shifts)
+    return 1 + math.ceil(math.log(width / THRESHOLDS["kSmallestWidth"]) / math.log(shifts + 1))
 
 
 def _weights(T: int, threads: int) -> tuple[float, int, dict[str, float]]:

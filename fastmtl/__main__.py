@@ -29,9 +29,13 @@ def info() -> dict[str, str]:
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
         "CPU ISA": _isa(),
-        "CPU kernels": _kernels("_C", "pip install . needs GCC or Clang, and FASTMTL_NO_EXT unset"),
+        "CPU kernels": _kernels("_C", "not built: pip install . needs GCC or Clang, and FASTMTL_NO_EXT unset"),
         "CUDA": _cuda(),
-        "CUDA kernels": _kernels("_C_cuda", "FASTMTL_CUDA=1 pip install . says what is missing"),
+        "CUDA kernels": _kernels(
+            "_C_cuda",
+            "not built, or switched off by FASTMTL_CUDA=0: FASTMTL_CUDA=1 pip install . builds them or says what is "
+            "missing",
+        ),
     }
 
 
@@ -42,7 +46,7 @@ def _isa() -> str:
     return str(torch.ops.fastmtl.cpu_isa()) + (f" (FASTMTL_CPU={forced})" if forced else "")
 
 
-def _kernels(name: str, remedy: str) -> str:
+def _kernels(name: str, otherwise: str) -> str:
     loaded = fastmtl.ops.EXTENSIONS[name]
     if loaded is not None:
         return loaded
@@ -53,7 +57,7 @@ def _kernels(name: str, remedy: str) -> str:
         return "not loaded: torch is not a CUDA build"
     if name == "_C" and _FOLDER.with_name("setup.py").exists():
         return "not built in this checkout, whose fastmtl/ hides an installed one: start Python in another folder"
-    return f"not built: {remedy}"
+    return otherwise
 
 
 def _cuda() -> str:

@@ -64,7 +64,9 @@ KERNELS = {
     "gram_stream": Expected(loads=True, shared="kStreamShared<{1}>"),
     "gram_groups": Expected(loads=True, shared="Groups<{1}>::kShared"),
     "gram_tiles": Expected(loads=True, shared="Tiling<{1}, {2}>::kShared"),
-    "gram_reduce": Expected(shared="256 * sizeof(double)"),
+    "gram_reduce": Expected(shared="1024 * sizeof(double)"),
+    # Reads two rows where an entry of theirs is not finite.
+    "mend": Expected(shared="256 / 32 * sizeof(double)"),
     # One block a matrix; fewer threads and less memory the smaller it is: this is T = 64.
     "balance": Expected(shared="balance_shared(64, true)"),
     "eigh": Expected(shared="jacobi_shared(64, true)"),
@@ -434,7 +436,8 @@ def follow(code: Code) -> None:
             addresses |= at
             uniform[x.address] = not at & 1
             value = at & 1 | tag.get(x.address, 0)
-        elif x.name in ("LDS", "LDC", "ULDC"):
+        elif x.name in ("LDS", "LDC", "ULDC", "PRMT"):
+            # PRMT takes halves of a word apart: what it puts them beside is cut off later.
             value &= 1
         if x.guard:
             value |= values.read([x.guard.lstrip("!")]) & 1

@@ -349,7 +349,7 @@ def paths(results: Results) -> str:
         "full": "`shared=`",
         "gramian": '`engine="gramian"`',
         "auto": '`engine="auto"`',
-        "UB": "`fan_out`, `representation=`",
+        "UB": "`representation=`",
     }
     cases = [case for case in run.get("cases", []) if case["case"].startswith(("mlp", "resnet"))]
     if not cases:
@@ -493,7 +493,7 @@ def beside_peers(results: Results) -> str:
         ["mixed precision with a loss scaler", "yes", "by hand", "–"],
         ["a step of UB (`fan_out`)", f"{min(bound):.2f} to {max(bound):.2f} ×", "–", "not measured"],
         [
-            f"a step of the exact method, {' / '.join(SHOWN)}",
+            f"a step of the exact method (`engine=\"gramian\"`), {' / '.join(SHOWN)}",
             step("full", "gramian"),
             step("TorchJD mtl_backward", "TorchJD autogram"),
             "not measured",

@@ -127,10 +127,7 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
 #pragma unroll
         for (int t = 0; t < kRows; ++t) {
           const int c = at + d * kStep;
-          v[d][t] = zeros<scalar>();
-          if (rows[t] && c < whole.to) {
-            v[d][t].bits = __ldg(reinterpret_cast<const uint4*>(rows[t] + c));
-          }
+          v[d][t] = vector_at(c < whole.to ? rows[t] : nullptr, c);
         }
       }
 #pragma unroll
@@ -165,9 +162,9 @@ stream_block(const Source& source, int64_t b, Run run, double half, double rest,
 
 constexpr int kStreamThreads = 128;
 
-// Blocks of a multiprocessor; more would not be worth spills.
+// Blocks of a multiprocessor; more would not be worth spills, which eight rows have with any such number.
 template <int kRows>
-constexpr int kStreamResident = kRows == 8   ? 3
+constexpr int kStreamResident = kRows == 8   ? 1
                                 : kRows == 4 ? 5
                                              : 6;
 
@@ -282,10 +279,7 @@ __device__ void groups_warp(
         for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
           for (int r = kFirst; r < kGroups; ++r) {
-            v[d][r] = zeros<scalar>();
-            if (rows[r]) {
-              v[d][r].bits = __ldg(reinterpret_cast<const uint4*>(rows[r] + at + d * kStrip + q * kV));
-            }
+            v[d][r] = vector_at(rows[r], at + d * kStrip + q * kV);
           }
         }
 #pragma unroll
@@ -294,7 +288,7 @@ __device__ void groups_warp(
         }
         continue;
       }
-      const int last = at < 0 ? 0 : at + kStep < whole.end ? at + kStep : whole.end;
+      const int last = whole.stage_end(at, kStep);
 #pragma unroll 1
       for (int c = at < 0 ? whole.begin : at; c < last; c += 4 * kFew<scalar>) {
         Vector<scalar> v[kGroups];
@@ -452,7 +446,7 @@ __device__ void tile_place(int k, int& i, int& j) {
   }
 }
 
-// Columns [at, end) of a segment, kColumns at most, as vectors of this thread.
+// The stage of a segment's columns that begins at `at`, as vectors of this thread.
 template <class Shape, class scalar, int kLoads>
 __device__ __forceinline__ void fetch_tiles(
     const Source& source,
@@ -460,26 +454,24 @@ __device__ __forceinline__ void fetch_tiles(
     int64_t segment,
     const Whole<scalar>& whole,
     int at,
-    int end,
     int64_t first_row,
     int64_t second_row,
     Vector<scalar> (&next)[kLoads]) {
   constexpr int kRows = Shape::kRows, kV = kVec<scalar>, kRowVectors = Shape::kColumns / kV;
   if (at >= 0 && at + Shape::kColumns <= whole.to) {
+    const int64_t column = whole.from + at;
 #pragma unroll
     for (int l = 0; l < kLoads; ++l) {
       const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
       next[l] = zeros<scalar>();
       if (r < kRows) {
         const int64_t t = Shape::kPair && r >= kGroupRows ? second_row + r - kGroupRows : first_row + r;
-        const scalar* row = row_of<scalar>(source, b, segment, t);
-        if (row) {
-          next[l].bits = __ldg(reinterpret_cast<const uint4*>(row + whole.from + at + (k % kRowVectors) * kV));
-        }
+        next[l] = vector_at(row_of<scalar>(source, b, segment, t), column + (k % kRowVectors) * kV);
       }
     }
     return;
   }
+  const int end = whole.stage_end(at, Shape::kColumns);
 #pragma unroll 1
   for (int l = 0; l < kLoads; ++l) {
     const int k = int(threadIdx.x) + l * Shape::kThreads, r = k / kRowVectors;
@@ -642,14 +634,8 @@ __device__ void tiles_block(
   bool more = pieces.next(piece);
   Whole<scalar> whole(piece);
   int at = whole.begin;
-  // What is before the vectors is a stage of its own.
-  const auto end_of_stage = [&] {
-    return at < 0 ? 0 : at + Shape::kColumns < whole.end ? at + Shape::kColumns : whole.end;
-  };
   Vector<scalar> next[kLoads];
-  const auto fetch = [&] {
-    fetch_tiles<Shape>(source, b, piece.segment, whole, at, end_of_stage(), first_row, second_row, next);
-  };
+  const auto fetch = [&] { fetch_tiles<Shape>(source, b, piece.segment, whole, at, first_row, second_row, next); };
 
   if (more) {
     fetch();
@@ -657,7 +643,7 @@ __device__ void tiles_block(
   while (more) {
     __syncthreads(); // the stage has been read
     stage_tiles<Shape>(next, half, rest, stage, largest);
-    at = end_of_stage();
+    at = whole.stage_end(at, Shape::kColumns);
     if (at >= whole.end) {
       more = pieces.next(piece);
       whole = Whole<scalar>(piece);

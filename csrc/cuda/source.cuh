@@ -62,6 +62,11 @@ struct Whole {
   __device__ X* row(X* x) const {
     return x ? x + from : nullptr;
   }
+
+  // Where a stage of so many columns that begins at `at` ends: what is before the vectors is one of its own.
+  __device__ int stage_end(int at, int columns) const {
+    return at < 0 ? 0 : at + columns < end ? at + columns : end;
+  }
 };
 
 // Address of row t, null where the task has no gradient.

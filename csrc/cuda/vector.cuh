@@ -38,6 +38,16 @@ __device__ Vector<scalar> zeros() {
   return {uint4{0, 0, 0, 0}};
 }
 
+// The vector that begins at a column, zeros where there is no row.
+template <class scalar>
+__device__ __forceinline__ Vector<scalar> vector_at(const scalar* row, int64_t column) {
+  Vector<scalar> v = zeros<scalar>();
+  if (row) {
+    v.bits = __ldg(reinterpret_cast<const uint4*>(row + column));
+  }
+  return v;
+}
+
 // The emulation counts what lanes read together.
 template <class scalar>
 __device__ scalar load(const scalar* address) {

@@ -27,7 +27,7 @@ def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def losses_of(net: nn.ModuleDict, seed: int) -> dict[str, Tensor]:
-    """Three losses: a squared error in millimetres, one in metres, and a cross entropy."""
+    """Three losses: a squared error in a unit a thirtieth as long, one as it is, and a cross entropy."""
     x, position, other, kind = data(seed)
     h = net["encoder"](x)
     both = net["position"](h)  # one head predicts for two tasks that disagree
@@ -73,7 +73,7 @@ print(
 
 # %% [markdown]
 # A condition number far above 1 has two possible causes, which the other columns tell apart: gradients of different
-# length (dominance), and pairs with a negative cosine (conflict). Here it is dominance: `near` is in millimetres.
+# length (dominance), and pairs with a negative cosine (conflict). Here it is dominance: `near` is in the small unit.
 
 # %%
 figure = Figure(figsize=(12, 3.2), layout="constrained")
@@ -107,8 +107,8 @@ figure.savefig("compared.svg")
 
 # %% [markdown]
 # `near` and `far` share a head and disagree, so one of them has to lose. The sum, `upgrad` and `gls` follow `near`,
-# whose unit makes it large. `nash` ignores units and lands between the two, which costs `near` most, in its square
-# millimetres. `aligned` follows `near` more slowly, and is the one that also learns `kind`. This does not say which
+# whose unit makes it large. `nash` ignores units and lands between the two, which costs `near` most, in its small
+# unit. `aligned` follows `near` more slowly, and is the one that also learns `kind`. This does not say which
 # outcome you want; it says what each method does.
 #
 # `gls` is a method on losses: there are no gradients to look at, and it costs what the sum costs. If dominance is the

@@ -2,7 +2,7 @@
 # # A first loop
 #
 # One encoder, three heads, three losses, one of which is a hundred times as large as the others. First with the plain
-# sum, then with Aligned-MTL: three lines change.
+# sum, then with Aligned-MTL: a few lines change.
 
 # %%
 import torch

@@ -110,11 +110,12 @@ def html(run: Run, title: str = "Training run") -> str:
         if groups
         else ""
     )
+    when = f"1 record, step {steps[0]}" if len(steps) == 1 else f"{len(steps)} records, steps {steps[0]} to {steps[-1]}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{len(steps)} records, steps {steps[0]} to {steps[-1]}, by fastmtl.Monitor.{said}</p>\n"
+        f"<p>{when}, by fastmtl.Monitor.{said}</p>\n"
         f'<div class="numbers">{_numbers(history)}</div>\n<div class="panels">\n{body}\n</div>\n</body>\n</html>\n'
     )
 

@@ -138,10 +138,9 @@ class Capture:
         return [t for t in range(self.tasks) if all(g is None for g in grads[t * K : (t + 1) * K])]
 
     def _warn_missing(self, tasks: list[int], given: bool) -> None:
-        if given:
-            tasks = [t for t in tasks if self._expected[t]]
-        if tasks:
-            self.watch.warn_missing(tasks, given)
+        unexpected = [t for t in tasks if self._expected[t]] if given else tasks
+        if unexpected:  # where no alias brings anything, which of them are absent does not matter
+            self.watch.warn_missing(tasks if len(tasks) == self.tasks else unexpected, given)
 
     def _look_around(self, node: Any, behind: Sequence[Edge], given: bool) -> None:
         """Warns of what a training backward shows to be wrong where it starts. At a total there is nothing to see."""

@@ -327,17 +327,18 @@ class FanOut(Sequence[Any]):
         while not hasattr(node, "capture"):  # from an alias to where all come from
             node = node.next_functions[0][0]
         trunk = trunk_of(node.next_functions[1:]).nodes
-        beside = []
-        for t, loss in enumerate(losses):
-            if loss is not None:
-                reached, around = reached_by([loss], ends, trunk)
-                if around:
-                    beside.append(f"losses[{t}]")
-                if t not in reached:
-                    self._capture.watch.warn_missing([t], True, sorted(reached))
+        watch = self._capture.watch
+        found = {t: reached_by([loss], ends, trunk) for t, loss in enumerate(losses) if loss is not None}
+        unread = [t for t, (reached, _) in found.items() if not reached]
+        if unread:
+            watch.warn_missing(unread if len(unread) < len(found) else range(len(self)), True)
+        for t, (reached, _) in found.items():
+            if reached and t not in reached:
+                watch.warn_missing([t], True, sorted(reached))
+        beside = [f"losses[{t}]" for t, (_, around) in found.items() if around]
         if beside:
             verb = "depends" if len(beside) == 1 else "depend"
-            self._capture.watch.warn_beside(f"{', '.join(beside)} {verb} on h, or on what h is made of,")
+            watch.warn_beside(f"{', '.join(beside)} {verb} on h, or on what h is made of,")
 
     @property
     def aggregates(self) -> bool:

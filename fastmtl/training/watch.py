@@ -13,6 +13,8 @@ from fastmtl.training.running import takes_derivative
 
 __all__ = ["Watch", "watch_for_heads"]
 
+_BESIDE = "h beside its aliases"
+
 
 class Watch:
     """Sees in a backward what else than its aliases brings h a gradient, and says so.
@@ -63,34 +65,49 @@ class Watch:
 
     def warn_missing(self, tasks: Sequence[int], given: bool, others: Sequence[int] = ()) -> None:
         """Warns of aliases that bring nothing; `given`: although `total` was given their losses."""
-        names = ", ".join(f"hs[{t}]" for t in tasks)
         if len(tasks) == self.tasks:
-            what = f"none of the {self.tasks} aliases has got a gradient"
-        elif others:
+            self._warn_unread()
+            return
+        names = ", ".join(f"hs[{t}]" for t in tasks)
+        if others:
             what = f"losses[{tasks[0]}] depends on {', '.join(f'hs[{u}]' for u in others)} and not on its alias {names}"
         else:
             what = f"{names} of {self.tasks} aliases {'has' if len(tasks) == 1 else 'have'} got no gradient"
         absent = (
-            "For a task whose loss does not depend on h in this step, pass None to total and add the loss to its result"
+            "Where a task's loss does not depend on h in this step, pass None to hs.total for that task and add its "
+            "loss to what total returns"
             if given
             else "Where a task is absent in this step, say so by hs.total(losses), with None for it"
         )
         once.warn(
             "alias without gradient",
             self.site,
-            f"fan_out: {what}. Head t has to read hs[t]: gradients that reach h in another way are not aggregated as "
-            f"those of its task. {absent}",
+            f"fan_out: {what}. Head t has to read hs[t]: a gradient that reaches h another way is only added, not "
+            f"aligned. {absent}",
+        )
+
+    def _warn_unread(self) -> None:
+        """Warns where no alias brings anything: the whole of the story, of which h beside its aliases is a part."""
+        once.first(_BESIDE, self.site)
+        once.warn(
+            "alias without gradient",
+            self.site,
+            f"fan_out: the heads read h itself, or another tensor, not {self._aliases()}, so nothing is aligned. Call "
+            "heads[t](hs[t])",
         )
 
     def warn_beside(self, what: str) -> None:
         """Warns of a use of h beside its aliases."""
         once.warn(
-            "h beside its aliases",
+            _BESIDE,
             self.site,
-            f"fan_out: {what} beside the aliases hs[0] ... hs[{self.tasks - 1}]. Gradients that arrive there are added "
+            f"fan_out: {what} beside the aliases {self._aliases()}. Gradients that arrive there are added "
             "plainly, not aggregated: head t has to read hs[t], and h has to contain all that heads read",
             most=1,
         )
+
+    def _aliases(self) -> str:
+        return "hs[0]" if self.tasks == 1 else f"hs[0] ... hs[{self.tasks - 1}]"
 
 
 def watch_for_heads(called: list[bool], site: once.Site, names: Sequence[str]) -> Callable[[Tensor], None]:

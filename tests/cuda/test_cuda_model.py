@@ -41,7 +41,7 @@ def sources():
 
 def test_the_constants_are_those_of_the_sources(model):
     text = sources()
-    expected = dict(model.CONSTANTS)
+    expected = {**model.CONSTANTS, **model.THRESHOLDS}
 
     def found(pattern):
         values = {eval(re.sub(r"int64_t\((\d+)\)", r"\1", x)) for x in re.findall(pattern, text)}

@@ -198,6 +198,8 @@ def test_the_numbers_at_the_top_are_those_of_the_run():
     text = monitor.report()
     assert f"<b>{np.median(kappa):.3g}</b><span>median condition number κ</span>" in text
     assert f"<b>{kappa[-1]:.3g}</b><span>κ at the end</span>" in text
+    assert "<p>6 records, steps 0 to 50, by fastmtl.Monitor.</p>" in text
+    assert "<p>1 record, step 0, by fastmtl.Monitor.</p>" in trained(steps=1).report()
 
 
 def test_a_line_is_where_the_numbers_are():

@@ -77,6 +77,16 @@ def test_info_under_a_torch_without_cuda(monkeypatch):
     assert info["CUDA kernels"] == "not loaded: torch is not a CUDA build"
 
 
+def test_info_where_cuda_kernels_may_have_been_switched_off(monkeypatch):
+    """With FASTMTL_CUDA=0 they were not wanted: nothing need be missing."""
+    monkeypatch.delenv("FASTMTL_NO_EXT", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(fastmtl.ops.EXTENSIONS, "_C_cuda", None)
+    line = cli.info()["CUDA kernels"]
+    assert line.startswith("not built, or switched off by FASTMTL_CUDA=0: ")
+    assert line.endswith("FASTMTL_CUDA=1 pip install . builds them or says what is missing")
+
+
 def test_info_in_a_checkout_that_hides_what_is_installed(monkeypatch, tmp_path):
     """`pip install .` and then Python in the same folder: the kernels are there, but not here."""
     monkeypatch.delenv("FASTMTL_NO_EXT", raising=False)

@@ -48,6 +48,11 @@ def test_occupancy(arch, threads, registers, shared, warps, limit):
 # --- what the tools print
 
 
+def test_every_kernel_is_in_the_table():
+    text = "\n".join(path.read_text() for path in sorted((report.ROOT / "csrc" / "cuda").glob("*.cu*")))
+    assert set(re.findall(r"(?s)__global__.*?void (\w+)\(", text)) == set(report.KERNELS)
+
+
 def test_names():
     demangled = "void fastmtl::cuda::gram_tiles<c10::BFloat16, double, (int)16>(fastmtl::cuda::Source, long*)"
     name = report.kernel_name(demangled)

@@ -30,7 +30,7 @@ def losses_from(model, read):
 MISUSES = {
     "more tasks than heads": (5, lambda t, h, hs: hs[t], [r"hs\[3\], hs\[4\] of 5 aliases have got no gradient"]),
     "every head reads the same alias": (3, lambda t, h, hs: hs[0], [r"hs\[1\], hs\[2\] of 3 aliases have got no"]),
-    "every head reads h": (3, lambda t, h, hs: h, [r"none of the 3 aliases has got a gradient"]),
+    "every head reads h": (3, lambda t, h, hs: h, [r"the heads read h itself"]),
     "one head reads h": (
         3,
         lambda t, h, hs: hs[t] if t else h,
@@ -93,12 +93,53 @@ def test_total_says_it_before_the_backward(name, via):
         assert re.search(r"losses\[1\] depends on hs\[0\] and not on its alias hs\[1\]", got[0])
         assert re.search(r"losses\[2\] depends on hs\[0\] and not on its alias hs\[2\]", got[1])
     else:
-        who = {
-            "every head reads h": r"losses\[0\], losses\[1\], losses\[2\] depend",
-            "one head reads h": r"losses\[0\]",
-        }
-        pattern = who.get(name, r"losses\[1\] depends") + r".* on h, .* beside the aliases"
+        beside = r" depends on h, .* beside the aliases"
+        patterns = {"every head reads h": r"the heads read h itself", "one head reads h": r"losses\[0\]" + beside}
+        pattern = patterns.get(name, r"losses\[1\]" + beside)
         assert sum(bool(re.search(pattern, text)) for text in got) == 1
+
+
+FORGOTTEN = {
+    "plain sum": lambda hs, losses: sum(losses),
+    "total": lambda hs, losses: hs.total(losses),
+    "total without a task": lambda hs, losses: hs.total([losses[0], None, losses[2]]),
+}
+
+
+@both
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_forgotten_aliases_are_one_warning_with_the_way_out(name, via):
+    """Whatever sums the losses, before the backward and in it; and the advice is right."""
+    model = MLP(3)
+
+    def step(read=lambda t, h, hs: h):
+        h = model.encoder(model.x)
+        hs = fan_out(h, 3, AlignedMTL(), via=via)
+        FORGOTTEN[name](hs, losses_from(model, lambda t: read(t, h, hs))).backward()
+
+    (text,) = recorded(step)
+    assert text == (
+        "fan_out: the heads read h itself, or another tensor, not hs[0] ... hs[2], so nothing is aligned. Call "
+        "heads[t](hs[t])"
+    )
+    assert not recorded(lambda: step(lambda t, h, hs: hs[t]))
+
+
+@both
+def test_two_heads_that_read_h_are_named_together(via):
+    """Before the backward and in it."""
+    model = MLP(3)
+
+    def step():
+        h = model.encoder(model.x)
+        hs = fan_out(h, 3, AlignedMTL(), via=via)
+        hs.total(losses_from(model, lambda t: h if t else hs[0])).backward()
+
+    missing, beside = recorded(step)
+    assert missing.startswith("fan_out: hs[1], hs[2] of 3 aliases have got no gradient. Head t has to read hs[t]: a ")
+    assert "a gradient that reaches h another way is only added, not aligned" in missing
+    assert missing.endswith("pass None to hs.total for that task and add its loss to what total returns")
+    assert "losses[1], losses[2] depend on h" in beside
 
 
 @both
