@@ -84,7 +84,7 @@ def is_hooked(graph: Survey) -> bool:
 
 
 def has_hooks(node: Any) -> bool:
-    """Whether the node has hooks of its own, which are not those of its output as a tensor."""
+    """Whether the node itself has hooks, as opposed to hooks of its output tensor."""
     handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
     found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
     for handle in handles:
