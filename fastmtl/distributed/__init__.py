@@ -1,14 +1,14 @@
-"""More than one process, with torch.distributed: what of an aggregation has to be summed or averaged over ranks.
+"""More than one process, with torch.distributed: which parts of an aggregation to sum or average over ranks.
 
-Under data parallelism each rank sees a part of the batch, and the optimizer steps along the average over ranks. So that
-is what has to be aggregated: aggregating on each rank and averaging afterwards is another, noisier direction.
+Under data parallelism each rank sees a part of the batch, and the optimizer steps along the average over ranks. So the
+averaged gradients have to be aggregated; aggregating on each rank and then averaging gives another, noisier direction.
 
 * A shared representation: its rows on W ranks are parts of the same row of G, and only their Gram matrices have to be
   summed (`reduce_gram`, T × T numbers).
 * Shared parameters: the task gradients themselves have to be averaged (`AveragedRows`). The Gram of an average is not
-  the average of Grams. Where the gramian engine has factors of these gradients, those are exchanged in their place, if
-  they are smaller (`averaged_update`).
-* Parameters sharded by `fully_shard` (FSDP2): their gradients arrive averaged, each rank holding its shard of the
+  the average of Grams. If the gramian engine has factors of these gradients and they are smaller, they are exchanged
+  instead (`averaged_update`).
+* Parameters sharded by `fully_shard` (FSDP2): their gradients arrive averaged, and each rank holds its shard of the
   columns (`sharded_update`).
 
 Every rank has to take the same steps in the same order, as with all collectives.

@@ -1,4 +1,4 @@
-"""Task gradients averaged over ranks, of which each rank keeps its share of the columns: data parallelism."""
+"""Data parallelism: task gradients averaged over ranks; each rank keeps its share of the columns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Weigh: TypeAlias = "Callable[[Tensor, torch.dtype, Context], Info]"
 
 
 class AveragedRows:
-    """T task gradients averaged over ranks, of which this rank keeps its share of the columns: [T, P/W].
+    """T task gradients averaged over ranks; this rank keeps its share of the columns, [T, P/W].
 
-    Gradients go in one task at a time and may be freed at once, so that no rank holds all T; they are scattered while
+    Gradients are added one task at a time and may be freed at once, so no rank holds all T; they are scattered while
     the next task's backward runs.
 
         rows = AveragedRows(shared, tasks=T, group=gram_group())
@@ -37,12 +37,12 @@ class AveragedRows:
         updates, info = rows.combine(weigh, context)
 
     Args:
-        parameters: the K shared parameters. They fix the layout, since which gradients are missing may differ between
-            ranks; they and their order must be the same on every rank.
+        parameters: the K shared parameters. They fix the layout, since different gradients may be missing on
+            different ranks; they and their order must be the same on every rank.
         tasks: number of tasks T.
         group: from `gram_group`.
-        sizes: of groups of parameters, one after the other, that are aggregated each on its own; None for one problem.
-        device: where the Gram matrix is; default: where the first parameter is.
+        sizes: sizes of consecutive groups of parameters that are aggregated separately; None for one problem.
+        device: the Gram matrix's device; default: the first parameter's.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class AveragedRows:
         Args:
             weigh: a method's map from the Gram matrix (float64 [T, T], or [B, T, T] of groups), the coarsest dtype of
                 the gradients and the context to an `Info` with the task weights `alpha`.
-            context: what the step brings besides gradients; where `weigh` draws at random it has to have `agree`.
-            beside: this rank's share of the Gram matrix of other gradients, float64 [T, T]: all ranks' are added.
+            context: the step's inputs besides gradients; needs `agree` if `weigh` draws random numbers.
+            beside: this rank's share of the Gram matrix of other gradients, float64 [T, T], summed over ranks.
 
         Returns:
             K updates of the parameters' shapes and dtypes (None where no task of any rank has a gradient), and what
@@ -119,7 +119,7 @@ class AveragedRows:
 
 
 class _Bucket:
-    """The parameters of one dtype and device, laid out one after the other and padded to a multiple of W."""
+    """The parameters of one dtype and device, laid out one after another and padded to a multiple of W."""
 
     def __init__(self, parameters: Sequence[Tensor], members: list[int], tasks: int, group: ProcessGroup) -> None:
         like = parameters[members[0]]

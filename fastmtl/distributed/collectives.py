@@ -1,4 +1,4 @@
-"""The process group of this library, and what goes over it. torch.distributed only."""
+"""The process group of this library, and its collectives. torch.distributed only."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def gram_group(group: Any = None) -> ProcessGroup:
 
 
 def reduce_gram(M: Tensor, group: ProcessGroup) -> Tensor:
-    """The Gram matrix of a representation of the whole batch, from those of the ranks' parts: Σ_r M_r / W².
+    """The Gram matrix of a representation for the whole batch, from the ranks' Gram matrices: Σ_r M_r / W².
 
-    A rank's loss is the mean over its part of the batch, and what is minimised is the average over the W ranks: that
+    A rank's loss is the mean over its part of the batch, and training minimises the average over the W ranks. That
     scales every row of G by 1/W, and every entry of the Gram by 1/W².
 
     Args:
@@ -70,7 +70,7 @@ def reduce_gram(M: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def agree(x: Tensor, group: ProcessGroup) -> Tensor:
-    """What the first rank of the group has, on all: methods that draw at random have to draw the same.
+    """The first rank's value, on all ranks: methods that draw random numbers have to draw the same.
 
     Args:
         x: overwritten on the other ranks.
@@ -88,7 +88,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> None:
 
 
 def gather(x: Tensor, owner: int, group: ProcessGroup) -> list[Tensor] | None:
-    """What all ranks have, on the one of this number in the group; None on the others."""
+    """The values of all ranks, on the rank of this number in the group; None on the others."""
     mine = dist.get_rank(group) == owner
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))] if mine else None
     with together():
@@ -98,7 +98,7 @@ def gather(x: Tensor, owner: int, group: ProcessGroup) -> list[Tensor] | None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Says of a collective that fails what it may be."""
+    """Adds a likely cause to the error of a collective that fails."""
     try:
         yield
     except RuntimeError as error:
@@ -110,7 +110,7 @@ def together() -> Iterator[None]:
 
 # Their new names came with torch 2.14, which deprecates the old ones.
 def reduce_scatter(output: Tensor, whole: Tensor, **options: Any) -> Any:
-    """`reduce_scatter_single`, under its old name where torch is older."""
+    """`reduce_scatter_single`, under its old name in older versions of torch."""
     return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, **options)
 
 

@@ -1,8 +1,8 @@
-"""Averaged gradients that nobody forms: the gramian engine under data parallelism.
+"""Averaged gradients that are never formed: the gramian engine under data parallelism.
 
-The gradient of a weight on rank r is B_rᵀ A_r, of cotangents and activations; what is aggregated is the average over
-ranks, whose products are those of the factors of all ranks, one after the other, over W². For each weight the smaller
-goes over the wire: its factors, to the one rank that multiplies them, or the T gradients, of which each rank gets its
+The gradient of a weight on rank r is B_rᵀ A_r, from cotangents and activations. The average over ranks is aggregated;
+its inner products are those of all ranks' concatenated factors, divided by W². For each weight the smaller of two goes
+over the wire: its factors, to the one rank that multiplies them, or the T gradients, of which each rank gets its
 share of the columns (`AveragedRows`).
 """
 
@@ -74,19 +74,19 @@ _NOTHING, _FACTORS, _ROWS, _WITH = range(4)
 def averaged_update(
     trunk: Trunk, parameters: Sequence[Tensor], method: Rule, context: Context, group: ProcessGroup
 ) -> tuple[list[tuple[Tensor, Tensor]], Info]:
-    """The aggregation of gradients averaged over ranks, from what T cotangents brought each of them.
+    """The aggregation of gradients averaged over ranks, from the results of T cotangents on each rank.
 
-    The ranks tell each other first what they have, for which the host waits: sizes of batches and tasks may differ.
+    Ranks first exchange what they have, since batch sizes and tasks may differ; the host waits for that.
 
     Args:
-        trunk: what they brought this rank.
+        trunk: the results of the T cotangents on this rank.
         parameters: the K shared parameters, the same and in the same order on every rank.
         method: a method that works on the Gram matrix.
-        context: what the step brings besides gradients.
+        context: the step's inputs besides gradients.
         group: from `gram_group`.
 
     Returns:
-        The parameters that a rank has a gradient of, each with its update, the same bits on every rank; and the info.
+        The parameters with a gradient on any rank, each with its update, the same bits on every rank; and the info.
 
     Raises:
         RuntimeError: a collective failed.

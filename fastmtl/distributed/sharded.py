@@ -1,4 +1,4 @@
-"""Parameters sharded by `fully_shard` (FSDP2): averaged gradients arrive in `.grad`, each rank with its shard."""
+"""Parameters sharded by `fully_shard` (FSDP2): averaged gradients arrive in `.grad`, one shard per rank."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def sharded_update(
 ) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]], Info]:
     """The aggregation of the task gradients of parameters under `fully_shard` (FSDP2), from T backward calls.
 
-    FSDP2 averages gradients inside a backward and leaves this rank's shard in `.grad`: that is taken after each task's.
+    FSDP2 averages gradients inside a backward and leaves this rank's shard in `.grad`, which is taken after each task.
     `.grad` of `parameters` and `heads` ends as it was, and their hooks do not see the tasks' gradients. All other
-    parameters accumulate the gradient of the sum of the losses in `.grad`, as in any backward: a head that of its own
-    loss. (Should a backward fail, they keep what the losses before it have left.)
+    parameters accumulate the gradient of the sum of the losses in `.grad`, as in any backward; for a head, that of its
+    own loss. (If a backward fails, they keep the gradients of the losses before it.)
 
     Args:
         losses: T scalar losses, None for a task that is absent: on all ranks, since each backward is collective.
         parameters: the K shared parameters: DTensors on one mesh, taken from the module before its forward.
         weigh: as in `AveragedRows.combine`.
-        context: what the step brings besides gradients.
+        context: the step's inputs besides gradients.
         retain_graph: keep the graph for another backward.
-        sizes: of groups of parameters, one after the other, that are aggregated each on its own; None for one problem.
-        heads: for each of the T tasks parameters, sharded or not, whose gradient of its loss is multiplied by α_t.
+        sizes: sizes of consecutive groups of parameters that are aggregated separately; None for one problem.
+        heads: for each of the T tasks, parameters, sharded or not, whose gradient of its loss is multiplied by α_t.
 
     Returns:
         K updates, DTensors like the parameters (None where no task has a gradient), the heads' parameters with theirs,
@@ -168,7 +168,7 @@ def _agree_over(mesh: Any, x: Tensor) -> Tensor:
 
 
 def _counts(parameter: DTensor) -> bool:
-    """Whether this rank's shard is to be counted: of replicas (HSDP) one only."""
+    """Whether to count this rank's shard: only one of several replicas (HSDP) counts."""
     coordinate = parameter.device_mesh.get_coordinate() or ()
     return all(
         at == 0 for at, placement in zip(coordinate, parameter.placements, strict=True) if placement.is_replicate()

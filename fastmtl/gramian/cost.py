@@ -1,4 +1,4 @@
-"""What takes less: which form of a weight, all cotangents at once or one after the other, which engine."""
+"""What is cheaper: which form of a weight, cotangents all at once or one after another, which engine."""
 
 from __future__ import annotations
 

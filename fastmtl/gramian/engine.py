@@ -1,4 +1,4 @@
-"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients that nobody forms."""
+"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients never formed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["Result", "update"]
 
 
 class Result(NamedTuple):
-    """What is to be added to `.grad`, and why.
+    """What to add to `.grad`, and why.
 
     Attributes:
-        updates: shared parameters, and others that several losses reach, with their gradients; one of a parameter that
-            is split in blocks for each block.
-        private: for every loss the gradients of its own leaves that are not shared.
+        updates: shared parameters, and others that several losses reach, with their gradients; a parameter that is
+            split into blocks has one entry per block.
+        private: for every loss, the gradients of its own leaves that are not shared.
         info: what the method saw and did.
     """
 
@@ -56,22 +56,22 @@ def update(
 
     Args:
         method: the method.
-        losses: T scalar losses; None for one that is not there, whose gradient is zero.
-        named: the shared parameters, and what to call them.
+        losses: T scalar losses; None for an absent one, whose gradient is zero.
+        named: the shared parameters and their names.
         leaves: what the losses reach.
-        context: what the step brings besides gradients.
-        automatic: whether to do nothing and return None where T backward passes take less, and where this engine does
-            not understand the graph. No pass has run then: the graph, hooks and random numbers are as they were.
+        context: the step's inputs besides gradients.
+        automatic: whether to do nothing and return None if T backward passes are cheaper, or if this engine cannot
+            read the graph. No pass has run then: the graph, hooks and random numbers are untouched.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
-        settle: what makes gradients of the shared parameters, and an info, of what arrived; `Trunk.aggregated` if None.
+        settle: makes the shared parameters' gradients and an info from what arrived; `Trunk.aggregated` if None.
 
     Returns:
-        Gradients of everything that the losses reach. The same as from T explicit task gradients, as accurate as
+        Gradients of everything that the losses reach: the same as from T explicit task gradients, as accurate as
         products in float32 (float64 for float64 cotangents) allow.
 
     Raises:
-        NotImplementedError: this engine does not understand the graph.
+        NotImplementedError: this engine cannot read the graph.
     """
     try:
         graph = survey(losses, leaves.owner)
@@ -188,10 +188,10 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
 def _trunk(
     frontier: Sequence[Edge], rows: list[Row], todo: Plan, *, at_once: bool, retain_graph: bool, again: bool
 ) -> Trunk:
-    """T cotangents from the frontier to where the plan needs them: at once, or one task after the other.
+    """T cotangents from the frontier to where the plan needs them: at once, or one task after another.
 
-    Where all go at once, what the graph saved lives on, since that may fail half way; it is little then. `again` tells
-    that graph and rows are still needed.
+    If all go at once, the graph's saved tensors are kept, since the pass may fail half way; they are small then.
+    `again` says that graph and rows are still needed.
     """
     edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
     T = len(rows)

@@ -1,6 +1,6 @@
-"""Hooks of a graph, where this engine would pass them by or hand them something else than T backward passes do.
+"""Hooks of a graph that this engine would bypass, or call with other values than T backward passes do.
 
-A closed form replaces an operation's backward, and those of the views and casts by which a parameter came to it: hooks
+A closed form replaces the backward of an operation, and of the views and casts between it and the parameter: hooks
 there may change the gradient. A pass of all cotangents at once shows hooks a batch that they cannot keep.
 """
 
@@ -84,7 +84,7 @@ def is_hooked(graph: Survey) -> bool:
 
 
 def has_hooks(node: Any) -> bool:
-    """Whether the node has hooks of its own, which are not those of its output as a tensor."""
+    """Whether the node itself has hooks, as opposed to hooks of its output tensor."""
     handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
     found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
     for handle in handles:

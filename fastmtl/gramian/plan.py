@@ -1,4 +1,4 @@
-"""Which parameters' gradients are contracted from their factors, and which are formed."""
+"""Decides which parameters' gradients are contracted from their factors, and which are formed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Plan", "plan", "settled", "uses_of"]
 
 
 class Plan(NamedTuple):
-    """How the Gram matrix comes about.
+    """How the Gram matrix is computed.
 
     Attributes:
         contractions: what is contracted.
         explicit: parameters whose T gradients are formed.
-        unrecognised: names of those among them for which no closed form was found.
-        work: what it takes.
+        unrecognised: names of the explicit parameters for which no closed form was found.
+        work: the cost.
     """
 
     contractions: list[Contraction]

@@ -1,4 +1,4 @@
-"""What an operation saved for its backward, and which of it a formula takes account of."""
+"""What an operation saved for its backward, and which of these attributes a formula accounts for."""
 
 from __future__ import annotations
 

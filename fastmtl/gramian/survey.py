@@ -1,4 +1,4 @@
-"""Where the parts of the graph that belong to one loss end, and how parameters are used behind them."""
+"""Finds where each loss's own part of the graph ends, and how parameters are used beyond it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Survey(NamedTuple):
 
 
 def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
-    """The survey of a graph whose nodes belong to one loss or to several; None is a loss that is not there.
+    """The survey of a graph whose nodes belong to one loss or to several; None is an absent loss.
 
     Raises:
         NotImplementedError: autograd takes no cotangents where a loss's own part of the graph ends.

@@ -1,4 +1,4 @@
-"""What T cotangents bring the shared parameters: their Gram matrix, and with task weights their gradients."""
+"""What T cotangents give the shared parameters: the Gram matrix, and with task weights the gradients."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ class Trunk(NamedTuple):
 
 
 def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
-    """What products of tensors of these dtypes are made in: float32 only where it is not rounded further."""
+    """The dtype for products of tensors of these dtypes: float32 only if torch does not round it further."""
     exact = torch.get_float32_matmul_precision() == "highest"
     return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
 
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Within, products are made in the dtype of their operands, also where the caller has autocast on."""
+    """Within, products keep the dtype of their operands, even if the caller has autocast on."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield

@@ -1,4 +1,4 @@
-"""The ways by which a parameter comes to the operation that reads it: transposed, viewed, copied, cast."""
+"""How a parameter reaches the operation that reads it: transposed, viewed, copied, cast."""
 
 from __future__ import annotations
 

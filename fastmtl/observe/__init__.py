@@ -1,1 +1,1 @@
-"""What training did: measures, a recorder of them, figures, and tables of results."""
+"""Observing a run: measures, a recorder for them, figures, and tables of results."""

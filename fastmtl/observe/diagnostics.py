@@ -1,12 +1,12 @@
 """Measures of a system of task gradients, all from its Gram matrix: condition number, conflict, dominance.
 
-Every function takes M = G Gᵀ, float64 or float32 [T, T] or a batch [B, T, T], or the `Info` of a step, whose Gram it
-reads (with the eigenvalues, rank and task weights that it has). Results are float64, on the Gram's device, and nothing
-waits for them. Conventions:
+Every function takes M = G Gᵀ, float64 or float32 [T, T] or a batch [B, T, T], or the `Info` of a step, from which it
+reads the Gram (and any eigenvalues, rank and task weights). Results are float64, on the Gram's device, and the host
+does not wait for them. Conventions:
 
-* All but singular values, norms and `aligned_gram` do not depend on the scale of the gradients.
+* Only singular values, norms and `aligned_gram` depend on the scale of the gradients.
 * A task whose norm is zero (M_tt <= 0) is orthogonal to all others: its cosines are 0.
-* Where the minimum or maximum over pairs has no pair (T = 1), it is that of one gradient with itself.
+* If there is no pair to take a minimum or maximum over (T = 1), it is that of the gradient with itself.
 * A matrix with a non-finite entry gives NaN everywhere.
 
 Sources: "the paper" is Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023; PCGrad is
@@ -58,8 +58,8 @@ def singular_values(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        σ [T] or [B, T], descending: all T, those that the rank rule drops too. What should be zero is rounding noise of
-        up to about 1e-7 of the largest: M has it squared.
+        σ [T] or [B, T], descending: all T, including those that the rank rule drops. Values that should be zero are
+        rounding noise of up to about 1e-7 of the largest, since M holds their squares.
 
     Raises:
         TypeError: `x` is neither a float32 or float64 tensor nor an info.
@@ -71,7 +71,7 @@ def singular_values(x: Tensor | Info) -> Tensor:
 def rank(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tensor:
     """The number R of independent task gradients.
 
-    That of the step where `x` is an info that has it; else under Aligned-MTL's default rule (`AlignedMTL`, `rtol`).
+    The step's own rank if `x` is an info that has one; else under Aligned-MTL's default rule (`AlignedMTL`, `rtol`).
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
@@ -89,7 +89,7 @@ def rank(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tensor:
 def condition_number(x: Tensor | Info, dtype: torch.dtype | None = None) -> Tensor:
     """κ(G) = σ_max / σ_min over the R kept singular values: the paper's stability criterion (Eq. 2).
 
-    1 for orthogonal gradients of equal norm, at least `max_norm_ratio` where none is dropped, and 1 where all are zero.
+    1 for orthogonal gradients of equal norm, at least `max_norm_ratio` if none is dropped, and 1 if all are zero.
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
@@ -108,7 +108,7 @@ def stable_rank(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        [] or [B]; 0 where all gradients are zero.
+        [] or [B]; 0 if all gradients are zero.
     """
     return formulas.stable_rank(_spectrum(x, None)[0])
 
@@ -116,9 +116,9 @@ def stable_rank(x: Tensor | Info) -> Tensor:
 def aligned_gram(x: Tensor | Info, scale: str = "min", dtype: torch.dtype | None = None) -> Tensor:
     """Gram matrix of the aligned system Ĝ = Bᵀ G, M̂ = Bᵀ M B = s · V_R V_Rᵀ (paper, Eq. 5 and Algorithm 1).
 
-    B = sqrt(s) V_R diag(λ_R^-1/2) V_Rᵀ over the R kept eigenvalues. M̂ is s·I, with condition number 1, no conflict and
-    no dominance, where no gradient depends on the others, and s times a projector where one does. Its measures beside
-    those of M show what aligning changes, whichever method made the step.
+    B = sqrt(s) V_R diag(λ_R^-1/2) V_Rᵀ over the R kept eigenvalues. If the gradients are independent, M̂ is s·I, with
+    condition number 1, no conflict and no dominance; otherwise it is s times a projector. Comparing its measures with
+    those of M shows what aligning would change, whichever method made the step.
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
@@ -166,13 +166,13 @@ def min_cosine(x: Tensor | Info) -> Tensor:
 
 
 def conflicts(x: Tensor | Info) -> Tensor:
-    """The share of pairs of gradients that conflict, cos(g_i, g_j) < 0.
+    """The share of pairs of gradients in conflict, cos(g_i, g_j) < 0.
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        [] or [B], in [0, 1]; 0 where there is no pair.
+        [] or [B], in [0, 1]; 0 if there is no pair.
     """
     T = (cosine := cosines(x)).shape[-1]
     return (cosine < 0).sum((-1, -2), dtype=torch.float64) / max(T * (T - 1), 1) + 0 * cosine[..., 0, 0]
@@ -185,8 +185,8 @@ def curvature_bound(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        [T, T] or [B, T, T], in [0, 4], with diagonal 0. Where g_i = -g_j (to rounding), which makes the formula 0/0,
-        its limit for gradients of equal norm, 4; with a zero gradient, 1.
+        [T, T] or [B, T, T], in [0, 4], with diagonal 0. If g_i = -g_j (to rounding) the formula is 0/0, and the
+        result is 4, its limit for gradients of equal norm; with a zero gradient it is 1.
     """
     M = _gram(x)
     lengths = formulas.norms(M)
@@ -251,7 +251,7 @@ def max_norm_ratio(x: Tensor | Info) -> Tensor:
         x: M [T, T] or [B, T, T], or an info.
 
     Returns:
-        [] or [B]; infinite where some, but not all gradients are zero.
+        [] or [B]; infinite if some, but not all gradients are zero.
     """
     return formulas.max_norm_ratio(norms(x))
 
@@ -260,27 +260,27 @@ def max_norm_ratio(x: Tensor | Info) -> Tensor:
 
 
 def gradient_diversity(x: Tensor | Info) -> Tensor:
-    """Σ_b ‖g_b‖² / ‖Σ_b g_b‖² of B gradients (Yin et al., 2018): 1/B where all agree, 1 where all are orthogonal.
+    """Σ_b ‖g_b‖² / ‖Σ_b g_b‖² of B gradients (Yin et al., 2018): 1/B if all agree, 1 if all are orthogonal.
 
     Args:
         x: M [B, B] or [N, B, B], or an info of a step with `batch_dim`.
 
     Returns:
-        [] or [N]; ∞ where they cancel, NaN where all are zero.
+        [] or [N]; ∞ if the gradients cancel, NaN if all are zero.
     """
     return (M := _gram(x)).diagonal(dim1=-2, dim2=-1).sum(-1) / M.sum((-1, -2)).clamp_min(0)
 
 
 def noise_scale(x: Tensor | Info) -> Tensor:
-    """The gradient noise scale tr Σ / ‖ḡ‖² (McCandlish et al., 2018, appendix A): larger batches than that gain little.
+    """The gradient noise scale tr Σ / ‖ḡ‖² (McCandlish et al., 2018, appendix A): batches beyond it gain little.
 
-    Both are estimated without bias from B gradients: tr Σ by Σ_b ‖g_b - ḡ‖² / (B - 1), and ‖ḡ‖² less tr Σ / B.
+    Unbiased estimates from B gradients: Σ_b ‖g_b - ḡ‖² / (B - 1) for tr Σ, ‖ḡ‖² minus tr Σ / B for the denominator.
 
     Args:
         x: M [B, B] or [N, B, B], or an info of a step with `batch_dim`.
 
     Returns:
-        [] or [N]; ∞ where noise hides the mean gradient, NaN for one example.
+        [] or [N]; ∞ if noise hides the mean gradient, NaN for one example.
     """
     M = _gram(x)
     B, mean = M.shape[-1], M.mean((-1, -2))  # ‖ḡ‖²
@@ -296,30 +296,30 @@ def total_norm(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
-        weights: α [T] or [B, T]; default: those of the info, and 1/T each where there are none (‖g_0‖ of the paper).
+        weights: α [T] or [B, T]; default: the info's, or 1/T each if it has none (‖g_0‖ of the paper).
 
     Returns:
-        [] or [B]. What cancels to less than about 1e-8 of Σ |α_t| ‖g_t‖ is rounding noise.
+        [] or [B]. A norm below about 1e-8 of Σ |α_t| ‖g_t‖ is rounding noise.
     """
     return formulas.total(M := _gram(x), _weights(x, M, weights))[1]
 
 
 def total_cosines(x: Tensor | Info, weights: Tensor | None = None) -> Tensor:
-    """cos(αᵀ G, g_t) of the aggregated gradient with each task's: negative where the step conflicts with task t.
+    """cos(αᵀ G, g_t) of the aggregated gradient with each task's: negative if the step conflicts with task t.
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
         weights: as in `total_norm`.
 
     Returns:
-        [T] or [B, T], in [-1, 1]; 0 where either gradient is zero.
+        [T] or [B, T], in [-1, 1]; 0 if either gradient is zero.
     """
     M = _gram(x)
     return formulas.total_cosines(formulas.norms(M), *formulas.total(M, _weights(x, M, weights)))
 
 
 def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All measures that are one number a system, from one eigendecomposition.
+    """All measures with a single number per system, from one eigendecomposition.
 
     Args:
         x: M [T, T] or [B, T, T], or an info.
@@ -327,9 +327,9 @@ def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Ten
 
     Returns:
         Float64 tensors [] or [B]: `condition_number`, `max_singular_value`, `min_singular_value` (the smallest kept,
-        0 where all gradients are zero), `rank`, `stable_rank`, `min_cosine`, `max_curvature_bound`,
+        0 if all gradients are zero), `rank`, `stable_rank`, `min_cosine`, `max_curvature_bound`,
         `min_magnitude_similarity`, `max_norm_ratio`, `max_norm`, `min_norm`, `total_norm` and `min_total_cosine`, the
-        latter two with the weights that `total_norm` takes by default.
+        last two with the default weights of `total_norm`.
     """
     M = _gram(x)
     eigenvalues, kept = _spectrum(x, dtype)

@@ -1,4 +1,4 @@
-"""What a `Monitor` recorded, for other programs: columns, pandas, JSON, loggers."""
+"""A `Monitor`'s records for other programs: columns, pandas, JSON, loggers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sender = Callable[[Mapping[str, float], int], None]
 
 
 def columns(history: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """The history with one column [N] a number: "alpha/depth" or "alpha/0", "initial/condition_number"."""
+    """The history with one column [N] per number: "alpha/depth" or "alpha/0", "initial/condition_number"."""
     found = {}
     for name, values in history.items():
         for index in np.ndindex(values.shape[1:]):
@@ -35,7 +35,7 @@ def columns(history: Mapping[str, np.ndarray], names: Sequence[str] | None = Non
 
 
 def frame(history: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> pd.DataFrame:
-    """A data frame with a row a record and the step as its index.
+    """A data frame with one row per record and the step as its index.
 
     Raises:
         ImportError: pandas is not installed.
@@ -48,7 +48,7 @@ def frame(history: Mapping[str, np.ndarray], names: Sequence[str] | None = None)
 
 
 def as_json(history: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> str:
-    """`{"tasks": names or null, "columns": {...}}`; NaN, which JSON does not have, is null, infinity a string."""
+    """`{"tasks": names or null, "columns": {...}}`; NaN, which JSON lacks, becomes null, and infinity a string."""
     content = {name: [_plain(x) for x in values.tolist()] for name, values in columns(history, names).items()}
     return json.dumps({"tasks": None if names is None else list(names), "columns": content}, allow_nan=False)
 
@@ -60,10 +60,10 @@ def _plain(x: float) -> float | str | None:
 
 
 def sender(writer: Any) -> Sender:
-    """How numbers of a step reach a writer: by `add_scalar`, `log_metrics` or `log`, whichever it has first.
+    """A function that sends a step's numbers to a writer: by `add_scalar`, `log_metrics` or `log`, the first it has.
 
     Raises:
-        TypeError: it has none of them.
+        TypeError: the writer has none of them.
     """
     if callable(add := getattr(writer, "add_scalar", None)):  # TensorBoard
 

@@ -24,11 +24,11 @@ _PANELS = (
 
 
 class Recorded(Protocol):
-    """A run: what a `fastmtl.Monitor` has recorded of it."""
+    """A run, as recorded by a `fastmtl.Monitor`."""
 
     @property
     def history(self) -> Mapping[str, np.ndarray]:
-        """Measures by name, one entry a record."""
+        """Measures by name, one entry per record."""
         ...
 
 
@@ -36,18 +36,18 @@ def fig4(monitors: Mapping[str, Recorded], target: Any = None, system: str = "in
     """Stability of several runs in the layout of the paper's Fig. 4.
 
     Three panels over the steps: the condition number (logarithmic), the smallest gradient magnitude similarity and the
-    smallest cosine of two tasks. Where gradients were aggregated in groups, the worst group of each step counts.
+    smallest cosine between two tasks. If gradients were aggregated in groups, the worst group of each step counts.
 
     Args:
-        monitors: the runs by the names they have in the legend.
+        monitors: the runs, by their names in the legend.
         target: a file to save to; three axes to draw on; or None.
-        system: "initial", the task gradients, or "aligned", what Aligned-MTL made of them.
+        system: "initial" for the task gradients, or "aligned" for Aligned-MTL's aligned ones.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: an unknown `system`, other than three axes, no run, or a run without these measures: nothing was
+        ValueError: an unknown `system`, not exactly three axes, no run, or a run without these measures: nothing was
             recorded, its method has no Gram matrix, or (for "aligned") is not Aligned-MTL.
     """
     if system not in ("initial", "aligned"):

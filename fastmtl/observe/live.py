@@ -1,4 +1,4 @@
-"""A table of the running numbers of a `Monitor`, in the terminal."""
+"""A live table of a `Monitor`'s numbers, in the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Watched(Run, Protocol):
 
 
 class Live:
-    """Shows `table(monitor)` while a run goes on: see `Monitor.live`."""
+    """Shows `table(monitor)` during a run: see `Monitor.live`."""
 
     def __init__(self, monitor: _Watched, refresh: float, console: Console | None) -> None:
         self._monitor, self._refresh, self._next = monitor, refresh, 0.0
@@ -50,14 +50,14 @@ class Live:
             self._screen.__exit__(kind, error, trace)
 
     def tick(self) -> None:
-        """Draws again where `refresh` seconds have passed."""
+        """Draws again if `refresh` seconds have passed."""
         if (now := time.monotonic()) >= self._next:
             self._screen.update(table(self._monitor), refresh=True)
             self._next = now + self._refresh
 
 
 def table(run: Run) -> Table:
-    """The last record: a row a task, the system's numbers in the title; bars show the last records."""
+    """The last record: one row per task, the system's numbers in the title; bars show the latest records."""
     history = run.history
     steps = history["step"]
     of_all = {"κ": "condition_number", "smallest cosine": "min_cosine", "conflicts": "conflicts"}

@@ -1,4 +1,4 @@
-"""What a multi-task model gains or loses against single-task baselines: Δm (paper, section 6)."""
+"""How much a multi-task model gains or loses against single-task baselines: Δm (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def delta_m(
         metric-weighted    Δm = 100 · mean_k d_k                     d_k = (-1)^σ_k (M_k - B_k) / B_k
         task-weighted      Δm = 100 · mean_t mean_{k in task t} d_k  (`tasks` given)
 
-    with σ_k = 1 where a higher metric is better, else 0 (Maninis et al. 2019; paper, section 6, whose task-weighted
-    formula lacks the 1/n_t that its numbers have). Where every task has as many metrics as the others, both agree.
+    with σ_k = 1 if a higher metric is better, else 0 (Maninis et al. 2019; paper, section 6, whose task-weighted
+    formula lacks the 1/n_t that its numbers have). If all tasks have equally many metrics, both agree.
 
     Args:
         metrics: M [K], or [..., K] for several runs: a tensor, an array or (nested) sequences of numbers.
@@ -43,9 +43,9 @@ def delta_m(
         Δm in percent [...], float64: a tensor for a tensor, else a numpy scalar or array. A NaN metric gives NaN.
 
     Raises:
-        TypeError: metrics or baselines that are no real numbers, `higher_is_better` of other things than bools.
+        TypeError: metrics or baselines that are not real numbers, `higher_is_better` with entries that are not bools.
         ValueError: no metric, lengths that differ, a baseline that is not one-dimensional or not positive and finite
-            (what divides by zero or by a negative number is no drop).
+            (dividing by zero or by a negative number gives no drop).
     """
     M = _numbers(metrics, "metrics")
     B = _numbers(baseline, "baseline").to(M.device)
@@ -68,7 +68,7 @@ def delta_m(
 
 
 def _shares(K: int, tasks: Sequence[Hashable] | None) -> list[float]:
-    """The weight of each metric; together they are 1."""
+    """The weight of each metric; they sum to 1."""
     if tasks is None:
         return [1 / K] * K
     if isinstance(tasks, Tensor):

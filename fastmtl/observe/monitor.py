@@ -1,4 +1,4 @@
-"""What the gradients of a run looked like, step by step."""
+"""Records a run's gradients, step by step."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ class Monitor:
 
     A step costs one copy of the info's tensors, on their device. The diagnostics of `buffer` steps are computed as one
     batch and moved to the host: the host waits once every `buffer` records, or when `history` is read. With a loss
-    scaler, norms and singular values are those of the scaled gradients; no other measure depends on it.
+    scaler, norms and singular values are those of the scaled gradients; other measures do not depend on it.
 
     Args:
-        writer: where scalars go, once each `buffer` records and with `flush`: a `torch.utils.tensorboard.SummaryWriter`
-            or anything with `add_scalar(tag, value, step)`; with `log_metrics(dict, step=)`, as Lightning's loggers; or
-            with `log(dict)`, which is given `step=` where it takes that, and else "step" among the numbers.
-        every: record the first of every so many calls.
-        prefix: begins the tags, as in "fastmtl/initial/condition_number".
+        writer: receives scalars once every `buffer` records and on `flush`: a `torch.utils.tensorboard.SummaryWriter`
+            or anything with `add_scalar(tag, value, step)`, with `log_metrics(dict, step=)` like Lightning's loggers,
+            or with `log(dict)`, which gets `step=` if it accepts that, else "step" among the numbers.
+        every: record only every n-th call, starting with the first.
+        prefix: start of the tags, as in "fastmtl/initial/condition_number".
         buffer: how many records wait on the device: (T² + 4T) numbers each.
         dtype: dtype of the gradients, which sets the rank tolerance for methods whose info has no rank.
 
     Attributes:
-        names: of the tasks, where the first record's info has them: they are part of tags and columns.
+        names: the tasks' names, if the first record's info has them; used in tags and columns.
 
     Raises:
-        TypeError: a writer without any of these.
+        TypeError: a writer without any of these methods.
         ValueError: `every` or `buffer` below 1.
     """
 
@@ -99,14 +99,14 @@ class Monitor:
         """Records one step. Only every `buffer`-th record reads values, and waits for the device.
 
         Args:
-            info: of this step; with `groups=` its diagnostics have a leading dimension, one entry a group. What it
-                does not have is not recorded: a method without a Gram matrix leaves no more than α and the losses.
-            losses: the T losses, to be kept beside it; by name, where the info has names.
-            step: the number of the step; default: how many calls there were before.
+            info: the step's info; with `groups=` its diagnostics have a leading dimension, one entry per group. Fields
+                that it lacks are not recorded: a method without a Gram matrix leaves only α and the losses.
+            losses: the T losses, to be recorded too; by name if the info has names.
+            step: the number of the step; default: the number of earlier calls.
 
         Raises:
-            TypeError: `info` is no info, or losses that are no tensors.
-            ValueError: an info with other fields, or for another number of tasks, than that of the first record.
+            TypeError: `info` is not an info, or losses are not tensors.
+            ValueError: an info whose fields or number of tasks differ from the first record's.
         """
         if not isinstance(info, Info):
             raise TypeError(f"info: expected an Info, got {describe(info)}")
@@ -142,9 +142,9 @@ class Monitor:
         """Everything recorded so far, as arrays whose first dimension is N, the number of records.
 
         `step` [N]; `initial/…`, `diagnostics.summary` of the task gradients with weights 1/T, and `initial/conflicts`,
-        the share of pairs of tasks with a negative cosine; `aligned/…`, for Aligned-MTL, the measures of the aligned
-        system that do not depend on its scale; `committed/norm` and `committed/min_cosine`, those of αᵀG and its worst
-        angle to a task; `norms`, `alpha` and `losses` [N, T]; `residual` [N]. With groups there is a dimension more,
+        the share of task pairs with a negative cosine; `aligned/…`, for Aligned-MTL, the scale-free measures of the
+        aligned system; `committed/norm` and `committed/min_cosine`, the norm of αᵀG and its smallest cosine with a
+        task; `norms`, `alpha` and `losses` [N, T]; `residual` [N]. With groups there is one more dimension,
         [N, B] and [N, B, T].
         """
         self._drain()
@@ -165,7 +165,7 @@ class Monitor:
         return (total / count).cpu().numpy()
 
     def flush(self) -> None:
-        """Passes what is pending to the writer, if there is one."""
+        """Sends pending records to the writer, if there is one."""
         columns = export.columns(self.history, self.names)
         steps = columns.pop("step")
         if self._send is not None:
@@ -189,7 +189,7 @@ class Monitor:
             path: a file to write it to.
 
         Returns:
-            The text; NaN is null there, infinity the string "Infinity".
+            The text, in which NaN is null and infinity the string "Infinity".
         """
         text = export.as_json(self.history, self.names)
         if path is not None:
@@ -224,8 +224,8 @@ class Monitor:
                     monitor(info, losses)
 
         Args:
-            refresh: seconds between two drawings; for each of them the host waits for the device.
-            console: rich's; default: that of the terminal.
+            refresh: seconds between redraws; for each of them the host waits for the device.
+            console: a rich console; default: the terminal's.
 
         Raises:
             ImportError: rich is not installed (`pip install 'fastmtl-torch[live]'`).
@@ -235,14 +235,14 @@ class Monitor:
         return Live(self, refresh, console)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was recorded, for `load_state_dict`; flushes to the writer first, so that it gets nothing twice."""
+        """All records, for `load_state_dict`; flushes to the writer first, so that it gets nothing twice."""
         self.flush()
         history = {name: torch.from_numpy(values.copy()) for name, values in self.history.items()}
         state = {"calls": self._calls, "shapes": self._shapes, "history": history, "names": self.names}
         return state | {"cosines": self._angles}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from where `state_dict` was taken; what this monitor has recorded is dropped."""
+        """Continues from where `state_dict` was taken; this monitor's own records are dropped."""
         history = {name: values.cpu().numpy().copy() for name, values in state["history"].items()}
         self._calls, self._shapes, self.names = state["calls"], state["shapes"], state.get("names")
         self._angles = state.get("cosines")
@@ -269,7 +269,7 @@ class Monitor:
         return fig4({label: self}, target, system)
 
     def _drain(self) -> None:
-        """Computes the diagnostics of all records that wait, as one batch, and brings them to the host."""
+        """Computes the diagnostics of all pending records as one batch, and moves them to the host."""
         if not self._waiting:
             return
         assert self._shapes is not None

@@ -1,4 +1,4 @@
-"""One HTML page about a run, from what a `Monitor` recorded: nothing to load, no script, any browser."""
+"""One HTML page about a run, from a `Monitor`'s records: loads nothing, no script, any browser."""
 
 from __future__ import annotations
 
@@ -55,32 +55,32 @@ table { border-collapse: collapse; font-size: .85rem } td, th { padding: .2rem .
 
 
 class Run(Protocol):
-    """What is shown of a run: a `fastmtl.Monitor`."""
+    """The run to show: a `fastmtl.Monitor`."""
 
     @property
     def names(self) -> Sequence[str] | None:
-        """Of the tasks."""
+        """The tasks' names."""
         ...
 
     @property
     def history(self) -> Mapping[str, np.ndarray]:
-        """Measures by name, one entry a record."""
+        """Measures by name, one entry per record."""
         ...
 
     @property
     def cosines(self) -> np.ndarray | None:
-        """The mean cosine of each two tasks."""
+        """The mean cosine of each pair of tasks."""
         ...
 
 
 def overall(history: Mapping[str, np.ndarray], name: str, system: str = "initial") -> np.ndarray:
-    """A measure of the whole system [N]; of groups the worst one's."""
+    """A measure of the whole system [N]; with groups, the worst group's."""
     values = history[f"{system}/{name}"]
     return values if values.ndim == 1 else _WORST[name](values, axis=1)
 
 
 def by_task(history: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
-    """A measure of each task [N, T]; of groups their mean; None where it was not recorded."""
+    """A measure of each task [N, T]; with groups, their mean; None if it was not recorded."""
     values = history.get(name)
     return values if values is None or values.ndim == 2 else values.mean(axis=1)
 
@@ -89,7 +89,7 @@ def html(run: Run, title: str = "Training run") -> str:
     """The page.
 
     Args:
-        run: what was recorded, with one record at least.
+        run: the run, with at least one record.
         title: its heading.
 
     Raises:
@@ -156,7 +156,7 @@ def _system(history: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _tasks(run: Run) -> list[str]:
-    """Panels with a line a task."""
+    """Panels with one line per task."""
     history, panels = run.history, []
     for name, heading, note in (
         ("alpha", "Task weights α", "The step is Σ α_t times gradient t."),
@@ -186,7 +186,7 @@ def _panel(heading: str, note: str, steps: np.ndarray, lines: Mapping[str, np.nd
 
 
 def _chart(steps: np.ndarray, lines: Sequence[np.ndarray], log: bool, heading: str) -> str:
-    """Lines over the steps; what is not finite, and on a logarithmic axis not positive, is a gap."""
+    """Lines over the steps; values that are not finite, or not positive on a logarithmic axis, are gaps."""
     shown = [np.where(np.isfinite(y) & ((y > 0) | (not log)), y, np.nan).astype(np.float64) for y in lines]
     shown = [np.log10(y) if log else y for y in shown]
     finite = np.concatenate([y[np.isfinite(y)] for y in shown] or [np.zeros(0)])
@@ -222,7 +222,7 @@ def _chart(steps: np.ndarray, lines: Sequence[np.ndarray], log: bool, heading: s
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `_POINTS` points, with every peak: of each stretch the least and the largest."""
+    """At most about `_POINTS` points that keep every peak: the smallest and largest of each stretch."""
     if len(x) <= _POINTS:
         return x, y
     kept: list[int] = []
@@ -261,7 +261,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _squares(cosines: np.ndarray, names: Sequence[str] | None) -> str:
-    """The mean cosine of each two tasks, as coloured squares."""
+    """The mean cosine of each pair of tasks, as coloured squares."""
     heading = "<h2>Mean cosine of each two tasks</h2><p>Over the run; red where they conflict.</p>"
     C = cosines if cosines.ndim == 2 else cosines.mean(axis=0)
     if len(C) > _SQUARES:
