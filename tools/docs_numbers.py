@@ -14,8 +14,7 @@ and a span is one number in a sentence: <!-- n: CASE / MEASURE / FORMAT / PICK -
 benchmarks/check.py, as it prints them, or a pattern of several; MEASURE one of its measures ("speed-up", "x 2 reads",
 ...), or "fast" or "base" with a unit ("fast ms"): the time of fastmtl, or of what it is compared with; FORMAT a Python
 format (default .2f); PICK "min" or "max" where there are several. More kinds are
-<!-- n: steps / ROW / COLUMN / FORMAT -->, from the table of training steps, <!-- n: model / launch µs -->, from the
-CUDA model, <!-- n: cuda / CASE / FORMAT -->, plain PyTorch's time over fastmtl's in its table of what was measured, or
+<!-- n: model / launch µs -->, from the CUDA model, <!-- n: cuda / CASE / FORMAT -->, plain PyTorch's time over fastmtl's in its table of what was measured, or
 <!-- n: cuda / card -->, <!-- n: demo / METHOD / FIELD / FORMAT -->, the mean over the seeds of what `make demo` prints
 (examples/digits.py --json), where METHOD / FIELD may also be "shorter", <!-- n: methods -->, how many there are, and
 <!-- n: experiment / NAME / METHOD / FORMAT -->, Δm of a method in a table of experiments/results, in percent (of rl
@@ -121,16 +120,6 @@ class Results:
         """The newest run of examples/digits.py, on any machine; empty where there is none."""
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.parent.glob("*/demo.json")]
         return max(runs, key=lambda run: run["about"]["date"], default={})
-
-    @cached_property
-    def steps(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The table of training steps: row -> column -> what `benchmarks/test_step.py` left in `extra_info`."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for benchmark in self.read("step-table.json").get("benchmarks", []):
-            if benchmark["fullname"].startswith("benchmarks/test_step.py"):
-                params = benchmark["params"]
-                found.setdefault(params["way"], {})[params["problem"]] = benchmark["extra_info"]
-        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,26 +242,6 @@ def losses(results: Results) -> str:
         if ratio < 1:
             rows.append([f"scaling: {of_point(record['point'])}", "speed-up", f"{ratio:.2f}", ""])
     return table(["case", "measure", "reached", "target"], rows) if rows else "Nowhere, in this run.\n"
-
-
-def steps(results: Results) -> str:
-    """Training steps: ratios to the plain step, and milliseconds."""
-    if not results.steps:
-        where = f"benchmarks/results/{results.folder.name}/step-table.json"
-        return absent(f"pytest benchmarks/test_step.py --benchmark-only --benchmark-json={where}")
-    content = results.read("step-table.json")
-    columns = list(dict.fromkeys(column for row in results.steps.values() for column in row))
-
-    def cell(extra: Mapping[str, Any] | None) -> str:
-        if extra is None:
-            return ""
-        steady = 2 * extra["kept"] >= extra["rounds"]
-        return f"{extra['ratio']:.2f} ({number(1e3 * extra['seconds']['way'])}){'' if steady else ' ?'}"
-
-    rows = [[way, *(cell(row.get(column)) for column in columns)] for way, row in results.steps.items()]
-    version = content["machine_info"]["fastmtl"]["torch"]
-    said = f"commit {content['commit_info']['id'][:7]}, torch {version}, {content['datetime'][:10]}"
-    return table(["× the step of the summed losses", *columns], rows) + f"\nMeasured at {said}.\n"
 
 
 def float32_blocks(results: Results) -> str:
@@ -493,7 +462,7 @@ def beside_peers(results: Results) -> str:
         ["mixed precision with a loss scaler", "yes", "by hand", "–"],
         ["a step of UB (`fan_out`)", f"{min(bound):.2f} to {max(bound):.2f} ×", "–", "not measured"],
         [
-            f"a step of the exact method (`engine=\"gramian\"`), {' / '.join(SHOWN)}",
+            f'a step of the exact method (`engine="gramian"`), {" / ".join(SHOWN)}',
             step("full", "gramian"),
             step("TorchJD mtl_backward", "TorchJD autogram"),
             "not measured",
@@ -591,7 +560,6 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
         "per example", "per example autogram *", "per example upgrad *", head="TorchJD's step / this one"
     ),
     "float32 blocks": float32_blocks,
-    "steps": steps,
     "engines": engines,
     "paths": paths,
     "amortised": everywhere(
@@ -684,23 +652,14 @@ def span(name: str, results: Results) -> str:
             return format((demo_mean if kind == "demo" else experiment_mean)(results, *rest[:-1]), rest[-1])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"n: {name}: not in the results of the demo or experiment") from None
-    if kind == "steps":
-        if len(rest) not in (2, 3):
-            raise ValueError(f"n: {name}: expected 'steps / ROW / COLUMN / FORMAT'")
-        row, column, *form = rest
-        try:
-            values = [results.steps[row][column]["ratio"]]
-        except KeyError:
-            raise ValueError(f"n: {name}: not in step-table.json of {results.folder.name}") from None
-    else:
-        if not 1 <= len(rest) <= 3 or (len(rest) == 3 and rest[2] not in ("min", "max")):
-            raise ValueError(f"n: {name}: expected 'CASE / MEASURE / FORMAT / min or max'")
-        measure, *form = rest
-        values = results.values(kind, measure)
-        if len(form) == 2:
-            pick = {"min": min, "max": max}[form.pop()]
-        elif len(values) > 1:
-            raise ValueError(f"n: {name}: expected one value, got {len(values)}; add a format and min or max")
+    if not 1 <= len(rest) <= 3 or (len(rest) == 3 and rest[2] not in ("min", "max")):
+        raise ValueError(f"n: {name}: expected 'CASE / MEASURE / FORMAT / min or max'")
+    measure, *form = rest
+    values = results.values(kind, measure)
+    if len(form) == 2:
+        pick = {"min": min, "max": max}[form.pop()]
+    elif len(values) > 1:
+        raise ValueError(f"n: {name}: expected one value, got {len(values)}; add a format and min or max")
     return format(pick(values), *(form or [".2f"]))
 
 

@@ -128,7 +128,6 @@ def test_spans_of_experiments_are_their_tables(tool):
         ("<!-- n: flat * / speed-up --><!-- /n -->", "expected one value, got 2"),
         ("<!-- n: flat * / speed-up / .2f / mean --><!-- /n -->", "min or max"),
         ("<!-- n: flat 3x1e6 --><!-- /n -->", "expected 'CASE"),
-        ("<!-- n: steps / a / b --><!-- /n -->", "step-table"),
         ("<!-- n: cuda / float32 9x9 / .1f --><!-- /n -->", "expected 'cuda / CASE / FORMAT'"),
         ("<!-- numbers: unknown -->\n<!-- end -->", "expected one of verdicts, flat"),
         ("<!-- numbers: flat -->\n", "expected a beginning and an end"),
@@ -161,19 +160,6 @@ def test_losses_are_what_is_slower_or_missed(tool, results):
     assert tool.SECTIONS["verdicts"](results).startswith(
         "Of 4 targets: 2 reached, 1 missed, 1 measured on a disturbed machine."
     )
-
-
-def test_steps(tool, tmp_path):
-    extra = {"ratio": 1.0649, "seconds": {"way": 0.00187}, "kept": 4, "rounds": 10}
-    name = "benchmarks/test_step.py::test_step[x]"
-    benchmark = {"fullname": name, "params": {"way": "UB: fan_out", "problem": "mlp T=3"}, "extra_info": extra}
-    content = {"benchmarks": [benchmark], "machine_info": {"fastmtl": {"torch": "2.14.1"}}}
-    content |= {"commit_info": {"id": "abcdefghijk"}, "datetime": "2026-01-02T03:04:05"}
-    (tmp_path / "step-table.json").write_text(json.dumps(content))
-    results = tool.Results(tmp_path)
-    assert "| UB: fan_out | 1.06 (1.87) ? |" in tool.SECTIONS["steps"](results)
-    page = tool.fill("<!-- n: steps / UB: fan_out / mlp T=3 / .1f -->?<!-- /n -->", results)
-    assert re.sub("<!--.*?-->", "", page) == "1.1"
 
 
 def point(tasks, pure, **others):
