@@ -16,15 +16,15 @@ benchmarks/check.py, as it prints them, or a pattern of several; MEASURE one of 
 format (default .2f); PICK "min" or "max" where there are several. More kinds are
 
     <!-- n: model / launch µs -->               from the CUDA model
-    <!-- n: cuda / CASE / FORMAT -->            plain PyTorch's time over fastmtl's, in the model's table of what was measured
+    <!-- n: cuda / CASE / FORMAT -->            plain PyTorch's time over fastmtl's, as measured
     <!-- n: cuda / card -->
-    <!-- n: demo / METHOD / FIELD / FORMAT -->  the mean over the seeds of what `make demo` prints (examples/digits.py --json);
+    <!-- n: demo / METHOD / FIELD / FORMAT -->  the mean over the seeds of what `make demo` prints, with --json;
                                                 METHOD / FIELD may also be "shorter"
     <!-- n: methods -->                         how many there are
     <!-- n: experiment / NAME / METHOD / FORMAT -->
 
-The last is Δm of a method in a table of experiments/results, in percent (of rl success in percent, of toy how many of 25
-runs reach the optimum), or with FORMAT "place" its place among all.
+The last is Δm of a method in a table of experiments/results, in percent (of rl success in percent, of toy how many of
+25 runs reach the optimum), or with FORMAT "place" its place among all.
 
 Where a case is in several files of a machine's folder, the newest run of it counts.
 """
