@@ -280,7 +280,7 @@ def test_what_waits_for_many_tasks_is_said():
                 method(cuda(65, 10), losses=list(cuda(65).unbind()))
         if {f"fastmtl::{op}" for op in WAITING} & set(recorder.ops):
             waiting.add(name)
-    told = re.search(r"on the CPU for T > 64, which waits: ([^.;]*)[.;]", DOCS.read_text())
+    told = re.search(r"For T > 64 some methods solve on the CPU, which waits: ([^.;]*)[.;]", DOCS.read_text())
     assert set(re.findall(r"`(\w+)`", told[1])) == waiting
 
 
@@ -384,7 +384,7 @@ def test_what_watches_does_not_wait(watch, T):
 
 @needs_cuda_build
 def test_mixed_devices_are_named():
-    """Two GPUs in one call: what says so before any kernel runs; tests/emulation/test_devices.py has the kernels'."""
+    """Two GPUs in one call: what says so before any kernel runs; tests/emulation/test_fake_devices.py has the kernels'."""
 
     def on(device, *shape, dtype=F32):
         return torch.empty(*shape, dtype=dtype, device=f"cuda:{device}")
