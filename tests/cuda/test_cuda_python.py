@@ -384,7 +384,7 @@ def test_what_watches_does_not_wait(watch, T):
 
 @needs_cuda_build
 def test_mixed_devices_are_named():
-    """Two GPUs in one call: what says so before any kernel runs; tests/emulation/test_fake_devices.py has the kernels'."""
+    """Two GPUs in one call: what says so before any kernel runs; emulation/test_fake_devices.py has the kernels'."""
 
     def on(device, *shape, dtype=F32):
         return torch.empty(*shape, dtype=dtype, device=f"cuda:{device}")
