@@ -188,6 +188,8 @@ def run(
     say: Callable[[str], Any] = print,
 ) -> bool:
     """Runs what is not there yet and fits, and writes after each part; whether all parts passed."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, as its children would be
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     commit = commit or _commit()
     about = {"card": card.name, "torch": torch.__version__, "commit": commit, "rehearsal": rehearse}
     kept = _read(results, say)
@@ -380,8 +382,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if card is None:
         sys.stderr.write("no GPU that torch can use; --rehearse tries the commands without one\n")
         return 1
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, as its children would be
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     where = ROOT / "build" / "rehearsal" if options.rehearse else ROOT / "benchmarks" / "results" / folder_of(card)
     results = (options.results or where / "gpu.json").absolute()
     done = run(card, results, options.budget, commit=options.commit, rehearse=options.rehearse)

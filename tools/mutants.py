@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "CUDA combine: a last column is not written",
         "csrc/cuda/combine.cuh",
-        "at < piece.end; at += blockDim.x) {\n      double sum = 0.0;",
-        "at + 1 < piece.end; at += blockDim.x) {\n      double sum = 0.0;",
+        "if (at + i * kThreads < end) {",
+        "if (at + i * kThreads + 1 < end) {",
         "emulation/test_kernels.py",
     ),
     Mutant(
