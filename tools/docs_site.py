@@ -109,10 +109,11 @@ def method_pictures() -> dict[str, str]:
     }
 
 
-def good_for() -> dict[str, str]:
-    """What each method is good for: the table of docs/choosing.md."""
+def good_for() -> dict[str, tuple[str, str]]:
+    """The class of each method, and what it is good for: the table of docs/choosing.md."""
     text = (DOCS / "choosing.md").read_text(encoding="utf-8").partition("## What each is good for")[2]
-    return dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", text, re.MULTILINE))
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `([\w.]+)` \| (.*) \|$", text, re.MULTILINE)
+    return {name: (kind, words) for name, kind, words in rows}
 
 
 def measured() -> dict[str, list[str]]:
@@ -139,7 +140,7 @@ def method_pages() -> dict[str, str]:
     for name, kind in kinds().items():
         entry = entries[name]
         where = f"fastmtl.{entry.name}"
-        said = [f"# {kind.__name__}", good[name]]
+        said = [f"# {kind.__name__}", good[name][1]]
         if entry.paper:
             said.append(f"*{entry.paper}.* `fastmtl.catalog.make({name!r}, tasks=T)` makes it by name.")
         about = {

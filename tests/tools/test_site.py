@@ -101,7 +101,9 @@ def test_names_of_an_extra_that_is_not_installed(monkeypatch):
 
 def test_every_method_has_a_page_and_a_word_on_when():
     pages = docs_site.method_pages()
-    assert docs_site.good_for().keys() == set(catalog.names())
+    assert {name: kind for name, (kind, _) in docs_site.good_for().items()} == {
+        e.make: e.name for e in catalog.entries()
+    }
     assert pages.keys() == {f"methods/{name}.md" for name in catalog.names()}
     aligned = pages["methods/aligned.md"]
     for expected in ("::: fastmtl.AlignedMTL\n", "(aligned.svg)", "Senushkin et al., CVPR 2023"):
