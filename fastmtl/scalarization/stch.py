@@ -79,7 +79,7 @@ class STCH(Scalarization):
         if warmup is None:
             return
         if weights is not None or reference is not None:
-            raise ValueError("warmup: expected None together with weights or reference, which it has no place for")
+            raise ValueError(f"warmup: expected None where weights or reference is given, got {warmup}")
         if self.tasks is None:
             raise ValueError("tasks: expected the number of tasks T, which warmup needs, got None")
         self.register_buffer("total", torch.zeros(self.tasks, dtype=torch.float64))

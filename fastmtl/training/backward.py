@@ -75,7 +75,7 @@ def _tasks(
 
 
 def _warn_of_arithmetic(losses: Tensor) -> None:
-    """Warns of losses that were stacked and then computed with: every entry reaches all that was stacked."""
+    """Warns of losses on which something was computed after they were stacked: every entry reaches all of them."""
     nodes, seen = [losses.grad_fn], 0
     while nodes and seen < _NEAR:
         node, seen = nodes.pop(0), seen + 1
@@ -85,8 +85,9 @@ def _warn_of_arithmetic(losses: Tensor) -> None:
                 once.warn(
                     "losses computed with",
                     once.caller(),
-                    "losses: autograd cannot tell these losses apart, since they were stacked and then computed with: "
-                    "each reaches every head, and all parameters count as shared. Name the shared ones, or pass a list",
+                    "losses: autograd cannot tell these losses apart, because an operation followed their stacking: "
+                    "each seems to reach every head, so all parameters count as shared. Name the shared ones, or pass "
+                    "a list",
                 )
             return
         nodes += following

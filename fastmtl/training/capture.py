@@ -114,8 +114,9 @@ class Capture:
             once.warn(
                 "derivative of all tasks",
                 self.watch.site,
-                "fan_out: torch.autograd.grad of losses of all tasks, with respect to no nn.Parameter, returns the "
-                "derivative, without aggregation. For an aggregated gradient, start at hs.total(losses)",
+                "fan_out: torch.autograd.grad was asked for gradients of all tasks with respect to tensors that are "
+                "not parameters, and returns the plain derivative, without aggregation. For an aggregated gradient, "
+                "start at hs.total(losses)",
             )
         return parameters
 
@@ -125,9 +126,9 @@ class Capture:
             once.warn(
                 "derivative of the total",
                 self.watch.site,
-                "fan_out: torch.autograd.grad of total(losses) with respect to no nn.Parameter returns what a training "
-                "step would send there, from the aggregated gradient, which is not the derivative. For the derivative, "
-                "start at the losses",
+                "fan_out: torch.autograd.grad of total(losses) was asked for tensors that are not parameters. It "
+                "returns what a training step would send there, from the aggregated gradient, which is not the "
+                "derivative. For the derivative, start at the losses",
             )
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:

@@ -500,7 +500,7 @@ def test_bad_grad_scale(S, error):
         (lambda: STCH(warmup=4), ValueError, "tasks: expected the number of tasks"),
         (lambda: STCH(warmup=-1, tasks=2), ValueError, "warmup: expected an integer >= 0 or None, got -1"),
         (lambda: STCH(warmup=1.0, tasks=2), TypeError, "warmup: expected an integer >= 0 or None, got float"),
-        (lambda: STCH(warmup=1, tasks=2, weights=[1.0, 1.0]), ValueError, "warmup: expected None together"),
+        (lambda: STCH(warmup=1, tasks=2, weights=[1.0, 1.0]), ValueError, "warmup: expected None where weights"),
         (lambda: FAMO(2, lr=-1.0), ValueError, "lr: expected a finite number >= 0"),
         (lambda: FAMO(2, weight_decay=None), TypeError, "weight_decay: expected a number"),
         (lambda: FAMO(2, min_losses=[0.0]), ValueError, r"min_losses: expected shape \[2\], got shape \[1\]"),

@@ -71,7 +71,7 @@ def test_all_tasks_with_respect_to_the_inputs(way, via):
     (expected,) = torch.autograd.grad(sum(network.plain()).sum(), network.x)
     _, outputs = way(network, via)
     with pytest.warns(
-        UserWarning, match=r"fan_out: torch.autograd.grad .* returns the derivative, without aggregation"
+        UserWarning, match=r"fan_out: torch.autograd.grad .* returns the plain derivative, without aggregation"
     ):
         (got,) = torch.autograd.grad(sum(outputs).sum(), network.x)
     assert relative(got, expected) <= 1e-14

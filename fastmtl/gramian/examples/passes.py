@@ -157,8 +157,8 @@ def _pass(
 def _dense(g: Tensor) -> Tensor:
     if g.is_nested:
         raise NotImplementedError(
-            "batch_dim: expected no nested tensor where a parameter is used, got one; padded tensors and packed "
-            "sequences have rows"
+            "batch_dim: expected no nested tensor where a parameter is used, got one; use padded tensors or packed "
+            "sequences"
         )
     return g if g.layout is torch.strided else g.to_dense()
 
