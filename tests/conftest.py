@@ -38,6 +38,11 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def order() -> None:
+    """Of the threads of a kernel, where there is one to choose: emulation/conftest.py."""
+
+
+@pytest.fixture
 def no_collector() -> Iterator[None]:
     """Within a test, what only the garbage collector would free stays."""
     gc.collect()

@@ -434,10 +434,6 @@ class Parity:
         """Backends that take it, and an eigenproblem of this size."""
         return (backend for backend in cls.backends if backend.takes(T, P) and backend.takes_spectra(T))
 
-    @pytest.fixture
-    def order(self):
-        """Of the threads, where there is one to choose."""
-
     # -------------------------------------------------------------------------------------------- flat [T, P]
 
     @dtypes

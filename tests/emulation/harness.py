@@ -19,6 +19,7 @@ from torch import Tensor
 
 # Shared memory that a block can have: compute capability 7.5, where the eigenvectors of many tasks do not fit, and 9.0.
 SMALL_SHARED, LARGE_SHARED = 65536, 232448
+ORDERS = ("sequential", "reversed", "shuffled")  # of threads
 KERNELS = Path(__file__).with_name("kernels.cpp")
 
 

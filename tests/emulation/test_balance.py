@@ -8,24 +8,20 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import LARGE_SHARED, SMALL_SHARED, Device
+from harness import LARGE_SHARED, ORDERS, SMALL_SHARED, Device
 from helpers import EPS32, EPS64, F32, F64, conditioned, generator, randn
 from parity import SCALES, graded, with_spectrum
 from test_spectral import HARD, real
 
 pytestmark = pytest.mark.cover(1)  # an emulated kernel takes its time
 
-ORDERS = ("sequential", "reversed", "shuffled")
 TASKS = (3, 4, 7, 8, 9, 10, 16, 17, 32, 33, 62, 63, 64)
 SMALLEST = 1e-8  # λ_min / λ_max, below which Jacobi solves
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _first_order():
     yield
-    torch.set_num_threads(threads)
     harness.module().set_order("sequential", 0)
 
 

@@ -60,7 +60,7 @@ DEFECTS = {
         "gram.cuh", "k < Shape::kTiles * 4; k +=", "k < Shape::kTiles * 4 - 1; k +=", "AssertionError"
     ),
     "read beyond the end of a row": Defect(
-        "vector.cuh", "if (at + i < end) {", "if (at + i <= end) {", "heap-buffer-overflow", "address"
+        "vector.cuh", "row ? end - at : 0", "row ? end - at + 1 : 0", "heap-buffer-overflow", "address"
     ),
     "too little shared memory": Defect(
         "launch.cuh",
@@ -72,15 +72,21 @@ DEFECTS = {
 }
 
 
+def source_of(defect: Defect, root: Path = ROOT) -> tuple[Path, str]:
+    """The file that a defect is put into, and what it says now."""
+    path = root / "csrc" / "cuda" / defect.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(defect.pattern) == 1, f"{defect.file} has not one place like {defect.pattern!r}"
+    return path, text
+
+
 def patched(defect: Defect, tree: Path) -> None:
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     (tree / "tests" / "emulation").mkdir(parents=True)
     for source in Path(__file__).parent.iterdir():
         if source.is_file():
             shutil.copy(source, tree / "tests" / "emulation")
-    path = tree / "csrc" / "cuda" / defect.file
-    text = path.read_text()
-    assert text.count(defect.pattern) == 1, f"{defect.file} has not one place like {defect.pattern!r}"
+    path, text = source_of(defect, tree)
     path.write_text(text.replace(defect.pattern, defect.replacement))
 
 
@@ -101,13 +107,19 @@ def look_for(defect: Defect, tree: Path) -> CompletedProcess[str]:
 def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Future]]:
     """All that were asked for, compiled and run side by side."""
     harness.require_tools()
-    items = (item for item in request.session.items if item.path == request.path)
+    items = (item for item in request.session.items if item.path == request.path and any(item.iter_markers("slow")))
     names = [item.callspec.params["name"] for item in items if not any(item.iter_markers("skip"))]
     pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1))
     folder = tmp_path_factory.mktemp("defects")
     futures = {name: pool.submit(look_for, DEFECTS[name], folder / f"tree{i}") for i, name in enumerate(names)}
     yield futures
     pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_has_its_place(name: str) -> None:
+    """Those that are not tried, too."""
+    source_of(DEFECTS[name])
 
 
 @pytest.mark.slow  # each takes a compilation

@@ -4,7 +4,7 @@ import harness
 import pytest
 import torch
 from adversaries import PATTERNS
-from harness import LARGE_SHARED, SMALL_SHARED, Device
+from harness import LARGE_SHARED, ORDERS, SMALL_SHARED, Device
 from helpers import (
     BF16,
     DTYPES,
@@ -24,7 +24,6 @@ from parity import SCALES, SPECTRA, SPECTRAL_TASKS, Parity, check_align, check_r
 
 pytestmark = pytest.mark.cover(1)  # an emulated kernel takes its time
 
-ORDERS = ("sequential", "reversed", "shuffled")
 DEVICES = [Device(slow, limit) for slow in (False, True) for limit in (SMALL_SHARED, LARGE_SHARED)]
 FAST, SLOW = Device(False), Device(True)
 
@@ -42,27 +41,10 @@ def sizes(T):
     return (1 + 37 * T % 101, 8 * T + 700 % (T + 1), large) if T > 1 else (5, 517, 40_003)
 
 
-@pytest.fixture(params=ORDERS)
-def order(request):
-    harness.module().set_order(request.param, 11)
-    yield request.param
-    harness.module().set_order("sequential", 0)
-
-
 class TestEmulated(Parity):
     """Every case in one of the orders of threads, or with `--slow` in all of them."""
 
     backends = (FAST, Device(True, SMALL_SHARED))
-    order = staticmethod(order)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small gain nothing from several threads, which wait for each other where a machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(T):

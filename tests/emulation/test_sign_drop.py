@@ -1,6 +1,5 @@
 """The CUDA kernel of GradDrop on the host against the reference: the same choice in every coordinate."""
 
-import harness
 import pytest
 import torch
 from harness import Device
@@ -8,17 +7,9 @@ from helpers import BF16, DTYPES, F16, F32, F64, dtype_id, randn, rounded
 
 from fastmtl.ops import reference
 
-ORDERS = ("sequential", "reversed", "shuffled")
 DEVICE = Device()
 COLUMNS = [1, 12, 0, 17, 64, 4097, 0, 330, 2]
 SEED = torch.tensor(-(2**40) + 12345)
-
-
-@pytest.fixture(params=ORDERS)
-def order(request):
-    harness.module().set_order(request.param, 11)
-    yield request.param
-    harness.module().set_order("sequential", 0)
 
 
 def leaks(T):

@@ -6,13 +6,12 @@ import build
 import harness
 import pytest
 import torch
-from harness import LARGE_SHARED, SMALL_SHARED
+from harness import LARGE_SHARED, ORDERS, SMALL_SHARED
 from helpers import F64, check_guard, conditioned, generator, guarded, randn
 
 from fastmtl import ops
 
 SOURCE = harness.KERNELS.with_name("weights.cpp")
-ORDERS = ("sequential", "reversed", "shuffled")
 TASKS = (1, 2, 3, 5, 8, 17, 33, 64)
 NOT_SHARED = 0  # no memory: scratch comes from the allocator
 SEED = torch.tensor(123456789 << 20)
