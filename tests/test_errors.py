@@ -562,6 +562,21 @@ OPTIONS = {
         ValueError,
         ("scale_heads", "False with groups", "True"),
     ),
+    "batched as a number": (
+        lambda trunk, heads, h, table: {"features": h, "batched": 3},
+        TypeError,
+        ("batched", "True or False", "int"),
+    ),
+    "retain_graph as a word": (
+        lambda trunk, heads, h, table: {"shared": trunk, "retain_graph": "no"},
+        TypeError,
+        ("retain_graph", "True or False", "str"),
+    ),
+    "check as None": (
+        lambda trunk, heads, h, table: {"shared": trunk, "check": None},
+        TypeError,
+        ("check", "True or False", "None"),
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from fastmtl.options import flag
 from fastmtl.training.paths import (
     amortised,
     averaged,
@@ -41,6 +42,11 @@ PATHS: tuple[Path, ...] = (amortised, per_example, upper_bound, gramian, sharded
 
 
 def check(options: Options) -> None:
-    """Raises ValueError where options exclude each other or the method, before anything else is looked at."""
+    """Raises ValueError where options exclude each other or the method, before anything else is looked at.
+
+    And TypeError where one that is True or False is neither.
+    """
+    for name in ("batched", "scale_heads", "retain_graph", "check"):
+        flag(getattr(options, name), name)
     for module in (per_example, upper_bound, groups, features, averaged, gramian, amortised):
         module.check(options)
