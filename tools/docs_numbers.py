@@ -58,8 +58,9 @@ from fastmtl import catalog  # noqa: E402
 
 __all__ = ["PAGES", "SECTIONS", "Results", "fill", "main"]
 
+_NAMES = ("numerics", "performance", "per-example", "training", "what-to-expect")
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "per-example", "training", "what-to-expect")),
+    *(ROOT / "docs" / f"{name}.md" for name in _NAMES),
     ROOT / "README.md",
     ROOT / "experiments" / "README.md",
 )
