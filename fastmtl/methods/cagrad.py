@@ -28,7 +28,7 @@ class CAGrad(GramMethod):
     `info` has `alpha`, `gram` and `residual` (the relative duality gap).
 
     Args:
-        c: radius of the ball, relative to ‖g0‖ (the authors: 0.5 for scene understanding, 0.4 in their toy problem).
+        c: radius of the ball, relative to ‖g0‖ (the authors' code: 0.4 on NYUv2 and Cityscapes, 0.5 for the toy).
         rescale: 1 divides the result by 1 + c², as the authors' training code does; 0 does not.
 
     Raises:
