@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,44 @@ def test_grad_scale_makes_every_method_homogeneous(name, S):
     torch.manual_seed(0)
     (again,) = rows([[g * S] for g in G], grad_scale=S, **{key: value * S for key, value in losses.items()})
     assert torch.equal(again / S, plain)
+
+
+def scaled_steps(name, factors, told):
+    """What three steps with these factors of a loss scaler bring, unscaled: gradients, or derivatives by the losses."""
+    method, results = catalog.make(name, tasks=T), []
+    for seed, S in enumerate(factors):
+        G, losses = S * randn(T, 30, dtype=F64, seed=seed), S * randn(T, dtype=F64, seed=seed).exp()
+        options = {"grad_scale": S} if told else {}
+        torch.manual_seed(seed)
+        if method.on_losses:
+            losses.requires_grad_()
+            results += torch.autograd.grad(method(losses, **options), losses)
+        else:
+            results.append(method(G, **options, **({"losses": losses} if method.needs_losses else {})) / S)
+    return torch.cat(results)
+
+
+def test_the_page_names_the_methods_that_need_the_factor_of_a_loss_scaler():
+    needed, entries = set(), list(catalog.entries())
+    for entry in entries:
+        if entry.needs.startswith("losses") and entry.state:
+            continue  # "all that keep state": tests/scalarization has them
+        plain, told, untold = (
+            scaled_steps(entry.make, factors, told)
+            for factors, told in (
+                ((1.0, 1.0, 1.0), False),
+                ((2.0**8, 2.0**10, 2.0**3), True),
+                ((2.0**8, 2.0**10, 2.0**3), False),
+            )
+        )
+        assert torch.allclose(told, plain, rtol=1e-12, atol=1e-15), entry.make
+        if not torch.allclose(untold, plain, rtol=1e-9, atol=0):
+            needed.add(entry.name.rpartition(".")[2])
+    _, _, section = PAGE.read_text(encoding="utf-8").partition("## Loss scalers")
+    _, _, named = section.partition("```")[0].partition("`grad_scale=`")
+    keepers = {entry.name for entry in entries if entry.memory}
+    assert "methods that keep gradients" in named
+    assert needed == (set(re.findall(r"`(\w+)`", named)) | keepers) - {"CRMOGM"}  # which depends on what it is around
 
 
 @pytest.mark.parametrize("name", ["NashMTL", "NashMTL plain", "FairGrad", "MGDA loss", "GradVac"])
