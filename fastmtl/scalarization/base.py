@@ -141,6 +141,10 @@ class Scalarization(MethodModule):
         process_group: Any = None,
         grad_scale: Tensor | float | None = None,
         engine: Literal["full", "gramian", "auto"] = "full",
+        every: int | Literal["auto"] = 1,
+        batch_dim: int | None = None,
+        per: Literal["all", "example", "task"] = "all",
+        check: bool = True,
     ) -> Info:
         """The single backward pass of `self(losses)`, with the signature of other methods' `backward`.
 
@@ -161,6 +165,10 @@ class Scalarization(MethodModule):
                 DistributedDataParallel.
             grad_scale: as in `forward`.
             engine: "full" or "auto".
+            every: has to be 1: the weights cost no pass that could be saved.
+            batch_dim: has to be None, as `per` "all" and `check` True: one weight a task, not one an example.
+            per: see `batch_dim`.
+            check: see `batch_dim`.
 
         Returns:
             An info with `alpha`, the task weights.
@@ -174,6 +182,10 @@ class Scalarization(MethodModule):
             "groups": groups is not None,
             "process_group": process_group is not None and process_group is not False,
             "engine": engine not in ("full", "auto"),
+            "every": every != 1,
+            "batch_dim": batch_dim is not None,
+            "per": per != "all",
+            "check": check is not True,
         }
         for name, given in refused.items():
             if given:

@@ -693,9 +693,16 @@ def test_one_loop_trains_all(name):
 
 @pytest.mark.parametrize("name", [entry.make for entry in catalog.entries() if entry.name.startswith("scalar")])
 @pytest.mark.parametrize(
-    "option", [{"batched": True}, {"groups": []}, {"process_group": True}, {"engine": "gramian"}], ids=str
+    "option",
+    [
+        *({"batched": True}, {"groups": []}, {"process_group": True}, {"engine": "gramian"}),
+        *({"every": 2}, {"batch_dim": 0}, {"per": "task"}, {"check": False}),
+    ],
+    ids=str,
 )
 def test_what_one_backward_cannot_do_is_refused(name, option):
+    takes = inspect.signature(scalarization.Scalarization.backward).parameters
+    assert takes.keys() == inspect.signature(fastmtl.Method.backward).parameters.keys()
     p = torch.ones(T, requires_grad=True)
     with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected none for .*, which makes one backward pass"):
         catalog.make(name, tasks=T).backward([p[t] * 2 for t in range(T)], **option)
