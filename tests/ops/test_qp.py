@@ -339,6 +339,19 @@ def test_cagrad_is_the_best_direction_in_its_ball(family, c):
     assert (M @ alpha).min().item() == pytest.approx(float(slope.value), abs=1e-8)
 
 
+def test_cagrad_where_zero_lies_inside_the_hull():
+    """No point of the ball harms no task; the best one is on its border, and g_w is not zero."""
+    G = randn(5, 8, dtype=F64)
+    G[4] = -torch.tensor([0.5, 1.0, 2.0, 0.3], dtype=F64) @ G[:4]
+    alpha, residual = ops.cagrad(G @ G.T, 0.5)
+    g0, d = G.mean(0), alpha @ G
+    assert residual <= CERTIFIED
+    assert (d - g0).norm().item() == pytest.approx(0.5 * g0.norm().item(), rel=1e-9)
+    assert (G @ d).min() < -1e-3 * d.norm()
+    aside = g0 + 0.5 * g0.norm() * torch.nn.functional.normalize(d - g0 + 0.05 * randn(200, 8, dtype=F64), dim=1)
+    assert (aside @ G.T).amin(1).max() <= (G @ d).min() + 1e-12
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("T", [2, 5, 20])
 def test_torchjd(T, seed):
