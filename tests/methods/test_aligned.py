@@ -91,6 +91,20 @@ def test_accuracy_contract_over_many_columns(kappa, T, P):
     assert relative(got, svd_align(G, rtol=T * EPS32)) <= contract(T, kappa)
 
 
+@pytest.mark.parametrize(("T", "kappa"), [(2, 1e6), (3, 1e5), (12, 1e5)])
+def test_accuracy_contract_of_uneven_rows_against_sixty_digits(T, kappa):
+    """Norms over 1e6 and κ above 1e4 at once, which the float64 decomposition used elsewhere cannot measure."""
+    mp = pytest.importorskip("mpmath", reason="mpmath is not installed")
+    G = conditioned(T, 40, kappa, 1e6, seed=1)
+    with mp.workdps(60):
+        exact = mp.matrix(G.double().tolist())
+        lam, V = mp.eigsy(exact * exact.T)
+        scaled = mp.diag([mp.sqrt(min(lam) / x) for x in lam])
+        alpha = V * (scaled * (V.T * (mp.ones(T, 1) / T)))
+        expected = torch.tensor([float(x) for x in alpha.T * exact], dtype=F64)
+    assert relative(fastmtl.AlignedMTL(rtol=1e-8)(G), expected) <= contract(T, kappa)
+
+
 @pytest.mark.parametrize(
     ("dtype", "ratio"), [(F32, 1e5), (F32, 1e3), (F64, 1e8), (BF16, 150.0), (F16, 150.0)], ids=dtype_id
 )
