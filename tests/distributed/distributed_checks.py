@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -490,7 +491,9 @@ def check_upper_bound_in_one_call() -> None:
     x, y = batch()
     h = encoder(part(x))
     losses = losses_of([head(h) for head in model.heads], part(y))
-    info = fastmtl.AlignedMTL().backward(losses, representation=h, process_group=dist.group.WORLD)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        info = fastmtl.AlignedMTL().backward(losses, representation=h, process_group=dist.group.WORLD)
+    assert [call.args[0].shape for call in reduced.call_args_list] == [(TASKS, TASKS)]  # all that processes exchange
     trunk, M = encoder_truth(alone, x, y)
     assert relative(grads(model.trunk), trunk) <= 1e-9
     assert relative(info.gram, M) <= 1e-12
