@@ -572,11 +572,6 @@ OPTIONS = {
         TypeError,
         ("retain_graph", "True or False", "str"),
     ),
-    "check as None": (
-        lambda trunk, heads, h, table: {"shared": trunk, "check": None},
-        TypeError,
-        ("check", "True or False", "None"),
-    ),
 }
 
 
