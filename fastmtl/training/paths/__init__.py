@@ -45,5 +45,5 @@ def check(options: Options) -> None:
     """Raises ValueError where options exclude each other or the method, before anything else is looked at."""
     for module in (per_example, upper_bound, groups, features, averaged, gramian, amortised):
         module.check(options)
-    for name in ("batched", "scale_heads", "retain_graph", "check"):  # and TypeError where one is neither True nor False
+    for name in ("batched", "scale_heads", "retain_graph", "check"):  # TypeError where one is neither True nor False
         flag(getattr(options, name), name)
