@@ -89,7 +89,8 @@ class Trunk(NamedTuple):
 def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
     """The dtype for products of tensors of these dtypes: float32 only if torch does not round it further."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if torch.float64 not in dtypes and exact else torch.float64
+    doubled = not dtypes.isdisjoint((torch.float64, torch.complex128))
+    return torch.float32 if exact and not doubled else torch.float64
 
 
 @contextmanager

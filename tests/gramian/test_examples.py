@@ -463,9 +463,23 @@ ODD = {
     "losses of every other": lambda m: m.a(X2)[::2],
     "losses that a mask takes": lambda m: m.a(X2)[LATE],
     "losses that a mask makes zero": lambda m: m.a(X2) * LATE[:, None],
+    "spectra, filtered": lambda m: torch.fft.irfft(torch.fft.rfft(m.a(X2)) * torch.polar(m.w[0, :4].abs(), m.w[1, :4])),
+    "spectra, times real numbers": lambda m: (torch.fft.fft(m.a(X2)) * m.scale + 1j * m.scale).abs(),
+    "spectra, mixed": lambda m: (torch.fft.rfft(X2).conj() @ torch.view_as_complex(m.wide.view(-1, 4, 2)[:4])).abs(),
+    "spectra, weighted": lambda m: torch.view_as_real(
+        torch.fft.rfft(X3) / torch.complex(m.wide[:5, :4], m.wide[5:10, :4])
+    ),
     "examples seen twice": lambda m: m.b(m.a(X2.repeat(2, 1)).tanh()).view(2, N, 4).sum(0),
 }
-FORMED = {"slices that overlap": 1, "rows taken by a list": 1, "ids as indices": 1}
+FORMED = {
+    "slices that overlap": 1,
+    "rows taken by a list": 1,
+    "ids as indices": 1,
+    "spectra, filtered": 1,
+    "spectra, times real numbers": 1,
+    "spectra, mixed": 1,
+    "spectra, weighted": 1,
+}
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -48,7 +48,8 @@ class Operation:
     def __init__(self, node: Any, operand: int, outputs: Sequence[int]) -> None:
         self.node, self.operand, self.outputs = node, operand, outputs
         source, output = node.next_functions[operand]
-        self.shape = torch.Size(source._input_metadata[output].shape)
+        like = source._input_metadata[output]
+        self.shape, self._is_complex = torch.Size(like.shape), like.dtype.is_complex
 
     @property
     def edges(self) -> list[Edge]:
@@ -69,9 +70,14 @@ class Operation:
                 g = run(*grads)
                 g = g[self.operand] if isinstance(g, tuple) else g
                 rows.append(None if g is None else g.sum_to_size(self.shape))  # as autograd does
-        like = torch.zeros(self.shape, dtype=arrived.dtype, device=next(iter(found.values())).device)
-        stacked = torch.stack([like if g is None else g.to(like.dtype) for g in rows])
+        dtype = arrived.dtype.to_complex() if self._is_complex else arrived.dtype
+        like = torch.zeros(self.shape, dtype=dtype, device=next(iter(found.values())).device)
+        stacked = torch.stack([like if g is None else self._as_read(g).to(dtype) for g in rows])
         return stacked.view(T, arrived.examples, *self.shape)
+
+    def _as_read(self, g: Tensor) -> Tensor:
+        """The real part, where what is real met something complex: as autograd does, too."""
+        return g.real if g.is_complex() and not self._is_complex else g
 
 
 def _only(c: Tensor, layout: Layout, b: int, B: int) -> Tensor:

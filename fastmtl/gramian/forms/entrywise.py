@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmtl.gramian.forms import convolution, product
 from fastmtl.gramian.saved import Saved, is_plain
 from fastmtl.graph import Edge
+from fastmtl.inputs import DTYPES
 
 __all__ = ["ENTRYWISE", "Broadcast", "Entrywise", "Factor"]
 
@@ -60,9 +61,9 @@ class Entrywise:
 
     @classmethod
     def of(cls, node: Any, operand: int) -> Entrywise | None:
-        """That of an operation's operand, where there is one."""
+        """That of an operation's operand, where there is one: none of what is complex, whose factor is conjugated."""
         known = ENTRYWISE.get((node.name(), operand))
-        if known is None or not known[0].covers(node):
+        if known is None or not known[0].covers(node) or node._input_metadata[0].dtype not in DTYPES:
             return None
         _, spread, factor = known
         source, output = node.next_functions[operand]
