@@ -86,7 +86,8 @@ class Kept(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """The same as tensors, as a `state_dict()` is expected to hold."""
-        numbers = {"present": torch.tensor(self.present), "steps": torch.tensor([self.age, self.period])}
+        present = torch.tensor(self.present, device="cpu")
+        numbers = {"present": present, "steps": torch.tensor([self.age, self.period], device="cpu")}
         return {"alpha": self.alpha, **numbers} | ({} if self.turn is None else {"turn": self.turn})
 
     @classmethod

@@ -103,7 +103,7 @@ class AveragedRows:
             for b, bucket in self._buckets:
                 M.view(-1, T, T)[b] += ops.gram(bucket.rows()).to(self._device)
             # One collective for both: the Gram, and which parameters any rank has a gradient of.
-            reached = torch.tensor(self._reached, dtype=torch.float64)
+            reached = torch.tensor(self._reached, dtype=torch.float64, device="cpu")
             message = torch.cat([M.view(-1), reached.to(self._device, non_blocking=True)])
             all_reduce(message, self._group)
             info = weigh(message[: M.numel()].view(M.shape), self._coarsest, context)

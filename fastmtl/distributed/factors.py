@@ -215,8 +215,9 @@ def _gathered(
     like = next(form for form in forms if form.kind == _FACTORS)
     g, N, dtype = like.groups, max(form.rows for form in forms), _DTYPES[like.dtype]
     # Rows of zeros have no products.
-    A = torch.zeros((N,) if like.indexed else (g, N, like.depth), dtype=torch.int64 if like.indexed else dtype)
-    A, B = A.to(parameter.device), torch.zeros(T, g, N, like.width, dtype=dtype, device=parameter.device)
+    shape, device = (N,) if like.indexed else (g, N, like.depth), parameter.device
+    A = torch.zeros(shape, dtype=torch.int64 if like.indexed else dtype, device=device)
+    B = torch.zeros(T, g, N, like.width, dtype=dtype, device=device)
     if mine is not None:
         A.narrow(A.dim() - 1 if like.indexed else 1, 0, mine[0].shape[0 if like.indexed else 1]).copy_(mine[0])
         B[:, :, : mine[1].shape[2]] = mine[1]

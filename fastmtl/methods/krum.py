@@ -70,7 +70,8 @@ class Krum(GramMethod):
             apart = sorted(max(M[i][i] - 2 * M[i][j] + M[j][j], 0.0) for j in there if j != i)[:neighbours]
             scores[i] = sum(apart if self.squared else map(math.sqrt, apart))
         # Ties are broken as torch breaks them, here as elsewhere.
-        chosen = torch.tensor(scores, dtype=torch.float64).topk(self.selected, largest=False).indices.tolist()
+        of_all = torch.tensor(scores, dtype=torch.float64, device="cpu")
+        chosen = of_all.topk(self.selected, largest=False).indices.tolist()
         return [1 / self.selected if i in there and i in chosen else 0.0 for i in range(len(M))]
 
     def check_tasks(self, T: int) -> None:
@@ -81,7 +82,7 @@ class Krum(GramMethod):
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         T = M.shape[-1]
         if M.ndim == 2 and T <= _FEW and has_numbers(M):
-            return Info.of(torch.tensor(self._weights_of_few(M.tolist()), dtype=torch.float64), M)
+            return Info.of(M.new_tensor(self._weights_of_few(M.tolist()), dtype=torch.float64), M)
         wide = M.to(torch.float64)
         squares = wide.diagonal(dim1=-2, dim2=-1)
         distances = torch.add(squares[..., None], wide, alpha=-2).add_(squares[..., None, :]).clamp_min_(0)

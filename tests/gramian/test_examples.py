@@ -996,6 +996,18 @@ def test_random_numbers_are_the_users():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_another_default_device():
+    layout._draws.cache_clear()
+    lin, x = nn.Linear(4, 3).double(), randn(5, 4, seed=1, dtype=F64)
+    try:
+        with torch.device("meta"):
+            info = fastmtl.UPGrad().backward(lin(x).square().mean(1), batch_dim=0)
+    finally:
+        layout._draws.cache_clear()
+    J = jacobian(lin(x).square().mean(1), list(lin.parameters()))
+    torch.testing.assert_close(info.gram, J @ J.T)
+
+
 @pytest.mark.parametrize("n", [1, 2, 33, 61, 62, 500])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, torch.float16], ids=dtype_id)
 def test_factors_are_powers_of_two_as_different_as_can_be(n, dtype):

@@ -360,3 +360,25 @@ def test_made_under_another_default_device(kind, options, how, device):
         method.reset()
     if options.get("generator") is None:
         assert same(outcome(method), outcome(expected))
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_a_step_under_another_default_device(kind):
+    """What a step makes is where the gradients are, and what it keeps is there or on the CPU."""
+    torch.manual_seed(0)
+    net, heads = torch.nn.Linear(6, 4), torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(4))
+    x = randn(5, 6)
+
+    def steps(method):
+        net.zero_grad()
+        torch.manual_seed(3)
+        for _ in range(2):
+            h = net(x)
+            losses = [head(h).square().mean() for head in heads]
+            method.backward(losses, shared=net, every=2 if method.on_gram else 1)
+        return net.weight.grad, net.bias.grad, *method.state_dict().values()
+
+    expected, method = steps(make(kind)), make(kind)
+    with torch.device("meta"):
+        found = steps(method)
+    assert same(found, expected)

@@ -93,9 +93,9 @@ _CHOICE = random.Random(22)  # not torch's numbers, which a check should not tak
 @functools.lru_cache(maxsize=16)
 def _draws(B: int, dtype: torch.dtype, device: torch.device, half: bool) -> tuple[Tensor, ...]:
     symbols = 2 * (_HALF if half else _RANGE) + 1
-    generator = torch.Generator().manual_seed(_CHOICE.randrange(2**32))
-    places = (torch.randperm(max(B, symbols), generator=generator)[:B] % symbols for _ in range(_DRAWS))
-    ones = torch.ones(B, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(_CHOICE.randrange(2**32))
+    places = (torch.randperm(max(B, symbols), generator=generator, device="cpu")[:B] % symbols for _ in range(_DRAWS))
+    ones = torch.ones(B, dtype=dtype, device="cpu")
     return tuple(torch.ldexp(ones, p - (symbols - 1 if half else _RANGE)).to(device) for p in places)
 
 

@@ -174,7 +174,7 @@ def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
     norms = M.diagonal().sqrt()
     inverse = 1 / norms
     C = (M * inverse[:, None] * inverse).clamp(-1, 1).triu(1)
-    C = C + C.T + torch.eye(M.shape[0], dtype=M.dtype)
+    C = C + C.T + torch.eye(M.shape[0], dtype=M.dtype, device=M.device)
     lacking = -torch.linalg.eigvalsh(C)[0]
     if lacking > 16 * M.shape[0] * EPS:
         C.diagonal().add_(lacking)
@@ -193,7 +193,7 @@ def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """
     T = C.shape[0]
     ridge = 64 * T * EPS
-    A = C + ridge * torch.eye(T, dtype=C.dtype)
+    A = C + ridge * torch.eye(T, dtype=C.dtype, device=C.device)
     x = torch.zeros_like(p)
     slope, least = -p, torch.inf
     for _ in range(8):
