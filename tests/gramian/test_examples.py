@@ -40,7 +40,10 @@ def jacobian(losses, parameters):
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         rows.append(
             torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters, strict=True)]
+                [
+                    (torch.zeros_like(p) if g is None else g.to_dense()).flatten()
+                    for g, p in zip(grads, parameters, strict=True)
+                ]
             )
         )
     return torch.stack(rows).double()
@@ -454,6 +457,8 @@ ODD = {
     "attention with padding": lambda m: m.attention(X3, X3, X3, key_padding_mask=PADDED)[0],
     "ids, some of padding": lambda m: m.b(m.table(IDS).mean(1)),
     "ids as indices": lambda m: m.table.weight[IDS],
+    "ids of a table with sparse gradients": lambda m: m.b(F.embedding(IDS, m.table.weight, sparse=True)),
+    "bags of a table with sparse gradients": lambda m: F.embedding_bag(IDS, m.table.weight, sparse=True),
     "ids as unit vectors": lambda m: F.one_hot(IDS, 9).double() @ m.table.weight,
     "the batch comes last": lambda m: (m.w @ X2.T).T,
     "inputs of another": lambda m: m.a(X2.flip(0)),
@@ -475,6 +480,8 @@ FORMED = {
     "slices that overlap": 1,
     "rows taken by a list": 1,
     "ids as indices": 1,
+    "ids of a table with sparse gradients": 1,
+    "bags of a table with sparse gradients": 1,
     "spectra, filtered": 1,
     "spectra, times real numbers": 1,
     "spectra, mixed": 1,

@@ -69,14 +69,15 @@ class Operation:
                     grads[k] = _only(c[t], arrived.layouts[(self.node, k), 1, c[t].numel()], b, arrived.examples)
                 g = run(*grads)
                 g = g[self.operand] if isinstance(g, tuple) else g
-                rows.append(None if g is None else g.sum_to_size(self.shape))  # as autograd does
+                rows.append(None if g is None else self._as_read(g))
         dtype = arrived.dtype.to_complex() if self._is_complex else arrived.dtype
         like = torch.zeros(self.shape, dtype=dtype, device=next(iter(found.values())).device)
-        stacked = torch.stack([like if g is None else self._as_read(g).to(dtype) for g in rows])
+        stacked = torch.stack([like if g is None else g.to(dtype) for g in rows])
         return stacked.view(T, arrived.examples, *self.shape)
 
     def _as_read(self, g: Tensor) -> Tensor:
-        """The real part, where what is real met something complex: as autograd does, too."""
+        """A gradient in the shape of what is read, and real where that is, as autograd makes it; dense."""
+        g = (g if g.layout is torch.strided else g.to_dense()).sum_to_size(self.shape)
         return g.real if g.is_complex() and not self._is_complex else g
 
 
