@@ -677,6 +677,56 @@ def test_rows_in_any_order():
     agree(lambda: torch.zeros(B, dtype=F64).index_add(0, group, lin(rows).square().mean(1)), lin.parameters())
 
 
+class Packed(nn.Module):
+    """Sequences of any lengths, of which as many rows follow each other as are that long."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x, lengths):
+        packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.layer(packed)[1][0][-1])
+
+
+class Routed(nn.Module):
+    """Two experts, which take those rows that a router sends them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(3, 2), nn.ModuleList(nn.Linear(3, 4) for _ in range(2))
+
+    def forward(self, x, _):
+        shares, out = self.router(x).softmax(-1), x.new_zeros(*x.shape[:2], 4)
+        for k, expert in enumerate(self.experts):
+            mine = shares.argmax(-1) == k
+            out[mine] = (expert(x[mine]) * shares[..., k][mine][:, None]).to(x.dtype)
+        return out.mean(1)
+
+
+@pytest.mark.parametrize("examples", [61, 62, 200])
+@pytest.mark.parametrize("make", [Packed, Routed])
+def test_rows_in_any_order_of_more_examples_than_there_are_factors(make, examples):
+    torch.manual_seed(0)
+    net, x = make().double(), randn(examples, 5, 3, seed=1, dtype=F64)
+    lengths = torch.randint(1, 6, (examples,))
+    agree(lambda: net(x, lengths).square().mean(1), net.parameters())
+    for mixed in (lambda h: h - h.mean(0), lambda h: h + 1e-5 * h.roll(1, 0)):
+        with pytest.raises(ValueError, match="expected loss b to depend on example b alone"):
+            agree(lambda mixed=mixed: mixed(net(x, lengths)).square().mean(1), net.parameters())
+
+
+def test_rows_in_any_order_of_half_precision():
+    torch.manual_seed(0)
+    net, x, lengths = Routed(), randn(40, 5, 3, seed=1), torch.full((40,), 5)
+    with torch.autocast("cpu", torch.float16):
+        losses = net(x, lengths).float().square().mean(1)
+    J = jacobian(losses, list(net.parameters()))
+    info = weighted().backward(losses, batch_dim=0)
+    norms = J.norm(dim=1)
+    assert ((info.gram - J @ J.T).abs() / norms / norms[:, None]).max() < 2e-3
+
+
 ARGUMENTS = [
     ({"batch_dim": 1}, ValueError, "batch_dim: expected a dimension of losses"),
     ({"batch_dim": True}, ValueError, "batch_dim: expected a dimension of losses"),
@@ -1018,9 +1068,11 @@ def test_another_default_device():
 @pytest.mark.parametrize("n", [1, 2, 33, 61, 62, 500])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, torch.float16], ids=dtype_id)
 def test_factors_are_powers_of_two_as_different_as_can_be(n, dtype):
-    w = layout.draw(n, dtype, torch.device("cpu")).double()
-    assert (w.log2() == w.log2().round()).all()
-    symbols = 9 if dtype is torch.float16 else 61
+    ws = layout.draw(n, dtype, torch.device("cpu")).double()
+    assert (ws.log2() == ws.log2().round()).all()
+    assert ws.unique(dim=1).shape[1] == n
+    w, symbols = ws[0], 9 if dtype is torch.float16 else 61
+    assert symbols ** (len(ws) - 1) < max(n, 2) <= symbols ** len(ws)
     assert len(w.unique()) == min(n, symbols)
     assert w.unique(return_counts=True)[1].max() == -(-n // symbols)
 

@@ -37,6 +37,9 @@ _CANCELLED = 4.0
 _PRODUCTS = 1 << 18  # entries of products of weights that are looked at together
 
 
+# Words in the names of operations behind which rows may be in any order.
+_SCATTERING = ("Flip", "Gather", "Index", "MaskedS", "Pack", "Roll", "Scatter", "Sort", "Take", "Topk")
+
 _Part: TypeAlias = Weight | Entries | Formed
 
 
@@ -193,7 +196,16 @@ def _resolved(
         # What the graph saved lives on where it is needed again, or may be.
         doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
-        brought = run(losses, readings, heads, layouts=layouts, retain_graph=keep, half=half, sure=kind is not None)
+        uneven = any(isinstance(lead, int) and lead % B for _, _, lead in keys)  # that of a nested tensor is symbolic
+        scattered = layouts is None and (uneven or any(map(_scatters, nodes)))
+        brought = run(
+            *(losses, readings, heads),
+            layouts=layouts,
+            retain_graph=keep,
+            half=half,
+            sure=kind is not None,
+            scattered=scattered,
+        )
         if not brought.mixed:
             if layouts is None and kind is not None and brought.sure:
                 places = {node: k for k, node in enumerate(nodes)}
@@ -207,6 +219,11 @@ def _resolved(
             raise ValueError(_mixed(next(iter(mixed)), leaves))
         constant |= again
         odd |= formless
+
+
+def _scatters(node: Any) -> bool:
+    """Whether rows may come out of this operation in another order, or others' rows beside them."""
+    return any(word in node.name() for word in _SCATTERING)
 
 
 def _is_batched(reading: Reading) -> bool:

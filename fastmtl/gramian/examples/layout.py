@@ -3,7 +3,8 @@
 Loss b is to depend on example b alone. Then the cotangent of Σ_b L_b at any use of a parameter has, in the rows of
 example b, that of L_b, and nothing else. A pass from the losses times powers of two w_b must bring the same rows, each
 times its example's w_b: bit for bit, since powers of two commute with rounding. A row in which two examples meet comes
-back times something else. That tells also which row is whose.
+back times something else. That tells also which row is whose: where there are more examples than factors, by the digits
+of the examples' numbers, one pass for each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "draw", "find", "is_sure"]
+__all__ = ["Layout", "draw", "find", "find_scattered", "is_sure"]
 
 # Exponents of the factors are -30 ... 30, or -8 ... 0 where float16 occurs, which a loss scaler has brought near its
 # largest numbers: as many examples have factors of their own, the others share them.
@@ -82,7 +83,7 @@ def _places(owner: Tensor, B: int) -> tuple[Tensor, int]:
 
 
 def draw(B: int, dtype: torch.dtype, device: torch.device, half: bool = False) -> Tensor:
-    """Factors [B], powers of two, as different as can be: one of some draws."""
+    """Factors [n, B], powers of two, as different as can be, with n so that all columns differ: one of some draws."""
     draws = _draws(B, dtype, device, half or dtype is torch.float16)
     return draws[_CHOICE.randrange(len(draws))]
 
@@ -94,9 +95,15 @@ _CHOICE = random.Random(22)  # not torch's numbers, which a check should not tak
 def _draws(B: int, dtype: torch.dtype, device: torch.device, half: bool) -> tuple[Tensor, ...]:
     symbols = 2 * (_HALF if half else _RANGE) + 1
     generator = torch.Generator("cpu").manual_seed(_CHOICE.randrange(2**32))
-    places = (torch.randperm(max(B, symbols), generator=generator, device="cpu")[:B] % symbols for _ in range(_DRAWS))
+    numbers = (torch.randperm(max(B, symbols), generator=generator, device="cpu")[:B] for _ in range(_DRAWS))
+    powers = [1]
+    while powers[-1] * symbols < B:
+        powers.append(powers[-1] * symbols)
     ones = torch.ones(B, dtype=dtype, device="cpu")
-    return tuple(torch.ldexp(ones, p - (symbols - 1 if half else _RANGE)).to(device) for p in places)
+    least = symbols - 1 if half else _RANGE
+    return tuple(
+        torch.stack([torch.ldexp(ones, n // power % symbols - least) for power in powers]).to(device) for n in numbers
+    )
 
 
 def find(
@@ -123,11 +130,29 @@ def find(
         pre = next(_fitting(c, got, w, shape), None)
         if pre is not None:
             return Layout(pre)
-    owner = _owners(c, got, w)
-    if owner is None:
+    return find_scattered(before, [after], w[None], outer, lead)
+
+
+def find_scattered(before: Tensor, afters: Sequence[Tensor], ws: Tensor, outer: int, lead: int) -> Layout | None:
+    """The layout where rows are in any order; None where rows mix examples, or the factors do not tell.
+
+    Args:
+        before: as in `find`.
+        afters: what came for the losses times each of `ws`.
+        ws: powers of two [n, B].
+        outer: as in `find`.
+        lead: as in `find`.
+    """
+    c, *gots = (_real(x).reshape(outer, lead, -1) for x in (before, *afters))
+    if not c.shape[0] * c.shape[2] or ws.unique(dim=1).shape[1] < ws.shape[1]:
         return None
-    factor = w[owner].to(c.dtype)[None, :, None]
-    return Layout(owner=owner) if _agree(c * factor, got, factor) else None
+    same = torch.stack([_came_back(c, got, w) for got, w in zip(gots, ws, strict=True)]).all(0)
+    if not same.any(1).all():
+        return None
+    owner = same.to(torch.int64).argmax(1)
+    factors = [w[owner].to(c.dtype)[None, :, None] for w in ws]
+    agree = all(_agree(c * factor, got, factor) for factor, got in zip(factors, gots, strict=True))
+    return Layout(owner=owner) if agree else None
 
 
 def _real(x: Tensor) -> Tensor:
@@ -207,15 +232,10 @@ def _agree(expected: Tensor, got: Tensor, factor: Tensor) -> bool:
     return bool((error.square().sum(dims) <= allowed**2 * size.square().sum(dims) + floor).all())
 
 
-def _owners(c: Tensor, got: Tensor, w: Tensor) -> Tensor | None:
-    """For each row the example whose factor it came back with; None where the factors do not tell."""
-    if len(w.unique()) < len(w):
-        return None
+def _came_back(c: Tensor, got: Tensor, w: Tensor) -> Tensor:
+    """For each row, whose factor of w [B] it came back with: [lead, B]; all, where it is zero."""
     by_row, after = c.transpose(0, 1).flatten(1), got.transpose(0, 1).flatten(1)
-    if not by_row.shape[1]:
-        return None
     size, at = by_row.abs().max(1)
     zero = (size == 0) & (after == 0).all(1)
-    ratio = torch.where(zero, w[0].to(c.dtype), (after.gather(1, at[:, None]) / by_row.gather(1, at[:, None]))[:, 0])
-    same = ratio[:, None] == w.to(c.dtype)
-    return same.to(torch.int64).argmax(1) if bool(same.any(1).all()) else None
+    ratio = (after.gather(1, at[:, None]) / by_row.gather(1, at[:, None]))[:, 0]
+    return (ratio[:, None] == w.to(c.dtype)) | zero[:, None]

@@ -49,11 +49,13 @@ def run(
     retain_graph: bool,
     half: bool = False,
     sure: bool = False,
+    scattered: bool = False,
 ) -> Brought:
     """T passes from losses [T, B].
 
     Where layouts are not known, one more from the same losses times powers of two; for T > 1 two. `half` tells
     that some cotangents are float16, whose range is small. `sure` looks whether other layouts would fit too.
+    `scattered` tells that rows may be in any order: then more examples than there are factors take more passes.
     """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
@@ -82,10 +84,16 @@ def run(
         }
     if layouts is not None:
         return Brought(cotangents, layouts, [], True, own)
-    check = _Check(readings, found[0] if T == 1 else sums, layout.draw(B, losses.dtype, losses.device, half=half), sure)
+    factors = layout.draw(B, losses.dtype, losses.device, half=half)
+    more = factors[1:] if scattered else ()
+    check = _Check(readings, found[0] if T == 1 else sums, factors, sure, scattered and len(factors) > 1)
     # What is compared as it arrives need not be kept until the end. With other leaves it may have gone on to those.
     last = None if heads else [edge for edge in edges if edge not in passed]
-    _pass(losses, edges, (), check.factors.expand_as(losses), check, last=last, retain_graph=retain_graph)
+    keep = retain_graph or len(more) > 0
+    _pass(losses, edges, (), factors[0].expand_as(losses), check, last=last, retain_graph=keep)
+    for k, w in enumerate(more if check.open else ()):
+        keep = retain_graph or k < len(more) - 1
+        _pass(losses, list(check.open), (), w.expand_as(losses), check.again, retain_graph=keep)
     return Brought(cotangents, *check.results(), own)
 
 
@@ -185,12 +193,19 @@ class _Check:
     Args:
         readings: the uses.
         sums: what came for the sums of all losses.
-        factors: what the losses are multiplied by now [B].
+        factors: what the losses are multiplied by, now and in further passes [n, B].
         sure: whether to look for other layouts that would fit.
+        further: whether there will be those passes.
+
+    Attributes:
+        open: what came to edges where those are needed.
     """
 
-    def __init__(self, readings: Iterable[Reading], sums: dict[Edge, Tensor], factors: Tensor, sure: bool) -> None:
-        self.factors = factors
+    def __init__(
+        self, readings: Iterable[Reading], sums: dict[Edge, Tensor], factors: Tensor, sure: bool, further: bool
+    ) -> None:
+        self.open: dict[Edge, list[Tensor]] = {}
+        self._factors, self._further, self._unknown = factors, further, list[tuple[Key, Reading]]()
         self._sums, self._sure = sums, sure
         self._todo: dict[Edge, dict[Key, Reading]] = {}
         for reading in readings:
@@ -207,7 +222,7 @@ class _Check:
 
     def __call__(self, edge: Edge, after: Tensor) -> None:
         """Takes what has come to an edge."""
-        w, regular = self.factors, dict[int, int]()
+        w, regular = self._factors[0], dict[int, int]()
         for k, reading in self._todo.pop(edge, {}).items():
             _, outer, lead = k
             pre = regular.get(outer)
@@ -217,6 +232,10 @@ class _Check:
             before = self._sums[edge]
             shape = () if isinstance(reading, Use) else before.shape
             own = layout.find(before, after, w, outer, lead, shape, first=self._first.get(k, 1))
+            if own is None and self._further:
+                self.open[edge] = [after]
+                self._unknown.append((k, reading))
+                continue
             if own is None:
                 self._mixed.append((edge, reading))
                 continue
@@ -225,8 +244,20 @@ class _Check:
             if own.owner is None:
                 regular[outer] = own.pre
 
+    def again(self, edge: Edge, after: Tensor) -> None:
+        """Takes what comes in further passes."""
+        self.open[edge].append(after)
+
     def results(self) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
         """The layouts; where there is none; and whether there is no other."""
+        for k, reading in self._unknown:
+            edge, outer, lead = k
+            own = layout.find_scattered(self._sums[edge], self.open[edge], self._factors, outer, lead)
+            self._sure = False
+            if own is None:
+                self._mixed.append((edge, reading))
+            else:
+                self._found[k] = own
         if not self._mixed and not self._todo:
             _BEFORE[self._kind] = [self._found[k].pre for k in self._keys]
         return self._found, self._mixed, self._sure and not self._todo
