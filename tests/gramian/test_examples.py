@@ -639,6 +639,15 @@ def test_batch_norm_is_named():
     agree(lambda: net(x).sin().mean(1), net.parameters(), F32)
 
 
+def test_a_weight_made_with_buffers_that_is_as_wide_as_the_batch():
+    """As good as an activation, as far as a graph tells; with another batch size it is a weight."""
+    torch.manual_seed(0)
+    lin = parametrizations.spectral_norm(nn.Linear(5, 4)).double().eval()
+    agree(lambda: lin(randn(6, 5, seed=1, dtype=F64)).sin().sum(1), lin.parameters())
+    with pytest.raises(ValueError, match="a weight, made of parameters and buffers as by spectral_norm, its dimension"):
+        agree(lambda: lin(randn(4, 5, seed=1, dtype=F64)).sin().sum(1), lin.parameters())
+
+
 def test_statistics_without_a_gradient_do_not_mix():
     torch.manual_seed(0)
     lin, x = nn.Linear(6, 3).double(), randn(B, 6, seed=1, dtype=F64)

@@ -216,7 +216,8 @@ def _resolved(
         again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
         formless = {edge[0] for edge, reading in mixed.items() if _is_batched(reading)} - again
         if not keep or not (again or formless):
-            raise ValueError(_mixed(next(iter(mixed)), leaves))
+            made = any(derived.may_be_constant(node, B, even=True) for node, _ in mixed)
+            raise ValueError(_mixed(next(iter(mixed)), leaves, B if made else None))
         constant |= again
         odd |= formless
 
@@ -324,12 +325,18 @@ def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:
         raise NotImplementedError(f"batch_dim: {hooked[0]} is read by an operation, or as a view, that has hooks")
 
 
-def _mixed(edge: Edge, leaves: Leaves) -> str:
+def _mixed(edge: Edge, leaves: Leaves, wide: int | None) -> str:
+    """What is wrong with the rows of an edge; `wide`: B, where a weight may be what is as wide as the batch."""
     node, output = edge
     why = ""
     for other in leaves.owner:  # InstanceNorm runs as one on a batch of one
         if "BatchNorm" in other.name() and getattr(other, "_saved_training", True) and _rows(other) != 1:
             why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
+    if not why and wide is not None:
+        why = (
+            f". If that is a weight, made of parameters and buffers as by spectral_norm, its dimension of {wide} is "
+            "taken for that of the examples, which it is not in a batch of another size"
+        )
     return (
         "losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "
         f"{node.name()} {list(node._input_metadata[output].shape)} returns{why}. method.backward(losses.unbind()) "

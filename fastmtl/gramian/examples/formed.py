@@ -139,11 +139,11 @@ class Derived:
         self._known: dict[Any, bool] = dict.fromkeys(parameters, True)
         self._constant = set(constant)
 
-    def may_be_constant(self, node: Any, B: int) -> bool:
-        """Whether it is one of these nodes, if it does not have rows for each example."""
+    def may_be_constant(self, node: Any, B: int, even: bool = False) -> bool:
+        """Whether it is one of these nodes, if it does not have rows for each example; `even` if it is as wide."""
         if node in self._constant or not all(self(edge[0]) for edge in node.next_functions if edge[0] is not None):
             return False
-        return node.name() in _SELECTIONS or B not in node._input_metadata[0].shape
+        return even or node.name() in _SELECTIONS or B not in node._input_metadata[0].shape
 
     def __call__(self, node: Any) -> bool:
         """Whether this one does."""
