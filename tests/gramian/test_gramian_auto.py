@@ -641,6 +641,11 @@ def test_a_reentrant_checkpoint(engine, monkeypatch):
     losses = heads(checkpoint(lambda h: F.linear(h.tanh(), p.v).tanh(), h, use_reentrant=True))
     with pytest.raises(RuntimeError, match="use_reentrant=True"):
         _of(losses, engine, p)
+    # Around all of the shared parameters, which the graph then does not show.
+    inputs = x(7, 4).requires_grad_()
+    losses = heads(checkpoint(lambda h: F.linear(F.linear(h, p.w).tanh(), p.v), inputs, use_reentrant=True))
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        _of(losses, engine, p)
     assert all(q.grad is None for q in p.all)
 
 
