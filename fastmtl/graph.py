@@ -311,7 +311,11 @@ def computes(node: Any) -> bool:
 
 def edge_of(x: Tensor) -> Edge:
     """What a tensor stands for in the graph; a leaf's is its accumulation."""
-    edge = get_gradient_edge(x)
+    if torch.is_inference_mode_enabled():  # there the view by which torch finds a leaf's has no history
+        with torch.inference_mode(False):
+            edge = get_gradient_edge(x)
+    else:
+        edge = get_gradient_edge(x)
     return edge.node, edge.output_nr
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from fastmtl.inputs import DTYPES, describe
 
-__all__ = ["Losses", "check_losses", "check_names", "is_whole", "names_of", "present_losses", "stack_losses"]
+__all__ = [
+    "Losses",
+    "check_losses",
+    "check_names",
+    "is_whole",
+    "names_of",
+    "present_losses",
+    "stack_losses",
+    "with_history",
+]
 
 # T task losses, None for a task that is absent: in the order of the tasks, or by their names.
 Losses: TypeAlias = "Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor"
@@ -103,12 +113,22 @@ def _is_stack(losses: Tensor) -> bool:
 
 def _entries(losses: Tensor) -> list[Tensor]:
     """The entries of losses [T]; one that was a constant before they were stacked requires no grad."""
-    parts = losses.unbind()
-    if torch.compiler.is_compiling() or not _is_stack(losses):
+    if torch.compiler.is_compiling():
+        return list(losses.unbind())
+    with with_history():
+        parts = losses.unbind()
+    if not _is_stack(losses):
         return list(parts)
     stacked: Any = losses.grad_fn
     edges = stacked.next_functions
     return [part.detach() if node is None else part for part, (node, _) in zip(parts, edges, strict=True)]
+
+
+@contextmanager
+def with_history() -> Iterator[None]:
+    """Within, views of losses are part of their graph: like any backward, a step may be called without gradients."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _by_name(losses: Mapping[Any, Any], names: tuple[str, ...] | None) -> list[Any]:

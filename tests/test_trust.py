@@ -196,6 +196,31 @@ def test_backward_in_inference_mode_says_that_there_is_no_graph():
         assert model.loss(1, hs[1]).isfinite()
 
 
+STEPS = {  # what is passed back, of the model and its representation; and how
+    "shared": (losses_of, {}),
+    "stacked": (lambda model, h: torch.stack(losses_of(model, h)), {}),
+    "gramian": (losses_of, {"engine": "gramian"}),
+    "auto": (losses_of, {"engine": "auto"}),
+    "examples": (lambda _, h: h.square().sum(1), {"batch_dim": 0}),
+    "examples one by one": (lambda _, h: h.square().sum(1).unbind(), {"engine": "auto"}),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("way", STEPS)
+def test_a_step_where_nothing_is_recorded(way, mode):
+    """A plain backward may be called there, of a graph that was made before; and so may a step."""
+    losses, options = STEPS[way]
+    found = []
+    for inside in (torch.enable_grad, mode):
+        model = MLP(dtype=F64)
+        given = losses(model, model.encoder(model.x))
+        with inside():
+            fastmtl.UPGrad().backward(given, shared=model.encoder, **options)
+        found.append(flat([p.grad for p in model.encoder.parameters()]))
+    assert torch.equal(*found)
+
+
 @every
 def test_vmap_of_weighting(name):
     G = randn(5, 3, 40, dtype=F64)

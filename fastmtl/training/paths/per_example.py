@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmtl.gramian import examples
 from fastmtl.graph import edge_of, leaves_of
 from fastmtl.inputs import DTYPES, describe
+from fastmtl.losses import with_history
 from fastmtl.training import passes
 from fastmtl.training.parameters import are_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
@@ -46,9 +47,10 @@ def checked_losses(losses: Any, batch_dim: Any) -> Tensor:
         raise ValueError(f"batch_dim: expected a dimension of losses {list(losses.shape)}, got {batch_dim!r}")
     if not losses.requires_grad:
         raise ValueError(f"losses: expected losses that require grad, got {describe(losses)} that does not")
-    if losses.ndim == 1:
-        return losses[None]
-    return losses.mT if batch_dim % 2 == 0 else losses
+    with with_history():
+        if losses.ndim == 1:
+            return losses[None]
+        return losses.mT if batch_dim % 2 == 0 else losses
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -122,7 +124,7 @@ def run(step: Step) -> Outcome | None:
     present = [loss for loss in step.losses if loss is not None]
     reached = step.reached()
     if tentative:
-        with torch.enable_grad():
+        with with_history():
             present = [torch.stack(present)[None]]
         heads = leaves_of(present, [], joints=False)
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
