@@ -15,7 +15,7 @@ from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.parts import Arrived, Entries, Weight
 from fastmtl.gramian.examples.passes import Brought, keys_of, one_pass, run
 from fastmtl.gramian.examples.products import Gram, Per
-from fastmtl.gramian.forms import Entrywise, Use
+from fastmtl.gramian.forms import BIASES, Entrywise, Use
 from fastmtl.gramian.hooks import has_hooks, seen_by_hooks
 from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
@@ -216,7 +216,8 @@ def _resolved(
         again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
         formless = {edge[0] for edge, reading in mixed.items() if _is_batched(reading)} - again
         if not keep or not (again or formless):
-            made = any(derived.may_be_constant(node, B, even=True) for node, _ in mixed)
+            layers = {name for name, _ in BIASES}  # which no weight is made by
+            made = any(node.name() not in layers and derived.may_be_constant(node, B, even=True) for node, _ in mixed)
             raise ValueError(_mixed(next(iter(mixed)), leaves, B if made else None))
         constant |= again
         odd |= formless
