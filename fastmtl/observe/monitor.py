@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Monitor"]
 
 _FIELDS = ("gram", "rank", "alpha", "residual")  # eigenvalues are those of the Grams, of all records at once
+# What a step with weights of an earlier one has not found out.
+_BETWEEN = frozenset({"gram", "rank", "residual"})
 # Not what depends on the aligned system's scale, which an info does not tell.
 _ALIGNED = (
     "condition_number",
@@ -90,6 +92,7 @@ class Monitor:
         self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and of how many
         self._calls = 0
         self._shapes: dict[str, list[int]] | None = None  # of one record's fields; those of the first hold for all
+        self._partial = False  # whether those of the first were not all, and the next may bring more
         self._steps: list[int] = []
         self._waiting: list[Tensor] = []
         self._history: list[dict[str, np.ndarray]] = []
@@ -100,7 +103,8 @@ class Monitor:
 
         Args:
             info: the step's info; with `groups=` its diagnostics have a leading dimension, one entry per group. Fields
-                that it lacks are not recorded: a method without a Gram matrix leaves only α and the losses.
+                that it lacks are not recorded: a method without a Gram matrix leaves only α and the losses. A step with
+                the weights of an earlier one (`every=`) is a gap in the diagnostics: NaN.
             losses: the T losses, to be recorded too; by name if the info has names.
             step: the number of the step; default: the number of earlier calls.
 
@@ -119,11 +123,19 @@ class Monitor:
             like = info.gram if info.alpha is None else info.alpha
             fields["losses"] = checked_losses(losses, len(losses) if like is None else like.shape[-1], info.names)
         shapes = {name: list(value.shape) for name, value in fields.items()}
+        device = next((value.device for value in fields.values()), None)
+        between = _BETWEEN - fields.keys() if info.age else frozenset()
         if self._shapes is None:
             self._shapes, self.names = shapes, info.names
-        elif shapes != self._shapes:
+            self._partial = bool(between)
+        elif self._partial and not between and shapes.items() >= self._shapes.items():
+            self._drain()
+            self._shapes, self._partial = shapes, False
+        elif {name: shape for name, shape in self._shapes.items() if name not in between} != shapes:
             raise ValueError(f"info: expected the fields of the first record, {self._shapes}, got {shapes}")
-        device = next((value.device for value in fields.values()), None)
+        for name in between & self._shapes.keys():
+            fields[name] = torch.full(self._shapes[name], torch.nan, device=device)
+        fields = {name: fields[name] for name in self._shapes}
         parts = [value.detach().reshape(-1).to(device, torch.float64) for value in fields.values()]
         # One copy: the info's buffers may be written to again before it is read.
         self._waiting.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64))
@@ -151,8 +163,13 @@ class Monitor:
         if not self._history:
             return {"step": np.zeros(0, dtype=np.int64)}
         if len(self._history) > 1:
-            names = self._history[0]
-            self._history = [{name: np.concatenate([part[name] for part in self._history]) for name in names}]
+            likes = {name: values for part in self._history for name, values in part.items()}
+            self._history = [
+                {
+                    name: np.concatenate([_column(part, name, like) for part in self._history])
+                    for name, like in likes.items()
+                }
+            ]
         return dict(self._history[0])
 
     @property
@@ -239,12 +256,13 @@ class Monitor:
         self.flush()
         history = {name: torch.from_numpy(values.copy()) for name, values in self.history.items()}
         state = {"calls": self._calls, "shapes": self._shapes, "history": history, "names": self.names}
-        return state | {"cosines": self._angles}
+        return state | {"cosines": self._angles, "partial": self._partial}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from where `state_dict` was taken; this monitor's own records are dropped."""
         history = {name: values.cpu().numpy().copy() for name, values in state["history"].items()}
         self._calls, self._shapes, self.names = state["calls"], state["shapes"], state.get("names")
+        self._partial = state.get("partial", False)
         self._angles = state.get("cosines")
         self._steps, self._waiting = [], []
         self._written = len(history["step"])
@@ -299,7 +317,7 @@ class Monitor:
             return kept
         gram = fields["gram"]
         leading, M = gram.shape[:-2], gram.flatten(0, -3)
-        rank = fields["rank"].to(torch.int64).flatten() if "rank" in fields else None
+        rank = fields["rank"].nan_to_num().to(torch.int64).flatten() if "rank" in fields else None
         initial = Info.of(gram=M, rank=rank, spectrum=rank is not None)
         results = {f"initial/{name}": value for name, value in diagnostics.summary(initial, self.dtype).items()}
         if rank is not None:
@@ -323,3 +341,8 @@ class Monitor:
         self._angles = total, count
         against = (known < 0).sum((-1, -2)).to(C.dtype) / max(T * (T - 1), 1)
         return torch.where(finite.all(-1).all(-1), against, torch.nan)
+
+
+def _column(part: Mapping[str, np.ndarray], name: str, like: np.ndarray) -> np.ndarray:
+    """Some records' values, NaN where they have none."""
+    return part[name] if name in part else np.full((len(part["step"]), *like.shape[1:]), np.nan)

@@ -196,6 +196,34 @@ def test_a_real_run_through_backward_and_fan_out():
     np.testing.assert_allclose(monitors[0].history["losses"], monitors[1].history["losses"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("buffer", [1, 4, 100])
+@pytest.mark.parametrize(("method", "first"), [(AlignedMTL, 0), (AlignedMTL, 2), (fastmtl.NashMTL, 0)])
+def test_steps_between_two_solutions_are_gaps(method, first, buffer):
+    """They have weights and losses; the run may begin with some, where another has ended."""
+    monitor, method = Monitor(buffer=buffer), method()
+    trunk, heads = torch.nn.Linear(6, 5), torch.nn.ModuleList(torch.nn.Linear(5, 1) for _ in range(3))
+    alphas = []
+    for step in range(7):
+        h = trunk(randn(8, 6, seed=step))
+        task_losses = [head(h).square().mean() for head in heads]
+        info = method.backward(task_losses, trunk.parameters(), every=3)
+        if step >= first:
+            monitor(info, task_losses)
+            alphas.append(info.alpha.numpy())
+    history = monitor.history
+    for name in history.keys() - {"step", "losses", "alpha"}:
+        gaps = np.isnan(history[name].reshape(7 - first, -1)).all(1)
+        assert gaps.tolist() == [step % 3 > 0 for step in range(first, 7)], name
+    assert {"initial/condition_number", "committed/norm", "norms"} <= history.keys()
+    assert np.isfinite(history["losses"]).all()
+    np.testing.assert_array_equal(history["alpha"], np.stack(alphas))
+    other = Monitor()
+    other.load_state_dict(monitor.state_dict())
+    other(info, task_losses)
+    assert len(other.history["norms"]) == 8 - first
+    assert "condition" in monitor.report()
+
+
 def test_groups_add_a_dimension():
     M = torch.stack([aligned_info(0).gram, aligned_info(1).gram])
     monitor = Monitor()
