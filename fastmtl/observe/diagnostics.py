@@ -362,7 +362,8 @@ def _gram(x: Tensor | Info) -> Tensor:
     """M in float64 and symmetric to the bit, which a product G Gᵀ need not be; NaN where an entry is not finite."""
     if isinstance(x, Info):
         if x.gram is None:
-            raise ValueError("info: expected one with a Gram matrix, got that of a method that needs none")
+            of = f"a step with weights of {x.age} steps before" if x.age else "a method that needs none"
+            raise ValueError(f"info: expected one with a Gram matrix, got that of {of}")
         M = x.gram
     else:
         M = x
