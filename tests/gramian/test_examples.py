@@ -639,13 +639,51 @@ def test_batch_norm_is_named():
     agree(lambda: net(x).sin().mean(1), net.parameters(), F32)
 
 
+SEQUENCES = {  # of layers that read all positions of all examples as rows, as many as there are
+    "statistics": lambda m, h: m.out((h - h.mean(0)).tanh()),
+    "batch norm of sequences": lambda m, h: m.out(m.norm(h.mT).mT),
+    "attention that takes the batch for the sequence": lambda m, h: m.attention(h, h, h, need_weights=False)[0],
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("examples", [4, 5, 6])
+def test_mixing_behind_a_layer_of_positions_is_caught(name, examples):
+    """The rows of such a layer are not as many as there are examples, as those of a table are not."""
+    torch.manual_seed(0)
+    m, x = nn.Module(), randn(examples, 6, 3, seed=1, dtype=F64)
+    m.first, m.norm, m.out, m.attention = (
+        nn.Linear(3, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 2),
+        nn.MultiheadAttention(4, 2),
+    )
+    m.double()
+    with pytest.raises(ValueError, match="expected loss b to depend on example b alone"):
+        weighted().backward(SEQUENCES[name](m, m.first(x)).square().mean((1, 2)), batch_dim=0)
+    assert all(p.grad is None for p in m.parameters())
+
+
+@pytest.mark.parametrize("examples", range(3, 8))
+def test_what_is_made_of_parameters_and_buffers(examples):
+    """Whatever its sizes are, if its rows are not as many as there are examples."""
+    torch.manual_seed(0)
+    lin = parametrizations.spectral_norm(nn.Linear(5, 4)).double().eval()
+    x = randn(examples, 5, seed=1, dtype=F64)
+    agree(lambda: lin(x).sin().sum(1), lin.parameters())
+    tower, words = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5)).double(), randn(8, 3, seed=2, dtype=F64)
+    agree(lambda: (x @ tower(words).T).logsumexp(1), tower.parameters())
+
+
 def test_a_weight_made_with_buffers_that_is_as_wide_as_the_batch():
     """As good as an activation, as far as a graph tells; with another batch size it is a weight."""
     torch.manual_seed(0)
-    lin = parametrizations.spectral_norm(nn.Linear(5, 4)).double().eval()
+    lin = parametrizations.orthogonal(nn.Linear(5, 4)).double()
     agree(lambda: lin(randn(6, 5, seed=1, dtype=F64)).sin().sum(1), lin.parameters())
-    with pytest.raises(ValueError, match="a weight, made of parameters and buffers as by spectral_norm, its dimension"):
-        agree(lambda: lin(randn(4, 5, seed=1, dtype=F64)).sin().sum(1), lin.parameters())
+    with pytest.raises(
+        ValueError, match="a weight, made of parameters and buffers as by a parametrization, its dimension"
+    ):
+        agree(lambda: lin(randn(5, 5, seed=1, dtype=F64)).sin().sum(1), lin.parameters())
 
 
 def test_statistics_without_a_gradient_do_not_mix():

@@ -21,7 +21,7 @@ from fastmtl.gramian.plan import uses_of
 from fastmtl.gramian.saved import is_builtin
 from fastmtl.gramian.survey import Survey, parts_of
 from fastmtl.gramian.trunk import without_autocast, working_dtype
-from fastmtl.graph import Edge, Leaves, is_leaf, leaves_of
+from fastmtl.graph import Edge, Leaves, edge_of, is_leaf, leaves_of
 from fastmtl.info import Info
 from fastmtl.pipeline import coarsest
 from fastmtl.rule import Context, Rule
@@ -215,7 +215,9 @@ def _resolved(
         mixed = dict(brought.mixed)
         again = {node for node, _ in mixed if derived.may_be_constant(node, B)}
         formless = {edge[0] for edge, reading in mixed.items() if _is_batched(reading)} - again
-        if not keep or not (again or formless):
+        # Where even the losses would be made of parameters alone, some of those nodes have rows of examples.
+        all_derived = Derived((node for node, _, _ in reached), constant | again)(edge_of(losses)[0])
+        if not keep or not (again or formless) or all_derived:
             layers = {name for name, _ in BIASES}  # which no weight is made by
             made = any(node.name() not in layers and derived.may_be_constant(node, B, even=True) for node, _ in mixed)
             raise ValueError(_mixed(next(iter(mixed)), leaves, B if made else None))
@@ -335,8 +337,8 @@ def _mixed(edge: Edge, leaves: Leaves, wide: int | None) -> str:
             why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
     if not why and wide is not None:
         why = (
-            f". If that is a weight, made of parameters and buffers as by spectral_norm, its dimension of {wide} is "
-            "taken for that of the examples, which it is not in a batch of another size"
+            ". If that is a weight, made of parameters and buffers as by a parametrization, its dimension of "
+            f"{wide} is taken for that of the examples, which it is not in a batch of another size"
         )
     return (
         "losses: expected loss b to depend on example b alone, but losses of several reach the same rows of what "

@@ -35,6 +35,10 @@ _SELECTIONS = frozenset(
 )
 
 
+# Products of two matrices, or of one and a vector: which of their inputs is the first factor.
+_FACTORS = {"AddmmBackward0": 1, "MmBackward0": 0, "MvBackward0": 0}
+
+
 class Operation:
     """An operation without a closed form: it is run back once for each loss, with the rows of one example.
 
@@ -143,7 +147,7 @@ class Derived:
         """Whether it is one of these nodes, if it does not have rows for each example; `even` if it is as wide."""
         if node in self._constant or not all(self(edge[0]) for edge in node.next_functions if edge[0] is not None):
             return False
-        return even or node.name() in _SELECTIONS or B not in node._input_metadata[0].shape
+        return even or node.name() in _SELECTIONS or B not in _sizes_of_rows(node)
 
     def __call__(self, node: Any) -> bool:
         """Whether this one does."""
@@ -167,6 +171,18 @@ class Derived:
                 continue
             self._known[top] = True
         return self._known[node]
+
+
+def _sizes_of_rows(node: Any) -> Sequence[int]:
+    """The dimensions along which there may be examples: not those that are the parameter's in a product with data."""
+    shape: Sequence[int] = node._input_metadata[0].shape
+    first = _FACTORS.get(node.name())
+    if first is None or node._input_metadata[0].is_nested_tensor:
+        return shape
+    left, right = (node.next_functions[k][0] for k in (first, first + 1))
+    if left is None:
+        return shape[:1]
+    return shape[1:] if right is None else shape
 
 
 def _closed(node: Any, behind: Sequence[Any]) -> bool:
