@@ -362,8 +362,7 @@ def _gram(x: Tensor | Info) -> Tensor:
     """M in float64 and symmetric to the bit, which a product G Gᵀ need not be; NaN where an entry is not finite."""
     if isinstance(x, Info):
         if x.gram is None:
-            of = f"a step with weights of {x.age} steps before" if x.age else "a method that needs none"
-            raise ValueError(f"info: expected one with a Gram matrix, got that of {of}")
+            raise ValueError("info: expected one with a Gram matrix, got one of older weights, or of a method without")
         M = x.gram
     else:
         M = x
