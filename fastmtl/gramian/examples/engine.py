@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -197,7 +198,7 @@ def _resolved(
         doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
         uneven = any(isinstance(lead, int) and lead % B for _, _, lead in keys)  # that of a nested tensor is symbolic
-        scattered = layouts is None and (uneven or any(map(_scatters, nodes)))
+        scattered = layouts is None and (uneven or any(_scatters(node.name()) for node in nodes))
         brought = run(
             *(losses, readings, heads),
             layouts=layouts,
@@ -225,9 +226,10 @@ def _resolved(
         odd |= formless
 
 
-def _scatters(node: Any) -> bool:
-    """Whether rows may come out of this operation in another order, or others' rows beside them."""
-    return any(word in node.name() for word in _SCATTERING)
+@functools.cache
+def _scatters(operation: str) -> bool:
+    """Whether rows may come out of an operation of this name in another order, or others' rows beside them."""
+    return any(word in operation for word in _SCATTERING)
 
 
 def _is_batched(reading: Reading) -> bool:
