@@ -47,12 +47,12 @@ class Bias(NamedTuple):
 
 # By operation and operand.
 FORMS = {
-    ("MmBackward0", 0): Form(product.left, product.LEFT),
-    ("MmBackward0", 1): Form(product.right, product.RIGHT),
-    ("AddmmBackward0", 1): Form(product.left_of_sum, product.LEFT_OF_SUM),
-    ("AddmmBackward0", 2): Form(product.right_of_sum, product.RIGHT_OF_SUM),
-    ("BmmBackward0", 0): Form(product.left_of_batch, product.LEFT_OF_BATCH),
-    ("BmmBackward0", 1): Form(product.right_of_batch, product.RIGHT_OF_BATCH),
+    ("MmBackward0", 0): Form(product.left, product.MM),
+    ("MmBackward0", 1): Form(product.right, product.MM),
+    ("AddmmBackward0", 1): Form(product.left_of_sum, product.ADDMM),
+    ("AddmmBackward0", 2): Form(product.right_of_sum, product.ADDMM),
+    ("BmmBackward0", 0): Form(product.left, product.BMM),
+    ("BmmBackward0", 1): Form(product.right, product.BMM),
     ("ConvolutionBackward0", 1): Form(convolution.weight, convolution.WEIGHT),
     ("EmbeddingBackward0", 0): Form(embedding.table, embedding.TABLE),
     ("EmbeddingBagBackward0", 0): Form(embedding.bag, embedding.BAG),
