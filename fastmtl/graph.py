@@ -24,6 +24,7 @@ __all__ = [
     "leaves_of",
     "nothing_behind",
     "reached_by",
+    "signed",
     "trunk_of",
     "vjp",
 ]
@@ -190,9 +191,14 @@ def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:
 
 
 def _unsigned(i: int, n: int) -> int:
-    """An index into n as counted from the front; saved ones that are negative come with 2^64 on top."""
-    i = i - 2**64 if i >= 2**63 else i
+    """A saved index into n, counted from the front."""
+    i = signed(i)
     return i + n if i < 0 else i
+
+
+def signed(saved: int) -> int:
+    """An integer that a node saved: autograd shows negative ones as unsigned, 2^64 too large."""
+    return saved - 2**64 if saved >= 2**63 else saved
 
 
 def _is_parted(readers: Mapping[tuple[int, int], set[int]]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.gramian.saved import Saved, is_builtin
 from fastmtl.gramian.views import View
-from fastmtl.graph import SEVERAL, Edge, edge_of
+from fastmtl.graph import SEVERAL, Edge, edge_of, signed
 
 __all__ = ["SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
 
@@ -134,9 +134,8 @@ def parts_of(node: Any, graph: Survey) -> list[Part] | None:
 
 
 def _block(split: Any, output: int) -> tuple[int, int, int]:
-    outputs = split._input_metadata
-    dim = split._saved_dim if split._saved_dim < len(outputs[0].shape) else split._saved_dim - 2**64
-    lengths = [x.shape[dim] for x in outputs[: output + 1]]
+    dim = signed(split._saved_dim)
+    lengths = [x.shape[dim] for x in split._input_metadata[: output + 1]]
     return dim, sum(lengths[:-1]), lengths[-1]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.saved import Saved
-from fastmtl.graph import Edge
+from fastmtl.graph import Edge, signed
 
 __all__ = ["KINDS", "View"]
 
@@ -28,11 +28,6 @@ class _Kind(NamedTuple):
     named: tuple[str, ...] = ()
 
 
-def _signed(dim: int) -> int:
-    """Dimensions count from the end where they are negative, read as unsigned."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
 def _as_it_is(x: Tensor, _: Any) -> Tensor:
     return x
 
@@ -42,11 +37,11 @@ def _in_shape(x: Tensor, node: Any) -> Tensor:
 
 
 def _transposed(x: Tensor, node: Any) -> Tensor:
-    return x.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1))
+    return x.transpose(signed(node._saved_dim0), signed(node._saved_dim1))
 
 
 def _permuted(x: Tensor, node: Any) -> Tensor:
-    return x.permute([_signed(dim) for dim in node._saved_dims])
+    return x.permute([signed(dim) for dim in node._saved_dims])
 
 
 _SHAPED = Saved("self_sym_sizes")

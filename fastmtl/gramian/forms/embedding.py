@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved, is_plain
+from fastmtl.graph import signed
 
 __all__ = ["BAG", "TABLE", "bag", "table"]
 
@@ -47,8 +48,7 @@ class _Embedding(Use):
     _ids: Tensor
 
     def __init__(self, node: Any) -> None:
-        padding = node._saved_padding_idx  # -1, read as unsigned, where there is none
-        self._padding = padding if padding < 2**63 else -1
+        self._padding = signed(node._saved_padding_idx)  # -1 where there is none
         *ids, width = node._input_metadata[0].shape
         super().__init__(node, rows=math.prod(ids), width=width, depth=node._saved_weight_sym_argsize_0, side=1)
 
@@ -83,8 +83,7 @@ class _Bag(Use):
     _factor: Tensor | None
 
     def __init__(self, node: Any) -> None:
-        padding = node._saved_padding_idx  # -1, read as unsigned, where there is none
-        self._padding = padding if padding < 2**63 else -1
+        self._padding = signed(node._saved_padding_idx)  # -1 where there is none
         bags, width = node._input_metadata[0].shape
         ids = node._saved_indices.numel()
         super().__init__(node, rows=ids, width=width, depth=node._saved_weight_sym_argsize_0, side=1, lead=bags)
