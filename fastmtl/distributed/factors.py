@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmtl.distributed.averaged import AveragedRows
 from fastmtl.distributed.collectives import all_reduce, gather, together
-from fastmtl.gramian import Contraction, Trunk, gram_of_factors, working_dtype
+from fastmtl.gramian import CANCELLED, Contraction, Trunk, gram_of_factors, working_dtype
 from fastmtl.graph import Edge
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, Row
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["averaged_update"]
 
 _DTYPES = sorted(DTYPES, key=str)
-# How often float32 may cancel: as in `gramian.trunk`, but of one weight alone.
-_CANCELLED = 4.0
 
 
 class _Form(NamedTuple):
@@ -231,7 +229,7 @@ def _products(factors: tuple[Tensor, Tensor], biased: bool) -> Tensor:
     """Their Gram matrix [T, T], float64."""
     A, B = factors
     M, size = gram_of_factors([(A, B)], biased)
-    if A.device.type == "cpu" and (size > _CANCELLED * M.diagonal()).any():  # nothing waits for a GPU
+    if A.device.type == "cpu" and (size > CANCELLED * M.diagonal()).any():  # nothing waits for a GPU
         M = gram_of_factors([(A.double() if A.is_floating_point() else A, B.double())], biased)[0]
     return M
 

@@ -13,11 +13,13 @@ from fastmtl import ops
 from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 
-__all__ = ["BLOCK", "Contraction", "gram_of_factors", "scale_of", "times"]
+__all__ = ["BLOCK", "CANCELLED", "Contraction", "from_block", "gram_of_factors", "scale_of", "times"]
 
 _F64 = torch.float64
 _NEAR = 20  # powers of two that factors may be from 1: products of smaller or larger ones could leave float32
 _COLUMNS = 2048  # of X and Y that are summed in their own dtype
+# A squared norm whose float32 terms are together more than this many times as large has cancelled: float64 then.
+CANCELLED = 4.0
 BLOCK = 512  # rows of K = A Aᵀ at a time: what is made of them stays in the cache, and memory linear in N
 
 
@@ -71,12 +73,8 @@ class Contraction:
         if not used:
             return
         target = self.parameter if self._block is None else self.parameter.narrow(*self._block)
-        g = _sum(use.whole_gradient(cotangents[use.edge], target.shape) for use in used).to(self.parameter.dtype)
-        if self._block is not None:
-            whole = torch.zeros_like(self.parameter)
-            whole.narrow(*self._block).copy_(g)
-            g = whole
-        yield self.parameter, g
+        g = _sum(use.whole_gradient(cotangents[use.edge], target.shape) for use in used)
+        yield self.parameter, from_block(g, self.parameter, self._block)
         if self.bias is not None:
             each = (use.cotangents(cotangents[use.edge][None]).sum(2).flatten() for use in used)
             yield self.bias, _sum(each).to(self.bias.dtype)
@@ -99,6 +97,16 @@ def gram_of_factors(found: Sequence[tuple[Tensor, Tensor]], biased: bool) -> tup
         X = _cross(*found[0], *found[1]) / (sizes[0] * sizes[1])
         M += X + X.T
     return M / scale[:, None] / scale, lengths / scale / scale
+
+
+def from_block(g: Tensor, parameter: Tensor, block: tuple[int, int, int] | None) -> Tensor:
+    """The gradient of a parameter, from that of one of its blocks, or of the whole."""
+    if block is None:
+        return g.view(parameter.shape).to(parameter.dtype)
+    whole = torch.zeros_like(parameter)
+    own = whole.narrow(*block)
+    own.copy_(g.view(own.shape))
+    return whole
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

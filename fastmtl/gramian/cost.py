@@ -28,11 +28,10 @@ __all__ = [
 _GRAM = 4.0  # one of a float64 Gram matrix of explicit gradients, which are also written and read
 _SMALL_PRODUCT = 4.0  # one of the T x T products of a row with all others
 
-_TOGETHER = (
-    1 << 19
-)  # entries of one task's cotangents, everywhere, up to which operations cost more to start than to do
-_ALL = 1 << 24  # entries of all of them
-# Operations that cannot be vectorised over cotangents, or are done one by one then.
+# Entries of one task's cotangents over the whole graph up to which operations cost more to start than to run.
+_TOGETHER = 1 << 19
+_ALL = 1 << 24  # entries of all tasks' cotangents up to which they go through the graph together
+# Operations that cannot be vectorised over cotangents, or then run one by one.
 _ALONE = ("ScaledDotProduct", "Rnn")
 
 

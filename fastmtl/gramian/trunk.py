@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.gramian.contraction import CANCELLED
 from fastmtl.gramian.plan import Plan
 from fastmtl.graph import Edge
 from fastmtl.info import Info
@@ -18,9 +19,6 @@ from fastmtl.pipeline import coarsest, combine_into, gram_of
 from fastmtl.rule import Context, Rule, solved
 
 __all__ = ["Trunk", "without_autocast", "working_dtype"]
-
-# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
-_CANCELLED = 4.0
 
 
 class Trunk(NamedTuple):
@@ -62,7 +60,7 @@ class Trunk(NamedTuple):
                 parts.append((contraction, own.to(device), size.to(device)))
         M += sum(own for _, own, _ in parts)
         if device.type == "cpu":  # nothing waits for a GPU
-            allowed = _CANCELLED * M.diagonal()
+            allowed = CANCELLED * M.diagonal()
             if (sum(size for _, _, size in parts) > allowed).any():
                 for contraction, own, size in parts:
                     if (len(parts) * size > allowed).any():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.gramian.contraction import CANCELLED
 from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, edges_of, is_use
 from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
 from fastmtl.gramian.examples.layout import Layout
@@ -32,10 +33,7 @@ _KNOWN: Memory[Known] = Memory()
 _TRIED: Memory[bool] = Memory()
 _MIXING: Memory[bool] = Memory()
 
-# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
-_CANCELLED = 4.0
 _PRODUCTS = 1 << 18  # entries of products of weights that are looked at together
-
 
 _Part: TypeAlias = Weight | Entries | Formed
 
@@ -347,7 +345,7 @@ def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -
             if sizes is not None:
                 parts.append((part, own, sizes))
     if device.type == "cpu" and found.dtype is not torch.float64 and parts:  # nothing waits for a GPU
-        allowed = _CANCELLED * gram.diagonal
+        allowed = CANCELLED * gram.diagonal
         exact = found._replace(dtype=torch.float64)
         for part, own, sizes in parts:
             if (len(parts) * sizes > allowed).any():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.gramian.contraction import from_block
 from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.products import Gram, through_rows
 from fastmtl.gramian.forms import Entrywise, Use
@@ -166,23 +167,13 @@ class Weight:
                     yield self.bias, weighted.sum(0, dtype=arrived.dtype).to(self.bias.dtype)
                 own = use.whole_gradient(weighted, shape)
                 g = own if g is None else g + own
-        yield self.parameter, _whole(g, self.parameter, self._block)
+        yield self.parameter, from_block(g, self.parameter, self._block)
 
     @staticmethod
     def _weighted(use: Use, alpha: Tensor, arrived: Arrived) -> Tensor:
         c, layout = arrived.cotangents[use.edge], arrived.layout(use)
         weighted = layout.times(c, alpha.to(c.dtype), use.outer)
         return weighted[0] if len(weighted) == 1 else weighted.sum(0)
-
-
-def _whole(g: Tensor, parameter: Tensor, block: tuple[int, int, int] | None) -> Tensor:
-    """A gradient of the parameter, from that of one of its blocks."""
-    if block is None:
-        return g.view(parameter.shape).to(parameter.dtype)
-    whole = torch.zeros_like(parameter)
-    own = whole.narrow(*block)
-    own.copy_(g.view(own.shape))
-    return whole
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -229,7 +220,7 @@ class Entries:
         """The parameter and Σ α_tb of its gradients; alpha [T, B]."""
         if self._rows is not None:
             g = alpha.to(self._rows.dtype).flatten() @ self._rows.flatten(0, 1)
-            yield self.parameter, _whole(g, self.parameter, self._block)
+            yield self.parameter, from_block(g, self.parameter, self._block)
 
 
 def rows_of_entries(use: Entrywise, arrived: Arrived) -> Tensor:
