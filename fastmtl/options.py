@@ -21,6 +21,7 @@ __all__ = [
     "check_weights",
     "choice",
     "flag",
+    "fractions",
     "generator",
     "integer",
     "number",
@@ -192,6 +193,14 @@ def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None
     if x.device.type == "cpu" and not bool(x.isfinite().all()):  # elsewhere the host would wait
         raise ValueError(f"{name}: expected finite numbers, got {x.tolist()}")
     return x
+
+
+def fractions(value: object, name: str, what: str, shape: str) -> float | Tensor:
+    """One number in [0, 1] as a float, or several as a float64 tensor: see `numbers`."""
+    x = numbers(value, name, what, shape=shape)
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
+    return x if x.ndim else x.item()
 
 
 def weights(value: Any, name: str) -> Tensor | str:
