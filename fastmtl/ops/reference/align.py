@@ -95,22 +95,15 @@ def balance(
     `M` [..., T, T]; `weights` [T] or None for 1/T. Returns α [..., T], eigenvalues [..., T] in descending order
     (negative rounding noise as zero) and rank [...] (int64).
     """
-    T = M.shape[-1]
-    if T > products.FEW_TASKS:
-        return balance_many(M, weights, scale, rtol, zero, rank_rule)
-    flat = M.to(torch.float64).reshape(-1, T, T)
-    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, _jacobi)
-    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+    solver = _jacobi if M.shape[-1] <= products.FEW_TASKS else products.eigh
+    return _balance(M, weights, scale, rtol, zero, rank_rule, solver)
 
 
 def balance_many(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by matrix products and Cholesky factorisations, for many tasks: on a GPU nothing waits."""
-    T = M.shape[-1]
-    flat = M.to(torch.float64).reshape(-1, T, T)
-    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, products.eigh)
-    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+    return _balance(M, weights, scale, rtol, zero, rank_rule, products.eigh)
 
 
 def _balance(
@@ -120,14 +113,16 @@ def _balance(
     rtol: float,
     zero: float,
     rank_rule: str,
-    eigh: Callable[[Tensor], tuple[Tensor, Tensor]],
+    solver: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of M [B, T, T]; `eigh` solves M, and what the rank is judged by, in one batch."""
-    B, T, _ = M.shape
+    """`balance` by an eigensolver of [B, T, T], which gets M and what the rank is judged by in one batch."""
+    shape, T = M.shape, M.shape[-1]
+    M = M.to(torch.float64).reshape(-1, T, T)
+    B = len(M)
     w = M.new_full((T,), 1 / T) if weights is None else weights.to(M)
     finite = M.isfinite().all(-1).all(-1)
     M = torch.where(finite[:, None, None], M, torch.zeros_like(M))
-    spectra, vectors = eigh(M if rank_rule == "gram" else torch.cat([M, _row_normalised(M, zero)]))
+    spectra, vectors = solver(M if rank_rule == "gram" else torch.cat([M, _row_normalised(M, zero)]))
     lam, V = spectra[:B].flip(-1).clamp_min(0.0), vectors[:B].flip(-1)
     judged = spectra[-B:].flip(-1) if B else lam
     rank = (judged > judged[:, :1].clamp_min(0.0) * rtol**2).sum(-1)
@@ -146,7 +141,7 @@ def _balance(
     alpha = torch.where(finite[:, None], alpha, torch.nan)
     lam = torch.where(finite[:, None], lam, torch.nan)
     rank = torch.where(finite, rank, 0)
-    return alpha, lam, rank
+    return alpha.reshape(shape[:-1]), lam.reshape(shape[:-1]), rank.reshape(shape[:-2])
 
 
 def align_gram(

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl.ops.reference.present import solve_present
+from fastmtl.ops.reference.present import solve_each
 
 __all__ = ["nash"]
 
@@ -30,12 +30,7 @@ def nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
         gradients), where these cancel to less than 2^-22 of their terms relative to that; infinity and α = 0 where
         there is no solution, because a convex combination of the gradients vanishes; NaN where M is not finite.
     """
-    X = M.to(torch.float64).reshape(-1, *M.shape[-2:])
-    alpha, residual = X.new_full(X.shape[:-1], torch.nan), X.new_full(X.shape[:1], torch.nan)
-    for b, x in enumerate(X):
-        if bool(x.isfinite().all()):
-            alpha[b], residual[b] = solve_present(x, lambda one, there: _nash(one, power))
-    return alpha.reshape(M.shape[:-1]), residual.reshape(M.shape[:-2])
+    return solve_each(M, lambda one, there: _nash(one, power))
 
 
 def _nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,10 @@ csrc/math has the derivations, and a faster way to the same solution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fastmtl.ops.reference.present import solve_present
+from fastmtl.ops.reference.present import solve_each
 
 __all__ = ["cagrad", "dual_cone", "mgda"]
 
@@ -33,7 +31,7 @@ def mgda(M: Tensor) -> tuple[Tensor, Tensor]:
         α [..., T] and the residual [...], both float64: by how much Wolfe's criterion (Mα)_t >= αᵀMα, with equality
         where α_t > 0, is violated, relative to the lengths of the gradients; NaN where M is not finite.
     """
-    return _solve_each(M, lambda one, there: _mgda(one))
+    return solve_each(M, lambda one, there: _mgda(one))
 
 
 def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
@@ -59,7 +57,7 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
         projected = [_dual_cone(one, row) for row in torch.diag(u)]
         return sum((v for v, _ in projected), torch.zeros_like(u)), torch.stack([r for _, r in projected]).amax()
 
-    return _solve_each(M, solve)
+    return solve_each(M, solve)
 
 
 def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
@@ -76,16 +74,7 @@ def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
         α [..., T] and the residual [...], both float64: the duality gap as every gradient sees it, relative to its
         length and to the lengths of what is summed; NaN where M is not finite.
     """
-    return _solve_each(M, lambda one, there: _cagrad(one, 1 / M.shape[-1], c))
-
-
-def _solve_each(M: Tensor, solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    flat = M.detach().to(device="cpu", dtype=torch.float64).reshape(-1, *M.shape[-2:])
-    alpha, residual = flat.new_full(flat.shape[:-1], torch.nan), flat.new_full(flat.shape[:1], torch.nan)
-    for b, one in enumerate(flat):
-        if bool(one.isfinite().all()):
-            alpha[b], residual[b] = solve_present(one, solve)
-    return alpha.reshape(M.shape[:-1]).to(M.device), residual.reshape(M.shape[:-2]).to(M.device)
+    return solve_each(M, lambda one, there: _cagrad(one, 1 / M.shape[-1], c))
 
 
 def _mgda(M: Tensor) -> tuple[Tensor, Tensor]:
