@@ -15,7 +15,7 @@ from fastmtl.losses import Losses, check_losses, names_of, present_losses, stack
 from fastmtl.rule import Rule, context_of, names_in_order
 from fastmtl.training import passes, paths
 from fastmtl.training.commit import Updates, commit, pairs
-from fastmtl.training.parameters import Parameters, are_plain, checked_groups, checked_parameters
+from fastmtl.training.parameters import Parameters, check_plain, checked_groups, checked_parameters
 from fastmtl.training.paths import features as by_features
 from fastmtl.training.paths import full, upper_bound
 from fastmtl.training.step import Options, Step, prepare
@@ -61,9 +61,7 @@ class Accumulator:
         if groups is not None:
             groups = checked_groups(groups)
         together = None if process_group is False else process_group
-        self._options = Options(
-            *(method, 0, shared, None, None, False, groups, scale_heads, False, together, "full"),
-        )
+        self._options = Options(method, 0, shared, groups=groups, scale_heads=scale_heads, process_group=together)
         paths.check(self._options)
         self._unsaid = process_group is None
         self._sums: _Sums | None = None
@@ -245,9 +243,7 @@ class Accumulator:
             )
 
     def _check_like_others(self, step: Step) -> None:
-        if not are_plain(step.parameters):
-            other = next(p for p in step.parameters if not are_plain([p]))
-            raise ValueError(f"shared: expected plain parameters with accumulate, got a {type(other).__name__}")
+        check_plain(step.parameters, "accumulate")
         before = self._step
         if before is None or step.options.representation is not None:
             return

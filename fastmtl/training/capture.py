@@ -16,9 +16,9 @@ from fastmtl.rule import Context, Rule, context_of
 from fastmtl.training.running import asked_behind, executes, is_mean, nested_at, probe_like, running_call
 from fastmtl.training.watch import Watch
 
-__all__ = ["FAN_OUTS", "Capture"]
+__all__ = ["FAN_OUT", "Capture"]
 
-FAN_OUTS = frozenset({"fan_outBackward"})  # the type of the graph nodes
+FAN_OUT = "fan_outBackward"  # the name of the type of a fan-out's graph nodes
 
 
 class Capture:
@@ -160,7 +160,7 @@ class Capture:
             )
         if once.first("roots", watch.site):  # this takes a walk through the graph
             ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
-            if reached_by(call[1], ends, trunk_of(behind).nodes, FAN_OUTS)[1]:
+            if reached_by(call[1], ends, trunk_of(behind).nodes, frozenset({FAN_OUT}))[1]:
                 watch.warn_beside("a loss depends on h, or on what h is made of,")
 
     def _sums(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -25,6 +25,7 @@ from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture
 from fastmtl.training.nodes import _Node, _Total, _TracedNode, _TracedTotal, aliases_of, with_hooks
 from fastmtl.training.running import probe_like
+from fastmtl.training.step import check_together
 from fastmtl.training.watch import Watch
 
 __all__ = ["FanOut", "Via", "check_arguments", "fan_out", "place"]
@@ -362,12 +363,7 @@ def _reduction(method: Rule, group: Any) -> tuple[_OfTensor, _OfTensor]:
     """What turns this process's Gram into the whole batch's, and what makes a tensor the same; None for one process."""
     if group is False or group is None:
         return None, None
-    if not method.on_gram:
-        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
-    if method.needs_losses:
-        raise ValueError(
-            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
-        )
+    check_together(method)
     from fastmtl import distributed  # here: not every torch is built with it
 
     own = distributed.gram_group(group)

@@ -12,7 +12,7 @@ from fastmtl.info import Info
 from fastmtl.pipeline import aggregate_flat
 from fastmtl.rule import Context, Rule
 from fastmtl.structure import map_tensors
-from fastmtl.training.capture import Capture
+from fastmtl.training.capture import FAN_OUT, Capture
 
 __all__ = ["aliases_of", "with_hooks"]
 
@@ -21,7 +21,7 @@ _MANY = 16  # tasks from which on one `unbind` is faster than so many views
 
 def _speaking(function: Any) -> Any:
     """Names a function's nodes "fan_out": what torch says of an alias that is written in place names the node."""
-    function._backward_cls.__name__ = "fan_outBackward"
+    function._backward_cls.__name__ = FAN_OUT
     return function
 
 

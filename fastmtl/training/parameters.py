@@ -15,6 +15,7 @@ __all__ = [
     "Heads",
     "Parameters",
     "are_plain",
+    "check_plain",
     "checked_cut",
     "checked_groups",
     "checked_heads",
@@ -126,3 +127,10 @@ def names_in(shared: object) -> dict[int, str]:
 def are_plain(parameters: Iterable[Tensor]) -> bool:
     """Whether none of them is of a subclass, such as the shards of `fully_shard`."""
     return all(type(p) in _PLAIN for p in parameters)
+
+
+def check_plain(parameters: Iterable[Tensor], option: str) -> None:
+    """Raises ValueError where one of them is of a subclass, which does not go with `option`."""
+    for p in parameters:
+        if type(p) not in _PLAIN:
+            raise ValueError(f"shared: expected plain parameters with {option}, got a {type(p).__name__}")

@@ -13,12 +13,12 @@ from fastmtl import once
 from fastmtl.gramian.examples import Per
 from fastmtl.graph import Leaves, Trunk, edge_of, leaves_of, trunk_of
 from fastmtl.info import Info
-from fastmtl.inputs import Row
+from fastmtl.inputs import Row, describe
 from fastmtl.rule import Context, Rule, context_of
 from fastmtl.training.commit import Updates, own_gradients, pairs
 from fastmtl.training.parameters import are_plain, checked_cut, checked_groups, checked_parameters, names_in
 
-__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "prepare"]
+__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "check_together", "prepare"]
 
 
 Engine: TypeAlias = Literal["full", "gramian", "auto"]
@@ -33,14 +33,14 @@ class Options(NamedTuple):
     method: Rule
     tasks: int
     shared: Any
-    representation: Any
-    features: Any
-    batched: bool
-    groups: Any
-    scale_heads: bool
-    retain_graph: bool
-    process_group: Any
-    engine: Engine
+    representation: Any = None
+    features: Any = None
+    batched: bool = False
+    groups: Any = None
+    scale_heads: bool = False
+    retain_graph: bool = False
+    process_group: Any = None
+    engine: Engine = "full"
     every: int | Literal["auto"] = 1
     batch_dim: int | None = None
     per: Per = "all"
@@ -160,6 +160,16 @@ def check_reached(rows: Sequence[Sequence[Tensor | None]], name: str) -> None:
     if all(g is None for row in rows for g in row):
         what = "tensors" if name == "representation" else "parameters"
         raise ValueError(f"{name}: expected {what} that a loss depends on, but no loss reaches any of them")
+
+
+def check_together(method: Rule) -> None:
+    """Raises ValueError where processes cannot aggregate together by this method."""
+    if not method.on_gram:
+        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
+    if method.needs_losses:
+        raise ValueError(
+            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
+        )
 
 
 def _of_model(leaves: list[Tensor]) -> list[Tensor]:

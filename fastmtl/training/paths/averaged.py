@@ -5,24 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import Row, describe
+from fastmtl.inputs import Row
 from fastmtl.rule import Context, Rule
-from fastmtl.training.step import Options, Step, check_reached
+from fastmtl.training.step import Options, Step, check_reached, check_together
 
 __all__ = ["Rows", "check"]
 
 
 def check(options: Options) -> None:
     """Raises ValueError for methods that cannot work on what processes have together."""
-    method = options.method
-    if options.process_group is None:
-        return
-    if not method.on_gram:
-        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
-    if method.needs_losses:
-        raise ValueError(
-            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
-        )
+    if options.process_group is not None:
+        check_together(options.method)
 
 
 class Rows:

@@ -13,7 +13,7 @@ from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.training import passes
 from fastmtl.training.commit import own_gradients
-from fastmtl.training.parameters import are_plain
+from fastmtl.training.parameters import are_plain, check_plain
 from fastmtl.training.step import Engine, Options, Outcome, Step, check_reached
 
 __all__ = ["check", "run", "takes"]
@@ -53,11 +53,9 @@ def takes(step: Step) -> bool:
     # This engine knows no ways straight through a joint; and processes have to choose alike.
     if automatic and (_obstacle(step.options) is not None or step.heads.joined or step.group is not None):
         return False
-    if not are_plain(step.parameters):
-        if automatic:
-            return False
-        other = next(p for p in step.parameters if not are_plain([p]))
-        raise ValueError(f"shared: expected plain parameters with engine='gramian', got a {type(other).__name__}")
+    if automatic:
+        return are_plain(step.parameters)
+    check_plain(step.parameters, "engine='gramian'")
     return True
 
 

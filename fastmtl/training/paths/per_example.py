@@ -12,7 +12,7 @@ from fastmtl.gramian import examples
 from fastmtl.graph import edge_of, leaves_of
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.training import passes
-from fastmtl.training.parameters import are_plain
+from fastmtl.training.parameters import are_plain, check_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
 __all__ = ["check", "checked_losses", "run", "takes"]
@@ -109,9 +109,7 @@ def run(step: Step) -> Outcome | None:
     """See `Path`. None with "auto" where examples mix."""
     options, heads = step.options, step.heads
     tentative = options.batch_dim is None
-    if not are_plain(step.parameters):
-        other = next(p for p in step.parameters if not are_plain([p]))
-        raise ValueError(f"shared: expected plain parameters with batch_dim, got a {type(other).__name__}")
+    check_plain(step.parameters, "batch_dim")
     if len({p.device for p in step.parameters}) > 1:
         if tentative:
             return None
