@@ -87,7 +87,7 @@ def stack_losses(
 
 
 def is_whole(losses: object) -> TypeGuard[Tensor]:
-    """Whether these are losses [T] of which one sees at once that all tasks are there."""
+    """Whether these are losses [T] that show at once that all tasks are present."""
     return _is_vector(losses) and (torch.compiler.is_compiling() or not _is_stack(losses))
 
 

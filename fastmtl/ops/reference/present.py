@@ -1,4 +1,4 @@
-"""Which tasks are there: one whose gradient is exactly zero (M_tt = 0) is absent; the problem is that of the others."""
+"""Which tasks are present: one whose gradient is exactly zero (M_tt = 0) is absent, and the problem is the others'."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Solve: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def is_present(M: Tensor) -> Tensor:
-    """Which tasks are there, bool [..., T], for M [..., T, T] of finite numbers."""
+    """Which tasks are present, bool [..., T], for a finite M [..., T, T]."""
     return M.diagonal(dim1=-2, dim2=-1) > 0.0
 
 
