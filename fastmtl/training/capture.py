@@ -13,7 +13,7 @@ from fastmtl.graph import Edge, reached_by, trunk_of
 from fastmtl.info import Info
 from fastmtl.pipeline import aggregate_flat, aggregate_part
 from fastmtl.rule import Context, Rule, context_of
-from fastmtl.training.running import asked_behind, executes, is_mean, nested_at, probe_like, running_call
+from fastmtl.training.running import asked_behind, executes, is_mean, nested_among, probe_like, running_call
 from fastmtl.training.watch import Watch
 
 __all__ = ["FAN_OUT", "Capture"]
@@ -147,7 +147,7 @@ class Capture:
         """Warns of misuse that shows where a training backward starts, which is not at a total."""
         watch = self.watch
         if self.tensors > 1:
-            watch.nested = nested_at(watch.site, behind)
+            watch.nested = nested_among(behind)
         call = None if given else running_call()
         if call is None:
             return

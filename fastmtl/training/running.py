@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import once
 from fastmtl.graph import Edge, is_leaf, trunk_of
 
-__all__ = ["asked_behind", "executes", "is_mean", "nested_at", "probe_like", "running_call", "takes_derivative"]
+__all__ = ["asked_behind", "executes", "is_mean", "nested_among", "probe_like", "running_call", "takes_derivative"]
 
 # The functions that run a backward, with their names for the tensors that it starts from.
 _ROOTS = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
@@ -94,13 +93,7 @@ def is_mean(root: Tensor, tasks: int) -> bool:
     return False
 
 
-_nested_at: dict[Any, frozenset[int]] = {}
-
-
-def nested_at(site: once.Site, edges: Sequence[Edge]) -> frozenset[int]:
-    """Which tensors of h lie behind others of h, determined once per site."""
-    key = site.key("nested")
-    if key not in _nested_at:
-        inside = trunk_of(edges).nested
-        _nested_at[key] = frozenset(k for k, edge in enumerate(edges) if edge in inside)
-    return _nested_at[key]
+def nested_among(edges: Sequence[Edge]) -> frozenset[int]:
+    """Which tensors of h lie behind others of h."""
+    inside = trunk_of(edges).nested
+    return frozenset(k for k, edge in enumerate(edges) if edge in inside)
