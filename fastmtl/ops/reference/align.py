@@ -42,11 +42,11 @@ def gram(G: Tensor) -> Tensor:
 
 def gram_rows(grads: Sequence[Tensor | None], tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
     """M = Σ_k G_k G_kᵀ in float64 over the K tensors of each row; entry t·K + k is row t, tensor k; None is zero."""
-    segments = len(grads) // tasks
+    K = len(grads) // tasks
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
     M = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
-    for k in range(segments):
-        column = grads[k::segments]
+    for k in range(K):
+        column = grads[k::K]
         present = [t for t, g in enumerate(column) if g is not None]
         if present:
             index = torch.tensor(present, device=device)
@@ -67,11 +67,10 @@ def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
 
 def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
     """Writes out_k = Σ_t α_t g_{t,k}, summed in float64 and rounded once; None is zero."""
-    segments = len(out)
-    weights = alpha.unbind()
+    K, weights = len(out), alpha.unbind()
     for k, target in enumerate(out):
         total = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-        for weight, g in zip(weights, grads[k::segments], strict=True):
+        for weight, g in zip(weights, grads[k::K], strict=True):
             # A missing gradient is zero times a weight that need not be finite.
             total += weight * (0.0 if g is None else g.to(torch.float64))
         target.copy_(rounded(total, target.dtype))
