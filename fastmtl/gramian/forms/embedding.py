@@ -15,7 +15,7 @@ from fastmtl.graph import signed
 
 __all__ = ["BAG", "TABLE", "bag", "table"]
 
-_MAX = 2  # a mode of bags that has no such gradient
+_MAX = 2  # a mode of bags whose gradient is another
 
 TABLE = Saved("indices", "padding_idx", "scale_grad_by_freq", "weight_sym_argsize_0", sparse=False)
 
@@ -28,15 +28,15 @@ BAG = Saved(
 
 
 def table(node: Any, flipped: bool) -> Use | None:
-    """The table of an embedding that makes dense gradients."""
+    """The use of an embedding's table, if its gradients are dense."""
     return None if flipped else _Embedding(node)
 
 
 def bag(node: Any, flipped: bool) -> Use | None:
-    """The table of sums or means of an embedding's rows."""
+    """The use of a table by sums or means of an embedding's rows."""
     try:
         return None if flipped or node._saved_mode == _MAX else _Bag(node)
-    except RuntimeError:  # the graph was freed: autograd says so
+    except RuntimeError:  # the graph was freed, which autograd reports
         return None
 
 
@@ -97,7 +97,7 @@ class _Bag(Use):
         self._bags = torch.searchsorted(offsets, places, right=True) - 1
         counted = self._ids != self._padding
         self._factor = None if self._padding < 0 else counted.double()
-        if node._saved_mode:  # a mean of what counts
+        if node._saved_mode:  # a mean over the ids that count
             sizes = torch.zeros(self.lead, dtype=torch.float64, device=self._ids.device)
             sizes.index_add_(0, self._bags, counted.double())
             self._factor = counted / sizes[self._bags].clamp_min(1)

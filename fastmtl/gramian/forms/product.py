@@ -75,11 +75,11 @@ class _Left(Use):
 
 
 def _grouped(x: Tensor, dim: int) -> Tensor:
-    """`x` with its groups along `dim`: a product that is no batch has one."""
+    """`x` with its groups along `dim`: a product without a batch has one."""
     return x if x.ndim == dim + 3 else x.unsqueeze(dim)
 
 
-# mm(L, R), bmm(L, R), and addmm(bias, L, R) = beta * bias + alpha * L @ R. Where the operands lie does not matter.
+# mm(L, R), bmm(L, R), and addmm(bias, L, R) = beta * bias + alpha * L @ R. The operands' strides do not matter.
 _OF_SUM = ("mat1", "mat1_sym_sizes", "mat1_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
 
 MM = Saved("self", "self_sym_sizes", "self_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
