@@ -87,9 +87,9 @@ class Monitor:
         self.dtype = dtype
         self.names: tuple[str, ...] | None = None
         self._watcher: Live | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and of how many
+        self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and how many were summed
         self._calls = 0
-        self._shapes: dict[str, list[int]] | None = None  # of one record's fields; those of the first hold for all
+        self._shapes: dict[str, list[int]] | None = None  # of the fields of the first record, which hold for all
         self._steps: list[int] = []
         self._waiting: list[Tensor] = []
         self._history: list[dict[str, np.ndarray]] = []
