@@ -309,7 +309,7 @@ def reached_by(
 
 
 def computes(node: Any) -> bool:
-    """Whether this is neither a leaf nor a function of a single leaf: the cast of a tied weight is no activation."""
+    """Whether this is neither a leaf nor a function of a single leaf: casts of tied weights are not activations."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         node = following[0][0]
     return not is_leaf(node)

@@ -136,7 +136,7 @@ def check_names(names: Iterable[Any], option: str) -> tuple[str, ...]:
     """T names of tasks.
 
     Raises:
-        TypeError: one of them is no string.
+        TypeError: one of them is not a string.
         ValueError: one comes twice.
     """
     found = tuple(names)

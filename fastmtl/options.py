@@ -106,7 +106,7 @@ def check_number(
     """`value` as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is not finite, or not within the bounds: `low` and `high` included, `above` and `below` not.
     """
     other = " or None" if optional else ""

@@ -98,7 +98,7 @@ class UW(_Learned):
         shape: of the values; an int n is (n,).
 
     Raises:
-        TypeError: `shape` is no shape.
+        TypeError: `shape` is not a shape.
         ValueError: (in a step) values of another shape.
     """
 
@@ -118,7 +118,7 @@ class IMTLL(_Learned):
         shape: of the values; an int n is (n,).
 
     Raises:
-        TypeError: `shape` is no shape.
+        TypeError: `shape` is not a shape.
         ValueError: (in a step) values of another shape.
     """
 
