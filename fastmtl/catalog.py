@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fastmtl import methods, scalarization
 from fastmtl.methods.base import GramMethod, Method
-from fastmtl.methods.memory import GradientMemory
-from fastmtl.methods.state import StatefulMethod
+from fastmtl.methods.state import Remembering
 from fastmtl.scalarization import Scalarization
 
 __all__ = ["Entry", "entries", "make", "names", "table"]
@@ -183,7 +182,7 @@ def _needs(kind: _Kind) -> str:
 
 def _state(kind: _Kind) -> str:
     method = make(_NAMES[kind][0], tasks=4)
-    if issubclass(kind, (StatefulMethod, GradientMemory)):
+    if issubclass(kind, Remembering):
         return ", ".join(method._buffers)
     return ", ".join(name for name in method.state_dict() if name[0] != "_")
 

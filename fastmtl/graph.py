@@ -1,4 +1,4 @@
-"""What T losses reach in the autograd graph: their own leaves, common ones, and where their ways meet."""
+"""What T losses reach in the autograd graph: their own leaves, common ones, and where their paths meet."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ __all__ = [
     "leaves_of",
     "nothing_behind",
     "reached_by",
+    "signed",
     "trunk_of",
     "vjp",
 ]
 
-# A graph node and the number of one of its outputs: what a tensor with a history stands for.
+# A graph node and the number of one of its outputs: how the graph represents a tensor.
 Edge: TypeAlias = "tuple[Any, int]"
 SEVERAL = -1  # the owner of a node that several losses reach
 
 _LEAF = "AccumulateGrad"
-# Operations that take one entry, or all, out of a tensor.
+# Operations that take one entry out of a tensor, or all entries one by one.
 _PARTS = frozenset({"SelectBackward0", "UnbindBackward0"})
-# Operations that pass each input on as the output of the same number: their outputs have nothing to do with each other.
-# DistributedDataParallel puts one behind all outputs of a model, a module with full backward hooks has one too.
+# Operations that pass input i on as output i: their outputs are unrelated. DistributedDataParallel puts one behind all
+# outputs of a model, and full backward hooks put one around a module.
 _JOINTS = frozenset({"_DDPSinkBackward", "BackwardHookFunctionBackward"})
 _SPECIAL = _PARTS | _JOINTS | {_LEAF}
 
@@ -49,9 +50,9 @@ class Leaves(NamedTuple):
         common: those that several reach.
         overlap: whether some losses share a part of the graph that a backward pass frees.
         owner: for every node that a loss reaches, which loss, or `SEVERAL`; joints have none.
-        parted: ids of those common leaves of which each loss reads other entries: learned scales of the losses, say.
+        parted: ids of common leaves of which each loss reads different entries, such as learned loss scales.
         idle: leaves behind those outputs of joints that no loss reaches.
-        joined: whether a joint was met, or entries of a stack were.
+        joined: whether a path leads through a joint or through a stack of losses.
     """
 
     private: list[list[Tensor]]
@@ -71,33 +72,33 @@ class Leaves(NamedTuple):
         return [leaf for leaf in self.common if id(leaf) not in self.parted]
 
     def meet(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether one of the tensors is among them."""
+        """Whether one of the tensors is one of the leaves."""
         ids = {id(leaf) for leaf in self.all()}
         return any(id(x) in ids for x in tensors)
 
     def without(self, tensors: Iterable[Tensor]) -> Leaves:
-        """The leaves that are none of these tensors."""
+        """The leaves without these tensors."""
         ids = {id(x) for x in tensors}
         private = [[leaf for leaf in leaves if id(leaf) not in ids] for leaves in self.private]
         return self._replace(private=private, common=[leaf for leaf in self.common if id(leaf) not in ids])
 
 
 def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool = True) -> Leaves:
-    """The leaves that losses reach by ways that do not lead through the tensors of `cut`.
+    """The leaves that losses reach along paths that do not lead through the tensors of `cut`.
 
     Each graph node is visited at most twice: when the first loss finds it, and when a second loss shows it is common.
 
     Args:
         losses: T of them, None for a task that is absent.
-        cut: where ways end.
-        joints: whether ways lead straight through joints; without, they are nodes like all others.
+        cut: where paths end.
+        joints: whether paths lead straight through joints; otherwise joints are nodes like any other.
     """
     closed = {edge_of(x) for x in cut}
     owner: dict[Any, int] = {}
-    passed: dict[Edge, int] = {}  # the same for outputs of joints
+    passed: dict[Edge, int] = {}  # the owners of joints' outputs
     leaves: dict[Any, Tensor] = {}
-    entries: dict[Any, dict[tuple[int, int], set[int]]] = {}  # of a leaf: (dimension, index) -> who reads it
-    whole: set[Any] = set()  # leaves that are also read otherwise
+    entries: dict[Any, dict[tuple[int, int], set[int]]] = {}  # leaf -> (dimension, index) -> the losses that read it
+    whole: set[Any] = set()  # leaves that are also read as a whole
 
     overlap = straight = False
     for t, loss in enumerate(losses):
@@ -108,7 +109,7 @@ def leaves_of(losses: Sequence[Tensor | None], cut: list[Tensor], joints: bool =
             edge, reader = stack.pop()
             node, output = edge
             kind = type(node).__name__
-            if kind not in _SPECIAL:  # most are not, and this is part of every step
+            if kind not in _SPECIAL:  # the common case, kept fast: this runs in every step
                 known = owner.get(node)
                 if known is None:
                     owner[node] = t
@@ -167,9 +168,9 @@ def is_leaf(node: Any) -> bool:
 
 
 def _one_of_stack(node: Any, output: int, begins: bool) -> Edge | None:
-    """What one loss was before T of them were stacked, where a node takes it out of that tensor [T]; else None.
+    """If a node takes a loss out of a stack [T] of losses, that loss as it was before; else None.
 
-    `begins`: whether it is a loss that the node makes. Of other `unbind`s the shape is not known.
+    `begins`: whether the node's output is itself a loss. The shape behind any other `unbind` is not known.
     """
     source = node.next_functions[0][0]
     if type(source).__name__ != "StackBackward0" or node._saved_dim or source._saved_dim:
@@ -181,7 +182,7 @@ def _one_of_stack(node: Any, output: int, begins: bool) -> Edge | None:
 
 
 def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:
-    """Dimension and index of what is taken out, neither of them negative."""
+    """Dimension and index of the entry that is taken out, neither of them negative."""
     if kind == "UnbindBackward0":
         return _unsigned(node._saved_dim, len(node.next_functions[0][0].variable.shape)), output
     sizes = node._saved_self_sym_sizes
@@ -190,9 +191,14 @@ def _entry(node: Any, output: int, kind: str) -> tuple[int, int]:
 
 
 def _unsigned(i: int, n: int) -> int:
-    """An index into n as counted from the front; saved ones that are negative come with 2^64 on top."""
-    i = i - 2**64 if i >= 2**63 else i
+    """A saved index into n, counted from the front."""
+    i = signed(i)
     return i + n if i < 0 else i
+
+
+def signed(saved: int) -> int:
+    """An integer that a node saved: autograd shows negative ones as unsigned, 2^64 too large."""
+    return saved - 2**64 if saved >= 2**63 else saved
 
 
 def _is_parted(readers: Mapping[tuple[int, int], set[int]]) -> bool:
@@ -200,7 +206,7 @@ def _is_parted(readers: Mapping[tuple[int, int], set[int]]) -> bool:
 
 
 def _behind(passed: Iterable[Edge], owner: Mapping[Any, int]) -> list[Tensor]:
-    """The leaves behind all outputs of these joints that have no owner."""
+    """The leaves without an owner behind the outputs of these joints."""
     found: list[Tensor] = []
     stack = [node for node, _ in passed]
     seen: set[Any] = set(owner)
@@ -216,7 +222,7 @@ def _behind(passed: Iterable[Edge], owner: Mapping[Any, int]) -> list[Tensor]:
 
 
 def _following(node: Any, output: int) -> Sequence[Edge]:
-    """Where the gradient of an output goes on to."""
+    """Where the gradient of an output goes next."""
     following: Sequence[Edge] = node.next_functions
     if type(node).__name__ in _JOINTS and output < len(following):
         return following[output : output + 1]
@@ -224,7 +230,7 @@ def _following(node: Any, output: int) -> Sequence[Edge]:
 
 
 def behind_joints(edge: Edge) -> Edge:
-    """Where an edge leads to, past joints."""
+    """Where an edge leads, past joints."""
     while type(edge[0]).__name__ in _JOINTS and edge[1] < len(edge[0].next_functions):
         edge = edge[0].next_functions[edge[1]]
     return edge
@@ -235,8 +241,8 @@ class Trunk(NamedTuple):
 
     Attributes:
         leaves: the leaves there (themselves, where they are leaves).
-        nodes: the nodes there, from those of the tensors on.
-        nested: which of the tensors' edges lie behind another of them.
+        nodes: the nodes there, starting with the tensors' own.
+        nested: the edges of those tensors that lie behind another one.
     """
 
     leaves: list[Tensor]
@@ -273,16 +279,16 @@ def trunk_of(edges: Iterable[Edge]) -> Trunk:
 def reached_by(
     roots: Iterable[Tensor], ends: Mapping[Edge, int], trunk: set[Any], stop: frozenset[str] = frozenset()
 ) -> tuple[set[int], bool]:
-    """Where ways from tensors lead.
+    """Where paths from tensors lead.
 
     Args:
-        roots: where they begin.
-        ends: edges where they end, each with a number.
-        trunk: nodes where they end too.
-        stop: names of types of nodes where they end without counting.
+        roots: the tensors.
+        ends: edges where paths end, each with a number.
+        trunk: nodes where paths end too.
+        stop: names of node types where paths end without counting.
 
     Returns:
-        The numbers of the ends that are reached, and whether a way leads into the trunk and not just to a leaf of it.
+        The numbers of the ends reached, and whether a path leads into the trunk and not just to one of its leaves.
     """
     numbers: set[int] = set()
     around = False
@@ -303,14 +309,14 @@ def reached_by(
 
 
 def computes(node: Any) -> bool:
-    """Whether this is neither a leaf nor a function of one leaf alone: the cast of a tied weight is no activation."""
+    """Whether this is neither a leaf nor a function of a single leaf: casts of tied weights are not activations."""
     while len(following := node.next_functions) == 1 and following[0][0] is not None:
         node = following[0][0]
     return not is_leaf(node)
 
 
 def edge_of(x: Tensor) -> Edge:
-    """What a tensor stands for in the graph; a leaf's is its accumulation."""
+    """A tensor's edge; that of a leaf is its AccumulateGrad node."""
     if torch.is_inference_mode_enabled():  # there the view by which torch finds a leaf's has no history
         with torch.inference_mode(False):
             edge = get_gradient_edge(x)
@@ -321,7 +327,7 @@ def edge_of(x: Tensor) -> Edge:
 
 @contextmanager
 def nothing_behind(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within, no gradient passes behind these tensors."""
+    """Within this context, no gradient passes beyond these tensors."""
     outputs: dict[Any, set[int]] = {}
     for x in tensors:
         node, output = edge_of(x)
@@ -347,14 +353,14 @@ def vjp(
     retain_graph: bool = False,
     batched: bool = False,
 ) -> Row:
-    """One backward pass: the inputs' gradients from cotangents at outputs, None where there is none.
+    """One backward pass: the inputs' gradients for cotangents at outputs, None for an input without one.
 
     Args:
         outputs: where the pass begins: tensors or `GradientEdge`s.
-        cotangents: one for each output, None where nothing comes from; with a leading dimension if `batched`.
-        inputs: where it ends, the same.
+        cotangents: one for each output, None for an output that contributes nothing.
+        inputs: where the pass ends: tensors or `GradientEdge`s.
         retain_graph: keep the graph for another pass.
-        batched: one vectorised pass for all cotangents along the leading dimension, which the results have too.
+        batched: cotangents have a leading dimension, over which the pass is vectorised; so have the results.
     """
     used = [k for k, g in enumerate(cotangents) if g is not None]
     if not used or not inputs:

@@ -12,11 +12,11 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.inputs import EPS, describe, has_numbers
 
-__all__ = ["Info", "condition_number", "tolerances"]
+__all__ = ["Info", "condition_number", "smallest_kept", "tolerances"]
 
 _EPS32, _EPS64 = EPS[torch.float32], EPS[torch.float64]
 _SHOWN = 8  # weights in a repr
-_ANY_RULE = (0.0, 0.0, "gram")  # eigenvalues are the same under each
+_ANY_RULE = (0.0, 0.0, "gram")  # eigenvalues are the same under every rank rule
 
 
 class Info:
@@ -48,7 +48,7 @@ class Info:
 
     SOLVED = 1e-8  # a residual up to this counts as converged
 
-    alpha: Tensor  # typed for the methods that have it, all but one, so that reading it needs no test for None
+    alpha: Tensor  # None for one method only: typed so that users of all others need not test for it
     gram: Tensor | None
     rank: Tensor | None
     residual: Tensor | None
@@ -57,7 +57,7 @@ class Info:
     lasting: Tensor | None = None
     names: tuple[str, ...] | None = None
     _eigenvalues: Tensor | None
-    _spectrum = False  # whether they are still to be had
+    _spectrum = False  # whether eigenvalues can still be computed
 
     def __init__(self, tasks: int, device: torch.device | str | None = None) -> None:
         self.alpha = torch.full((tasks,), math.nan, dtype=torch.float64, device=device)
@@ -77,7 +77,7 @@ class Info:
         *,
         spectrum: bool = False,
     ) -> Info:
-        """An info that holds these very tensors; with `spectrum` the eigenvalues of `gram`, too, once they are read."""
+        """An info that holds these very tensors; with `spectrum`, eigenvalues are computed from `gram` when read."""
         info = cls.__new__(cls)
         info.alpha = alpha  # type: ignore[assignment]
         info.gram, info._eigenvalues, info.rank, info.residual = gram, eigenvalues, rank, residual
@@ -157,7 +157,7 @@ class Info:
 
 
 def _entries(value: Tensor) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every number of a tensor, with its indices."""
+    """Every number of a tensor, after its indices."""
     numbers = value.detach().to("cpu", torch.float64)
     yield from zip(itertools.product(*map(range, value.shape)), numbers.reshape(-1).tolist(), strict=True)
 
@@ -165,15 +165,19 @@ def _entries(value: Tensor) -> Iterator[tuple[tuple[int, ...], float]]:
 def condition_number(eigenvalues: Tensor, rank: Tensor) -> Tensor:
     """κ [...] from the eigenvalues [..., T] of a Gram matrix, descending, of which the first `rank` [...] are kept."""
     largest = eigenvalues[..., 0]
-    smallest = eigenvalues.gather(-1, (rank - 1).clamp_min(0)[..., None])[..., 0]
-    return torch.where(largest == 0, 1.0, largest / smallest).sqrt()
+    return torch.where(largest == 0, 1.0, largest / smallest_kept(eigenvalues, rank)).sqrt()
+
+
+def smallest_kept(eigenvalues: Tensor, rank: Tensor) -> Tensor:
+    """The smallest kept eigenvalue [...]; if none is kept, the largest, which then is 0 or NaN."""
+    return eigenvalues.gather(-1, (rank - 1).clamp_min(0)[..., None])[..., 0]
 
 
 def tolerances(T: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Aligned-MTL's defaults for T gradients of this dtype.
+    """Aligned-MTL's default tolerances for T gradients of this dtype.
 
     Returns:
-        `rtol`, and the norm, relative to the largest, up to which a row is rounding noise.
+        `rtol`, and the norm relative to the largest up to which a row counts as rounding noise.
     """
     if dtype is torch.float32:
         return math.sqrt(T * _EPS32), _EPS32

@@ -37,7 +37,7 @@ __all__ = [
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
-# What is said where a tensor is no gradient, by the kernels as well.
+# How errors say what a gradient has to be; the kernels use the same words.
 FLOATING = "expected float32, float64, bfloat16 or float16"
 DENSE = "expected a dense (strided) tensor"
 
@@ -51,7 +51,7 @@ Rows: TypeAlias = "Sequence[Tensor | Sequence[Tensor | None] | None]"
 
 
 def describe(value: object) -> str:
-    """A tensor as dtype, shape and device, anything else as its type: what an error message says that came."""
+    """A value as error messages show it: a tensor by dtype, shape and device, anything else by its type."""
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f" {str(value.layout)[6:]}"
         return f"{str(value.dtype)[6:]}{layout} tensor of shape {list(value.shape)} on {value.device}"
@@ -59,7 +59,7 @@ def describe(value: object) -> str:
 
 
 def check_gradient(g: Tensor, name: str) -> None:
-    """Raises where `g` is no gradient that the kernels read, or not a detached one."""
+    """Raises unless `g` is a detached gradient that the kernels can read."""
     if (wrong := wrong_kind(g)) is not None:
         raise TypeError(f"{name}: {wrong}")
     _check_detached(g, name)
@@ -82,7 +82,7 @@ def _check_overwritten(out: object, name: str) -> None:
 
 
 def wrong_kind(g: Tensor) -> str | None:
-    """What to say of a tensor that no kernel reads as a gradient."""
+    """Why the kernels cannot read `g` as a gradient, for an error message; None if they can."""
     if g.layout is not torch.strided:
         return f"{DENSE}, got {describe(g)}; call .to_dense() first, or make the layer with sparse=False"
     return None if g.dtype in DTYPES else f"{FLOATING}, got {describe(g)}"
@@ -90,20 +90,20 @@ def wrong_kind(g: Tensor) -> str | None:
 
 def transforming() -> bool:
     """Whether forward-mode derivatives or a transform of `torch.func` may have wrapped tensors."""
-    if torch.compiler.is_compiling():  # which refuses by itself what it cannot trace
+    if torch.compiler.is_compiling():  # the compiler itself refuses what it cannot trace
         return False
     return forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
 
 def has_numbers(x: Tensor) -> bool:
-    """Whether the host may look at these numbers: they lie there, and no trace or transform is being made of them."""
+    """Whether the host can read these numbers at once: a plain CPU tensor, outside any trace or transform."""
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not transforming() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def check_tangent(x: Tensor, name: str, what: str) -> None:
-    """Raises ValueError where `x` has a forward-mode tangent, which would be lost."""
+    """Raises ValueError if `x` has a forward-mode tangent, which would be lost."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(f"{name}: has a forward-mode tangent, but {what} no derivative; pass it detached")
 
@@ -120,7 +120,7 @@ def _check_transformed(g: Tensor, name: str) -> None:
 
 
 def requires_grad_outside(x: Tensor) -> bool:
-    """Whether `x` requires grad outside of a transform of `torch.func`, within which it says that it does not."""
+    """Whether `x` requires grad outside the current transform of `torch.func`, although inside it says no."""
     inner = x
     while _functorch.is_functorch_wrapped_tensor(inner):
         inner = _functorch.get_unwrapped(inner)
@@ -145,7 +145,7 @@ def check_matrix(G: Tensor) -> None:
 
 
 def repeats(x: Tensor) -> bool:
-    """Whether elements share memory; true also for strides that interleave them so that it is hard to tell."""
+    """Whether elements share memory. Also true for strides so interleaved that it is hard to tell."""
     extent = 1
     for stride, n in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride < extent:
@@ -155,15 +155,15 @@ def repeats(x: Tensor) -> bool:
 
 
 def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Results must not span memory that a gradient or another result spans: one would overwrite the other."""
+    """Raises ValueError if a result overlaps a gradient or another result: one would overwrite the other."""
     if torch.compiler.is_compiling() or any(out.device.type == "meta" for out in outs):
         return
     for out in outs:
-        out.data_ptr()  # asks for memory to write, which parts tensors that are copied on write
+        out.data_ptr()  # asks for writable memory, which materialises a copy-on-write tensor
     results = [_extent(out) for out in outs]
     spans = sorted(_extent(g) for g in grads if g.numel())
     starts = [start for start, _ in spans]
-    ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end of this span and all before
+    ends = list(itertools.accumulate((end for _, end in spans), max))  # the furthest end so far
     for k, (out, (start, end)) in enumerate(zip(outs, results, strict=True)):
         before = bisect.bisect_left(starts, end)
         if out.numel() and before and ends[before - 1] > start:
@@ -176,7 +176,7 @@ def check_apart(outs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """Where a tensor begins and ends; data_ptr() would make the copy that a copy on write is."""
+    """Where a tensor begins and ends in memory; data_ptr() would materialise a copy-on-write tensor."""
     begin = torch._C._data_address(x) + x.storage_offset() * x.element_size()  # type: ignore[attr-defined]
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return begin, begin + (last + 1) * x.element_size()
@@ -201,7 +201,7 @@ def checked_out(G: Tensor, out: Tensor | None) -> Tensor:
 def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
     """Flattens T rows of K gradients to the ops' list (entry t·K + k).
 
-    That they fit together is checked once, by the op that reads them; here is what an op cannot see.
+    The op that reads the gradients checks that they fit together; this checks what an op cannot see.
 
     Returns:
         The list of T·K tensors or Nones, and K.
@@ -244,9 +244,9 @@ def check_rows(rows: Rows) -> tuple[list[Tensor | None], int]:
 
 
 def check_outs(out: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
-    """Where the results of K columns go, `like` being a gradient of each: again what an op cannot see.
+    """Where the results of K columns go; `like` has a gradient of each. Again this checks what an op cannot see.
 
-    What is there for a column without any gradient is not looked at; the op gets a tensor without elements.
+    An entry for a column without any gradient is ignored: the op gets a tensor without elements.
     """
     if not isinstance(out, (list, tuple)) or len(out) != len(like):
         got = f"{len(out)} entries" if isinstance(out, (list, tuple)) else describe(out)
@@ -259,12 +259,12 @@ def check_outs(out: Any, like: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def nothing_for(like: Sequence[Tensor | None]) -> Tensor:
-    """A tensor without elements, where the gradients are."""
+    """A tensor without elements, on the gradients' device."""
     return torch.empty(0, device=next(g.device for g in like if g is not None))
 
 
 def _are_detached(entries: Sequence[Any], *others: type) -> bool:
-    """Whether all are tensors, or of `others`, and none requires grad where that counts: without a loop in Python."""
+    """Whether all are tensors or of `others`, and none requires grad in grad mode; without a loop in Python."""
     if torch.compiler.is_compiling():
         return False
     kinds = set(map(type, entries))

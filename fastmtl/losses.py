@@ -97,7 +97,7 @@ def stack_losses(
 
 
 def is_whole(losses: object) -> TypeGuard[Tensor]:
-    """Whether these are losses [T] of which one sees at once that all tasks are there."""
+    """Whether these are losses [T] that show at once that all tasks are present."""
     return _is_vector(losses) and (torch.compiler.is_compiling() or not _is_stack(losses))
 
 
@@ -156,7 +156,7 @@ def check_names(names: Iterable[Any], option: str) -> tuple[str, ...]:
     """T names of tasks.
 
     Raises:
-        TypeError: one of them is no string.
+        TypeError: one of them is not a string.
         ValueError: one comes twice.
     """
     found = tuple(names)

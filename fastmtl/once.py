@@ -1,4 +1,4 @@
-"""Warnings about misuse: once for each kind and place in the user's code, and as if they came from there."""
+"""Warnings about misuse: once for each kind and place in the user's code, and attributed to that place."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 __all__ = ["Site", "caller", "due", "first", "forget", "site_of", "warn", "warn_alone"]
 
-_INSIDE = frozenset({__name__.partition(".")[0], "torch"})  # packages that no user's code is in
-_MOST = 4  # different texts of one kind at one site: which aliases are meant may change from step to step
-_EACH = 8  # steps of a site that are all looked at
+_INSIDE = frozenset({__name__.partition(".")[0], "torch"})  # packages that contain no user code
+_MOST = 4  # different texts of one kind at one site: which aliases they name may change from step to step
+_EACH = 8  # the first steps of a site, all of which are examined
 _Key = tuple[str, str, int, int]
 _seen: dict[_Key, set[str]] = {}
 _counts: dict[_Key, int] = {}
@@ -23,9 +23,9 @@ class Site(NamedTuple):
     """A call in the user's code.
 
     Attributes:
-        code: the code that it is in.
-        at: where in it.
-        scope: the globals there.
+        code: the code object of the call.
+        at: the offset of its instruction.
+        scope: its globals.
     """
 
     code: CodeType
@@ -33,22 +33,22 @@ class Site(NamedTuple):
     scope: dict[str, Any]
 
     def key(self, kind: str) -> _Key:
-        """What stands for this site and a kind of warning."""
+        """The key of this site and a kind of warning."""
         return kind, self.code.co_filename, self.code.co_firstlineno, self.at
 
     def line(self) -> int:
-        """The number of the line."""
+        """The line number."""
         lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
         return next(lines, None) or self.code.co_firstlineno
 
 
 def site_of(frame: FrameType) -> Site:
-    """Where a frame is."""
+    """The call that a frame is at."""
     return Site(frame.f_code, frame.f_lasti, frame.f_globals)
 
 
 def caller() -> Site:
-    """The call outside of this package, and of torch, that led here."""
+    """The call in user code, outside this package and torch, that led here."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame = frame.f_back
@@ -61,7 +61,7 @@ def first(kind: str, site: Site) -> bool:
 
 
 def due(kind: str, site: Site) -> bool:
-    """Whether it is worth a look at this site: the first times, and then ever more rarely."""
+    """Whether to look at this site now: the first times, and then ever more rarely."""
     key = site.key(kind)
     count = _counts.get(key, 0)
     _counts[key] = count + 1
@@ -69,15 +69,15 @@ def due(kind: str, site: Site) -> bool:
 
 
 def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
-    """A UserWarning, the first time that it is due at this site, whatever the filters: a training loop is not flooded.
+    """Issues a UserWarning, once per message and site whatever the filters, so that it cannot flood a training loop.
 
-    From within a backward pass no frame leads to the user's code, which is why the site is given.
+    The site is an argument because within a backward pass no frame leads to the user's code.
 
     Args:
-        kind: what it is about.
-        site: where it belongs.
-        message: what it says.
-        most: how many different messages of this kind there may be at this site.
+        kind: the kind of warning.
+        site: the call that it is attributed to.
+        message: its text.
+        most: how many different messages of this kind one site may get.
     """
     key = site.key(kind)
     if not _is_new(key, message, most):
@@ -86,7 +86,7 @@ def warn(kind: str, site: Site, message: str, most: int = _MOST) -> None:
     registry = site.scope.setdefault("__warningregistry__", {})
     try:
         warnings.warn_explicit(message, UserWarning, site.code.co_filename, site.line(), module, registry)
-    except UserWarning:  # made an error by a filter: then it comes each time
+    except UserWarning:  # a filter made it an error: then it is raised every time
         for known in [known for known in _seen if known[1:] == key[1:]]:
             del _seen[known]
         raise
@@ -101,13 +101,13 @@ def _is_new(key: _Key, text: str, most: int) -> bool:
 
 
 def forget() -> None:
-    """Every warning may come again."""
+    """Forgets all warnings, so that each may be issued again."""
     _seen.clear()
     _counts.clear()
 
 
 def warn_alone(site: Site | None, option: str, where: str) -> None:
-    """Warns, at the caller if at no other site, where several processes train and nobody says whether together."""
+    """Warns, at `site` or else the caller, if several processes train and no option says whether together."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return

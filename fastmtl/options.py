@@ -21,6 +21,7 @@ __all__ = [
     "check_weights",
     "choice",
     "flag",
+    "fractions",
     "generator",
     "integer",
     "number",
@@ -33,7 +34,7 @@ __all__ = [
 
 
 class Array(Protocol):
-    """An array of NumPy's, or what says that it can be one."""
+    """A NumPy array, or anything that can become one."""
 
     def __array__(self) -> Any: ...
 
@@ -42,12 +43,12 @@ Numbers: TypeAlias = Tensor | Sequence[float] | Array
 Weights: TypeAlias = Tensor | Sequence[float] | Array | Literal["mean", "sum"] | None
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Returns what is kept of a value; raises TypeError or ValueError naming the option, what is expected and what came.
+# Returns the value to keep; raises TypeError or ValueError that name the option, what is expected and what came.
 Check = Callable[[Any, str], Any]
 
 
 class _Option:
-    # Without `__get__` a read finds the instance's own value, as of any attribute, and costs nothing.
+    # Without `__get__`, reads find the value in the instance like any attribute, and cost nothing extra.
     def __init__(self, check: Check, fixed: bool) -> None:
         self._check, self._fixed = check, fixed
 
@@ -62,20 +63,20 @@ class _Option:
 
 
 def option(check: Check, fixed: bool = False) -> Any:
-    """An attribute that holds what `check` makes of a value; `fixed`: which is set once."""
+    """An attribute that holds what `check` makes of a value; if `fixed`, it can only be set once."""
     return _Option(check, fixed)
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy's as one of Python's, an array as a tensor; anything else as it is."""
+    """A NumPy number as a Python number, an array as a tensor, anything else as it is."""
     if isinstance(value, (Tensor, type)) or not hasattr(value, "__array__"):
         return value
     array = value.__array__()
     if array.ndim == 0:
         return array.item()
     try:
-        return torch.from_numpy(array.copy())  # of its own, and without negative strides
-    except TypeError:  # of objects, or of words
+        return torch.from_numpy(array.copy())  # a copy, and without negative strides
+    except TypeError:  # an array of objects or strings
         return value
 
 
@@ -105,7 +106,7 @@ def check_number(
     """`value` as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is not finite, or not within the bounds: `low` and `high` included, `above` and `below` not.
     """
     other = " or None" if optional else ""
@@ -162,14 +163,14 @@ def generator(value: Any, name: str) -> torch.Generator | None:
 
 
 def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None = None, shape: str = "") -> Tensor:
-    """`value` as a float64 tensor [T] of its own, whatever the default device: a tensor stays where it is.
+    """A float64 copy [T] of `value`: of a tensor on its device, else on the CPU, whatever the default device.
 
     Args:
         value: T finite numbers: a tensor, an array or a sequence.
         name: the option.
         what: what is expected, for messages.
         tasks: T; None for any.
-        shape: the shape that is expected, for messages, where one number will do; it is then [].
+        shape: allows a single number, which becomes a tensor []; the expected shape, for messages.
 
     Raises:
         TypeError: they are no numbers.
@@ -189,9 +190,17 @@ def numbers(value: object, name: str, what: str = "T numbers", tasks: int | None
     if not fits and not (shape and x.ndim == 0):
         shape = shape or f"shape [{tasks or 'T'}]"
         raise ValueError(f"{name}: expected {shape}, got shape {list(x.shape)}")
-    if x.device.type == "cpu" and not bool(x.isfinite().all()):  # elsewhere the host would wait
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):  # on a device the host would wait
         raise ValueError(f"{name}: expected finite numbers, got {x.tolist()}")
     return x
+
+
+def fractions(value: object, name: str, what: str, shape: str) -> float | Tensor:
+    """One number in [0, 1] as a float, or several as a float64 tensor: see `numbers`."""
+    x = numbers(value, name, what, shape=shape)
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
+    return x if x.ndim else x.item()
 
 
 def weights(value: Any, name: str) -> Tensor | str:
@@ -205,7 +214,7 @@ def weights(value: Any, name: str) -> Tensor | str:
 
 
 def check_weights(weights: Tensor | str | float, T: int, name: str = "weights") -> None:
-    """Raises ValueError where these are numbers of another number of tasks than T."""
+    """Raises ValueError if these are numbers for another number of tasks than T."""
     if isinstance(weights, Tensor) and weights.shape[0] != T:
         raise ValueError(
             f"{name}: expected length {T} (the number of tasks), got {weights.shape[0]}; "
@@ -214,14 +223,14 @@ def check_weights(weights: Tensor | str | float, T: int, name: str = "weights") 
 
 
 def show_weights(weights: Tensor | str | float | None) -> str:
-    """An option's word or numbers, for `repr`."""
+    """Weights as `repr` shows them: a word or numbers."""
     return str(weights.tolist()) if isinstance(weights, Tensor) else repr(weights)
 
 
 class Copies:
-    """The numbers of options on the devices that gradients came from, a copy each: to make one, the host waits.
+    """Copies of an option's numbers, one per device that gradients came from: making one makes the host wait.
 
-    Copies and pickles of a method begin without any.
+    A copied or pickled method starts without any.
     """
 
     def __init__(self) -> None:
@@ -234,10 +243,10 @@ class Copies:
         return Copies, ()
 
     def get(self, what: Tensor | int, like: Tensor) -> Tensor:
-        """These numbers, or so many ones in float64, where `like` is."""
+        """These numbers, or that many ones in float64, on the device of `like`."""
         if isinstance(what, Tensor) and what.device == like.device:
             return what
-        # What a compiled or captured graph allocates is its own, and a fake tensor has no numbers.
+        # A compiled or captured graph owns what it allocates, and a fake tensor has no numbers.
         if torch.compiler.is_compiling() or type(like) not in _PLAIN:
             return _new(what, like)
         placed = self._placed.get((what, like.device))

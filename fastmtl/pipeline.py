@@ -1,4 +1,4 @@
-"""The pipeline gradients → Gram → weights → combine, for whatever method, on T rows of K gradients."""
+"""The pipeline gradients → Gram → weights → combine, for any method, on T rows of K gradients."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
     "gram_of",
 ]
 
-# By what the K columns are told apart of which each part has to be read by itself.
+# Columns on different devices are read separately.
 _device_of: Callable[[Tensor], Any] = operator.attrgetter("device")
 
 
 def aggregate_rows(
     rule: Rule, rows: Rows, out: Sequence[Tensor | None] | None = None, context: Context = NOTHING
 ) -> tuple[list[Tensor | None], Info]:
-    """The pipeline on T rows of K gradients: K results (None where no task has a gradient) and the info."""
+    """Aggregates T rows of K gradients: K results (None where no task has a gradient) and the info."""
     grads, K = check_rows(rows)
     if not K:
         raise ValueError(f"rows: expected at least one gradient, got {len(rows)} rows of 0 tensors")
@@ -48,10 +48,10 @@ def aggregate_flat(
     out: Sequence[Tensor | None] | None = None,
     context: Context = NOTHING,
 ) -> tuple[list[Tensor | None], Info]:
-    """The same for T·K gradients that are known to fit together (entry t·K + k).
+    """`aggregate_rows` for T·K gradients (entry t·K + k) whose rows are known to be of one length.
 
-    Columns may lie on several devices: the Gram matrices of each are summed where the first column is, where `info` is
-    too, and each column's result is where its gradients are.
+    Columns may lie on several devices: the devices' Gram matrices are summed on that of the first column, where `info`
+    is too, and each column's result is where its gradients are.
     """
     T = len(grads) // K
     like = [
@@ -84,7 +84,7 @@ def aggregate_flat(
 
 
 def gram_of(grads: Sequence[Tensor | None], T: int, like: Sequence[Tensor] = ()) -> Tensor:
-    """`gram_rows` of what a user may have given, summed over the devices of K columns `like` these, on the first."""
+    """`gram_rows`, with errors as a user sees them; summed over the devices of K columns `like` these, on the first."""
     parts, K = _parts(like), len(like)
     try:
         if len(parts) < 2:
@@ -109,9 +109,9 @@ def combine_into(out: Sequence[Tensor], grads: Sequence[Tensor | None], alpha: T
 
 
 def _parts(columns: Sequence[Tensor]) -> list[list[int]]:
-    """The numbers of columns on each device, that of the first column first; none where there is one device alone."""
+    """The numbers of the columns on each device, the first column's device first; empty for a single device."""
     if torch.compiler.is_compiling() or len(set(map(_device_of, columns))) < 2 or any(x.is_meta for x in columns):
-        return []  # of what has no numbers the ops say so
+        return []  # tensors without data are for the ops to refuse
     parts: dict[Any, list[int]] = {}
     for k, x in enumerate(columns):
         parts.setdefault(_device_of(x), []).append(k)
@@ -125,9 +125,9 @@ def aggregate_part(
     reduce: Callable[[Tensor], Tensor],
     context: Context = NOTHING,
 ) -> tuple[list[Tensor], Info]:
-    """The same on a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of their shapes.
+    """`aggregate_flat` for a part of the gradients, whose Gram `reduce` completes; `like` are K tensors of the shapes.
 
-    Where no task has a gradient here the result is zeros: whoever else has the rest still waits for this part.
+    If no task has a gradient here, the results are zeros: the processes with the rest still wait for this part.
     """
     T = len(grads) // len(like)
     if any(g is not None for g in grads):
@@ -143,7 +143,7 @@ def aggregate_part(
 def aggregate_groups(
     rule: Rule, rows: Sequence[Sequence[Tensor | None]], groups: list[list[Tensor]], context: Context
 ) -> tuple[list[Tensor | None], Info]:
-    """Each group of parameters aggregated on its own; one batched problem for the weights of all."""
+    """Aggregates each group of parameters separately; the weights of all groups are one batched problem."""
     T, end = len(rows), 0
     lists: list[list[Tensor | None]] = []
     for group in groups:
@@ -162,7 +162,7 @@ def aggregate_groups(
 
 
 def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of the largest rounding error, among those that a gradient may have."""
+    """The dtype with the largest rounding error, among those that a gradient may have."""
     found = torch.float64
     for dtype in {x.dtype for x in tensors}:  # not `max(..., key=...)`, which torch 2.11 does not compile
         if EPS.get(dtype, 0.0) > EPS[found]:

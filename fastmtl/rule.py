@@ -1,4 +1,4 @@
-"""What the pipeline and training know of a method, and what a step brings it besides gradients."""
+"""What the pipeline and training know about a method, and what a step gives it besides gradients."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 
 
 class Context(NamedTuple):
-    """What a step brings besides its gradients.
+    """What a step gives a method besides gradients.
 
     Attributes:
         losses: the T task losses [T], detached and unscaled, for the methods that need them.
         grad_scale: the factor S by which a loss scaler has multiplied losses and gradients, a float or a tensor [].
         agree: makes a tensor the same on all processes that aggregate together; None for one process.
-        due: whether weights are to be computed even by a method that has a period of its own: the caller counts.
+        due: compute weights even if the method has a period of its own, since the caller counts the steps.
     """
 
     losses: Tensor | None = None
@@ -44,7 +44,7 @@ class Context(NamedTuple):
     due: bool = False
 
     def on(self, device: torch.device) -> Context:
-        """The same where the gradients are: models on several devices have their losses on the last."""
+        """The same on the gradients' device: a model on several devices has its losses on the last."""
         if all(not isinstance(x, Tensor) or x.device == device for x in (self.losses, self.grad_scale)):
             return self
         losses = None if self.losses is None else self.losses.to(device)
@@ -52,15 +52,15 @@ class Context(NamedTuple):
         return self._replace(losses=losses, grad_scale=scale)
 
     def unscaled(self, M: Tensor) -> Tensor:
-        """The Gram matrix of the gradients as they are without a loss scaler, float64: M / S²."""
+        """The Gram matrix of the gradients without the loss scaler's factor, float64: M / S²."""
         M = M.to(torch.float64)
         if self.grad_scale is None:
             return M
-        # Twice: the square of a float32 tensor could overflow.
+        # Divided twice: the square of a float32 scale could overflow.
         return M / self.grad_scale / self.grad_scale
 
     def scaled(self, losses: Tensor) -> Tensor:
-        """The losses as they are without a loss scaler."""
+        """The losses without the loss scaler's factor."""
         return losses if self.grad_scale is None else losses / self.grad_scale
 
 
@@ -68,14 +68,14 @@ NOTHING = Context()
 
 
 class Kept(NamedTuple):
-    """Task weights that steps after theirs go on with: see `every` of `Method.backward`.
+    """Task weights that later steps reuse: see `every` of `Method.backward`.
 
     Attributes:
-        alpha: float64 [T], before what `Rule.shortening` makes of them.
-        present: which tasks were there.
-        age: how many steps ago that was.
-        period: after how many the next ones are due, with `every="auto"`.
-        turn: their cosine with the weights before them, float64 []; None for the first.
+        alpha: float64 [T], before `Rule.shortening`.
+        present: which tasks were present.
+        age: how many steps ago they were computed.
+        period: after how many steps new ones are due, with `every="auto"`.
+        turn: their cosine with the previous weights, float64 []; None for the first.
     """
 
     alpha: Tensor
@@ -85,30 +85,30 @@ class Kept(NamedTuple):
     turn: Tensor | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same as tensors, as a `state_dict()` is expected to hold."""
+        """All of it as tensors, for a `state_dict()`."""
         present = torch.tensor(self.present, device="cpu")
         numbers = {"present": present, "steps": torch.tensor([self.age, self.period], device="cpu")}
         return {"alpha": self.alpha, **numbers} | ({} if self.turn is None else {"turn": self.turn})
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Kept:
-        """The weights of such tensors."""
+        """The inverse of `tensors`."""
         age, period = tensors["steps"].tolist()
         return cls(tensors["alpha"], tuple(tensors["present"].tolist()), age, period, tensors.get("turn"))
 
 
 class Rule(Protocol):
-    """One direction from T task gradients: all that the rest of the package needs to know of a method.
+    """One direction from T task gradients: all that the rest of the package needs to know about a method.
 
     Attributes:
-        on_gram: whether it needs no more of the gradients than their Gram matrix: whether there is a `solve`.
+        on_gram: whether it needs only the Gram matrix of the gradients, and so has a `solve`.
         needs_losses: whether it needs the T losses, in `context`.
-        remembers: whether a step depends on those before it.
-        on_losses: whether it combines the losses, and not their gradients: then it is called with them, and has no
-            gradients to aggregate.
-        names: the tasks' names in the order of its weights and of its state, once they have come; see `names_in_order`.
-        kept: weights of an earlier step, where it was told to keep some.
-        holds: for how many steps its weights hold, if nothing else is said.
+        remembers: whether a step depends on earlier ones.
+        on_losses: whether it combines the losses instead of their gradients: it is then called with the losses, and
+            there are no gradients to aggregate.
+        names: the tasks' names in the order of its weights and state, once known; see `names_in_order`.
+        kept: weights of an earlier step, if it was told to keep them.
+        holds: for how many steps its weights hold by default.
         training: whether it may change its state.
     """
 
@@ -129,7 +129,7 @@ class Rule(Protocol):
     def on_losses(self) -> bool: ...
 
     def check_tasks(self, T: int) -> None:
-        """Raises ValueError where the options do not fit T tasks."""
+        """Raises ValueError if the options do not fit T tasks."""
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         """Task weights from M [T, T] or [B, T, T], the Gram matrix of gradients of this dtype."""
@@ -148,7 +148,7 @@ class Rule(Protocol):
         ...
 
     def shortening(self, norm: Callable[[], Tensor]) -> Tensor | None:
-        """What kept weights are multiplied by, float64 [], where αᵀ G is of this norm; None for 1."""
+        """The factor for kept weights, float64 [], given a function that returns the norm of αᵀ G; None for 1."""
         ...
 
 
@@ -159,7 +159,7 @@ def context_of(
     grad_scale: Tensor | float | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Context:
-    """What the step brings besides gradients; the losses only where they are needed."""
+    """What the step gives the method besides gradients; losses only if it needs them."""
     grad_scale = checked_scale(grad_scale)
     if not rule.needs_losses:
         return NOTHING if grad_scale is None and agree is None else Context(None, grad_scale, agree)
@@ -170,10 +170,10 @@ def context_of(
 
 
 def solved(rule: Rule, M: Tensor, dtype: torch.dtype, context: Context) -> Info:
-    """What `rule.solve` makes of M [T, T] or [B, T, T], wherever the losses are.
+    """`rule.solve` for M [T, T] or [B, T, T], with losses on any device.
 
     Raises:
-        ValueError: its weights are not float64 of shape M.shape[:-1] on the device of M.
+        ValueError: the weights it returns are not float64 of shape M.shape[:-1] on M's device.
     """
     info = rule.solve(M, dtype, context.on(M.device))
     alpha = info.alpha
@@ -184,10 +184,10 @@ def solved(rule: Rule, M: Tensor, dtype: torch.dtype, context: Context) -> Info:
 
 
 class MethodModule(nn.Module):
-    """What every method is as a module: it knows the tasks' names, and what it has learned and remembers of them.
+    """What every method is as a module: it keeps the tasks' names along with what it learns and remembers.
 
-    The names are in its `state_dict()` too, where it has a state, whose order they are. As part of a model that is cast
-    to 16 bits it keeps its precision, and only moves.
+    If there is state, its `state_dict()` contains the names too, which give the order. When the model it is part of is
+    cast to 16 bits, it keeps its own precision and only moves.
     """
 
     names: tuple[str, ...] | None = None
@@ -219,7 +219,7 @@ class MethodModule(nn.Module):
             destination[f"{prefix}_names"] = self.names
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        names = state_dict.pop(f"{prefix}_names", None)  # a copy of the user's; left in, it would be unexpected
+        names = state_dict.pop(f"{prefix}_names", None)  # from a copy, where it would be an unexpected key
         self.names = None if names is None else tuple(names)
         start = f"{prefix}_kept."
         kept = {key[len(start) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
@@ -228,10 +228,10 @@ class MethodModule(nn.Module):
 
 
 def names_in_order(rule: Rule, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The names in the order that the method knows them in, whatever the order of this step's; it keeps new ones.
+    """The names in the method's own order, whatever this step's order; the method keeps new ones.
 
     Raises:
-        ValueError: it remembers other tasks.
+        ValueError: the method remembers other tasks.
     """
     known = rule.names
     if names is None or names == known:
@@ -249,7 +249,7 @@ def names_in_order(rule: Rule, names: tuple[str, ...] | None) -> tuple[str, ...]
 
 
 def checked_scale(grad_scale: Any) -> Tensor | float | None:
-    """The factor of a loss scaler: None (for 1), a float, or a detached tensor, whose value nothing waits for.
+    """The factor of a loss scaler: None (for 1), a float, or a detached tensor, which the host does not wait for.
 
     Raises:
         TypeError: it is neither a number nor a floating tensor.
@@ -278,9 +278,9 @@ def checked_losses(losses: Losses, T: int, names: tuple[str, ...] | None = None)
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None, context: Context) -> Tensor:
-    """A seed for the random ops, int64 [] on the device of `like`: from torch's generator, so that it is reproducible.
+    """A seed for the random ops, int64 [] on the device of `like`, drawn from torch's generator to be reproducible.
 
-    Nothing waits for it, and in a CUDA graph each replay draws anew.
+    The host does not wait for it, and each replay of a CUDA graph draws a new one.
     """
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device, generator=generator)
     return seed if context.agree is None else context.agree(seed)

@@ -29,9 +29,9 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
-    """The same structure with `function(x)` for every tensor x; whatever is no tensor is passed on as it is.
+    """The same structure with `function(x)` for every tensor x; anything else is passed on as it is.
 
-    A container in which nothing changes is passed on as well: who wrote into it before still does.
+    A container in which nothing changes is passed on itself, so that whoever holds it can still write into it.
     """
     if isinstance(structure, Tensor):
         return function(structure)
@@ -45,7 +45,7 @@ def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
             return structure
         if type(structure) is dict:
             return items
-        if isinstance(structure, MutableMapping):  # with what else it holds: a default, say
+        if isinstance(structure, MutableMapping):  # a copy keeps whatever else it holds, such as a default
             result = copy.copy(structure)
             result.update(items)
             return result
@@ -59,7 +59,7 @@ def map_tensors(function: Callable[[Tensor], Any], structure: Any) -> Any:
 
 
 def _fields_of(structure: Any) -> dict[str, Any]:
-    """What a dataclass is made of; fields that are no arguments it makes itself."""
+    """A dataclass's arguments; it makes its other fields itself."""
     return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure) if field.init}
 
 

@@ -16,11 +16,11 @@ namespace fastmtl::cpu {
 
 namespace {
 
-// Tasks of a matrix that is factored in one piece.
+// Up to this many tasks a matrix is factored in one piece.
 constexpr int64_t kSmallFactor = 64;
-// Rows of a factorisation, or of a product with a vector, that a thread takes at least; a multiple of every tile.
+// The fewest rows of a factorisation, or of a product with a vector, that a thread takes; a multiple of every tile.
 constexpr int64_t kRows = 60;
-// Multiply-adds that are not worth another thread.
+// Up to this many multiply-adds another thread is not worthwhile.
 constexpr int64_t kSerial = int64_t(1) << 19;
 constexpr int64_t kParts = 8; // of a product with a vector
 
@@ -36,8 +36,8 @@ void share_rows(int64_t first, int64_t T, int64_t work, F&& f) {
   }
 }
 
-// M^(-1/2) w may take a quarter of T steps, or so many: more in vain would cost as much as the tridiagonalisation that
-// follows.
+// M^(-1/2) w may take T / 4 steps, or this many: more, in vain, would cost as much as the tridiagonalisation that would
+// follow.
 constexpr int64_t kKrylovLeastSteps = 48;
 
 double norm(const double* x, int64_t n) {
@@ -114,7 +114,7 @@ class Lanczos {
     }
   }
 
-  // One more dimension. False where there is none.
+  // Adds a dimension; false if the space cannot grow further.
   template <class F>
   bool extend(F&& apply) { // apply(x, y): y = A x
     const double* q = Q_.data() + m_ * stride_;
@@ -170,7 +170,7 @@ class Lanczos {
     return std::fabs(beside_[m_ - 1] * Z_[size_t((m_ - 1) * m_ + j)]);
   }
 
-  // A^-1/2 start in the basis Q, of which `weights` then holds the coefficients.
+  // The coefficients of A^-1/2 start in the basis Q.
   void inverse_root(double* coefficients) const { // [m]
     std::fill_n(coefficients, m_, 0.0);
     for (int64_t j = 0; j < m_; ++j) {
@@ -201,7 +201,7 @@ class Lanczos {
   double diagonal_[kKrylovMaxSteps], beside_[kKrylovMaxSteps], ritz_[kKrylovMaxSteps];
 };
 
-// Adds a vector that no eigenvector is orthogonal to but by accident, a tenth as long as a unit vector.
+// Adds a vector a tenth as long as a unit vector, to which an eigenvector could be orthogonal only by accident.
 void scatter(double* x, int64_t T) {
   const double size = kScatter * 0x1p-63 / std::sqrt(double(T));
   uint64_t state = 0;
@@ -213,8 +213,7 @@ void scatter(double* x, int64_t T) {
   }
 }
 
-// x -> M x / unit, in parts of the upper triangle of about the same area, whose number does not depend on that of the
-// threads.
+// x -> M x / unit, in parts of the upper triangle of about equal area, whose number does not depend on that of threads.
 class Product {
  public:
   Product(const double* M, int64_t T, double unit) : M_(M), T_(T), unit_(unit), sums_(size_t(kParts * T)) {}
@@ -254,8 +253,8 @@ class Product {
   std::vector<double> sums_; // [kParts, T]
 };
 
-// M^-1/2 w, in the basis of `space`, which is grown until four more steps change nothing. False where that takes too
-// many, and where an eigenvalue is seen to be at most `cut`.
+// M^-1/2 w in the basis of `space`, which grows until four more steps change nothing. False if that takes too many, or
+// if an eigenvalue turns out to be at most `cut`.
 bool inverse_root(Lanczos& space, Product& multiply, double cut, int64_t most, double* coefficients) {
   double before[kKrylovMaxSteps] = {};
   for (bool more = true;;) {
@@ -282,8 +281,8 @@ bool inverse_root(Lanczos& space, Product& multiply, double cut, int64_t most, d
   }
 }
 
-// A point below λ_min, as near to an estimate as it may be, and the factorisation that proves it; in units of `unit`.
-// False where M is not positive definite.
+// A point below λ_min, as near to an estimate as possible, and the factorisation that proves it; in units of `unit`.
+// False if M is not positive definite.
 bool factor_below(PanelCholesky& cholesky, const double* M, double estimate, double unit, double* below) {
   for (const double part : {0.95, 0.8, 0.5, 0.0}) {
     *below = part * estimate;
@@ -294,7 +293,7 @@ bool factor_below(PanelCholesky& cholesky, const double* M, double estimate, dou
   return false;
 }
 
-// λ_min of the matrix of which `shifted` factors M - below I, all in units of `unit`, into `estimate`.
+// Estimates λ_min of the matrix M of which `shifted` is the factor of M - below I; all in units of `unit`.
 bool inverse_iteration(
     const PanelCholesky& shifted,
     double* start,

@@ -18,7 +18,7 @@ const Kernels* choose() {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       return avx512_kernels();
     }
-    // F16C is not asked for: every processor with AVX2 has it, and Clang 14 cannot name it.
+    // F16C is not checked: every processor with AVX2 has it, and Clang 14 has no name for it.
     if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       return avx2_kernels();
     }

@@ -16,14 +16,14 @@ namespace fastmtl::cpu {
 
 namespace {
 
-// Columns that are not worth another partial sum.
+// This many columns are not worth another partial sum.
 constexpr int64_t kMinChunk = 2048;
 
-// More tasks than this have their Gram from panels that all threads share (wide.h), blocks of so many columns at a
-// time.
+// The Gram of more tasks than this is computed from panels that all threads share (wide.h), in blocks of this many
+// columns.
 constexpr int64_t kMaxNarrowTasks = 128;
 constexpr int64_t kBlockColumns = 2048;
-// The leading tasks, all of which must be as independent as every task must be, of which the first block judges.
+// The first block judges by this many leading tasks, which must be as independent as all tasks must be.
 constexpr int64_t kJudgedTasks = 256;
 
 bool has_float64(const Gradients& G) {
@@ -39,7 +39,7 @@ bool has_missing(const Gradients& G) {
 // Bounds of the column chunks whose partial Grams are summed in order: they depend on the shape alone, so that the
 // result does not depend on the number of threads. Their number is limited by the memory of the partial sums.
 std::vector<int64_t> chunk_bounds(int64_t T, int64_t P) {
-  // A small G is shared by a few threads; in float32 blocks two chunks are judged alone, which may be all.
+  // A small G is shared by a few threads; with float32 blocks two chunks, which may be all, are judged on their own.
   const int64_t largest = std::clamp<int64_t>(P / (T > kMaxExactTasks ? 2 : 4), 2 * kMinChunk, 16384);
   const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 19) / T, kMinChunk, largest);
   const int64_t most = std::min<int64_t>(256, std::max<int64_t>(8, (int64_t(1) << 18) / (T * T)));
@@ -98,8 +98,8 @@ void gram_serial(const Gradients& G, double* M) {
 }
 
 // What float32 sums cost the Gram of these very gradients: Δ = D^-1/2 (M - G Gᵀ) D^-1/2, D the diagonal of M,
-// multiplied with random vectors. Norms that are only guessed before G has been read stand for D^1/2, and the result is
-// corrected by how wrong they were.
+// multiplied by random vectors. Until G has been read, guessed norms stand in for D^1/2; the result is corrected by how
+// wrong they were.
 class Probe {
  public:
   explicit Probe(const Gradients& G)
@@ -122,7 +122,7 @@ class Probe {
     return int64_t(z_.size());
   }
 
-  // What ‖Δ‖ is believed to be at most, from M and y = G (Gᵀ z); NaN where they are not finite.
+  // A likely bound of ‖Δ‖, from M and y = G (Gᵀ z); NaN if they are not finite.
   double bound(const double* M, const double* y) const {
     double largest = 0.0, correction = 0.0;
     for (int64_t t = 0; t < T_; ++t) {
@@ -185,7 +185,7 @@ class Probe {
   std::vector<double> z_, norms_;
 };
 
-// M += the products of columns [begin, end), upper triangle: exact, or in float32 and then y += G (Gᵀ z).
+// M += the products of columns [begin, end), upper triangle: exactly, or in float32, and then also y += G (Gᵀ z).
 void gram_wide(
     const Gradients& G,
     const Probe* probe, // null: exact
@@ -223,7 +223,7 @@ void gram_wide(
   }
 }
 
-// Whether float32 products may have lost bits as subnormal numbers: where a row's entries are below 1e-15 or so.
+// Whether float32 products may have lost bits as subnormal numbers, that is, a row's entries are below 1e-15 or so.
 bool may_have_underflowed(const double* M, int64_t T) {
   for (int64_t i = 0; i < T; ++i) {
     if (!(M[i * T + i] >= kFloat32Square)) {
@@ -288,7 +288,7 @@ bool gram_from_blocks(const Gradients& G, double* M, double* least) {
     };
     from(0, judged);
     if (bounds[size_t(judged)] >= 4 * T && !well_conditioned(M, T, kBlocksExpectedEigenvalue)) {
-      return false; // fewer columns say nothing of the whole
+      return false; // fewer columns say nothing about the whole
     }
     from(judged, chunks);
     for (int64_t c = 0; c < chunks; ++c) {

@@ -49,8 +49,8 @@ struct Kernels {
       int64_t last,
       double* M); // [chunks, T, T]
 
-  // The same with products and short sums in float32 (1024 columns at most), flushed to float64; and y += G (Gᵀ z) in
-  // float64, which tells what that costs.
+  // The same with products and short sums in float32 (at most 1024 columns), flushed to float64; and y += G (Gᵀ z) in
+  // float64, which shows how much accuracy that costs.
   void (*gram_blocks)(
       const Gradients& G,
       const int64_t* bounds,
@@ -60,11 +60,11 @@ struct Kernels {
       double* M,       // [chunks, T, T]
       double* y);      // [chunks, kNarrowProbes, probe_stride(T)]
 
-  // The same for many rows, in panels of wide_panel(exact) rows: columns [begin, end) of a panel packed as [panel][end
-  // - begin, wide_panel] of float64 where `exact`, else of float32; and what pairs [first, last) of panels add to M's
-  // upper triangle (and to what is below it in the blocks of the diagonal), pair j (j + 1) / 2 + i being panels i <= j.
-  // What is packed as float32 is probed in two steps: u = Gᵀ z of columns [first, last), then y += G u for panels
-  // [first, last).
+  // The same for many rows, in panels of wide_panel(exact) rows. wide_pack packs columns [begin, end) of a panel as
+  // [panel][end - begin, wide_panel], in float64 if `exact`, else in float32. wide_gram adds the products of pairs
+  // [first, last) of panels to M's upper triangle (and to the lower part of its diagonal blocks); pair j (j + 1) / 2 +
+  // i is panels i <= j. Float32 panels are probed in two steps: u = Gᵀ z of columns [first, last), then y += G u for
+  // panels [first, last).
   int64_t (*wide_panel)(bool exact);
   void (*wide_pack)(const Gradients& G, int64_t begin, int64_t end, int64_t panel, bool exact, void* packed);
   void (*wide_gram)(
@@ -273,14 +273,14 @@ constexpr int64_t eigh_lanes_scratch(int64_t T) {
 // buffers in use at once.
 double* thread_scratch(int slot, int64_t doubles);
 
-// Frees what is larger than this: small buffers stay for the next call.
+// trim_thread_scratch frees larger buffers; small ones stay for the next call.
 constexpr int64_t kKeptScratch = int64_t(1) << 17; // doubles
 void trim_thread_scratch();
 
-// The best set this machine runs, or the lesser one that FASTMTL_CPU names; chosen once.
+// The best set that this machine runs, or a lesser one that FASTMTL_CPU names; chosen once.
 const Kernels& kernels();
 
-const Kernels* avx512_kernels(); // null where the compiler cannot build them
+const Kernels* avx512_kernels(); // null if the compiler cannot build them
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 

@@ -55,8 +55,8 @@ void align(const Gradients& G, const Policy& policy, double* M, double* alpha, i
   const int64_t T = G.tasks;
   double smallest = 0.0, least = 0.0;
   if (gram_from_blocks(G, M, &least)) {
-    // λ_min(C) >= λ_min(M) / max D: what finds the weights often says that the Gram is good enough for them. But a
-    // tridiagonalisation is too dear to be done in vain.
+    // λ_min(C) >= λ_min(M) / max D: computing the weights often shows that the Gram is good enough for them. But a
+    // tridiagonalisation is too expensive to be done in vain.
     const bool solved = definite(M, T, policy, alpha, rank, &smallest);
     if (smallest > least * largest_diagonal(M, T) || well_conditioned(M, T, least)) {
       if (!solved) {

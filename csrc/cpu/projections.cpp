@@ -15,7 +15,7 @@ namespace fastmtl::cpu {
 
 namespace {
 
-// From so many matrices on each is the work of one thread.
+// From this many matrices on, each is the work of one thread.
 constexpr int64_t kEnoughMatrices = 16;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -24,11 +24,11 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 struct Solution {
   std::vector<int64_t> support;
   std::vector<double> x;
-  double raised = 0.0; // what C's diagonal has got
+  double raised = 0.0; // what was added to C's diagonal
   double residual = 0.0;
 };
 
-// argmin ½ xᵀCx - pᵀx over x >= 0, one after the other.
+// argmin ½ xᵀCx - pᵀx over x >= 0, for one p after the other.
 class Solver {
  public:
   Solver(const double* C, int64_t T)
@@ -44,7 +44,7 @@ class Solver {
         inverse_(before_ + T),
         inside_(inverse_ + T) {}
 
-  // From the support and the raise of `found`; false where the solution is not certified. `never` stays out (-1: none).
+  // From the support and the raise of `found`; false if the solution is not certified. `never` stays out (-1: none).
   bool solve(const double* p, double size, int64_t never, Solution& found) {
     set_ = found.support;
     raised_ = found.raised;
@@ -83,7 +83,7 @@ class Solver {
     }
   }
 
-  // y and the slopes of the proximal problem around `before`; false where its support is not found.
+  // y and the slopes of the proximal problem around `before`; false if its support is not found.
   bool exchange(const double* p, double size, int64_t never) {
     int64_t fewest = T_ + 1, patience = kPatience;
     for (int64_t round = 0; round < kMaxRounds; ++round) {
@@ -143,7 +143,7 @@ class Solver {
     return false;
   }
 
-  // How much the conditions are violated: slope >= 0, and 0 on the support.
+  // By how much the conditions are violated: slope >= 0, and 0 on the support.
   double residual(double size) const {
     double worst = 0.0, sum = size;
     for (int64_t j = 0; j < T_; ++j) {
@@ -199,7 +199,7 @@ void solve_alone(const double* C, int64_t T, const double* u, Solution& found) {
   }
 }
 
-// One of the tasks whose solutions are there, [0, begin) of them, is where task t starts from.
+// Starts task t from the solution of the nearest of the tasks [0, begin), which have one.
 void start_from_nearest(
     const double* row,
     const double* weights,
@@ -217,7 +217,7 @@ void start_from_nearest(
   }
 }
 
-// The projections of every task, for weights of 1, -1 or 0 in the place of its own.
+// The projections of every task, for weights of 1, -1 or 0 in place of its own.
 std::vector<Solution> project_tasks(const double* C, int64_t T, const double* weights) {
   std::vector<Solution> found(static_cast<size_t>(T));
   for (int64_t begin = 0, end = 1; begin < T; begin = end, end = std::min(T, 2 * end)) {

@@ -1,5 +1,5 @@
-// How work on matrices and their columns is split over threads: by shape alone, so that the bits do not depend on how
-// many there are.
+// How work on matrices and their columns is split over threads: by shape alone, so that the bits do not depend on the
+// number of threads.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,10 @@ namespace fastmtl::cpu {
 
 // A batch entry of at most this many elements is still in the cache when its weights are known.
 constexpr int64_t kCachedElements = int64_t(1) << 17;
-// Up to so many tasks, or elements, the work on one matrix is not worth sharing while there are others.
+// Up to this many tasks, or elements, the work on one matrix is not split if there are other matrices.
 constexpr int64_t kAloneTasks = 256;
 constexpr int64_t kAloneElements = int64_t(1) << 20;
-// Results are written past the cache when G is larger than this: they would only push out what is read next.
+// Results are written past the cache if G is larger than this: they would only evict what is read next.
 constexpr int64_t kStreamBytes = int64_t(4) << 20;
 
 inline int64_t columns(const Gradients& G) {
@@ -43,8 +43,8 @@ void share_columns(const Gradients& G, F&& f) {
   });
 }
 
-// Calls f(b) for every matrix of a batch: on one thread each where they are many or small, else on all threads one
-// after the other. Either way what f does is split in the same way.
+// Calls f(b) for every matrix of a batch: on one thread each if they are many or small, else one after another on all
+// threads. Either way f splits its own work alike.
 template <class F>
 void share_matrices(int64_t B, bool small, F&& f) {
   const auto each = [&](int64_t begin, int64_t end) {
@@ -63,7 +63,7 @@ inline bool is_small(const Gradients& G) {
   return columns(G) * G.tasks <= kAloneElements;
 }
 
-// Few tasks on few columns: the matrices of a thread in one walk.
+// Whether there are few tasks and columns, so that a thread takes its matrices in one walk.
 inline bool share_out(const Gradients* G, int64_t B) {
   return B >= 4 && G[0].tasks <= kMaxLanesTasks && columns(G[0]) * G[0].tasks <= kCachedElements;
 }

@@ -13,13 +13,13 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// What a thread should have to do at least, in nanoseconds: where other processes are busy, waiting for a second thread
-// takes milliseconds.
+// The least work for a thread, in nanoseconds: if other processes are busy, waiting for a second thread takes
+// milliseconds.
 constexpr double kGrain = 2e5;
-// From so many matrices on each is the work of one thread, and tasks need no memory of their own.
+// From this many matrices on, each is the work of one thread, and tasks need no memory of their own.
 constexpr int64_t kEnoughMatrices = 16;
 
-// Calls f(begin, end) for ranges of `count` parts that take so many nanoseconds each.
+// Calls f(begin, end) for ranges of `count` parts, given the nanoseconds that each takes.
 template <class F>
 void share(int64_t count, double nanoseconds, F&& f) {
   const int64_t grain = std::max<int64_t>(1, int64_t(kGrain / nanoseconds));
@@ -35,7 +35,7 @@ double run(const Solve& solve, const double* M, int64_t T, int64_t b, int64_t i,
   return kernels().solvers[solve.solver](solve.method, M + b * T * T, T, b, i, v, scratch);
 }
 
-// Begins the sums of matrix b; false where it is not finite.
+// Starts the sums of matrix b; false if it is not finite.
 bool clear(const double* M, int64_t T, int64_t b, double* alpha, double* residual) {
   const bool good = all_finite(Serial{}, M + b * T * T, T * T);
   std::fill_n(alpha + b * T, T, good ? 0.0 : kNan);
@@ -54,7 +54,7 @@ void add(int64_t T, int64_t b, const double* v, double error, double* alpha, dou
   }
 }
 
-// A problem a matrix.
+// One problem per matrix.
 void solve_each(const Solve& solve, const double* M, int64_t B, int64_t T, double* alpha, double* residual) {
   share(B, solve.nanoseconds, [&](int64_t begin, int64_t end) {
     double* memory = thread_scratch(0, solve.scratch);

@@ -1,5 +1,5 @@
-// The solvers of csrc/math on the CPU: how matrices and tasks are shared out over threads. The same bits for any number
-// of them. Where a matrix is not finite, its weights and its residual are NaN.
+// The solvers of csrc/math on the CPU: how matrices and tasks are distributed over threads, with the same bits for any
+// number of them. If a matrix is not finite, its weights and its residual are NaN.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastmtl::cpu {
 
-// A solver with its options, for functions of another translation unit: its type is one of each.
+// A solver with its options, without its type, for functions of another translation unit.
 struct Solve {
   size_t solver; // in Solvers
   const void* method;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kMaxPanel = kMaxCholeskyPanel;
 
-// f(block) for blocks of columns of a triangle, the long with the short ones.
+// f(block) for blocks of columns of a triangle, long ones paired with short ones.
 template <class F>
 void share_blocks(int64_t blocks, F&& f) {
   parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
@@ -145,7 +145,7 @@ double squares(const double* x, int64_t n) {
   return sum;
 }
 
-// A vector that no eigenvector is orthogonal to but by accident.
+// A vector to which an eigenvector is orthogonal only by accident.
 std::vector<double> scattered(int64_t n) {
   std::vector<double> x(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
@@ -254,7 +254,7 @@ bool Spectral::certified_smallest(double smallest, std::vector<double> x) const 
   return above > 0.0 && above <= (1.0 + kCertified) * smallest * squares(x.data(), n_);
 }
 
-// Whether x = (A + t)⁻¹ y solves that in units of each row, which are at least `least`.
+// Whether x = (A + t)⁻¹ y solves it in the units of each row, which are at least `least`.
 bool Spectral::certified(double t, const double* y, const std::vector<double>& x, double least, double size) const {
   std::vector<double> products(static_cast<size_t>(n_));
   kernels().row_products(A_.get(), n_, x.data(), n_, 0, n_, products.data());
@@ -304,7 +304,7 @@ bool Spectral::full_rank_weights(double smallest, const Policy& policy, double* 
       return false;
     }
   }
-  tri_->resolvent(-low, scattered(n_).data(), x.data()); // so near an eigenvalue nothing else counts
+  tri_->resolvent(-low, scattered(n_).data(), x.data()); // this near an eigenvalue nothing else counts
   if (!certified_smallest(low, x)) {
     return false;
   }

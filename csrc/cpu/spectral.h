@@ -1,5 +1,4 @@
-// Eigenvalues and task weights of a Gram matrix whose rows may be of any lengths, at the price of one
-// tridiagonalisation.
+// Eigenvalues and task weights of a Gram matrix with rows of any lengths, for the cost of one tridiagonalisation.
 //
 // M = L Lᵀ with pivoting, and A = Lᵀ L, which has the same eigenvalues; A = Q S Qᵀ with S tridiagonal, largest row
 // first (tridiagonal.h). As Lᵀ f(L Lᵀ) = f(Lᵀ L) Lᵀ,
@@ -11,8 +10,8 @@
 // Veselić 1992: one step of the LR algorithm). Householder's reflections from the top keep small rows apart from large
 // ones, but for what `growth` measures: rounding errors of A are about eps growth² a_i a_j.
 //
-// What is returned is certified: where a proof fails, so does the function, and Jacobi rotations take over. Beside the
-// tridiagonalisation, T³/3 multiply-adds for L and A, T³/6 for each proof, all of it in blocks.
+// Results are certified: if a proof fails, so does the function, and Jacobi rotations take over. Besides the
+// tridiagonalisation it takes T³/3 multiply-adds for L and A, and T³/6 for each proof, all of it in blocks.
 #pragma once
 
 #include <cstdint>
@@ -28,14 +27,14 @@ class Spectral {
  public:
   explicit Spectral(int64_t T) : T_(T) {}
 
-  // S of M [T, T], finite. False where no accuracy can be promised.
+  // Finds S for a finite M [T, T]. False if no accuracy can be promised.
   bool reduce(const double* M);
 
-  // λ_min(M), between two numbers. False where M may be singular.
+  // Two numbers that enclose λ_min(M). False if M may be singular.
   bool smallest(double* below, double* above) const;
 
-  // α = √s M^-½ w for scale min or rmse, all T rows being kept, `smallest` being the lower one of those numbers. False
-  // where it is not certified.
+  // α = √s M^-½ w for scale min or rmse, with all T rows kept; `smallest` is the lower of those numbers. False if it is
+  // not certified.
   bool full_rank_weights(double smallest, const Policy& policy, double* alpha) const;
 
   // The same without S, for rows in groups of norms that nothing lies between, for which reflections are not accurate

@@ -1,4 +1,4 @@
-// Threads, and what holds in each of them from the beginning of an op, or of its part of one, to the end.
+// Threads, and the state of each while it works on an op or a part of one.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +14,8 @@
 
 namespace fastmtl::cpu {
 
-// At work, a thread computes with subnormal numbers. torch.set_flush_denormal makes one thread take them for zeros, so
-// that a result would depend on which thread it came from; that mode comes back when the work is done. Then large
+// At work, a thread computes with subnormal numbers. torch.set_flush_denormal makes one thread treat them as zeros, and
+// results would then depend on the thread they came from; that mode is restored when the work is done. Then large
 // scratch is freed, too.
 class AtWork {
  public:
@@ -66,7 +66,7 @@ class AtWork {
   const Mode mode_;
 };
 
-// f(begin, end) over parts of a range, on torch's threads; on this one, which is at work already, where it is one part.
+// f(begin, end) over parts of a range, on torch's threads; a single part runs on this one, which is already at work.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (end - begin <= grain) {
@@ -81,7 +81,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   });
 }
 
-// An op as it is registered: m.impl("name", FASTMTL_CPU_OP(function)).
+// An op for registration: m.impl("name", FASTMTL_CPU_OP(function)).
 template <auto op>
 struct Op;
 

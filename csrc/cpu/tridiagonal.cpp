@@ -14,7 +14,7 @@ namespace fastmtl::cpu {
 
 namespace {
 
-// A part of the triangle that is worth a thread: fewer bytes are read before a second thread has woken up.
+// A part of the triangle that is worth a thread: fewer bytes are read before a second thread wakes up.
 constexpr int64_t kPartTiles = 2048;
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kSweeps = 30; // for an eigenvalue; two suffice on average
@@ -130,7 +130,7 @@ void Tridiagonal::reduce(double* tiles) {
           kernel.symmetric_multiply(tiles, part_begin(p, parts, used), last, back, v, y + p * stride);
         }
       });
-      // The last part alone has all of the rows.
+      // Only the last part has all of the rows.
       double* const sum = y + (parts - 1) * stride;
       for (int64_t p = 0; p < parts - 1; ++p) {
         const int64_t rows = part_begin(p + 1, parts, used) * kSide;
@@ -165,7 +165,7 @@ bool Tridiagonal::falls(int64_t i) {
 }
 
 bool Tridiagonal::solve_block(int64_t first, int64_t last, bool rotations) {
-  // The larger end is where QL should end up: it starts from the other one.
+  // QL should end up at the larger end, so it starts from the other one.
   const int64_t step = std::fabs(diagonal_[size_t(last)]) < std::fabs(diagonal_[size_t(first)]) ? -1 : 1;
   const int64_t size = last - first;
   const int64_t start = step > 0 ? first : last;

@@ -37,7 +37,7 @@ double trace(const double* M, int64_t T) {
   return sum;
 }
 
-// Whether all T rows are proved to be kept, from numbers between which all eigenvalues of M are.
+// Whether all T rows are proved to be kept, given numbers between which all eigenvalues of M lie.
 bool full_rank(const double* M, double smallest, double largest, int64_t T, const Policy& policy) {
   if (policy.rank_rule == RankRule::gram) {
     return smallest > largest * policy.rtol * policy.rtol;
@@ -90,7 +90,7 @@ void task_weights(
   solver.apply(factors.data(), alpha, alpha);
 }
 
-// How much longer than another a row is, squared. Where it is not, a tridiagonalisation is as accurate as M is.
+// The ratio of the longest row to the shortest, squared. If it is small, a tridiagonalisation is as accurate as M is.
 double row_ratio(const double* M, int64_t T) {
   double largest = 0.0, smallest = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < T; ++i) {
@@ -186,8 +186,8 @@ double largest_diagonal(const double* M, int64_t T) {
 
 namespace {
 
-// `balance_one` of a matrix whose rows are about as long as each other, or are not; false where no accuracy can be
-// promised. Where nobody wants eigenvalues, none but the smallest is looked for while all rows are kept.
+// `balance_one` of a matrix whose rows are about equally long, or (`balance_uneven`) are not; false if no accuracy can
+// be promised. If eigenvalues are not wanted, only the smallest is computed as long as all rows are kept.
 bool balance_even(
     const double* M,
     int64_t T,

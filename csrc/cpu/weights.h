@@ -1,4 +1,4 @@
-// Task weights, and eigenproblems, of Gram matrices on the CPU: which solver a matrix gets.
+// Task weights and eigenproblems of Gram matrices on the CPU: which solver a matrix gets.
 #pragma once
 
 #include "../math/balance.h"
@@ -15,8 +15,8 @@ void balance(
     double* eigenvalues, // [B, T], descending
     int64_t* rank);      // [B]
 
-// α = D^-1/2 C⁺ w and C C⁺ w, where M = D^1/2 C D^1/2 with the diagonal D; entries of w count as zero where D is, and
-// so does w where C⁺ keeps no more of it than what is uncertain: rtol of its length, and rounding errors.
+// α = D^-1/2 C⁺ w and C C⁺ w, where M = D^1/2 C D^1/2 with D its diagonal. Entries of w count as zero where D is zero,
+// and so does all of w if C⁺ keeps no more of it than is uncertain: rtol of its length, and rounding errors.
 void unit_solve(
     const double* M, // [B, T, T]
     int64_t B,
@@ -26,7 +26,7 @@ void unit_solve(
     double* alpha,         // [B, T]
     double* cosines);      // [B, T]
 
-// α and the rank alone: without the eigenvalues, which most callers never see, large T is several times faster.
+// α and the rank alone: without the eigenvalues, which most callers do not need, large T is several times faster.
 void align_gram(
     const double* M, // [B, T, T]
     int64_t B,
@@ -35,22 +35,22 @@ void align_gram(
     double* alpha,  // [B, T]
     int64_t* rank); // [B]
 
-// Of one matrix, by the most accurate solver that its size affords.
+// For one matrix, by the most accurate solver that its size allows.
 void balance_one(
     const double* M, // [T, T]
     int64_t T,
     const Policy& policy,
     double* alpha,       // [T]
-    double* eigenvalues, // [T], descending; null where nobody wants them, which is cheaper
+    double* eigenvalues, // [T], descending; null, which is cheaper, if not wanted
     int64_t* rank);      // [1], or null
 
-// Whether the weights alone could be had for less: then of full rank, and with a lower bound of λ_min(M).
+// Whether the weights alone could be computed more cheaply, at full rank and with a lower bound of λ_min(M).
 bool definite(const double* M, int64_t T, const Policy& policy, double* alpha, int64_t* rank, double* smallest);
 
-// Whether a batch of so many is better solved a matrix per SIMD lane.
+// Whether a batch of this size is better solved with one matrix per SIMD lane.
 bool worth_lanes(int64_t B, int64_t T);
 
-// Up to `lanes` of them at once, on this thread.
+// Up to `lanes` matrices at once, on this thread.
 void balance_lanes(
     const double* M, // [count, T, T]
     int64_t count,

@@ -1,4 +1,4 @@
-// What every op on CUDA tensors begins with.
+// What every op on CUDA tensors starts with.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,8 +20,8 @@ using torch::stable::accelerator::DeviceGuard;
 
 const Device kHost(torch::headeronly::DeviceType::CPU);
 
-// The device and stream of a call, and the memory that its kernels use: it goes back to torch's allocator when the
-// launches are queued, and is reused in the order of the stream.
+// The device and stream of a call, and the memory that its kernels use. The memory returns to torch's allocator once
+// the launches are queued, and is reused in stream order.
 class Call {
  public:
   explicit Call(const Tensor& like) : guard_(like.get_device_index()), like_(like) {

@@ -1,4 +1,4 @@
-// The ops on gradients, and on matrices, of the CPU.
+// The CPU ops on gradients and matrices.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ struct Cpu {
     explicit Scope(const Tensor&) {}
   };
 
-  // B gradient matrices of one T.
+  // B gradient matrices with the same T.
   class Batch {
    public:
     explicit Batch(const Gradients& one) : B_(1), rows_(0), segments_(0), matrices_(1) {
@@ -76,7 +76,7 @@ struct Cpu {
       const Tensor& M, // [..., T, T] float64
       const Options& options,
       const Tensor& alpha,
-      const Tensor* eigenvalues, // null where nobody wants them
+      const Tensor* eigenvalues, // null if not wanted
       const Tensor& rank,
       const Scope&) {
     const int64_t T = M.size(-1), B = M.numel() / (T * T);
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> call_linalg_eigh(const Tensor& M) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// M [..., T, T]: of a batch, every thread has matrices of its own, each solved by one thread.
+// M [..., T, T]: the matrices of a batch are distributed over threads, each solved by one.
 std::tuple<Tensor, Tensor> eigh_by_lapack(const Tensor& M) {
   const int64_t T = M.size(-1), B = M.numel() / (T * T);
   if (B == 1) {
@@ -144,14 +144,14 @@ std::tuple<Tensor, Tensor> eigh_by_lapack(const Tensor& M) {
   return {torch::stable::reshape(lam, leading(M, 1)), torch::stable::reshape(V, leading(M, 0))};
 }
 
-// LAPACK raises where a matrix is not finite: it sees zeros instead, and the result is NaN.
+// LAPACK fails on a matrix that is not finite: it gets zeros instead, and the result becomes NaN.
 std::tuple<Tensor, Tensor> large_eigh(const Tensor& M, const Tensor& wide) {
   const int64_t T = M.size(-1), B = M.numel() / (T * T);
   const double* entries = const_doubles(wide);
   std::vector<int64_t> bad;
   for (int64_t b = 0; b < B; ++b) {
     bool finite = true;
-    for (int64_t i = 0; i < T; ++i) { // the lower triangle is what is read
+    for (int64_t i = 0; i < T; ++i) { // only the lower triangle is read
       const double* row = entries + (b * T + i) * T;
       finite = finite && std::all_of(row, row + i + 1, [](double x) { return std::isfinite(x); });
     }

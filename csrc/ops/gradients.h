@@ -1,5 +1,5 @@
-// The ops on gradients, for every device: what torch hands over is checked here and becomes rows, and the pipeline of
-// the device runs on them. Schemas, fakes and the reference implementation are in fastmtl/ops.
+// The ops on gradients, for every device: torch's arguments are checked here and turned into rows, on which the
+// device's pipeline runs. Schemas, fakes and the reference implementation are in fastmtl/ops.
 #pragma once
 
 #include <optional>
@@ -13,7 +13,7 @@ namespace fastmtl {
 
 namespace { // as in tensors.h
 
-// A policy as Python hands it over.
+// A policy as Python passes it.
 struct Options {
   std::optional<Tensor> weights;
   std::string scale;
@@ -39,7 +39,7 @@ struct GradientOps {
     return M;
   }
 
-  // Where the result will go is checked here, before a method has solved, and changed, anything.
+  // `out` is checked here, before a method solves anything and changes its state.
   static Tensor gram_rows(const Handles& handles, int64_t tasks, const std::optional<std::vector<Tensor>>& out) {
     const TensorList grads(handles);
     const Tensor like = any_of(grads);
@@ -172,7 +172,7 @@ struct GradientOps {
 
 } // namespace fastmtl
 
-// All of them, in a STABLE_TORCH_LIBRARY_IMPL block; `wrap` is what boxes a function.
+// All of them, for a STABLE_TORCH_LIBRARY_IMPL block; `wrap` boxes a function.
 #define FASTMTL_GRADIENT_OPS(m, Ops, wrap)             \
   m.impl("gram", wrap(Ops::gram));                     \
   m.impl("gram_rows", wrap(Ops::gram_rows));           \

@@ -1,6 +1,6 @@
-// More tasks than the kernels for Gram matrices take on a GPU. Aligned-MTL's weights are then found by ops in Python
-// from torch's matrix products and Cholesky factorisations (fastmtl/ops/reference/products.py), and nothing waits.
-// Other solvers run on the CPU: that waits.
+// More tasks than the GPU kernels for Gram matrices take. Aligned-MTL's weights then come from ops in Python that use
+// torch's matrix products and Cholesky factorisations (fastmtl/ops/reference/products.py), without the host waiting.
+// Other solvers run on the CPU, for which the host waits.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -48,7 +48,7 @@ std::array<Tensor, results> call_op(const char* op, const Arguments&... argument
   return found;
 }
 
-// Results where the op's own are expected.
+// Copies results into the op's own tensors.
 template <size_t results, class... Targets>
 void take(const std::array<Tensor, results>& found, const Targets&... targets) {
   size_t i = 0;
@@ -78,7 +78,7 @@ inline void align_many(
     check(cudaMemcpyAsync(
         doubles(bound), first.bound, size_t(G.matrices()) * sizeof(double), cudaMemcpyDeviceToDevice, context.stream));
     const auto [verdict] = call_op<1>("second_pass", M, bound, blocks);
-    judged = blocks ? M : torch::stable::clone(M); // of what is scaled, the public Gram matrix stays as it was
+    judged = blocks ? M : torch::stable::clone(M); // the public Gram matrix is not rescaled
     gram(G, true, Pass{static_cast<const Verdict*>(verdict.const_data_ptr())}, doubles(judged), context);
   }
   const auto found = balance_many(judged, options);

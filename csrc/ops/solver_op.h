@@ -1,4 +1,4 @@
-// The op of a solver of csrc/math: M and the solver's options as torch hands them over, for every device.
+// The op of a solver of csrc/math, for every device: M and the solver's options as torch passes them.
 #pragma once
 
 #include <tuple>
@@ -11,7 +11,7 @@ namespace fastmtl {
 
 namespace { // as in tensors.h
 
-// What an option is as an argument of the op, and, checked, as a member of the solver.
+// The type of an option as an argument of the op; `value_of` checks it and makes it a member of the solver.
 template <class Option>
 struct Argument {
   using type = Tensor;
@@ -54,7 +54,8 @@ inline double* value_of(const State& option, const Tensor& x, const Weighing& to
   return doubles(x);
 }
 
-// run(weighing, method, residual, arguments...) makes the weights; `residual` is null where the op returns none.
+// Device::solve(scope, weighing, method, residual, arguments...) computes the weights; `residual` is null if the op
+// returns none.
 template <class Method, class Device, class Options = std::remove_const_t<decltype(Method::kOptions)>>
 struct SolverOp;
 

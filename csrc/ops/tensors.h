@@ -1,4 +1,4 @@
-// What the ops of every device share: tensors as row addresses, and checks of what Python handed over.
+// What the ops of every device share: tensors as row addresses, and checks of Python's arguments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@
 #include "../gradients.h"
 #include "../math/balance.h"
 
-// torch 2.10 and 2.11 have only the macro that does not repeat what torch said.
+// torch 2.10 and 2.11 have only the macro that does not repeat torch's message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -27,9 +27,9 @@ namespace fastmtl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-namespace { // torch's own types are hidden, and what holds them has to be
+namespace { // torch's own types have hidden visibility, so what holds them needs it too
 
-// An error in the words given: torch's own macro begins with where in these files it stands.
+// An error with exactly this message: torch's own macro prepends the place in these files.
 template <class... Parts>
 [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -57,7 +57,7 @@ inline std::string shape_of(const Tensor& x) {
   return list_of(x.sizes());
 }
 
-inline std::string name_of(ScalarType type) { // as Python has it
+inline std::string name_of(ScalarType type) { // as in Python
   switch (type) {
     case ScalarType::Float:
       return "float32";
@@ -95,21 +95,21 @@ inline std::string device_of(const Tensor& x) {
   return x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another device";
 }
 
-// What an error message says that came.
+// A tensor as error messages show it.
 inline std::string describe(const Tensor& x) {
   return name_of(x.scalar_type()) + " tensor of shape " + shape_of(x) + " on " + device_of(x);
 }
 
-// The same where something contiguous was expected.
+// The same if a contiguous tensor was expected.
 inline std::string describe_vector(const Tensor& x) {
   return describe(x) + (x.is_contiguous() ? "" : ", not contiguous");
 }
 
-// A list with gaps as an op takes it, every tensor a reference that is the op's own. As `Tensor`s each would be
-// allocated and counted once more, which is what most of the time of a call on a long list would go into.
+// A list with gaps as an op receives it: owned references. As `Tensor`s, each would be allocated and counted once more,
+// which would take most of the time of a call on a long list.
 using Handles = std::vector<std::optional<AtenTensorHandle>>;
 
-// Keeps them for as long as the op runs.
+// Owns the references while the op runs.
 class TensorList {
  public:
   explicit TensorList(const Handles& handles) : handles_(handles) {}
@@ -126,7 +126,7 @@ class TensorList {
   int64_t size() const {
     return int64_t(handles_.size());
   }
-  AtenTensorHandle operator[](int64_t i) const { // null where there is none
+  AtenTensorHandle operator[](int64_t i) const { // null for a gap
     return handles_[size_t(i)].value_or(nullptr);
   }
 
@@ -134,7 +134,7 @@ class TensorList {
   const Handles& handles_;
 };
 
-// One more reference.
+// A new reference.
 inline Tensor tensor_of(AtenTensorHandle handle) {
   AtenTensorHandle mine;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &mine));
@@ -145,8 +145,8 @@ inline std::string describe(AtenTensorHandle x) {
   return describe(tensor_of(x));
 }
 
-// What the ops need to know of a tensor, asked once: every question crosses the ABI. Only what is written is asked for
-// memory to write: of a copy on write, that makes the copy.
+// What the ops need to know about a tensor, asked once, since every question crosses the ABI. Only outputs are asked
+// for writable memory: that materialises a copy-on-write tensor.
 struct View {
   explicit View(const Tensor& x) : View(x.get()) {}
   explicit View(AtenTensorHandle x) : View(x, nullptr) {
@@ -203,20 +203,13 @@ struct View {
   bool overlaps(const View& other) const {
     return data < other.data + other.span() && other.data < data + span();
   }
-  // Whether two elements may lie in one place: said of some views, too, whose elements interleave without meeting.
+  // Whether two elements may share memory; also true for some views whose elements interleave without meeting.
   bool repeats() const {
     if (dense()) {
       return false;
     }
-    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1) {
-        order.emplace_back(strides[i], sizes[i]);
-      }
-    }
-    std::sort(order.begin(), order.end());
     int64_t extent = 1; // elements that the dimensions so far span
-    for (const auto& [stride, size] : order) {
+    for (const auto& [stride, size] : by_stride()) {
       if (stride < extent) {
         return true;
       }
@@ -235,7 +228,7 @@ struct View {
     }
     return true;
   }
-  // Whether the elements fill one stretch of memory, in whatever order of dimensions.
+  // Whether the elements fill one stretch of memory, in any order of the dimensions.
   bool dense() const {
     int64_t expected = 1;
     bool contiguous = true;
@@ -246,15 +239,8 @@ struct View {
     if (contiguous || expected == 0) {
       return true;
     }
-    std::vector<std::pair<int64_t, int64_t>> order; // stride, size
-    for (int64_t i = 0; i < dims; ++i) {
-      if (sizes[i] > 1) {
-        order.emplace_back(strides[i], sizes[i]);
-      }
-    }
-    std::sort(order.begin(), order.end());
     expected = 1;
-    for (const auto& [stride, size] : order) {
+    for (const auto& [stride, size] : by_stride()) {
       if (stride != expected) {
         return false;
       }
@@ -279,9 +265,21 @@ struct View {
     sizes = size;
     strides = stride;
   }
+
+  // (stride, size) of the dimensions of more than one element, the smallest stride first.
+  std::vector<std::pair<int64_t, int64_t>> by_stride() const {
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (int64_t i = 0; i < dims; ++i) {
+      if (sizes[i] > 1) {
+        order.emplace_back(strides[i], sizes[i]);
+      }
+    }
+    std::sort(order.begin(), order.end());
+    return order;
+  }
 };
 
-// Where a tensor lies.
+// A tensor's device.
 struct Place {
   explicit Place(AtenTensorHandle x) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &type));
@@ -298,7 +296,7 @@ inline bool same_device(const Tensor& x, const Tensor& y) {
   return x.is_cpu() ? y.is_cpu() : x.is_cuda() && y.is_cuda() && x.get_device_index() == y.get_device_index();
 }
 
-// Float64 numbers, `length` of them, one after the other on the device of `like`.
+// Whether `x` is a contiguous float64 vector of this length, on the device of `like`.
 inline bool is_vector(const Tensor& x, int64_t length, const Tensor& like) {
   return x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == length && x.is_contiguous() &&
          same_device(x, like);
@@ -345,8 +343,8 @@ inline Policy policy_of(
       zero};
 }
 
-// A contiguous tensor on the device of `like`. Not new_empty, which looks its op up by name and boxes every argument: a
-// call on small gradients would feel that.
+// A contiguous tensor on the device of `like`. Not new_empty, which looks its op up by name and boxes every argument:
+// that would slow down calls on small gradients.
 inline Tensor empty(const std::vector<int64_t>& size, int32_t dtype, const Tensor& like) {
   int32_t type, index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
@@ -381,8 +379,8 @@ inline const double* const_doubles(const std::optional<Tensor>& x) {
   return x ? const_doubles(*x) : nullptr;
 }
 
-// Tells autograd that a tensor is overwritten, for which the stable ABI has no word, nor do its ops do it. To copy a
-// tensor onto itself is to do nothing else.
+// Tells autograd that a tensor is overwritten. The stable ABI has no function for that; copying a tensor onto itself
+// does it, and nothing else.
 inline void mark_written(const char* name, const Tensor& x) {
   FASTMTL_CHECK(
       aoti_torch_copy_(x.get(), x.get(), 0) == AOTI_TORCH_SUCCESS,
@@ -452,7 +450,7 @@ class Strided {
     next_matrix = dims == 3 ? source.strides[0] * size : 0;
   }
 
-  // To be called when all arguments are checked, and when `out` has been written.
+  // To call once all arguments are checked, and once `out` has been written.
   void start() {
     if (written_) {
       mark_written("out", *written_);
@@ -474,15 +472,15 @@ class Strided {
   std::optional<Tensor> written_, copy_, dense_, strided_;
 };
 
-// T rows of K tensors as row pointers. A product in memory order is right only where all rows of a parameter (and its
-// result) share one dense layout; the others of that parameter are copied.
+// T rows of K tensors as row pointers. A product in memory order is right only if all rows of a parameter (and its
+// result) share one dense layout; rows with another layout are copied.
 class RaggedRows {
  public:
   RaggedRows(
       const TensorList& grads,
       int64_t tasks,
       const std::vector<Tensor>* out,
-      const Tensor& like) // on the device where all are
+      const Tensor& like) // on the device of all
       : T_(tasks), like_(like), place_(like.get()), same_(like.is_cpu()), out_(out) {
     FASTMTL_CHECK(tasks >= 1, "tasks: expected at least one, got ", tasks);
     FASTMTL_CHECK(grads.size() % tasks == 0, "grads: expected a multiple of ", tasks, " tensors, got ", grads.size());
@@ -503,7 +501,7 @@ class RaggedRows {
     gradients_ = {segments_.data(), K_, T_};
   }
 
-  // As of Strided.
+  // As in Strided.
   void start() {
     for (const Tensor& target : *out_) {
       mark_written("out", target);
@@ -520,7 +518,7 @@ class RaggedRows {
   }
 
  private:
-  // Where the first gradient of tensor k is in the list, -1 where no task has one.
+  // The place of tensor k's first gradient in the list, -1 if no task has one.
   int64_t first_of(const TensorList& grads, int64_t k) const {
     for (int64_t i = k; i < T_ * K_; i += K_) {
       if (grads[i]) {
@@ -530,7 +528,7 @@ class RaggedRows {
     return -1;
   }
 
-  // Rows of tensor k in one layout: that of the first gradient, made dense where it is not.
+  // Rows of tensor k in one layout: that of the first gradient, made dense if it is not.
   void add(const TensorList& grads, int64_t k) {
     const int64_t from = first_of(grads, k);
     AtenTensorHandle first = from >= 0 ? grads[from] : out_ ? (*out_)[size_t(k)].get() : nullptr;
@@ -560,7 +558,7 @@ class RaggedRows {
     segments_[size_t(k)] = {rows_.data() + k * T_, result, layout.numel(), layout.dtype()};
   }
 
-  // `bytes` is what the layout spans.
+  // `bytes` is the span of the layout.
   const void*
   add_row(AtenTensorHandle g, int64_t t, int64_t k, AtenTensorHandle first, const View& layout, int64_t bytes) {
     const View row(g);
@@ -579,7 +577,7 @@ class RaggedRows {
     return copies_.back().const_data_ptr();
   }
 
-  // Where the result of tensor k is to be written.
+  // The memory for the result of tensor k.
   char* add_result(const Tensor& target, int64_t k, AtenTensorHandle first, const View& layout) {
     const View view = View::to_write(target);
     FASTMTL_CHECK(
@@ -603,14 +601,14 @@ class RaggedRows {
     return View::to_write(copies_.back()).data;
   }
 
-  // Results lie apart from all gradients and from each other.
+  // Fails if a result overlaps a gradient or another result.
   void check_apart() {
     const auto empty = [](const Span& span) { return span.begin == span.end; };
     results_.erase(std::remove_if(results_.begin(), results_.end(), empty), results_.end());
     std::sort(results_.begin(), results_.end(), [](const Span& a, const Span& b) {
       return a.begin < b.begin || (a.begin == b.begin && a.k < b.k);
     });
-    // Where results lie apart, the last one that begins before a gradient ends is the one that reaches furthest.
+    // If results do not overlap, the last one that begins before a gradient ends is the one that reaches furthest.
     for (const Span& read : read_) {
       const auto after = std::partition_point(
           results_.begin(), results_.end(), [&](const Span& result) { return result.begin < read.end; });
@@ -632,7 +630,7 @@ class RaggedRows {
     }
   }
 
-  // All gradients are on one device: on the CPU the dispatcher sees to that.
+  // All gradients have to be on one device; on the CPU the dispatcher makes sure of that.
   template <class Name>
   void check_device(AtenTensorHandle x, Name&& name) const {
     if (!same_ && !(Place(x) == place_)) {
@@ -657,8 +655,8 @@ class RaggedRows {
   const Tensor& like_;
   const Place place_;
   const bool same_;
-  const std::vector<Tensor>* out_;   // null where there are no results
-  std::vector<Span> read_, results_; // where there are
+  const std::vector<Tensor>* out_;   // null if there are no results
+  std::vector<Span> read_, results_; // for checks, if there are results
   std::vector<const void*> rows_;    // [K, T]
   std::vector<Segment> segments_;
   std::vector<Tensor> copies_;
@@ -681,7 +679,7 @@ inline void check_square(const Tensor& M, int64_t least = 1) {
       describe(M));
 }
 
-// M, contiguous. On the CPU not by torch's conversion, which takes subnormal numbers as the threads that do it do.
+// M, contiguous. Not by torch's conversion on the CPU, whose threads may flush subnormal numbers.
 inline Tensor as_float64(const Tensor& M) {
   const Tensor X = torch::stable::contiguous(M);
   if (X.scalar_type() == ScalarType::Double || !X.is_cpu()) {
@@ -692,7 +690,7 @@ inline Tensor as_float64(const Tensor& M) {
   return wide;
 }
 
-// Results of a solver in float64, in the dtype of M; for the same reason.
+// A solver's float64 results in the dtype of M; again not by torch's conversion on the CPU.
 inline Tensor as_type_of(const Tensor& M, const Tensor& wide) {
   if (M.scalar_type() == ScalarType::Double || !M.is_cpu()) {
     return torch::stable::to(wide, M.scalar_type());
@@ -711,7 +709,7 @@ inline Tensor any_of(const TensorList& grads) {
   fail("grads: expected at least one tensor, got none in ", grads.size(), " entries");
 }
 
-// The seed of a random op; it is read where the op runs.
+// The seed of a random op, which is read where the op runs.
 inline void check_seed(const Tensor& seed, const Tensor& like) {
   FASTMTL_CHECK(
       seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && same_device(seed, like),
@@ -732,7 +730,7 @@ inline void check_alpha(const Tensor& alpha, const Tensor& G) {
       describe_vector(alpha));
 }
 
-// No result may lie where α is read from meanwhile.
+// α is read while results are written.
 inline void check_apart(const Tensor& alpha, const Tensor& out) {
   FASTMTL_CHECK(
       out.scalar_type() != ScalarType::Double || !View(alpha).overlaps(View(out)),

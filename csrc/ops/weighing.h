@@ -1,4 +1,4 @@
-// What the ops that turn Gram matrices into task weights share between devices.
+// What the ops from Gram matrices to task weights share between devices.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace fastmtl {
 
 namespace { // as in tensors.h
 
-// Gram matrices as the solvers read them, and where the weights go.
+// Gram matrices as the solvers read them, and the memory for the weights.
 struct Weighing {
   explicit Weighing(const Tensor& M) : given(M), gram(M) {
     check_square(M);

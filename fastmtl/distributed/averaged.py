@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AveragedRows", "Weigh"]
 
-# M [T, T] (float64), the coarsest dtype among the gradients behind it, and what else the step brings -> task weights,
+# M [T, T] (float64), the coarsest dtype among the gradients behind it, and the step's other inputs -> task weights,
 # as `Info.alpha`.
 Weigh: TypeAlias = "Callable[[Tensor, torch.dtype, Context], Info]"
 
@@ -102,7 +102,7 @@ class AveragedRows:
                 M += beside
             for b, bucket in self._buckets:
                 M.view(-1, T, T)[b] += ops.gram(bucket.rows()).to(self._device)
-            # One collective for both: the Gram, and which parameters any rank has a gradient of.
+            # One collective for both: the Gram, and which parameters have a gradient on any rank.
             reached = torch.tensor(self._reached, dtype=torch.float64, device="cpu")
             message = torch.cat([M.view(-1), reached.to(self._device, non_blocking=True)])
             all_reduce(message, self._group)

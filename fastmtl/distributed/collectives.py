@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["agree", "all_gather", "all_reduce", "gather", "gram_group", "reduce_gram", "reduce_scatter", "together"]
 
-# Ours for each default group that was met; a destroyed one takes its entry with it.
+# Our group for each default group met so far; the entry of a destroyed one goes with it.
 _groups: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
 
 
@@ -88,7 +88,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> None:
 
 
 def gather(x: Tensor, owner: int, group: ProcessGroup) -> list[Tensor] | None:
-    """The values of all ranks, on the rank of this number in the group; None on the others."""
+    """The values of all ranks, on the rank with this number in the group; None on the others."""
     mine = dist.get_rank(group) == owner
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))] if mine else None
     with together():
@@ -115,5 +115,5 @@ def reduce_scatter(output: Tensor, whole: Tensor, **options: Any) -> Any:
 
 
 def all_gather(whole: Tensor, share: Tensor, **options: Any) -> Any:
-    """`all_gather_single`, the same."""
+    """`all_gather_single`, likewise."""
     return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, share, **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmtl.distributed.averaged import AveragedRows
 from fastmtl.distributed.collectives import all_reduce, gather, together
-from fastmtl.gramian import Contraction, Trunk, gram_of_factors, working_dtype
+from fastmtl.gramian import CANCELLED, Contraction, Trunk, gram_of_factors, working_dtype
 from fastmtl.graph import Edge
 from fastmtl.info import Info
 from fastmtl.inputs import DTYPES, Row
@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["averaged_update"]
 
 _DTYPES = sorted(DTYPES, key=str)
-# How often float32 may cancel: as in `gramian.trunk`, but of one weight alone.
-_CANCELLED = 4.0
 
 
 class _Form(NamedTuple):
-    """What a rank has of the T gradients of a parameter, as other ranks are told: all integers.
+    """What a rank has of the T gradients of a parameter, in integers, as it tells other ranks.
 
     Attributes:
         kind: `_NOTHING`, `_FACTORS`, `_ROWS`, or `_WITH`, a bias that goes with the weight.
@@ -60,11 +58,11 @@ class _Form(NamedTuple):
     other: int = -1
 
     def fits(self, other: _Form) -> bool:
-        """Whether the factors of two ranks can stand one after the other."""
+        """Whether the factors of two ranks can be concatenated."""
         return self._replace(rows=0) == other._replace(rows=0)
 
     def numbers(self, T: int) -> int:
-        """How many numbers they are."""
+        """How many numbers the factors consist of."""
         return self.groups * self.rows * ((1 if self.indexed else self.depth) + T * self.width)
 
 
@@ -160,7 +158,7 @@ class _Here:
         )
 
     def factors(self, k: int) -> tuple[Tensor, Tensor] | None:
-        """Those of a parameter; None where it has none here."""
+        """The factors of a parameter; None if it has none here."""
         return self._factors.get(k)
 
     def row(self, t: int, which: Sequence[int]) -> Row:
@@ -172,13 +170,13 @@ class _Here:
         return [self._rows[k][t] if k in self._rows else of_weights.get(id(self._parameters[k])) for k in which]
 
     def combined(self, which: Sequence[int], alpha: Tensor) -> dict[int, Tensor]:
-        """Σ_t α_t of the gradients of these, which have factors, and of biases that go with them; by ids."""
+        """Σ_t α_t g_t of the gradients of these parameters, which have factors, and of their biases; by id."""
         weights = [c for k in which for c in self._weights.get(k, ())]
         part = Trunk(self._trunk.todo._replace(contractions=weights), self._arrived(weights), [])
         return {id(p): g for p, g in part.combined(alpha)}
 
     def _arrived(self, weights: Sequence[Contraction]) -> dict[Edge, Tensor]:
-        """What arrived at their uses."""
+        """The cotangents that arrived at their uses."""
         edges = {use.edge for c in weights for use in c.uses}
         return {edge: g for edge, g in self._trunk.arrived.items() if edge in edges}
 
@@ -211,10 +209,10 @@ def _gathered(
     owner: int,
     group: ProcessGroup,
 ) -> tuple[Tensor, Tensor] | None:
-    """The factors of all ranks, one after the other, on the one that multiplies them; None on the others."""
+    """The factors of all ranks, concatenated, on the rank that multiplies them; None on the others."""
     like = next(form for form in forms if form.kind == _FACTORS)
     g, N, dtype = like.groups, max(form.rows for form in forms), _DTYPES[like.dtype]
-    # Rows of zeros have no products.
+    # Rows of zeros contribute nothing.
     shape, device = (N,) if like.indexed else (g, N, like.depth), parameter.device
     A = torch.zeros(shape, dtype=torch.int64 if like.indexed else dtype, device=device)
     B = torch.zeros(T, g, N, like.width, dtype=dtype, device=device)
@@ -232,13 +230,13 @@ def _products(factors: tuple[Tensor, Tensor], biased: bool) -> Tensor:
     """Their Gram matrix [T, T], float64."""
     A, B = factors
     M, size = gram_of_factors([(A, B)], biased)
-    if A.device.type == "cpu" and (size > _CANCELLED * M.diagonal()).any():  # nothing waits for a GPU
+    if A.device.type == "cpu" and (size > CANCELLED * M.diagonal()).any():  # nothing waits for a GPU
         M = gram_of_factors([(A.double() if A.is_floating_point() else A, B.double())], biased)[0]
     return M
 
 
 def _mean(here: dict[int, Tensor], parameters: Sequence[Tensor], group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
-    """The parameters with the average over ranks of what each has; a rank that has nothing counts as zero."""
+    """The parameters with the average over ranks of each one's gradient; a rank without one counts as zero."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in parameters:
         kinds.setdefault((p.dtype, p.device), []).append(p)

@@ -45,10 +45,10 @@ def is_sharded(parameters: Sequence[Tensor]) -> TypeGuard[Sequence[DTensor]]:
 
 
 def check_gathered(parameters: Iterable[Tensor]) -> None:
-    """Raises ValueError where one of these parameters, seen after a backward, is a buffer of `fully_shard`.
+    """Raises ValueError if one of these parameters, looked at after a backward, is a buffer of `fully_shard`.
 
     Between forward and backward a module may show its gathered parameters instead of its own. A gradient put there
-    would miss this step and spoil the next. The backward gives their memory back, which is how to tell.
+    would be missing in this step and spoil the next. The backward frees their memory, which is how to tell.
     """
     for p in parameters:
         if not _is_dtensor(p) and p.numel() and p.untyped_storage().size() == 0:
@@ -135,7 +135,7 @@ def sharded_update(
 
 
 def _weighted(own: Sequence[Sequence[tuple[Tensor, Tensor]]], alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Parameters with what their tasks' gradients, or shards of them, become."""
+    """Parameters with the weighted sum of their tasks' gradients, or shards of them."""
     sums: dict[int, tuple[Tensor, Tensor]] = {}
     for weight, found in zip(alpha, own, strict=True):
         for p, g in found:
@@ -191,7 +191,7 @@ def _local(x: DTensor) -> Tensor:
 def _like(parameter: DTensor, local: Tensor) -> DTensor:
     from torch.distributed.tensor import DTensor
 
-    # With shape and stride given, since local sizes do not tell them where shards are uneven.
+    # Shape and stride are given, since they do not follow from local sizes if shards are uneven.
     return DTensor.from_local(
         local,
         parameter.device_mesh,
@@ -204,7 +204,7 @@ def _like(parameter: DTensor, local: Tensor) -> DTensor:
 
 @contextmanager
 def _set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within, `.grad` is None and no post-accumulate hook runs (FSDP2 calls those itself); then all is as it was."""
+    """A context without `.grad` and post-accumulate hooks (FSDP2 calls those itself); both come back afterwards."""
     grads = [p.grad for p in parameters]
     hooks = [(p._post_accumulate_grad_hooks, dict(p._post_accumulate_grad_hooks or {})) for p in parameters]
     try:

@@ -5,8 +5,8 @@ or T explicit gradients, whichever is cheaper (`plan`, `cost`). One pass goes th
 cotangents through the rest (`engine`), where the Gram matrix is contracted (`contraction`): docs/methods.md.
 """
 
-from fastmtl.gramian.contraction import Contraction, gram_of_factors
+from fastmtl.gramian.contraction import CANCELLED, Contraction, gram_of_factors
 from fastmtl.gramian.engine import update
 from fastmtl.gramian.trunk import Trunk, working_dtype
 
-__all__ = ["Contraction", "Trunk", "gram_of_factors", "update", "working_dtype"]
+__all__ = ["CANCELLED", "Contraction", "Trunk", "gram_of_factors", "update", "working_dtype"]

@@ -13,12 +13,14 @@ from fastmtl import ops
 from fastmtl.gramian.forms import Use
 from fastmtl.graph import Edge
 
-__all__ = ["BLOCK", "Contraction", "gram_of_factors", "scale_of", "times"]
+__all__ = ["BLOCK", "CANCELLED", "Contraction", "from_block", "gram_of_factors", "scale_of", "times"]
 
 _F64 = torch.float64
-_NEAR = 20  # powers of two that factors may be from 1: products of smaller or larger ones could leave float32
-_COLUMNS = 2048  # of X and Y that are summed in their own dtype
-BLOCK = 512  # rows of K = A Aᵀ at a time: what is made of them stays in the cache, and memory linear in N
+_NEAR = 20  # how many powers of two factors may be away from 1: products of others could leave the range of float32
+_COLUMNS = 2048  # numbers of X and Y whose products are summed in their own dtype
+# A squared norm that its float32 terms together exceed this many times has cancelled: float64 then.
+CANCELLED = 4.0
+BLOCK = 512  # rows of K = A Aᵀ at a time: products with them stay in the cache, and memory stays linear in N
 
 
 class Contraction:
@@ -28,7 +30,7 @@ class Contraction:
         parameter: the weight.
         uses: its uses. Those of one side have the same groups, width and depth, and are all dense or all indexed.
         block: dimension, start and length of the block.
-        way: the outputs of the operations that hand the weight on to its uses.
+        way: the outputs of the operations that pass the weight on to its uses.
     """
 
     def __init__(
@@ -42,19 +44,19 @@ class Contraction:
         self._sides = [[use for use in uses if use.side == side] for side in (0, 1)]
 
     def gram(self, arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """M [T, T] and the sizes [T] of what its diagonal is added up from, both float64.
+        """M [T, T] and the sizes [T] of the terms that its diagonal is summed from, both float64.
 
         M is off by some eps of `dtype` times these sizes; by no more than float64 rounds where they are zero.
 
         Args:
-            arrived: all T cotangents [T, ...] where they arrived, which is at one use at least.
+            arrived: all T cotangents [T, ...] of each use that they reached, which is at least one.
             dtype: of products, float32 or float64; sums over rows are in float64.
         """
         found = [side for uses in self._sides if (side := _side(uses, arrived, dtype)) is not None]
         return gram_of_factors(found, self.bias is not None)
 
     def factors(self, arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A [g, N, I] (or ids [N]) and B [T, g, N, O] of gradients B_tᵀ A; None where these are not all there is."""
+        """A [g, N, I] (or ids [N]) and B [T, g, N, O] of gradients B_tᵀ A; None if they are not the whole gradient."""
         sides = [uses for uses in self._sides if uses]
         if len(sides) > 1 or self._block is not None or any(use.order is not None for use in sides[0]):
             return None
@@ -66,24 +68,20 @@ class Contraction:
         return self.uses[0].side
 
     def gradients(self, cotangents: Mapping[Edge, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The weight and its gradient from one cotangent of every use, and the same of the bias."""
+        """The weight and its gradient from one cotangent of every use, and the bias and its gradient."""
         used = [use for use in self.uses if use.edge in cotangents]
         if not used:
             return
         target = self.parameter if self._block is None else self.parameter.narrow(*self._block)
-        g = _sum(use.whole_gradient(cotangents[use.edge], target.shape) for use in used).to(self.parameter.dtype)
-        if self._block is not None:
-            whole = torch.zeros_like(self.parameter)
-            whole.narrow(*self._block).copy_(g)
-            g = whole
-        yield self.parameter, g
+        g = _sum(use.whole_gradient(cotangents[use.edge], target.shape) for use in used)
+        yield self.parameter, from_block(g, self.parameter, self._block)
         if self.bias is not None:
             each = (use.cotangents(cotangents[use.edge][None]).sum(2).flatten() for use in used)
             yield self.bias, _sum(each).to(self.bias.dtype)
 
 
 def gram_of_factors(found: Sequence[tuple[Tensor, Tensor]], biased: bool) -> tuple[Tensor, Tensor]:
-    """See `Contraction.gram`, for the factors A and B of either side, and of a bias if there is one."""
+    """See `Contraction.gram`: from the factors A and B of either side, with those of a bias if there is one."""
     scale = scale_of([B for _, B in found], 1)
     sizes = [scale_of([A], 0) for A, _ in found]
     found = [(times(A, size), times(B, scale)) for (A, B), size in zip(found, sizes, strict=True)]
@@ -101,13 +99,23 @@ def gram_of_factors(found: Sequence[tuple[Tensor, Tensor]], biased: bool) -> tup
     return M / scale[:, None] / scale, lengths / scale / scale
 
 
+def from_block(g: Tensor, parameter: Tensor, block: tuple[int, int, int] | None) -> Tensor:
+    """The gradient of a parameter, from that of one of its blocks or of all of it."""
+    if block is None:
+        return g.view(parameter.shape).to(parameter.dtype)
+    whole = torch.zeros_like(parameter)
+    own = whole.narrow(*block)
+    own.copy_(g.view(own.shape))
+    return whole
+
+
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Their sum; one alone is not copied."""
+    """Their sum; a single one is not copied."""
     return functools.reduce(torch.add, tensors)
 
 
 def _side(uses: Sequence[Use], arrived: Mapping[Edge, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """A [g, N, I] (or ids [N]) and B [T, g, N, O] of uses whose rows follow each other."""
+    """A [g, N, I] (or ids [N]) and B [T, g, N, O] of several uses, with their rows one after the other."""
     used = [use for use in uses if use.edge in arrived]
     factors = [use.factor(dtype) for use in used]
     cotangents = [use.cotangents(arrived[use.edge].to(dtype)) for use in used]
@@ -117,7 +125,7 @@ def _side(uses: Sequence[Use], arrived: Mapping[Edge, Tensor], dtype: torch.dtyp
 
 
 def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
-    """Powers of two, float64, that bring the largest entries near 1 where they are far from that, `dims` dimensions."""
+    """Powers of two, float64, that bring the largest entries near 1 if they are far from it, with `dims` dimensions."""
     device = tensors[0].device
     sizes = [
         torch.linalg.vector_norm(x.flatten(dims), math.inf, dim=-1).double()
@@ -128,7 +136,7 @@ def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
     if not sizes:
         return scale
     largest = torch.stack(sizes).amax(0)
-    # A power that brings the smallest numbers near 1 is beyond the largest.
+    # The power that would bring the smallest numbers near 1 is beyond the largest number.
     limit = min(math.frexp(torch.finfo(x.dtype).max)[1] for x in tensors if x.is_floating_point()) - 2
     exponent = torch.frexp(largest).exponent.clamp_min(-limit)
     far = largest.isfinite() & (largest > 0) & (exponent.abs() > _NEAR)
@@ -136,7 +144,7 @@ def scale_of(tensors: Sequence[Tensor], dims: int) -> Tensor:
 
 
 def times(x: Tensor, scale: Tensor) -> Tensor:
-    """`x`, itself where that is known to be the product."""
+    """`x` times `scale`; `x` itself if that is known to be the same."""
     if not x.is_floating_point() or (scale.is_cpu and not (scale != 1).any()):  # nothing waits for a GPU
         return x
     return x * scale.to(x.dtype).reshape(scale.shape + (1,) * (x.dim() - scale.dim()))
@@ -145,8 +153,8 @@ def times(x: Tensor, scale: Tensor) -> Tensor:
 def _own(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """⟨B_tᵀ A, B_sᵀ A⟩ [T, T] = Σ_nm K_nm ⟨B_t[n], B_s[m]⟩, K = A Aᵀ, and Σ_n K_nn ⟨B_t[n], B_t[n]⟩ [T].
 
-    A is taken apart into its mean over rows and the rest, and B_tᵀ A into (B_tᵀ 1) meanᵀ and that of the rest: where
-    cotangents add up to nothing, as before a batch norm, K would lose what it is about beside the square of the mean.
+    A is split into its mean over rows and the rest, and B_tᵀ A into (B_tᵀ 1) meanᵀ and the product with the rest: if
+    cotangents add up to zero, as before a batch norm, the square of the mean would drown what matters in K.
     """
     T, groups, N, _ = B.shape
     M = torch.zeros(T, T, dtype=_F64, device=B.device)
@@ -170,7 +178,7 @@ def _own(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 if first == last:
                     continue
                 K = rows @ A[g, first:last].mT
-                # Not `matmul`, which would transpose all of B to make one product of it.
+                # Not `matmul`, which would transpose all of B for a single product.
                 X = _products(torch.bmm(K.expand(T, *K.shape), B[:, g, first:last]), own)
                 M += X if last == end else X + X.T
         along = (A[g] @ mean[g].mT).mT  # [1, N]
@@ -184,7 +192,7 @@ def _own(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_bias(B: Tensor) -> Tensor:
-    """⟨B_tᵀ 1, B_sᵀ 1⟩ [T, T]: of one more column of A, of ones."""
+    """⟨B_tᵀ 1, B_sᵀ 1⟩ [T, T]: from one more column of A, of ones."""
     sums = B.sum(2, dtype=_F64).flatten(1)
     return sums @ sums.mT
 

@@ -28,17 +28,16 @@ __all__ = [
 _GRAM = 4.0  # one of a float64 Gram matrix of explicit gradients, which are also written and read
 _SMALL_PRODUCT = 4.0  # one of the T x T products of a row with all others
 
-_TOGETHER = (
-    1 << 19
-)  # entries of one task's cotangents, everywhere, up to which operations cost more to start than to do
-_ALL = 1 << 24  # entries of all of them
-# Operations that cannot be vectorised over cotangents, or are done one by one then.
+# Entries of one task's cotangents over the whole graph up to which operations cost more to launch than to run.
+_TOGETHER = 1 << 19
+_ALL = 1 << 24  # entries of all tasks' cotangents up to which they go through the graph together
+# Operations that cannot be vectorised over cotangents, or then run one by one.
 _ALONE = ("ScaledDotProduct", "Rnn")
 
 
 @dataclass
 class Work:
-    """What a step takes, as far as the engines differ.
+    """What a step costs, as far as the engines differ.
 
     Attributes:
         nodes: shared nodes that compute.
@@ -68,12 +67,12 @@ class Work:
 
 
 def _entries(x: Any, dimensions: slice = slice(None)) -> int:
-    """Number of entries of a tensor, or of some of its dimensions; 0 for a nested one, which has no shape."""
+    """The number of entries of a tensor, or of some of its dimensions; 0 for a nested one, which has no shape."""
     return 0 if x.is_nested_tensor else math.prod(x.shape[dimensions])
 
 
 def forward(use: Use) -> float:
-    """Multiply-adds of one task's gradient, as many as of the operation itself."""
+    """Multiply-adds of one task's gradient: as many as the operation itself takes."""
     return use.elements * (1 if use.is_indexed else use.depth)
 
 
@@ -83,7 +82,7 @@ def rows_read(users: Iterable[tuple[Any, int, int]]) -> float:
 
 
 def closed(uses: Sequence[Use], T: int) -> float:
-    """Multiply-adds of a contraction of all uses of a block, whichever they are worth."""
+    """Multiply-adds of a contraction of all uses of a block, in units of those of a large float32 product."""
     total = 0.0
     for side in (0, 1):
         own = [use for use in uses if use.side == side]
@@ -105,13 +104,13 @@ def _one_side(use: Use, N: int, T: int) -> float:
 
 
 def is_cheaper_explicit(blocks: Sequence[Sequence[Use]], T: int, parameters: int) -> bool:
-    """Whether T explicit gradients of a weight of so many entries take less than the closed forms of its blocks."""
+    """Whether T explicit gradients of a weight of so many entries cost less than the closed forms of its blocks."""
     explicit = T * sum(forward(use) for uses in blocks for use in uses) + T * (T + 1) / 2 * parameters * _GRAM
     return explicit < sum(closed(uses, T) for uses in blocks)
 
 
 def goes_at_once(graph: Survey, entries: int, T: int) -> bool:
-    """Whether the cotangents of all tasks go through the graph at once, where those of one have so many entries."""
+    """Whether the cotangents of all tasks go through the graph at once, given how many entries those of one have."""
     if entries > _TOGETHER or entries * T > _ALL or graph.opaque:
         return False
     starts = [node._input_metadata[output] for node, output in graph.frontier]
@@ -121,7 +120,7 @@ def goes_at_once(graph: Survey, entries: int, T: int) -> bool:
 
 
 def features(work: Work, T: int) -> tuple[list[float], list[float]]:
-    """What the times of the full engine and of this one are linear in: rows of the coefficients `SECONDS`."""
+    """What the times of the full engine and of this one are linear in: a row each, for the coefficients `SECONDS`."""
     w = work
     full = [
         T * w.nodes,
@@ -155,6 +154,6 @@ SECONDS = (1.2e-05, 2.8e-06, 9.9e-11, 1.1e-11, 1.9e-11, 4.3e-12, 3.9e-10, 0.0001
 
 
 def prefers_full(work: Work, T: int) -> bool:
-    """Whether T backward passes take less than the gramian engine, on the machine that the coefficients are from."""
+    """Whether T backward passes are faster than the gramian engine, on the machine that the coefficients are from."""
     full, own = (sum(x * c for x, c in zip(row, SECONDS, strict=True)) for row in features(work, T))
     return full < own

@@ -1,4 +1,4 @@
-"""From T losses to the shared parameters' aggregated gradients, by the Gram matrix of gradients never formed."""
+"""From T losses to the shared parameters' aggregated gradients, by a Gram matrix of gradients that are never formed."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def update(
     rest = leaves.without(parameters)
     try:
         todo = settled(todo, named)
-        # Whether code in Python sees the T cotangents on their way, which need not be linear, or may keep them.
+        # Whether Python code, which need not be linear and may keep what it gets, sees the T cotangents on their way.
         watched = graph.opaque or ((todo.work.at_once or bool(rest.common)) and is_hooked(graph))
-    except Exception:  # autograd's, where something was freed or overwritten, or that of a hook on what it saved
+    except Exception:  # from autograd, if something was freed or overwritten, or from a hook on saved tensors
         if automatic:
             return None
         raise
@@ -135,7 +135,7 @@ def _heads(
 ) -> tuple[list[Row], list[Row]]:
     """T rows of cotangents at the frontier, and every loss's gradients of its private leaves: one pass for all losses.
 
-    No two losses share anything before the frontier, so what a node there hands on belongs to one of them.
+    No two losses share anything before the frontier, so what a node there passes on belongs to one of them.
     """
     rows: list[Row] = [[None] * len(graph.frontier) for _ in losses]
     there = {t: loss for t, loss in enumerate(losses) if loss is not None}
@@ -147,17 +147,17 @@ def _heads(
     if not outputs:
         return rows, [[] for _ in losses]
     with _caught(graph, owner, rows):
-        keep = retain_graph or graph.nested  # what lies between two edges of the frontier runs too, in vain
+        keep = retain_graph or graph.nested  # nodes between two edges of the frontier run too, in vain
         grads = iter(torch.autograd.grad(outputs, inputs, retain_graph=keep, allow_unused=True))
     return rows, [[next(grads) for _ in leaves] for leaves in private]
 
 
 @contextmanager
 def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[None]:
-    """Within, what a pass brings to the frontier is added to the rows.
+    """A context in which the cotangents that a pass brings to the frontier are added to the rows.
 
-    Zeros go on in its place, to the frontier, where hooks of the tensors are run: what `retain_grad` keeps is that of
-    the passes from there.
+    In their place zeros go on to the frontier's tensors, so hooks there run, and what `retain_grad` keeps is from the
+    passes that start there.
     """
     reached: set[int] = set()
 
@@ -169,10 +169,10 @@ def _caught(graph: Survey, owner: dict[Any, int], rows: list[Row]) -> Iterator[N
                 if g is None:
                     continue
                 row[k] = g if before is None else before + g
-                # What is no plain tensor may not have zeros.
+                # A tensor that is not plain may have no zeros.
                 passed[i] = None if k in reached else torch.zeros_like(g) if is_plain(g, g.device) else g
                 reached.add(k)
-            is_nested = any(g is not None and g.is_nested for g in grads)  # of which autograd takes none from a hook
+            is_nested = any(g is not None and g.is_nested for g in grads)  # which autograd does not take from a hook
             return None if is_nested else tuple(passed)
 
         return hook
@@ -190,7 +190,7 @@ def _trunk(
 ) -> Trunk:
     """T cotangents from the frontier to where the plan needs them: at once, or one task after another.
 
-    If all go at once, the graph's saved tensors are kept, since the pass may fail half way; they are small then.
+    If all go at once, the graph's saved tensors are kept, since the pass may fail halfway; they are small then.
     `again` says that graph and rows are still needed.
     """
     edges = list({use.edge: None for contraction in todo.contractions for use in contraction.uses})
@@ -211,7 +211,7 @@ def _trunk(
     explicit: list[Row] = [[None] * T for _ in todo.explicit]
     present = _present(rows)
     for t in present:
-        # Hooks may write to what they are given.
+        # Hooks may write to the tensors that they are given.
         row = [None if g is None else g.clone() for g in rows[t]] if again else rows[t]
         grads = _gradients(frontier, row, edges, todo.explicit, retain_graph=retain_graph or again or t != present[-1])
         for edge, g in zip(edges, grads, strict=False):
@@ -250,7 +250,7 @@ def _gradients(
 ) -> Row:
     """What one pass from the frontier brings to edges, as hooks of their tensors leave it, and to leaves.
 
-    Autograd hands out what arrives at an edge before those hooks where it goes on from there, and after them elsewhere.
+    Autograd returns what arrives at an edge before those hooks if the pass goes on from there, and after them if not.
     """
     behind: dict[Edge, Tensor | None] = {}
 
@@ -290,7 +290,7 @@ def _common(
     linear: bool,
     retain_graph: bool,
 ) -> Row:
-    """The leaves' gradients from the weighted sum of T rows of cotangents: in one pass, where passes are linear."""
+    """The leaves' gradients from the weighted sum of T rows of cotangents: in one pass if passes are linear."""
     if linear:
         return vjp(_for_autograd(frontier), _combine(rows, weights), leaves, retain_graph=retain_graph)
     sums: Row = [None] * len(leaves)
@@ -323,5 +323,5 @@ def _combine(rows: Sequence[Row], alpha: Tensor) -> list[Tensor | None]:
 
 
 def _dense(g: Tensor) -> Tensor:
-    """That of an activation may be sparse: behind `gather(sparse_grad=True)`, or where it is itself an embedding."""
+    """A cotangent may be sparse: behind `gather(sparse_grad=True)`, or if the activation is itself an embedding."""
     return g if g.layout is torch.strided else g.to_dense()

@@ -1,4 +1,4 @@
-"""Hooks of a graph that this engine would bypass, or call with other values than T backward passes do.
+"""Hooks of a graph that this engine would bypass, or call with values other than those of T backward passes.
 
 A closed form replaces the backward of an operation, and of the views and casts between it and the parameter: hooks
 there may change the gradient. A pass of all cotangents at once shows hooks a batch that they cannot keep.
@@ -23,7 +23,7 @@ __all__ = ["has_hooks", "is_hooked", "seen_by_hooks"]
 
 
 class _Watch(TorchDispatchMode):
-    """Notices any operation on tensors."""
+    """Records whether any operation on tensors runs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,8 +37,8 @@ class _Watch(TorchDispatchMode):
 def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
     """Those of the edges, or the first, whose gradient hooks of tensors would see, `retain_grad` included.
 
-    Nobody lists such hooks. So a pass for each edge, which ends where it begins, brings zeros to it: all that runs is
-    hooks. One pass for all of them comes first, which most often is enough.
+    Such hooks are listed nowhere. So a pass for each edge, which ends where it begins, brings zeros to it: nothing but
+    hooks runs. One pass for all of them comes first, which is usually enough.
     """
     found: list[Edge] = []
     probes = [(edge, _zeros(edge)) for edge in dict.fromkeys(edges)]
@@ -55,21 +55,21 @@ def seen_by_hooks(edges: Iterable[Edge], *, first: bool = False) -> list[Edge]:
 
 
 def _zeros(edge: Edge) -> Tensor | None:
-    """Such a gradient, without memory; None for a nested tensor."""
+    """A gradient of zeros that takes no memory; None for a nested tensor."""
     like = edge[0]._input_metadata[edge[1]]
     return None if like.is_nested_tensor else torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _are_seen(probes: Sequence[tuple[Edge, Tensor]], watch: _Watch) -> bool:
-    """Whether hooks see what arrives at one of these; also where an edge lies behind another, of several."""
+    """Whether hooks see what arrives at one of these edges; true, too, if one of several lies behind another."""
     ways = tuple(GradientEdge(*edge) for edge, _ in probes)
     zeros = tuple(zeros for _, zeros in probes)
     watch.active = False
     owners = [getrefcount(x) for x in zeros]
     try:
-        # What `torch.autograd.grad` calls, which takes longer than this does to check what it is given.
+        # What `torch.autograd.grad` calls after checking its arguments, which takes longer than this pass.
         arrived = _engine_run_backward(ways, zeros, True, False, ways, allow_unreachable=True, accumulate_grad=False)
-    except Exception:  # a hook's, that takes no zeros
+    except Exception:  # from a hook that does not take zeros
         return True
     replaced = any(map(is_not, arrived, zeros))
     del arrived

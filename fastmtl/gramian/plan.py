@@ -22,10 +22,10 @@ class Plan(NamedTuple):
     """How the Gram matrix is computed.
 
     Attributes:
-        contractions: what is contracted.
+        contractions: weights or blocks whose gradients are contracted.
         explicit: parameters whose T gradients are formed.
         unrecognised: names of the explicit parameters for which no closed form was found.
-        work: the cost.
+        work: what the step costs.
     """
 
     contractions: list[Contraction]
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, int], tasks: int) -> Plan:
-    """The plan for those of the parameters that several losses reach."""
+    """The plan for the parameters that several losses reach."""
     contractions: list[Contraction] = []
     explicit: list[Tensor] = []
     unrecognised: list[str] = []
@@ -85,10 +85,10 @@ def plan(named: Sequence[tuple[Tensor, str]], graph: Survey, owner: dict[Any, in
 
 
 def settled(todo: Plan, named: Sequence[tuple[Tensor, str]]) -> Plan:
-    """The plan for what the operations saved, which is held from now on, and for hooks: some weights become explicit.
+    """The plan once hooks and what the operations saved, which is held from now on, have made some weights explicit.
 
     Raises:
-        RuntimeError: autograd's own, where what an operation saved was freed or overwritten.
+        RuntimeError: from autograd, if something that an operation saved was freed or overwritten.
     """
     ways = dict.fromkeys(edge for contraction in todo.contractions for edge in contraction.way)
     seen = set(seen_by_hooks(ways))
@@ -116,7 +116,7 @@ def _way(consumers: Sequence[Consumer]) -> Iterator[Edge]:
 
 
 def uses_of(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | None:
-    """The closed forms of all of them, None where one has none or they do not go together."""
+    """The closed forms of all consumers; None if one has none or if they do not go together."""
     uses: list[Use] = []
     for consumer in consumers:
         use = use_of(consumer, device)
@@ -126,7 +126,7 @@ def uses_of(consumers: Sequence[Consumer], device: torch.device) -> list[Use] | 
     for side in (0, 1):
         if len({(use.is_indexed, use.groups, use.width, use.depth) for use in uses if use.side == side}) > 1:
             return None
-    # Gradients of what is read in several orders have products of their own.
+    # If a weight is read in several orders, its gradients need products of their own.
     return uses if len({use.order for use in uses}) < 2 and _match(uses) else None
 
 
@@ -140,7 +140,7 @@ def _match(uses: Sequence[Use]) -> bool:
 def _with_this_bias(
     bias: Tensor, consumers: Sequence[Consumer], weights: Sequence[tuple[list[Consumer], Contraction]]
 ) -> Contraction | None:
-    """The weight that occurs in the very operations in which the bias does, once in each."""
+    """The weight that occurs in exactly the operations in which the bias does, once in each."""
     for others, contraction in weights:
         use = contraction.uses[0]
         if (

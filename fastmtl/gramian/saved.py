@@ -1,4 +1,4 @@
-"""What an operation saved for its backward, and which of these attributes a formula accounts for."""
+"""What an operation saved for its backward, and which of these attributes a formula takes into account."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIX = "_saved_"
 
 @functools.cache
 def attributes(kind: Any) -> tuple[str, ...]:
-    """What nodes of this type save, by name."""
+    """The names of the attributes that nodes of this type save."""
     return tuple(name.removeprefix(_PREFIX) for name in dir(kind) if name.startswith(_PREFIX))
 
 
@@ -25,11 +25,11 @@ def is_builtin(node: Any) -> bool:
 
 
 class Saved:
-    """A formula's declaration: without it the formula is not used, so that nothing is overlooked in silence.
+    """A formula's declaration, without which it is not used, so that nothing is overlooked silently.
 
     Args:
         read: attributes that the formula reads, or that do not matter to the gradient that it is for.
-        neutral: attributes that it takes no account of, with the value that has no effect.
+        neutral: attributes that it does not take into account, with the value that has no effect.
     """
 
     def __init__(self, *read: str, **neutral: object) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastmtl.gramian.saved import Saved, is_builtin
 from fastmtl.gramian.views import View
-from fastmtl.graph import SEVERAL, Edge, edge_of
+from fastmtl.graph import SEVERAL, Edge, edge_of, signed
 
 __all__ = ["SPLITS", "Consumer", "Part", "Survey", "parts_of", "survey"]
 
-# Operations on activations that cost nothing to speak of.
+# Operations on activations that cost next to nothing.
 _FREE = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})
 # Operations that pass a parameter on in disjoint blocks.
 SPLITS = {
@@ -29,9 +29,9 @@ class Consumer(NamedTuple):
         node: its graph node.
         operand: which of its inputs the parameter is.
         flipped: whether it reads the transpose.
-        way: the outputs of the operations that have handed the parameter on.
-        order: what tells apart the orders in which parameters are read; None for their own, or the transpose's.
-        views: those of the operations that rearranged it, the last one first, where there is an order.
+        way: the outputs of the operations that passed the parameter on.
+        order: identifies the order in which the parameter is read; None for its own, or the transpose's.
+        views: the operations that rearranged it, the last one first, if there is an order.
     """
 
     node: Any
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     """A parameter, or one of the blocks that it is split into.
 
     Attributes:
-        consumers: who reads it.
+        consumers: the operations that read it.
         block: dimension, start and length of the block.
     """
 
@@ -55,17 +55,17 @@ class Part(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The graph of T losses, cut where their own parts of it end.
+    """The graph of T losses, cut where each loss's own part of it ends.
 
     Attributes:
         frontier: the edges that lead out of some loss's own part.
-        open_ends: the same, to look one up.
-        boundary: the nodes of those parts that have such edges: which of its inputs, and which edge of `frontier`.
+        open_ends: the same edges as a set.
+        boundary: the nodes of those parts with such edges: which of a node's inputs, and which edge of `frontier`.
         whole: losses that another loss depends on, or that were passed twice: which loss, which edge of `frontier`.
         nested: whether an edge of the frontier lies behind another.
         nodes: the shared nodes that compute.
         opaque: whether some of them are not autograd's own: functions in Python, and what runs hooks of modules.
-        users: for every shared node, the shared nodes that read its outputs: node, which input of it, which output.
+        users: for every shared node, the shared nodes that read its outputs: the node, its input, the output.
     """
 
     frontier: list[Edge]
@@ -82,7 +82,7 @@ def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
     """The survey of a graph whose nodes belong to one loss or to several; None is an absent loss.
 
     Raises:
-        NotImplementedError: autograd takes no cotangents where a loss's own part of the graph ends.
+        NotImplementedError: autograd takes no cotangents at the end of a loss's own part of the graph.
     """
     frontier: dict[Edge, int] = {}
     boundary: dict[Any, list[tuple[int, int]]] = {}
@@ -113,9 +113,9 @@ def survey(losses: Sequence[Tensor | None], owner: dict[Any, int]) -> Survey:
 
 
 def parts_of(node: Any, graph: Survey) -> list[Part] | None:
-    """Who reads a parameter, given its node: one part, or one for each of the disjoint blocks that it is split into.
+    """What reads a parameter, given its node: one part, or one for each of the disjoint blocks that it is split into.
 
-    None where a loss's own part of the graph reads it too, or one of the blocks.
+    None if a loss's own part of the graph reads it, too, or one of its blocks.
     """
     users = graph.users.get(node, ())
     split = users[0][0] if len(users) == 1 and (node, 0) not in graph.open_ends else None
@@ -134,9 +134,8 @@ def parts_of(node: Any, graph: Survey) -> list[Part] | None:
 
 
 def _block(split: Any, output: int) -> tuple[int, int, int]:
-    outputs = split._input_metadata
-    dim = split._saved_dim if split._saved_dim < len(outputs[0].shape) else split._saved_dim - 2**64
-    lengths = [x.shape[dim] for x in outputs[: output + 1]]
+    dim = signed(split._saved_dim)
+    lengths = [x.shape[dim] for x in split._input_metadata[: output + 1]]
     return dim, sum(lengths[:-1]), lengths[-1]
 
 

@@ -1,4 +1,4 @@
-"""What T cotangents give the shared parameters: the Gram matrix, and with task weights the gradients."""
+"""What the shared parameters get from T cotangents: the Gram matrix and, with task weights, the gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.gramian.contraction import CANCELLED
 from fastmtl.gramian.plan import Plan
 from fastmtl.graph import Edge
 from fastmtl.info import Info
@@ -19,16 +20,13 @@ from fastmtl.rule import Context, Rule, solved
 
 __all__ = ["Trunk", "without_autocast", "working_dtype"]
 
-# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
-_CANCELLED = 4.0
-
 
 class Trunk(NamedTuple):
     """What T cotangents at the frontier brought.
 
     Attributes:
-        todo: what it is for.
-        arrived: where operations with a closed form are, all T cotangents of their output [T, ...].
+        todo: the plan that it is for.
+        arrived: for operations with a closed form, all T cotangents of their output [T, ...].
         explicit: parameters with their T gradients.
         own: for each task the parameters that its loss alone reaches, with their gradients.
     """
@@ -41,7 +39,7 @@ class Trunk(NamedTuple):
     def aggregated(
         self, parameters: Sequence[Tensor], method: Rule, context: Context
     ) -> tuple[list[tuple[Tensor, Tensor]], Info]:
-        """The parameters that were reached with their gradients, and the info."""
+        """The parameters that were reached, with their gradients, and the info."""
         info = solved(method, self.gram(len(self.own), parameters[0].device), coarsest(parameters), context)
         updates = self.combined(info.alpha)
         for alpha, found in zip(info.alpha, self.own, strict=True):
@@ -62,7 +60,7 @@ class Trunk(NamedTuple):
                 parts.append((contraction, own.to(device), size.to(device)))
         M += sum(own for _, own, _ in parts)
         if device.type == "cpu":  # nothing waits for a GPU
-            allowed = _CANCELLED * M.diagonal()
+            allowed = CANCELLED * M.diagonal()
             if (sum(size for _, _, size in parts) > allowed).any():
                 for contraction, own, size in parts:
                     if (len(parts) * size > allowed).any():
@@ -72,7 +70,7 @@ class Trunk(NamedTuple):
         return M
 
     def combined(self, alpha: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The parameters that were reached, with Σ_t α_t of their gradients: what one more pass would bring."""
+        """The parameters that were reached, with Σ_t α_t g_t of their gradients: what one more pass would bring."""
         updates = [(p, torch.empty_like(p)) for p, _ in self.explicit]
         if updates:
             rows = [rows[t] for t in range(len(alpha)) for _, rows in self.explicit]
@@ -87,7 +85,7 @@ class Trunk(NamedTuple):
 
 
 def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The dtype for products of tensors of these dtypes: float32 only if torch does not round it further."""
+    """The dtype for products of tensors of these dtypes: float32 only if torch does not round its operands (TF32)."""
     exact = torch.get_float32_matmul_precision() == "highest"
     doubled = not dtypes.isdisjoint((torch.float64, torch.complex128))
     return torch.float32 if exact and not doubled else torch.float64
@@ -95,7 +93,7 @@ def working_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
 
 @contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
-    """Within, products keep the dtype of their operands, even if the caller has autocast on."""
+    """A context in which products keep the dtype of their operands, even if the caller has autocast on."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield

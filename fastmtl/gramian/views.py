@@ -9,28 +9,23 @@ import torch
 from torch import Tensor
 
 from fastmtl.gramian.saved import Saved
-from fastmtl.graph import Edge
+from fastmtl.graph import Edge, signed
 
 __all__ = ["KINDS", "View"]
 
 
 class _Kind(NamedTuple):
-    """An operation that hands on every entry of its input, once.
+    """An operation that passes on every entry of its input, once.
 
     Attributes:
         saved: what of the node is known.
         apply: what it does to a tensor without data.
-        named: attributes that tell two of them apart.
+        named: attributes that distinguish two of them.
     """
 
     saved: Saved
     apply: Callable[[Tensor, Any], Tensor]
     named: tuple[str, ...] = ()
-
-
-def _signed(dim: int) -> int:
-    """Dimensions count from the end where they are negative, read as unsigned."""
-    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _as_it_is(x: Tensor, _: Any) -> Tensor:
@@ -42,11 +37,11 @@ def _in_shape(x: Tensor, node: Any) -> Tensor:
 
 
 def _transposed(x: Tensor, node: Any) -> Tensor:
-    return x.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1))
+    return x.transpose(signed(node._saved_dim0), signed(node._saved_dim1))
 
 
 def _permuted(x: Tensor, node: Any) -> Tensor:
-    return x.permute([_signed(dim) for dim in node._saved_dims])
+    return x.permute([signed(dim) for dim in node._saved_dims])
 
 
 _SHAPED = Saved("self_sym_sizes")
@@ -68,25 +63,25 @@ KINDS = {
 
 
 class View(NamedTuple):
-    """A parameter, or a block of one, in the order in which it is handed on.
+    """A parameter, or a block of one, in the order in which it is passed on.
 
     Attributes:
         start: the output of a node that is the parameter, or the block.
-        nodes: the operations that hand it on, the last one first.
+        nodes: the operations that pass it on, the last one first.
     """
 
     start: Edge
     nodes: tuple[Any, ...] = ()
 
     def through(self, node: Any) -> View | None:
-        """Behind one more operation; None where that does not only hand it on."""
+        """The view behind one more operation; None if that does more than pass it on."""
         kind = KINDS.get(node.name())
         if kind is None or not kind.saved.covers(node) or node._input_metadata[0].is_nested_tensor:
             return None
         return View(self.start, (node, *self.nodes))
 
     def order(self) -> tuple[bool, Hashable]:
-        """Whether it is read as its transpose, and what tells its order apart: None for its own and the transpose's."""
+        """Whether it is read as its transpose, and what identifies its order: None for its own and the transpose's."""
         if not self.nodes:
             return False, None
         node, output = self.start
@@ -99,7 +94,7 @@ class View(NamedTuple):
         try:
             for step in reversed(self.nodes):
                 like = KINDS[step.name()].apply(like, step)
-        except RuntimeError:  # what was copied in another order, and is no view any more
+        except RuntimeError:  # not a view: copied in another order
             return False, _key(self.nodes)
         straight = like.is_contiguous()
         if like.ndim > 1 and like.mT.is_contiguous() and (not straight or like.shape == shape[::-1]):

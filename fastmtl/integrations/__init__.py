@@ -1,1 +1,1 @@
-"""fastmtl's methods in the interfaces of other libraries; each module needs the library that it is named after."""
+"""fastmtl's methods behind the interfaces of other libraries; each module needs the library it is named after."""

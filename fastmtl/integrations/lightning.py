@@ -1,4 +1,4 @@
-"""PyTorch Lightning: a callback that makes steps of a method of what `training_step` returns.
+"""PyTorch Lightning: a callback that runs a method's steps on what `training_step` returns.
 
     class Model(pl.LightningModule):
         def training_step(self, batch, batch_idx):
@@ -7,7 +7,7 @@
 
     trainer = pl.Trainer(callbacks=[MultiTask(fastmtl.AlignedMTL(), shared="encoder")])
 
-All else is automatic optimization as ever. Needs `pip install 'fastmtl-torch[lightning]'`.
+Everything else is automatic optimization as usual. Needs `pip install 'fastmtl-torch[lightning]'`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastmtl.scalarization.base import Scalarization
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 else:
-    try:  # the one of the two packages that the user has imported: their classes are not each other's
+    try:  # whichever of the two packages the user has imported: their classes are not interchangeable
         if "lightning.pytorch" in sys.modules:
             from lightning import pytorch as pl
         else:
@@ -40,45 +40,44 @@ else:
 
 __all__ = ["MultiTask"]
 
-# Strategies whose engines run the backward themselves, or put other parameters in place of the module's for it.
+# Strategies whose engines run the backward themselves, or replace the module's parameters for it.
 _OWN_BACKWARD = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
 class MultiTask(pl.Callback):
-    """Steps of a method in automatic optimization, from a `training_step` that returns `{"losses": ...}`.
+    """Runs a method's steps in automatic optimization, from a `training_step` that returns `{"losses": ...}`.
 
     * `{"losses": ...}`: exact steps, `method.backward(losses, shared)`;
     * `{"losses": ..., "representation": h}`: the upper bound, T passes through the heads and one through the encoder;
     * `{"losses": ..., "features": h}`: exact by way of features, heads first.
 
-    Other entries stay what they are; `loss`, for the progress bar and other callbacks, is the sum of the losses.
-    Clipping, precision plugins (a loss scaler's factor is found and handed on as `grad_scale`), data parallelism and
-    callbacks work as ever. With `accumulate_grad_batches`, micro-batches are summed and aggregated once
-    (`method.accumulate`).
+    Other entries are left alone; `loss`, for the progress bar and other callbacks, is the sum of the losses. Clipping,
+    precision plugins (a loss scaler's factor is found and passed on as `grad_scale`), data parallelism and callbacks
+    work as usual. With `accumulate_grad_batches`, micro-batches are summed and aggregated once (`method.accumulate`).
 
-    The method's state is saved in Lightning's checkpoints and restored from there.
+    The method's state is saved in Lightning's checkpoints and restored from them.
 
     Args:
         method: any method of this package, on gradients or on losses.
-        shared: the shared parameters: the name of a submodule or several, a function of the module that returns what
-            `Method.backward` takes, or that itself. Default: parameters that at least two losses reach, or what lies
-            behind `representation` or `features`.
-        groups: parts of the shared parameters that are aggregated each on its own, each given as `shared` is, or a
-            function of the module that returns them; then `shared` has to be None.
+        shared: the shared parameters: names of one or several submodules, what `Method.backward` takes, or a function
+            of the module that returns that. Default: parameters that at least two losses reach, or those behind
+            `representation` or `features`.
+        groups: parts of the shared parameters that are aggregated separately, each given like `shared`, or a function
+            of the module that returns them; `shared` then has to be None.
         every: as in `Method.backward`; not with `accumulate_grad_batches`.
         engine: as in `Method.backward`; "full" with `accumulate_grad_batches`.
         scale_heads: as in `Method.backward`.
-        process_group: as in `Method.backward`; default: True where there are several processes, so that all of them
-            aggregate the gradients of the whole batch.
-        accumulate: whether `accumulate_grad_batches` sums the micro-batches' gradients before they are aggregated; else
-            each is aggregated by itself.
-        log: whether to log `alpha/…` and `norm/…` of each task, `condition_number`, `rank`, `residual` (see
-            `Info.as_dict`) and `conflicts`, the share of pairs of tasks whose gradients point against each other, in
-            the steps that Lightning logs. In between nothing is computed for it.
-        prefix: of the names that are logged.
+        process_group: as in `Method.backward`; default: True if there are several processes, so that they aggregate the
+            gradients of the whole batch.
+        accumulate: whether `accumulate_grad_batches` sums the micro-batches' gradients before aggregation; otherwise
+            each micro-batch is aggregated separately.
+        log: whether to log, in the steps that Lightning logs, `alpha/…` and `norm/…` of each task,
+            `condition_number`, `rank`, `residual` (see `Info.as_dict`) and `conflicts`, the share of task pairs whose
+            gradients have a negative cosine. Nothing is computed for it in other steps.
+        prefix: of the logged names.
 
     Raises:
-        TypeError: `method` is no method.
+        TypeError: `method` is not a method.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class MultiTask(pl.Callback):
         return self._steps.info
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Puts itself between the module and the trainer, for `fit` alone."""
+        """Puts itself between the module and the trainer, only for `fit`."""
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
@@ -132,7 +131,7 @@ class MultiTask(pl.Callback):
         self._wrap(pl_module, "backward", functools.partial(self._backward, trainer, pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The method goes where the model is."""
+        """Moves the method to the model's device."""
         self.method.to(pl_module.device)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -152,7 +151,7 @@ class MultiTask(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs what the method saw and did."""
         each = getattr(trainer, "log_every_n_steps", 1) if self._log else 0
-        # Lightning logs after the step, and counts it then.
+        # Lightning logs after the step, when it is already counted.
         if each and not self._is_within(trainer) and (trainer.global_step + 1) % each == 0:
             pl_module.log_dict(self._steps.numbers(self._prefix))
 
@@ -170,7 +169,7 @@ class MultiTask(pl.Callback):
 
     def _wrap(self, pl_module: pl.LightningModule, name: str, by: Callable[..., Any]) -> None:
         original = getattr(pl_module, name)
-        self._wrapped[name] = vars(pl_module).get(name)  # a compiled one lies there
+        self._wrapped[name] = vars(pl_module).get(name)  # where a compiled one is stored
         setattr(pl_module, name, functools.wraps(original)(functools.partial(by, original)))
 
     def _unwrap(self, pl_module: pl.LightningModule) -> None:
@@ -181,7 +180,7 @@ class MultiTask(pl.Callback):
         self._wrapped = {}
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's, with the sum of the losses for Lightning."""
+        """The module's own, with the sum of the losses for Lightning."""
         output = original(*args, **kwargs)
         return None if output is None else {**output, "loss": self._steps.total(output, "training_step")}
 
@@ -208,7 +207,7 @@ class MultiTask(pl.Callback):
         )
 
     def _is_within(self, trainer: pl.Trainer) -> bool:
-        """Whether there are more micro-batches to this step."""
+        """Whether this step has more micro-batches to come."""
         after = self._index + 1
         return bool(after % trainer.accumulate_grad_batches) and not (
             trainer.is_last_batch or after == trainer.num_training_batches

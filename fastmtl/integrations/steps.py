@@ -1,4 +1,4 @@
-"""A method's steps inside of a trainer that owns the loop: what Lightning's and transformers' integrations share."""
+"""A method's steps inside a trainer that owns the loop: what the Lightning and transformers integrations share."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.losses import Losses, check_losses, names_of, present_losses
 from fastmtl.methods.base import Method
+from fastmtl.observe import diagnostics
 from fastmtl.scalarization.base import Scalarization
 from fastmtl.training.accumulate import Accumulator
 from fastmtl.training.parameters import are_plain, checked_parameters
 
 __all__ = ["Groups", "Shared", "Steps"]
 
-# What is shared: the name of a submodule or several, a function of the model, or what `Method.backward` takes.
+# What is shared: names of one or several submodules, a function of the model, or what `Method.backward` takes.
 Shared: TypeAlias = "str | Sequence[str] | nn.Module | Iterable[Tensor] | Callable[[Any], Any] | None"
 Groups: TypeAlias = "Sequence[Shared] | Callable[[Any], Sequence[Any]] | None"
 
-# What may come beside the losses, for a backward of another kind.
+# What may accompany the losses, for another kind of backward.
 _WAYS = ("representation", "features")
 
 
 class Steps:
     """From the losses of a trainer's step to `.grad`.
 
-    The trainer gets the sum of the losses, multiplies it by what it likes (a loss scaler's factor, one over the number
-    of micro-batches) and passes that back; here each loss is multiplied by the same and passed back in its place.
+    The trainer gets the sum of the losses, multiplies it by whatever it likes (a loss scaler's factor, one over the
+    number of micro-batches) and runs its backward; instead, the backward here multiplies each loss by the same factor.
 
     Args:
         method: any method, on gradients or on losses.
         shared: the shared parameters.
-        groups: parts of them that are aggregated each on its own, each as `shared`, or a function of the model that
+        groups: parts of them that are aggregated separately, each given like `shared`, or a function of the model that
             returns them; None for none.
         options: `every`, `engine` and `scale_heads` of `Method.backward`.
-        process_group: as there; None is True where there are several processes.
-        accumulate: whether micro-batches of a step are summed before they are aggregated.
+        process_group: as there; None means True if there are several processes.
+        accumulate: whether the micro-batches of a step are summed before aggregation.
 
     Attributes:
         info: what the method saw and did in the last step.
@@ -60,7 +61,7 @@ class Steps:
             raise ValueError(f"every: expected 1 for {method!r}, whose step is one pass, got {options['every']!r}")
         self.method = method
         self.info: Info | None = None
-        # A generator's parameters are wanted in each step.
+        # A generator's parameters are needed in every step.
         self._shared: Any = list(shared) if isinstance(shared, Iterator) else shared
         self._groups: Any = groups
         self._options = dict(options)
@@ -69,19 +70,19 @@ class Steps:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets a step that has not come to its end."""
+        """Forgets an unfinished step."""
         self._pending: _Pending | None = None
         self._accumulator: Accumulator | None = None
 
     def total(self, output: Any, where: str) -> Tensor:
-        """The sum of the losses that the user's function has returned, which are kept until that is passed back.
+        """The sum of the losses that the user's function returned, which are kept until its backward.
 
         Args:
-            output: `{"losses": ...}`, with a "representation" or "features" or without.
-            where: the name of the function.
+            output: `{"losses": ...}`, with or without "representation" or "features".
+            where: the name of the function, for messages.
 
         Raises:
-            ValueError: something else.
+            ValueError: `output` is something else.
         """
         if not isinstance(output, Mapping) or "losses" not in output:
             got = f"a dict with {', '.join(map(repr, output))}" if isinstance(output, Mapping) else describe(output)
@@ -91,7 +92,7 @@ class Steps:
         if torch.is_grad_enabled():
             given = present_losses(given)
         there = [loss.reshape(()) for loss in given if loss is not None]
-        # Another process may have some where there are none.
+        # Without losses here, another process may have some.
         total = (
             torch.stack([loss.to(there[0].device) for loss in there]).sum()
             if there
@@ -103,19 +104,19 @@ class Steps:
 
     @property
     def pending(self) -> bool:
-        """Whether there is a sum that has not been passed back."""
+        """Whether there is a sum whose backward is still to come."""
         return self._pending is not None
 
     def backward(
         self, scaled: Tensor, model: nn.Module, *, grad_scale: Tensor | None, within: bool, pieces: int, several: bool
     ) -> None:
-        """Passes the losses back, each multiplied by what their sum has become `scaled` by.
+        """Runs the backward of the losses, each multiplied by the factor from their sum to `scaled`.
 
         Args:
             scaled: the sum times a factor.
-            model: what `shared` is a part of.
-            grad_scale: the part of the factor that is a loss scaler's, [].
-            within: whether there are more micro-batches to this step.
+            model: the module that `shared` refers to.
+            grad_scale: the loss scaler's part of the factor, [].
+            within: whether this step has more micro-batches to come.
             pieces: how many micro-batches a step has.
             several: whether there are several processes.
         """
@@ -146,15 +147,13 @@ class Steps:
             self.info = self._accumulator.backward(grad_scale=grad_scale)
 
     def numbers(self, prefix: str) -> dict[str, float]:
-        """What the last step's info has for a log, and `conflicts`; the host waits for the device."""
+        """The last step's `Info.as_dict()` and `conflicts`, for a log; the host waits for the device."""
         info = self.info
         if info is None:
             return {}
         numbers = info.as_dict()
-        T = 1 if info.gram is None else info.gram.shape[-1]
-        if info.gram is not None and T > 1:
-            against = (info.gram < 0).sum((-2, -1)).to(torch.float64).mean()
-            numbers["conflicts"] = float(against) / (T * (T - 1))
+        if info.gram is not None and info.gram.shape[-1] > 1:
+            numbers["conflicts"] = float(diagnostics.conflicts(info).mean())
         return {prefix + name: x for name, x in numbers.items()}
 
     def _accumulating(self, method: Method, shared: Any, groups: Any, group: Any) -> Accumulator:
@@ -185,12 +184,12 @@ class Steps:
     def _group(self, model: nn.Module, where: Mapping[str, Any], several: bool) -> Any:
         if self._process_group is not None or not several:
             return self._process_group
-        # Shards are averaged in the passes.
+        # For shards, the passes themselves average.
         return True if are_plain(checked_parameters(where.get("shared") or model)) else None
 
 
 class _Pending(NamedTuple):
-    """Losses that are to be passed back, their sum, and what else `backward` takes."""
+    """Losses whose backward is still to come, their sum, and what else `backward` takes."""
 
     losses: Any
     total: Tensor
@@ -198,7 +197,7 @@ class _Pending(NamedTuple):
 
 
 def _times(losses: Losses, factor: Tensor) -> Any:
-    """The losses multiplied by a factor, in the form that they have."""
+    """The losses times a factor, in the same form."""
     if isinstance(losses, Tensor):
         return losses * factor.to(losses.dtype)
     if isinstance(losses, Mapping):

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: a `Trainer` that makes steps of a method of what `compute_losses` returns.
+"""Hugging Face transformers: a `Trainer` that runs a method's steps on what `compute_losses` returns.
 
     class MyTrainer(MultiTaskTrainer):
         def compute_losses(self, model, inputs):
@@ -7,7 +7,7 @@
 
     trainer = MyTrainer(model=model, args=args, train_dataset=..., method=fastmtl.AlignedMTL(), shared="bert")
 
-All else is `transformers.Trainer`. Needs `pip install 'fastmtl-torch[transformers]'`.
+Everything else is `transformers.Trainer`. Needs `pip install 'fastmtl-torch[transformers]'`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ except ImportError as error:
 
 __all__ = ["MultiTaskTrainer"]
 
-_STATE = "fastmtl.pt"  # of a checkpoint's folder: the method's state
+_STATE = "fastmtl.pt"  # the file in a checkpoint's folder with the method's state
 
 
 class MultiTaskTrainer(Trainer):
-    """`transformers.Trainer` with steps of a method, from a `compute_losses` that returns `{"losses": ...}`.
+    """`transformers.Trainer` that runs a method's steps, from a `compute_losses` that returns `{"losses": ...}`.
 
     * `{"losses": ...}`: exact steps, `method.backward(losses, shared)`;
     * `{"losses": ..., "representation": h}`: the upper bound, T passes through the heads and one through the encoder;
     * `{"losses": ..., "features": h}`: exact by way of features, heads first.
 
-    `outputs`, where there are some, are what `compute_loss` returns beside the loss for evaluation. Gradient
-    accumulation (micro-batches are summed and aggregated once), mixed precision, clipping and data parallelism are the
-    trainer's. The method's state lies in its checkpoints, and comes back with `resume_from_checkpoint`. Logs have
-    `mtl/alpha/…` and `mtl/norm/…` of each task, `mtl/condition_number` and `mtl/conflicts`, the share of pairs of tasks
-    whose gradients point against each other.
+    An entry `outputs` is what `compute_loss` returns along with the loss in evaluation. Gradient accumulation
+    (micro-batches are summed and aggregated once), mixed precision, clipping and data parallelism are the trainer's.
+    The method's state is in its checkpoints and is restored by `resume_from_checkpoint`. Logs contain `mtl/alpha/…` and
+    `mtl/norm/…` of each task, `mtl/condition_number` and `mtl/conflicts`, the share of task pairs whose gradients have
+    a negative cosine.
 
     Losses are means over the micro-batch, and the trainer divides by the number of micro-batches; it does not count
     tokens over them (`num_items_in_batch`).
@@ -56,21 +56,21 @@ class MultiTaskTrainer(Trainer):
     Args:
         *args: of `transformers.Trainer`.
         method: any method of this package, on gradients or on losses.
-        shared: the shared parameters: the name of a submodule or several, a function of the model that returns what
-            `Method.backward` takes, or that itself. Default: parameters that at least two losses reach, or what lies
-            behind `representation` or `features`.
-        groups: parts of the shared parameters that are aggregated each on its own, each given as `shared` is, or a
-            function of the model that returns them; then `shared` has to be None.
+        shared: the shared parameters: names of one or several submodules, what `Method.backward` takes, or a function
+            of the model that returns that. Default: parameters that at least two losses reach, or those behind
+            `representation` or `features`.
+        groups: parts of the shared parameters that are aggregated separately, each given like `shared`, or a function
+            of the model that returns them; `shared` then has to be None.
         every: as in `Method.backward`; not with gradient accumulation.
         engine: as in `Method.backward`; "full" with gradient accumulation.
         scale_heads: as in `Method.backward`.
-        process_group: as in `Method.backward`; default: True where there are several processes.
-        accumulate: whether micro-batches are summed before they are aggregated; else each is aggregated by itself.
+        process_group: as in `Method.backward`; default: True if there are several processes.
+        accumulate: whether micro-batches are summed before aggregation; otherwise each is aggregated separately.
         **kwargs: of `transformers.Trainer`.
 
     Raises:
-        TypeError: `method` is no method.
-        ValueError: a `compute_loss_func`, which has no place here.
+        TypeError: `method` is not a method.
+        ValueError: a `compute_loss_func`, which `compute_losses` replaces.
         NotImplementedError: DeepSpeed, FSDP, or several GPUs in one process.
     """
 
@@ -101,7 +101,7 @@ class MultiTaskTrainer(Trainer):
         ):
             if used:
                 raise NotImplementedError(f"MultiTaskTrainer: expected one process for each GPU (DDP), got {name}")
-        self.model_accepts_loss_kwargs = False  # the sum of the losses is none that the model has divided by tokens
+        self.model_accepts_loss_kwargs = False  # the model has not divided the sum of the losses by tokens
         method.to(self.args.device)
 
     @property
@@ -115,15 +115,15 @@ class MultiTaskTrainer(Trainer):
         return self._steps.info
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Mapping[str, Any]:
-        """What a subclass writes.
+        """For a subclass to define.
 
         Args:
-            model: the model, wrapped as it is trained.
+            model: the model, wrapped as in training.
             inputs: a batch.
 
         Returns:
-            `{"losses": ...}`: T losses, a dict by name, list, tuple or tensor [T], None for an absent task. With
-            `representation`, `features` or `outputs` where there are some.
+            `{"losses": ...}`: T losses, a dict by name, list, tuple or tensor [T], None for an absent task; optionally
+            with `representation`, `features` or `outputs`.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected it to define compute_losses(self, model, inputs)")
 
@@ -136,7 +136,7 @@ class MultiTaskTrainer(Trainer):
         return (total, output.get("outputs", {})) if return_outputs else total
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own, whose backward pass is the method's."""
+        """The trainer's own, with the method's backward pass."""
         super().create_accelerator_and_postprocess()
         self.accelerator.backward = self._backward
 
@@ -160,7 +160,7 @@ class MultiTaskTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, with what the method saw and did in the last step."""
+        """The trainer's own, extended by what the method saw and did in the last step."""
         if "loss" in logs:
             logs = logs | self._steps.numbers("mtl/")
         super().log(logs, *args, **kwargs)

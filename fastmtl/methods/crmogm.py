@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -81,12 +78,10 @@ class CRMOGM(StatefulMethod):
         """The options, for `repr`."""
         return f"method={self.inner!r}, momentum={self.momentum}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"average": (shape[:-1], torch.float64), "known": (shape[:-1], torch.bool)}
-
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         info = self.inner.solve(M, dtype, context)
-        average, known = self._state(M.shape, M.device)
+        average = self._kept("average", M.shape[:-1], torch.float64, M.device)
+        known = self._kept("known", M.shape[:-1], torch.bool, M.device)
         alpha = info.alpha.to(torch.float64)
         finite = alpha.isfinite().all(-1, keepdim=True)
         there = is_present(M)

@@ -86,8 +86,8 @@ class ExcessMTL(GradientMemory):
         logs = self._kept("w", shape, torch.float64, device)
         first = self._kept("risks", shape, torch.float64, device)
         steps = self._kept("steps", shape, torch.int64, device)
-        risks = self._risks(S, G, there & finite, context.grad_scale)
         counted = there & finite
+        risks = self._risks(S, G, counted, context.grad_scale)
         warm, known = steps < self.warmup, steps > 0
         first.copy_(torch.where(counted & (warm | ~known), first + risks, first))
         start = first / max(self.warmup, 1)

@@ -16,6 +16,11 @@ from fastmtl.rule import Context, draw_seed
 __all__ = ["GradDrop"]
 
 
+def _checked_leak(leak: object, name: str) -> float | Tensor:
+    what, shape = "a number, T numbers or None", "one number or shape [T]"
+    return 0.0 if leak is None else options.fractions(leak, name, what, shape)
+
+
 class GradDrop(Method):
     """GradDrop: in every coordinate, sums only the gradients of one sign.
 
@@ -38,7 +43,7 @@ class GradDrop(Method):
         ValueError: `leak` is not within [0, 1] or not one-dimensional.
     """
 
-    leak: float | Tensor = option(lambda value, name: _checked_leak(value, name))
+    leak: float | Tensor = option(_checked_leak)
     generator: torch.Generator | None = option(options.generator)
 
     def __init__(
@@ -71,12 +76,3 @@ class GradDrop(Method):
             return like.new_full((T,), self.leak, dtype=torch.float64) if self.leak else None
         self.check_tasks(T)
         return self._copies.get(self.leak, like)
-
-
-def _checked_leak(leak: object, name: str) -> float | Tensor:
-    if leak is None:
-        return 0.0
-    x = options.numbers(leak, name, "a number, T numbers or None", shape="one number or shape [T]")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
-    return x if x.ndim else x.item()

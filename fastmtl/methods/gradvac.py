@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,11 +50,8 @@ class GradVac(StatefulMethod):
         """The options, for `repr`."""
         return f"beta={self.beta}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"targets": (shape, torch.float64)}
-
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
-        (targets,) = self._state(M.shape, M.device)
+        targets = self._kept("targets", M.shape, torch.float64, M.device)
         alpha = ops.gradvac(wide, draw_seed(wide, self.generator, context), self.beta, targets)
         return Info.of(alpha, M)

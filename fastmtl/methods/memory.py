@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.info import Info
-from fastmtl.inputs import EPS, has_numbers
-from fastmtl.methods.base import Method
+from fastmtl.inputs import has_numbers
+from fastmtl.methods.state import Remembering
 from fastmtl.ops.reference.present import is_present
+from fastmtl.pipeline import coarsest
 from fastmtl.rule import Context
 
 __all__ = ["GradientMemory", "Pieces", "move", "present"]
@@ -37,11 +38,9 @@ class Pieces:
             ends.append(ends[-1] + (target.shape[-1] if isinstance(grads, Tensor) else target.numel()))
         self.spans = list(itertools.pairwise(ends))  # of columns, one per piece
         self.P = ends[-1]
-        self.dtype = self.out[0].dtype
-        for target in self.out:
-            self.dtype = max(self.dtype, target.dtype, key=EPS.__getitem__)
-        wide = all(target.dtype is torch.float64 for target in self.out)
-        self.kept = torch.float64 if wide else torch.float32  # the dtype of the state
+        self.dtype = coarsest(self.out)
+        self.kept = torch.float64 if self.dtype is torch.float64 else torch.float32  # the dtype of the state
+        self.block = _BLOCK if self.out[0].device.type == "cpu" else self.T * self.P  # entries at a time
 
     def __iter__(self) -> Iterator[tuple[slice, int, int, Tensor | None]]:
         """(tasks, start, stop, gradients [..., tasks, stop - start]), in blocks: all tasks of a matrix, each of a list.
@@ -59,7 +58,7 @@ class Pieces:
 
     def blocks(self, start: int, stop: int, rows: int = 1) -> Iterator[tuple[int, int]]:
         """Blocks of these columns, for this many rows at once."""
-        block = max(1, _BLOCK // rows if self.out[0].device.type == "cpu" else self.P)
+        block = max(1, self.block // rows)
         for begin in range(start, stop, block):
             yield begin, min(begin + block, stop)
 
@@ -75,18 +74,15 @@ class Pieces:
 
     def are_small(self, dtype: torch.dtype) -> bool:
         """Whether they are pieces of a list, in this dtype, and several fit into one block, or they are on a device."""
-        if isinstance(self.grads, Tensor):
-            return False
-        if self.P / len(self.out) > _BLOCK and self.out[0].device.type == "cpu":
+        if isinstance(self.grads, Tensor) or self.P / len(self.out) > self.block:
             return False
         return all(target.dtype is dtype for target in self.out)
 
     def groups(self, t: int) -> Iterator[tuple[int, int, list[int], list[Tensor | None]]]:
         """Row t of a list in groups of pieces: start, stop, sizes, gradients [n]."""
-        most = _BLOCK if self.out[0].device.type == "cpu" else self.P
         start, sizes, grads = 0, list[int](), list[Tensor | None]()
         for k, (begin, end) in enumerate(self.spans):
-            if sizes and end - start > most:
+            if sizes and end - start > self.block:
                 yield start, begin, sizes, grads
                 start, sizes, grads = begin, [], []
             g = self.grads[t * len(self.out) + k]
@@ -179,7 +175,7 @@ class Pieces:
             target.copy_(flat[..., start:stop].view(target.shape))
 
 
-class GradientMemory(Method):
+class GradientMemory(Remembering):
     """A method whose state is as large as gradients, one row per task or one row.
 
     The first step's gradients define the columns of the state; later gradients must have the same order and sizes. The
@@ -193,11 +189,6 @@ class GradientMemory(Method):
     memory: ClassVar[str] = "T·P"
     remembers = True
 
-    def __init__(self, *state: str) -> None:
-        super().__init__()
-        for name in state:
-            self.register_buffer(name, None)
-
     def aggregate_matrix(self, G: Tensor, out: Tensor, context: Context) -> None:
         self._aggregate(Pieces(G, G.shape[-2], out), context)
 
@@ -209,26 +200,6 @@ class GradientMemory(Method):
     def _aggregate(self, G: Pieces, context: Context) -> Info:
         """Writes the aggregation to `G.out`."""
         raise NotImplementedError
-
-    def _kept(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, fill: float = 0
-    ) -> Tensor:
-        """The buffer of this name, for a step to change; in evaluation, a copy."""
-        value = self._buffers[name]
-        if value is None:
-            with torch.inference_mode(False):
-                value = torch.full(tuple(shape), fill, dtype=dtype, device=device)
-        elif value.shape != torch.Size(shape):
-            raise ValueError(
-                f"{type(self).__name__}: expected gradients as in the first step, for {name} of shape "
-                f"{list(value.shape)}, got them for shape {list(shape)}. Pass None for a task that is absent; "
-                "reset() begins anew"
-            )
-        else:
-            value = value.to(device, dtype)
-        if self.training:
-            self._buffers[name] = value
-        return value if self.training else value.clone()
 
 
 def present(M: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -62,16 +59,13 @@ class MoDo(StatefulMethod):
         """The options, for `repr`."""
         return f"gamma={self.gamma}, rho={self.rho}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
-
     def _there(self, M: Tensor) -> Tensor | None:
         """Which tasks are present, None for all. M need not be symmetric, so its diagonal says nothing."""
         return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = context.unscaled(M)
-        (state,) = self._state(M.shape, M.device)
+        state = self._kept("w", M.shape[:-1], torch.float64, M.device, 1 / M.shape[-1])
         shares = Shares(state, self._there(wide))
         w = shares.now
         if wide.ndim == 2:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,11 +67,6 @@ class NashMTL(StatefulMethod):
         """The options, for `repr`."""
         return f"max_norm={self.max_norm}, every={self.every}"
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        if self.every == 1 and not self._first:
-            return {}
-        return {"solution": (shape[:-1], torch.float64, self._first), "steps": (shape[:-2], torch.int64)}
-
     def _solvable(self, M: Tensor) -> Tensor:
         """Which matrices [...] have a solution; for the others the last one is kept."""
         return M.isfinite().all(-1).all(-1)
@@ -97,7 +92,8 @@ class NashMTL(StatefulMethod):
 
     def _held(self, alpha: Tensor, M: Tensor, due: bool) -> Tensor:
         """The weights of the last step that was due to be solved, possibly this one."""
-        solution, steps = self._state(M.shape, M.device)
+        solution = self._kept("solution", M.shape[:-1], torch.float64, M.device, self._first)
+        steps = self._kept("steps", M.shape[:-2], torch.int64, M.device)
         finite = M.isfinite().all(-1).all(-1)
         there = is_present(M)
         now = (steps % self.every == 0) | (there & (solution == 0)).any(-1) | due

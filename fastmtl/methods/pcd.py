@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,6 +16,10 @@ __all__ = ["PCD"]
 
 _EPS = torch.finfo(torch.float64).eps
 _INFEASIBLE = 1e-10  # squared distance from the primary task's gradient to infinity, in a scale from 0 to 1
+
+
+def _checked_tau(tau: object, name: str) -> float | Tensor:
+    return options.fractions(tau, name, "a number or T - 1 numbers", "one number or shape [T - 1]")
 
 
 class PCD(StatefulMethod):
@@ -55,7 +56,7 @@ class PCD(StatefulMethod):
     mean: Tensor  # of squared norms, not corrected, float64 [T] or [B, T]
     steps: Tensor  # how many norms each average has, int64 [T] or [B, T]
 
-    tau: float | Tensor = option(lambda value, name: _checked_tau(value, name))
+    tau: float | Tensor = option(_checked_tau)
     beta: float = option(number(low=0, below=1))
     eps: float = option(number(low=0))
 
@@ -75,9 +76,6 @@ class PCD(StatefulMethod):
             raise ValueError(
                 f"tau: expected length {T - 1} (one for each task after the first of {T}), got {self.tau.shape[0]}"
             )
-
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"mean": (shape[:-1], torch.float64), "steps": (shape[:-1], torch.int64)}
 
     def _counted(self, M: Tensor) -> Tensor:
         """Which tasks' norms enter their averages."""
@@ -106,7 +104,8 @@ class PCD(StatefulMethod):
 
     def _average(self, squares: Tensor, counted: Tensor, finite: Tensor) -> Tensor:
         """The corrected average of squared norms [..., T], including these; the state takes them in too."""
-        mean, steps = self._state((*squares.shape, squares.shape[-1]), squares.device)
+        mean = self._kept("mean", squares.shape, torch.float64, squares.device)
+        steps = self._kept("steps", squares.shape, torch.int64, squares.device)
         new = torch.where(counted, self.beta * mean + (1 - self.beta) * squares, mean)
         count = steps + counted
         corrected = torch.where(count > 0, new / (1 - self.beta ** count.to(torch.float64)), 0.0)
@@ -139,10 +138,3 @@ class PCD(StatefulMethod):
         possible = last > _INFEASIBLE
         mu = torch.where(possible, v[..., 1:] / last, 0.0)
         return mu, torch.where(possible[..., 0], residual, torch.inf)
-
-
-def _checked_tau(tau: object, name: str) -> float | Tensor:
-    x = options.numbers(tau, name, "a number or T - 1 numbers", shape="one number or shape [T - 1]")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"{name}: expected numbers within [0, 1], got {x.tolist()}")
-    return x if x.ndim else x.item()

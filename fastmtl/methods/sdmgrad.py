@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -70,8 +67,7 @@ class SDMGrad(Weighted, StatefulMethod):
         momentum: float = 0.5,
         iterations: int = 20,
     ) -> None:
-        StatefulMethod.__init__(self, "w")
-        self._set_weights(weights)
+        super().__init__(weights, "w")
         self.lam = lam
         self.lr = lr
         self.momentum = momentum
@@ -84,16 +80,13 @@ class SDMGrad(Weighted, StatefulMethod):
             f"iterations={self.iterations}"
         )
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        return {"w": (shape[:-1], torch.float64, 1 / shape[-1])}
-
     def _there(self, M: Tensor) -> Tensor | None:
         """Which tasks are present, None for all. M need not be symmetric, so its diagonal says nothing."""
         return M.any(-1)
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         wide = M.to(torch.float64)
-        (state,) = self._state(M.shape, M.device)
+        state = self._kept("w", M.shape[:-1], torch.float64, M.device, 1 / M.shape[-1])
         T, there = M.shape[-1], self._there(wide)
         norms = wide.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         scale = norms.sum(-1) / (T if there is None else there.sum(-1).clamp_min(1))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmtl.methods.base import GramMethod
+from fastmtl.methods.base import GramMethod, Method
 
-__all__ = ["StatefulMethod"]
+__all__ = ["Remembering", "StatefulMethod"]
 
 
-class StatefulMethod(GramMethod):
-    """A method on the Gram matrix that remembers something.
+class Remembering(Method):
+    """A method that remembers something.
 
     Its buffers are the whole state. They are None until the first step, which sets the number of tasks and the device,
-    and again after `reset`; `load_state_dict` accepts either. They do not change under `.eval()`, nor in a step on a
-    non-finite Gram matrix, and the host does not wait for the device to find out.
+    and again after `reset`; `load_state_dict` accepts either. They do not change under `.eval()`, nor in a step on
+    gradients that are not finite, and the host does not wait for the device to find out.
     """
 
     def __init__(self, *state: str) -> None:
@@ -26,27 +25,27 @@ class StatefulMethod(GramMethod):
         for name in state:
             self.register_buffer(name, None)
 
-    def _state(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The state for Gram matrices of this shape, on this device, for a step to change; in evaluation, a copy."""
-        state: list[Tensor] = []
-        for name, (wanted, dtype, *initial) in self._state_of(shape).items():
-            value = self._buffers[name]
-            if value is None:
-                with torch.inference_mode(False):  # later steps may run outside it
-                    value = torch.full(wanted, initial[0] if initial else 0, dtype=dtype, device=device)
-            elif value.shape != torch.Size(wanted):
-                raise ValueError(
-                    f"{type(self).__name__}: expected Gram matrices as in the first step, for a state of shape "
-                    f"{list(value.shape)}, got them of shape {list(shape)}. Pass None for a task that is absent, so "
-                    "that the others keep their places; reset() begins anew"
-                )
-            else:
-                value = value.to(device, dtype)  # as it was loaded
-            if self.training:
-                self._buffers[name] = value
-            state.append(value if self.training else value.clone())
-        return state
+    def _kept(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, fill: float = 0
+    ) -> Tensor:
+        """The buffer of this name, for a step to change; in evaluation, a copy."""
+        value = self._buffers[name]
+        if value is None:
+            with torch.inference_mode(False):  # later steps may run outside it
+                value = torch.full(tuple(shape), fill, dtype=dtype, device=device)
+        elif value.shape != torch.Size(shape):
+            what = "Gram matrices" if self.on_gram else "gradients"
+            raise ValueError(
+                f"{type(self).__name__}: expected {what} as in the first step, for {name} of shape "
+                f"{list(value.shape)}, got them for shape {list(shape)}. Pass None for a task that is absent, so that "
+                "the others keep their places; reset() begins anew"
+            )
+        else:
+            value = value.to(device, dtype)  # as it was loaded
+        if self.training:
+            self._buffers[name] = value
+        return value if self.training else value.clone()
 
-    def _state_of(self, shape: Sequence[int]) -> dict[str, Any]:
-        """Shape, dtype and, if not 0, initial value of each buffer that is needed, for Gram matrices [..., T, T]."""
-        raise NotImplementedError
+
+class StatefulMethod(Remembering, GramMethod):
+    """A method on the Gram matrix that remembers something."""

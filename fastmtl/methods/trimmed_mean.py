@@ -17,7 +17,6 @@ from fastmtl.rule import Context
 
 __all__ = ["TrimmedMean"]
 
-_BLOCK = 1 << 14  # columns at a time: T rows of them stay in the cache
 _FEW = 4096  # up to this many columns, torch's sort is faster than a network of minima and maxima
 
 
@@ -89,12 +88,11 @@ class TrimmedMean(Method):
         share = 1.0 / (n - 2 * trim).clamp_min(1).to(torch.float64)
         broken = torch.zeros(G.batch, dtype=torch.float64, device=n.device)
         flat = torch.empty((*G.batch, G.P), dtype=G.kept, device=n.device)
-        block = _BLOCK if flat.device.type == "cpu" else max(G.P, 1)
         for k, (begin, end) in enumerate(G.spans):
-            rows = [g for _, start, stop, g in G.piece(k)]
-            for start in range(0, end - begin, block):
-                stop = min(start + block, end - begin)
-                part = [flat.new_zeros(1) if g is None else g[..., start:stop].to(flat.dtype) for g in rows]
+            rows = [g for *_, g in G.piece(k)]
+            for start, stop in G.blocks(begin, end):
+                here = slice(start - begin, stop - begin)
+                part = [flat.new_zeros(1) if g is None else g[..., here].to(flat.dtype) for g in rows]
                 for g in part:
                     broken += (g - g).sum(-1)  # NaN where one is not finite
                 part = [torch.where(there[..., t, None], g, torch.inf) for t, g in enumerate(part)]
@@ -103,7 +101,7 @@ class TrimmedMean(Method):
                 total = torch.zeros((*G.batch, stop - start), dtype=torch.float64, device=n.device)
                 for t, g in enumerate(part):
                     total += torch.where(kept[..., t, None], g, 0.0)
-                flat[..., begin + start : begin + stop] = total * share[..., None]
+                flat[..., start:stop] = total * share[..., None]
         G.write(flat + broken[..., None].to(flat.dtype))
 
 

@@ -19,11 +19,8 @@ class Weighted:
 
     weights: Tensor | str = option(options.weights)
 
-    def __init__(self, weights: options.Weights) -> None:
-        super().__init__()
-        self._set_weights(weights)
-
-    def _set_weights(self, weights: options.Weights) -> None:
+    def __init__(self, weights: options.Weights, *state: str) -> None:
+        super().__init__(*state)
         self.weights = weights  # type: ignore[assignment]
         self._copies = options.Copies()
 

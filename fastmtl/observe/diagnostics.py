@@ -174,8 +174,7 @@ def conflicts(x: Tensor | Info) -> Tensor:
     Returns:
         [] or [B], in [0, 1]; 0 if there is no pair.
     """
-    T = (cosine := cosines(x)).shape[-1]
-    return (cosine < 0).sum((-1, -2), dtype=torch.float64) / max(T * (T - 1), 1) + 0 * cosine[..., 0, 0]
+    return formulas.conflicts(cosines(x))
 
 
 def curvature_bound(x: Tensor | Info) -> Tensor:
@@ -341,7 +340,7 @@ def summary(x: Tensor | Info, dtype: torch.dtype | None = None) -> dict[str, Ten
     return {
         "condition_number": formulas.condition_number(eigenvalues, kept),
         "max_singular_value": eigenvalues[..., 0].sqrt(),
-        "min_singular_value": formulas.smallest(eigenvalues, kept).sqrt(),
+        "min_singular_value": formulas.smallest_kept(eigenvalues, kept).sqrt(),
         "rank": kept + finite,
         "stable_rank": formulas.stable_rank(eigenvalues),
         "min_cosine": cosine.amin((-1, -2)),

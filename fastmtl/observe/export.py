@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json", "columns", "frame", "sender"]
 
-_BY_TASK = ("alpha", "norms", "losses")  # whose last dimension is that of the tasks
+_BY_TASK = ("alpha", "norms", "losses")  # measures whose last dimension is that of the tasks
 Sender = Callable[[Mapping[str, float], int], None]
 
 
@@ -84,6 +84,6 @@ def sender(writer: Any) -> Sender:
 def _takes_step(log: Callable[..., Any]) -> bool:
     try:
         parameters = inspect.signature(log).parameters.values()
-    except ValueError:  # a builtin that does not say
+    except ValueError:  # a builtin without a signature
         return False
     return any(p.name == "step" or p.kind is p.VAR_KEYWORD for p in parameters)

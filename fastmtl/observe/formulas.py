@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.info import condition_number
+from fastmtl.info import condition_number, smallest_kept
 
 __all__ = [
     "aligned_gram",
     "condition_number",
+    "conflicts",
     "cosines",
     "curvature_bound",
     "max_norm_ratio",
     "norms",
     "pairs",
     "similarity",
-    "smallest",
+    "smallest_kept",
     "stable_rank",
     "total",
     "total_cosines",
@@ -25,11 +26,6 @@ __all__ = [
 
 # What float64 leaves of ‖g + g'‖² where g' = -g, relative to ‖g‖².
 _NOISE = 16 * torch.finfo(torch.float64).eps
-
-
-def smallest(eigenvalues: Tensor, kept: Tensor) -> Tensor:
-    """The smallest kept eigenvalue [...]; the largest, which is 0 or NaN then, where none is kept."""
-    return eigenvalues.gather(-1, (kept - 1).clamp_min(0)[..., None])[..., 0]
 
 
 def stable_rank(eigenvalues: Tensor) -> Tensor:
@@ -43,7 +39,7 @@ def aligned_gram(M: Tensor, eigenvalues: Tensor, kept: Tensor, scale: str) -> Te
     place = torch.arange(M.shape[-1], device=M.device)
     inside = place < kept[..., None]
     if scale == "min":
-        s = smallest(eigenvalues, kept)
+        s = smallest_kept(eigenvalues, kept)
     elif scale == "median":  # the lower median of the kept ones, which stand first and descend
         s = eigenvalues.gather(-1, (kept // 2)[..., None])[..., 0]
     else:
@@ -64,6 +60,12 @@ def cosines(M: Tensor, lengths: Tensor) -> Tensor:
     C = (M * (inverse[..., :, None] * inverse[..., None, :])).clamp(-1.0, 1.0)
     C.diagonal(dim1=-2, dim2=-1).copy_(torch.where(lengths == 0, 0.0, lengths / lengths))
     return C
+
+
+def conflicts(cosine: Tensor) -> Tensor:
+    """The share [...] of pairs with a negative cosine, for cosines [..., T, T] that are all NaN or none."""
+    T = cosine.shape[-1]
+    return (cosine < 0).sum((-1, -2), dtype=torch.float64) / max(T * (T - 1), 1) + 0 * cosine[..., 0, 0]
 
 
 def pairs(lengths: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ except ImportError as _error:
 __all__ = ["Live", "table"]
 
 _BARS = "▁▂▃▄▅▆▇█"
-_ROWS = 40  # tasks that are shown
+_ROWS = 40  # how many tasks are shown
 
 
 class _Watched(Run, Protocol):

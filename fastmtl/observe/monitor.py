@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.losses import Losses
-from fastmtl.observe import diagnostics, export
+from fastmtl.observe import diagnostics, export, formulas
 from fastmtl.rule import checked_losses
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Monitor:
         self.dtype = dtype
         self.names: tuple[str, ...] | None = None
         self._watcher: Live | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and of how many
+        self._angles: tuple[Tensor, Tensor] | None = None  # sums of cosines, and how many were summed
         self._calls = 0
         self._shapes: dict[str, list[int]] | None = None  # of one record's fields; those of the first hold for all
         self._partial = False  # whether those of the first were not all, and the next may bring more
@@ -333,14 +333,13 @@ class Monitor:
 
     def _see_conflicts(self, C: Tensor, leading: torch.Size) -> Tensor:
         """The share of pairs in conflict, for cosines [..., T, T] of all records, which are added to the run's."""
-        T, finite = C.shape[-1], C.isfinite()
-        known = torch.where(finite, C, 0.0)
-        total, count = (x.reshape(*leading, T, T).sum(0) for x in (known, finite.to(C.dtype)))
+        finite = C.isfinite()
+        shape = (*leading, *C.shape[-2:])
+        total, count = (x.reshape(shape).sum(0) for x in (torch.where(finite, C, 0.0), finite.to(C.dtype)))
         if self._angles is not None:
             total, count = total + self._angles[0].to(total.device), count + self._angles[1].to(count.device)
         self._angles = total, count
-        against = (known < 0).sum((-1, -2)).to(C.dtype) / max(T * (T - 1), 1)
-        return torch.where(finite.all(-1).all(-1), against, torch.nan)
+        return formulas.conflicts(C)
 
 
 def _column(part: Mapping[str, np.ndarray], name: str, like: np.ndarray) -> np.ndarray:

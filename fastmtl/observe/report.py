@@ -24,10 +24,10 @@ _COLOURS = (
     "#b56576",
 )
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 250, 58, 34, 12
-_POINTS = 600  # of a line; beyond, the least and the largest of each stretch are drawn
-_NAMED = 12  # lines with a legend
-_SQUARES = 24  # tasks up to which cosines are drawn
-# Which of several groups stands for all: the worst.
+_POINTS = 600  # of a line; if there are more, the least and the largest of each stretch are drawn
+_NAMED = 12  # how many lines have a legend
+_SQUARES = 24  # up to how many tasks cosines are drawn
+# Which group stands for several: the worst.
 _WORST: dict[str, Callable[..., np.ndarray]] = {
     "condition_number": np.max,
     "max_norm_ratio": np.max,
@@ -121,7 +121,7 @@ def html(run: Run, title: str = "Training run") -> str:
 
 
 def _numbers(history: Mapping[str, np.ndarray]) -> str:
-    """What one looks at first."""
+    """The numbers that one looks at first."""
     found: list[tuple[str, float]] = []
     if "initial/condition_number" in history:
         found += [

@@ -3,10 +3,10 @@
 Every op has one contract (`fastmtl.ops.contracts`, which is also its fake) and three implementations:
 `fastmtl.ops.reference` (registered for every device, so that the library works where nothing is compiled), the CPU
 kernels of `csrc/cpu`, and the CUDA kernels of `csrc/cuda`. The compiled objects only add implementations for their
-device: loading them is all that it takes.
+device, so loading them is all it takes.
 
-All implementations check their arguments alike and raise RuntimeError. Only `gram` has a derivative; what is written is
-marked so for autograd.
+All implementations check their arguments alike and raise RuntimeError. Only `gram` has a derivative; arguments that are
+written to are marked so for autograd.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The checks that contracts are made of. Each raises RuntimeError with what is expected and what came."""
+"""The checks that contracts are made of. Each raises a RuntimeError that says what was expected and what came."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OF_ARGUMENT = re.compile(r"(rows|out|grads|tasks)(\[\d+\])*: ")
 
 
 def fail(name: str, expected: str, got: object) -> NoReturn:
-    """Raises RuntimeError."""
+    """Raises the RuntimeError of a failed check."""
     if isinstance(got, Tensor):
         contiguous = got.layout is not torch.strided or got.is_contiguous()
         got = describe(got) if contiguous else f"{describe(got)}, not contiguous"
@@ -59,13 +59,13 @@ def is_vector(x: Tensor, shape: Sequence[int], like: Tensor) -> bool:
 
 
 def vector(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
-    """Raises where `x` is not what `is_vector` says."""
+    """Raises unless `is_vector`."""
     if not is_vector(x, shape, like):
         fail(name, f"a contiguous float64 tensor of shape {list(shape)} on {like.device}", x)
 
 
 def optional(name: str, x: Tensor | None, length: int, like: Tensor) -> None:
-    """The same for [length], or None."""
+    """A vector [length], or None."""
     if x is not None:
         vector(name, x, (length,), like)
 
@@ -83,14 +83,14 @@ def matrix(G: Tensor) -> None:
 
 
 def square(M: Tensor, least: int = 1) -> None:
-    """A Gram matrix [..., T, T], T being at `least` so much."""
+    """A Gram matrix [..., T, T] with T >= `least`."""
     fits = M.dtype in (torch.float32, torch.float64) and M.layout is torch.strided and M.ndim >= 2
     if not (fits and M.shape[-1] == M.shape[-2] and M.shape[-1] >= least):
         fail("M", f"float32 or float64 of shape [..., T, T]{' with T >= 1' if least else ''}", M)
 
 
 def policy(like: Tensor, T: int, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str) -> None:
-    """How `balance` decides on T gradients."""
+    """The options of `balance` for T gradients."""
     optional("weights", weights, T, like)
     if scale not in ("min", "median", "rmse"):
         fail("scale", "min, median or rmse", scale)
@@ -107,7 +107,7 @@ def seed(x: Tensor, like: Tensor) -> None:
 
 
 def result(G: Tensor, out: Tensor) -> None:
-    """Where the aggregation of G is written."""
+    """A tensor that the aggregation of G can be written to."""
     shape = torch.Size((*G.shape[:-2], G.shape[-1]))
     if out.dtype is not G.dtype or out.layout is not torch.strided or out.shape != shape or out.device != G.device:
         fail("out", f"the dtype and device of G and shape {list(shape)} for G, a {describe(G)}", out)
@@ -115,7 +115,7 @@ def result(G: Tensor, out: Tensor) -> None:
 
 
 def any_of(grads: Gradients) -> Tensor:
-    """The first gradient there is."""
+    """The first gradient that is not missing."""
     first = next((g for g in grads if g is not None), None)
     if first is None:
         fail("grads", "at least one tensor", f"none in {len(grads)} entries")
@@ -152,7 +152,7 @@ def rows(grads: Gradients, tasks: int, out: Sequence[Tensor] | None = None) -> N
 
 
 def _fits(out: Tensor, like: Tensor | None, name: str, device: torch.device | None) -> None:
-    """The result of gradients like this, or of a column without any."""
+    """A result for gradients like this, or for a column without any."""
     if like is None:
         if (wrong := wrong_kind(out)) is not None:
             raise RuntimeError(f"{name}: {wrong}")
@@ -168,8 +168,8 @@ def _fits(out: Tensor, like: Tensor | None, name: str, device: torch.device | No
 
 
 def apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """What is written lies apart from what is read, and from each other, where there is memory."""
-    if any(x.untyped_storage().device.type == "meta" for x in (*written, *read)):  # of fake tensors, too
+    """Tensors that are written overlap neither those that are read nor each other, where they have memory."""
+    if any(x.untyped_storage().device.type == "meta" for x in (*written, *read)):  # also of fake tensors
         return
     for k, x in enumerate(written):
         if not x.is_contiguous() and repeats(x):
@@ -182,9 +182,9 @@ def apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
 
 
 def argument_error(error: RuntimeError) -> Exception:
-    """What an op says of its arguments, as a method says it: a TypeError or a ValueError with the same words.
+    """An op's error about its arguments as a method raises it: a TypeError or ValueError with the same text.
 
-    Any other error comes back as it is.
+    Any other error is returned as it is.
     """
     text = str(error)
     if not _OF_ARGUMENT.match(text):

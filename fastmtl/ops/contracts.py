@@ -1,14 +1,14 @@
 """The ops: what each one computes, what it accepts and what it returns.
 
-Written here are contracts: functions that check the arguments and return empty results of the right shape and dtype. A
-contract is the fake of its op, and stands before the reference; what has its name afterwards is the op. The kernels
-make the same checks in csrc/ops, with the same error, and nobody makes them before: entry t·K + k of `grads` is
-rows[t][k] in what they say, as users of a method know it. A call with a tensor on the meta device ends up in a
+This module defines contracts: functions that check the arguments and return empty results of the right shape and dtype.
+A contract is the fake of its op and runs before the reference; after the decorator, its name is the op. The kernels
+make the same checks in csrc/ops, with the same errors, and no caller makes them earlier: so the errors call entry
+t·K + k of `grads` rows[t][k], as users of a method know it. A call with a tensor on the meta device ends up in a
 contract, wherever its other tensors are.
 
 G [T, P] or [B, T, P] is a gradient matrix in float32, float64, bfloat16 or float16; M [..., T, T] a Gram matrix in
 float32 or float64. `grads` is a ragged gradient matrix: T rows of K tensors, entry t·K + k being tensor k of row t and
-None a missing gradient. Task weights α [..., T] are float64. How accurate results are is said in docs/numerics.md.
+None a missing gradient. Task weights α [..., T] are float64. docs/numerics.md says how accurate results are.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def gram(G: Tensor) -> Tensor:
 
 @define("(Tensor?[] grads, int tasks, Tensor[]? out=None) -> Tensor")
 def gram_rows(grads: Gradients, tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
-    """The same of rows, float64 [T, T]; `out` is only checked: whether `combine_rows` will be able to write there."""
+    """M = G Gᵀ of rows, float64 [T, T]; `out` is only checked, for a `combine_rows` that is to write there."""
     arguments.rows(grads, tasks, out)
     if out is not None:
-        arguments.any_of(grads)  # else the result is zero without any gradient, and no kernel is asked
+        arguments.any_of(grads)  # without `out`, M of no gradient is zero, and no kernel runs
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
     return torch.empty(tasks, tasks, dtype=torch.float64, device=device)
 
@@ -82,7 +82,7 @@ def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
 
 @define("(Tensor?[] grads, Tensor alpha, Tensor(a!)[] out) -> ()")
 def combine_rows(grads: Gradients, alpha: Tensor, out: Sequence[Tensor]) -> None:
-    """Writes the same of rows into K tensors; α is [T]."""
+    """Writes αᵀ G of rows into K tensors; α is [T]."""
     T = len(grads) // len(out) if len(out) else alpha.numel()
     arguments.vector("alpha", alpha, (T,), out[0] if len(out) else alpha)
     arguments.rows(grads, T, out)
@@ -108,7 +108,7 @@ def align_rows(
     rank_rule: str,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of rows into K tensors; returns M and what `align_gram` does."""
+    """Writes the aligned gradient of rows into K tensors; returns M and what `align_gram` returns."""
     arguments.rows(grads, tasks, out)
     some = arguments.any_of(grads)
     arguments.policy(some, tasks, weights, scale, rtol, zero, rank_rule)
@@ -118,7 +118,7 @@ def align_rows(
 
 @define("(Tensor G, Tensor seed, Tensor? leak, Tensor(a!) out) -> ()")
 def sign_drop(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None:
-    """Writes GradDrop's gradient into `out` [..., P]: of each column the entries of one sign, drawn by their purity."""
+    """Writes GradDrop's gradient into `out` [..., P]: each column's entries of one sign, drawn by sign purity."""
     arguments.matrix(G)
     arguments.result(G, out)
     arguments.seed(seed, G)
@@ -127,7 +127,7 @@ def sign_drop(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None
 
 @define("(Tensor?[] grads, int tasks, Tensor seed, Tensor? leak, Tensor(a!)[] out) -> ()")
 def sign_drop_rows(grads: Gradients, tasks: int, seed: Tensor, leak: Tensor | None, out: Sequence[Tensor]) -> None:
-    """The same of rows into K tensors."""
+    """Writes GradDrop's gradient of rows into K tensors."""
     arguments.rows(grads, tasks, out)
     like = arguments.any_of(grads)
     arguments.seed(seed, like)
@@ -182,13 +182,13 @@ def align_gram(
 def balance_many(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`balance` as a GPU does it for T > 64: by matrix products alone. It has no kernel, and is the same everywhere."""
+    """`balance` as a GPU computes it for T > 64, by matrix products alone. It has no kernel: one version for all."""
     return _balanced(M, weights, scale, rtol, zero, rank_rule)
 
 
 @define("(Tensor M, Tensor bound, bool blocks) -> Tensor verdict")
 def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
-    """Whether a GPU, T > 64, has to read G again, and two factors to scale it by, float64 [..., 3]."""
+    """Whether a GPU with T > 64 has to read G again, and two factors to scale it by, float64 [..., 3]."""
     arguments.square(M)
     arguments.vector("bound", bound, M.shape[:-2], M)
     return M.new_empty((*M.shape[:-2], 3), dtype=torch.float64)

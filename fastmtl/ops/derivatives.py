@@ -1,4 +1,4 @@
-"""Which ops have a derivative: `gram`. Of others that could be asked for one, autograd has to say so."""
+"""Which ops have a derivative: `gram`. Others that could be asked for one refuse."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
 
 
 def detached(op: Callable[..., Result], *args: Any) -> Result:
-    """Calls an op whose inputs are known to be detached, and that writes nothing, past autograd.
+    """Calls an op below autograd: its inputs are known to be detached, and it writes nothing.
 
-    Its formula is in Python: of a list it would take every tensor apart and put it together again.
+    Autograd's formulas are in Python, which would unpack and repack every tensor of a list.
     """
     if torch.compiler.is_compiling() or transforming():
         return op(*args)
@@ -47,7 +47,7 @@ def detached(op: Callable[..., Result], *args: Any) -> Result:
 def register() -> None:
     """Registers the formulas; the ops have to be defined."""
     library.register_autograd("fastmtl::gram", _gram_backward, setup_context=_setup)
-    # Without a formula the results would silently claim to require grad. It costs five microseconds of Python a call:
-    # the ops on a Gram matrix go without, and `GramMethod.weighting` looks in their stead.
+    # Without a formula, results would silently claim to require grad. A formula costs five microseconds of Python per
+    # call, so the ops on a Gram matrix have none, and `GramMethod.weighting` checks instead.
     for name in ("gram_rows", "balance", "eigh"):
         library.register_autograd(f"fastmtl::{name}", _refuse(name))

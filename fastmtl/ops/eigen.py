@@ -26,7 +26,7 @@ def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
         Eigenvalues [..., T], ascending, and eigenvectors [..., T, T] in columns, both of M's dtype.
 
     Raises:
-        TypeError: `M` is no dense float32 or float64 tensor.
+        TypeError: `M` is not a dense float32 or float64 tensor.
         ValueError: `M` is not square, or requires grad (there is no derivative).
     """
     if not isinstance(M, Tensor) or M.dtype not in (torch.float32, torch.float64) or M.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""How an op is made known to torch, and where its kernels come from."""
+"""How ops are registered with torch, and where their kernels come from."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _library = library.Library("fastmtl", "DEF")
 def define(schema: str) -> Callable[[Contract], Contract]:
     """Defines an op by its contract: a function that checks the arguments and returns empty results.
 
-    The contract is what tracing runs. The function of its name in `fastmtl.ops.reference` is the default
-    implementation, behind the same checks; kernels are registered by the compiled objects, for their device.
+    Tracing runs the contract. The function of the same name in `fastmtl.ops.reference` is the default implementation,
+    behind the same checks; the compiled objects register kernels for their device.
 
     Args:
         schema: arguments and results in torch's notation, without the name.
 
     Returns:
-        What makes the op `torch.ops.fastmtl.….default` of a contract: it takes and returns what the contract does.
+        A decorator that turns a contract into the op `torch.ops.fastmtl.….default`, with the same signature.
     """
 
     def register(contract: Contract) -> Contract:
         name = contract.__name__
         run = getattr(reference, name, None)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        if run is not None:  # every op that is exported has one; a solver being tried has only kernels
+        if run is not None:  # every exported op has one; a solver under development has only kernels
 
             @functools.wraps(run)
             def checked(*args: Any) -> Any:
@@ -57,7 +57,7 @@ def define(schema: str) -> Callable[[Contract], Contract]:
 
 
 def load_kernels() -> dict[str, str | None]:
-    """Loads the compiled objects: where each lies, or None where it is not built or not wanted."""
+    """Loads the compiled objects and returns the path of each, None for one that is not built or not wanted."""
     found: dict[str, str | None] = {"_C": None, "_C_cuda": None}
     if os.environ.get("FASTMTL_NO_EXT", "0") not in ("", "0"):
         return found

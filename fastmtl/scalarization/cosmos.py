@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl import options
 from fastmtl.inputs import has_numbers
 from fastmtl.options import Weights, number, option, show_weights
-from fastmtl.scalarization.base import Derivative, Scalarization, masked
+from fastmtl.scalarization.base import Derivative, masked
+from fastmtl.scalarization.weighted import Weighted
 
 __all__ = ["COSMOS"]
 
 
-class COSMOS(Scalarization):
+class COSMOS(Weighted):
     """COSMOS: the weighted sum of the losses, minus λ times the cosine between losses and weights.
 
         Σ_t w_t L_t - λ cos(w, L)
@@ -33,23 +33,16 @@ class COSMOS(Scalarization):
         ValueError: an unknown word, numbers that are not one-dimensional or not finite, a negative `lam`.
     """
 
-    weights: Tensor | str = option(options.weights)
     lam: float = option(number(low=0))
 
     _one_node = True
 
     def __init__(self, *, weights: Weights = None, lam: float = 1.0) -> None:
-        super().__init__()
-        self.weights = weights  # type: ignore[assignment]
+        super().__init__(weights)
         self.lam = lam
-        self._copies = options.Copies()
-
-    def check_tasks(self, T: int) -> None:
-        """Raises ValueError if there are weights for another number of tasks."""
-        options.check_weights(self.weights, T)
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
-        w = masked(preferred(self.weights, self._copies, L), here)
+        w = masked(self._task_weights(L), here)
         L = masked(L, here)
         product, first, second = w @ L, torch.linalg.vector_norm(w), torch.linalg.vector_norm(L)
         lam = self.lam
@@ -75,10 +68,3 @@ class COSMOS(Scalarization):
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         return f"weights={show_weights(self.weights)}, lam={self.lam}"
-
-
-def preferred(weights: Tensor | str, copies: options.Copies, L: Tensor) -> Tensor:
-    """Weights [T] for the losses L [T], in their dtype."""
-    if isinstance(weights, str):
-        return torch.full_like(L, 1.0 if weights == "sum" else 1 / L.shape[0], requires_grad=False)
-    return copies.get(weights, L).to(L.dtype)

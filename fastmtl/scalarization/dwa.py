@@ -85,8 +85,7 @@ class DWA(Scalarization):
         known = ~self.older.isnan()
         ratio = torch.where(known & (self.newer != self.older), self.newer / self.older, 1.0)
         shares = masked((ratio / self.temperature).clamp_max(1e300), here, -math.inf).softmax(0)
-        w = masked(torch.where(known.any(), number_of(L, here) * shares, 1.0), here).to(L.dtype)
-        return None, w
+        return None, masked(torch.where(known.any(), number_of(L, here) * shares, 1.0), here).to(L.dtype)
 
     def _are_first(self) -> bool:
         """Whether these are known to be the first two epochs; checked once per epoch."""

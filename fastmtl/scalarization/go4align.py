@@ -58,8 +58,8 @@ class GO4Align(Scalarization):
         logits = self.logits - self.step_size * fixed if self.training else self.logits
         p = masked(logits, here, -math.inf).softmax(0)
         indicator = p * masked(fixed, here).sum() / fixed
-        w = masked(_group_means(indicator, here, min(self.groups, L.shape[0])), here).to(L.dtype)
-        return None, w
+        means = _group_means(indicator, here, min(self.groups, L.shape[0]))
+        return None, masked(means, here).to(L.dtype)
 
     def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         self.logits.copy_(chosen(valid, self.logits - self.step_size * L, self.logits))

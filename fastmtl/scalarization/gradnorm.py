@@ -18,6 +18,15 @@ from fastmtl.scalarization.base import Scalarization, divided, masked
 __all__ = ["GradNorm"]
 
 
+def _checked_initial(value: object, name: str) -> Tensor | None:
+    if value is None:
+        return None
+    x = numbers(value, name)
+    if not bool((x > 0).all()):
+        raise ValueError(f"{name}: expected finite positive numbers, got {x.tolist()}")
+    return x
+
+
 class GradNorm(Scalarization):
     """GradNorm: Σ_t w_t L_t, with w learned so that gradient norms are similar and all tasks train at similar rates.
 
@@ -57,7 +66,7 @@ class GradNorm(Scalarization):
     tasks: int = option(integer(1), fixed=True)
     alpha: float = option(number(low=0))
     lr: float = option(number(low=0))
-    initial_losses: Tensor | None = option(lambda value, name: _positive(value, name), fixed=True)
+    initial_losses: Tensor | None = option(_checked_initial, fixed=True)
 
     _positive = False
 
@@ -132,8 +141,7 @@ class GradNorm(Scalarization):
         return result
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
-        w = masked(self.w.to(L.dtype, copy=True), here)  # of its own: the buffer changes before the backward pass
-        return None, w
+        return None, masked(self.w.to(L.dtype, copy=True), here)  # a copy: w changes before the backward pass
 
     @torch.no_grad()
     def _learn(self, L: Tensor, norms: Tensor, here: Tensor) -> None:
@@ -158,15 +166,6 @@ class GradNorm(Scalarization):
         """The options, for `repr`."""
         initial = None if self.initial_losses is None else self.initial_losses.tolist()
         return f"tasks={self.tasks}, alpha={self.alpha}, lr={self.lr}, initial_losses={initial}"
-
-
-def _positive(value: object, name: str) -> Tensor | None:
-    if value is None:
-        return None
-    x = numbers(value, name)
-    if not bool((x > 0).all()):
-        raise ValueError(f"{name}: expected finite positive numbers, got {x.tolist()}")
-    return x
 
 
 def _last_layer(shared: nn.Module | Iterable[Tensor] | None) -> Tensor:

@@ -12,6 +12,7 @@ from fastmtl.gramian import examples
 from fastmtl.inputs import describe
 from fastmtl.options import integer, option
 from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.updates import in_order, trainable
 
 __all__ = ["NTK"]
 
@@ -76,25 +77,14 @@ class NTK(Scalarization):
             TypeError: residuals that are not floating tensors.
             ValueError: the number of residuals is not T, or no parameter requires grad.
         """
-        if isinstance(residuals, Mapping):
-            order = self.names or tuple(residuals)
-            if set(order) != set(residuals):
-                raise ValueError(f"residuals: expected those of {', '.join(order)}, got {', '.join(residuals)}")
-            self.names = order
-            residuals = [residuals[name] for name in order]
-        if len(residuals) != self.tasks:
-            raise ValueError(f"residuals: expected {self.tasks} (the number of tasks), got {len(residuals)}")
-        found = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
-        found = [p for p in found if p.requires_grad]
-        if not found:
-            raise ValueError("parameters: expected at least one that requires grad, got none")
-        traces = []
-        for t, r in enumerate(residuals):
+        parts, trained = in_order(self, residuals, "residuals"), trainable(parameters)
+        found = []
+        for t, r in enumerate(parts):
             if r is not None and not (isinstance(r, Tensor) and r.is_floating_point()):
                 raise TypeError(f"residuals[{t}]: expected a floating tensor or None, got {describe(r)}")
-            traces.append(self.traces[t] if r is None else self._trace(r, found))
-        found_traces = torch.stack(traces)
-        self.traces.copy_(torch.where(found_traces.isfinite(), found_traces, self.traces))
+            found.append(self.traces[t] if r is None else self._trace(r, trained))
+        traces = torch.stack(found)
+        self.traces.copy_(torch.where(traces.isfinite(), traces, self.traces))
 
     def _trace(self, r: Tensor, parameters: list[Tensor]) -> Tensor:
         zero = self.traces.new_zeros(())
@@ -123,8 +113,7 @@ class NTK(Scalarization):
         there = known if here is None else known & here
         total = torch.where(there, self.traces, 0.0).sum()
         w = torch.where(self.traces > 0, total / self.traces, 0.0)
-        w = masked(torch.where(known, w, 1.0), here).to(L.dtype)
-        return None, w
+        return None, masked(torch.where(known, w, 1.0), here).to(L.dtype)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from fastmtl import options
 from fastmtl.inputs import has_numbers
 from fastmtl.options import Numbers, Weights, number, numbers, option, show_weights
-from fastmtl.scalarization.base import Derivative, Scalarization, masked
-from fastmtl.scalarization.cosmos import preferred
+from fastmtl.scalarization.base import Derivative, masked
+from fastmtl.scalarization.weighted import Weighted
 
 __all__ = ["PBI"]
 
 
-class PBI(Scalarization):
+class PBI(Weighted):
     """PBI: the distance of the losses along a direction, plus θ times their distance from it.
 
         d₁ + θ d₂        d₁ = <L - z, u>        d₂ = ‖L - z - d₁ u‖        u = w / ‖w‖
@@ -38,27 +38,24 @@ class PBI(Scalarization):
             numbers whose length is not T.
     """
 
-    weights: Tensor | str = option(options.weights)
     theta: float = option(number(low=0))
     reference: Tensor | None = option(lambda x, name: None if x is None else numbers(x, name))
 
     _one_node = True
 
     def __init__(self, *, weights: Weights = None, theta: float = 5.0, reference: Numbers | None = None) -> None:
-        super().__init__()
-        self.weights = weights  # type: ignore[assignment]
+        super().__init__(weights)
         self.theta = theta
         self.reference = reference  # type: ignore[assignment]
-        self._copies = options.Copies()
 
     def check_tasks(self, T: int) -> None:
         """Raises ValueError if the weights or the reference are for another number of tasks."""
-        options.check_weights(self.weights, T)
+        super().check_tasks(T)
         if self.reference is not None:
             options.check_weights(self.reference, T, "reference")
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[Tensor, Derivative]:
-        w = masked(preferred(self.weights, self._copies, L), here)
+        w = masked(self._task_weights(L), here)
         norm, host = torch.linalg.vector_norm(w), has_numbers(L.detach())
         u = w / norm if host and norm.item() > 0 else torch.where(norm > 0, w / norm, 0.0)
         z = None if self.reference is None else self._copies.get(self.reference, L).to(L.dtype)

@@ -13,8 +13,29 @@ from fastmtl.gramian import examples
 from fastmtl.inputs import describe
 from fastmtl.options import Weights, integer, number, option
 from fastmtl.scalarization.base import Scalarization, masked
+from fastmtl.scalarization.updates import in_order, trainable
 
 __all__ = ["PiKE"]
+
+
+def _checked_weights(value: object, name: str) -> Tensor | str:
+    x = options.weights(value, name)
+    wrong = x == "sum" if isinstance(x, str) else x.device.type == "cpu" and not bool((x > 0).all())
+    if wrong:
+        raise ValueError(f"{name}: expected None, 'mean' or T positive numbers, got {options.show_weights(x)}")
+    return x
+
+
+def _check_examples(losses: Sequence[Tensor | None]) -> None:
+    for t, part in enumerate(losses):
+        if part is None:
+            continue
+        if not (isinstance(part, Tensor) and part.is_floating_point()):
+            raise TypeError(f"losses[{t}]: expected a floating tensor or None, got {describe(part)}")
+        if part.ndim != 1 or len(part) < 2 or not part.requires_grad:
+            raise ValueError(
+                f"losses[{t}]: expected the losses [n] of n >= 2 examples, which require grad, got {describe(part)}"
+            )
 
 
 class PiKE(Scalarization):
@@ -65,7 +86,7 @@ class PiKE(Scalarization):
     zeta2: float = option(number(low=0))
     batch_size: int = option(integer(1))
     tau: float | None = option(number(above=0, optional=True))
-    weights: Tensor | str = option(lambda value, name: _positive(value, name), fixed=True)
+    weights: Tensor | str = option(_checked_weights, fixed=True)
 
     def __init__(
         self,
@@ -116,17 +137,15 @@ class PiKE(Scalarization):
             ValueError: the number of entries is not T, an entry is not a vector of at least 2 losses or requires no
                 grad, no parameter requires grad, or an example depends on another.
         """
-        parts = self._checked_examples(losses)
-        found = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
-        found = [p for p in found if p.requires_grad]
-        if not found:
-            raise ValueError("parameters: expected at least one that requires grad, got none")
+        parts = in_order(self, losses, "losses")
+        _check_examples(parts)
+        trained = trainable(parameters)
         squares, variances = self.squares.clone(), self.variances.clone()
         means = torch.full_like(squares, -torch.inf)
         for t, part in enumerate(parts):
             if part is not None:
                 n = len(part)
-                M = examples.gram(part[None], found).to(squares.device)
+                M = examples.gram(part[None], trained).to(squares.device)
                 of_mean = M.sum() / n**2  # ‖ḡ‖², which is too large by σ² / n
                 variances[t] = ((M.trace() - n * of_mean) / (n - 1)).clamp_min(0)
                 squares[t] = (of_mean - variances[t] / n).clamp_min(0)
@@ -144,28 +163,6 @@ class PiKE(Scalarization):
         moved = ((self.logits, after), (self.squares, squares), (self.variances, variances), (self.tilt, tilt))
         for buffer, value in moved:
             buffer.copy_(torch.where(good & here, value, buffer))
-
-    def _checked_examples(
-        self, losses: Sequence[Tensor | None] | Mapping[str, Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        if isinstance(losses, Mapping):
-            order = self.names or tuple(losses)
-            if set(order) != set(losses):
-                raise ValueError(f"losses: expected those of {', '.join(order)}, got {', '.join(losses)}")
-            self.names = order
-            losses = [losses[name] for name in order]
-        if len(losses) != self.tasks:
-            raise ValueError(f"losses: expected {self.tasks} (the number of tasks), got {len(losses)}")
-        for t, part in enumerate(losses):
-            if part is None:
-                continue
-            if not (isinstance(part, Tensor) and part.is_floating_point()):
-                raise TypeError(f"losses[{t}]: expected a floating tensor or None, got {describe(part)}")
-            if part.ndim != 1 or len(part) < 2 or not part.requires_grad:
-                raise ValueError(
-                    f"losses[{t}]: expected the losses [n] of n >= 2 examples, which require grad, got {describe(part)}"
-                )
-        return losses
 
     def sizes(self, batch_size: int | None = None) -> list[int]:
         """How many examples of each task a batch should have: w times its size, rounded; the host waits for w.
@@ -186,8 +183,7 @@ class PiKE(Scalarization):
         return sizes
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
-        w = (masked(self.logits, here, -torch.inf).softmax(0) * self.tilt).to(L.dtype)
-        return None, w
+        return None, (masked(self.logits, here, -torch.inf).softmax(0) * self.tilt).to(L.dtype)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -195,11 +191,3 @@ class PiKE(Scalarization):
             f"tasks={self.tasks}, zeta1={self.zeta1}, zeta2={self.zeta2}, batch_size={self.batch_size}, "
             f"tau={self.tau}, weights={options.show_weights(self.weights)}"
         )
-
-
-def _positive(value: object, name: str) -> Tensor | str:
-    x = options.weights(value, name)
-    wrong = x == "sum" if isinstance(x, str) else x.device.type == "cpu" and not bool((x > 0).all())
-    if wrong:
-        raise ValueError(f"{name}: expected None, 'mean' or T positive numbers, got {options.show_weights(x)}")
-    return x

@@ -76,8 +76,7 @@ class ReLoBRaLo(Scalarization):
             history = rho * w + (1 - rho) * self._relative(current, self.first, here)
             mixed = alpha * history + (1 - alpha) * self._relative(current, self.last, here)
             w = self._new = torch.where(self.steps == 0, w, masked(mixed, here, 1.0))
-        w = masked(w, here).to(L.dtype)
-        return None, w
+        return None, masked(w, here).to(L.dtype)
 
     def _relative(self, L: Tensor, before: Tensor, here: Tensor | None) -> Tensor:
         ratio = torch.where(before.isnan(), 1.0, L / before) / self.temperature

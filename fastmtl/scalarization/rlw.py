@@ -60,8 +60,7 @@ class RLW(Scalarization):
             self.generator.set_state(state.cpu())
 
     def _scalarize(self, L: Tensor, here: Tensor | None) -> tuple[None, Tensor]:
-        w = masked(self._drawn(L.detach()), here)
-        return None, w
+        return None, masked(self._drawn(L.detach()), here)
 
     def _drawn(self, L: Tensor) -> Tensor:
         """Random weights [T] with the dtype and device of L [T]."""

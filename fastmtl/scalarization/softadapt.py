@@ -69,8 +69,8 @@ class SoftAdapt(Scalarization):
             size = torch.where(self.newer.isnan(), 1.0, self.newer).clamp_min(0)
             exponent = torch.where(known.any(), exponent + size.log(), exponent)
         w = masked(exponent, here, -math.inf).softmax(0)
-        w = masked(torch.where(w.isnan(), 1 / L.shape[0], w), here).to(L.dtype)  # NaN where all losses were zero
-        return None, w
+        # NaN where all losses were zero.
+        return None, masked(torch.where(w.isnan(), 1 / L.shape[0], w), here).to(L.dtype)
 
     def _remember(self, L: Tensor, valid: Tensor | None) -> None:
         self.older.copy_(chosen(valid, self.newer, self.older))

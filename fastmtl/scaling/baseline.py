@@ -1,4 +1,4 @@
-"""What a point is measured with: its gradients, the same method in plain PyTorch, and the answer in float64."""
+"""What a point is measured against: its gradients, the same method in plain PyTorch, and the answer in float64."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CHUNK = 1 << 22  # numbers that are converted to float64 at a time
 
 
 def gradients(point: Point, device: str = "cpu") -> Tensor:
-    """Gradients [T, P] or [B, T, P]: real ones, or random ones of condition number about `kappa`.
+    """Gradients [T, P] or [B, T, P]: real ones, or random ones with a condition number of about `kappa`.
 
-    Of the random ones every row is a mixture of all directions.
+    Every row of the random ones is a mixture of all directions.
     """
     if point.gradients == "real":
         return per_example(point.tasks, point.params).to(device, DTYPES[point.dtype])
@@ -42,7 +42,7 @@ def gradients(point: Point, device: str = "cpu") -> Tensor:
 def task_weights(M: Tensor, w: Tensor) -> Tensor:
     """α = sqrt(λ_min) V diag(λ^-1/2) Vᵀ w from Gram matrices `M` [T, T] or [B, T, T] of full rank, in their dtype.
 
-    A chain of matrix-vector products, and never a T×T matrix but V.
+    A chain of matrix-vector products, without any T×T matrix but V.
     """
     lam: Tensor
     V: Tensor
@@ -53,10 +53,10 @@ def task_weights(M: Tensor, w: Tensor) -> Tensor:
 
 
 class Pure:
-    """Aligned-MTL as a good user of plain PyTorch would write it.
+    """Aligned-MTL as an experienced user of plain PyTorch would write it.
 
-    Gram, eigenvectors and result are in the gradients' dtype (halves have no eigensolver: theirs is float32's), and the
-    result is allocated once. Full rank is assumed.
+    Gram, eigenvectors and result are in the gradients' dtype (16-bit types use float32's eigensolver), and the result
+    is allocated once. Full rank is assumed.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ def affordable(point: Point) -> bool:
 def exact(G: Tensor, point: Point) -> Tensor:
     """Float64 task weights [T] or [B, T], on the CPU.
 
-    Aligned-MTL's come from a singular value decomposition of the gradients where it is `affordable`, else from a
-    float64 Gram matrix, which is good to κ² times eps of float64. Those of other methods are fastmtl's own for that
-    Gram matrix: they only check what is done with the gradients.
+    Aligned-MTL's come from a singular value decomposition of the gradients if it is `affordable`, else from a float64
+    Gram matrix, accurate to κ² times float64's eps. Those of other methods are fastmtl's own for that Gram matrix: they
+    only check what is done with the gradients.
     """
     if point.method != "AlignedMTL":
         return METHODS[point.method]().weighting(_gram(G), G.dtype).cpu()
@@ -121,9 +121,9 @@ def error(result: Tensor, alpha: Tensor, G: Tensor) -> float:
 
 
 def tolerance(point: Point) -> float:
-    """The relative error that is allowed: what docs/numerics.md promises, and rounding of the result.
+    """The allowed relative error: what docs/numerics.md promises, and rounding of the result.
 
-    Where nothing is promised, any finite result will do.
+    If nothing is promised, any finite result will do.
     """
     eps = torch.finfo(DTYPES[point.dtype]).eps
     if point.method != "AlignedMTL":
@@ -137,7 +137,7 @@ def tolerance(point: Point) -> float:
 
 
 def _chunks(G: Tensor, tasks: int | None = None) -> Iterator[Tensor]:
-    """Some columns of all rows at a time; at least as many as there are tasks."""
+    """Blocks of columns, each of at least as many columns as there are tasks."""
     T = G.shape[-2] if tasks is None else tasks
     yield from G.split(max(T, CHUNK // T), dim=-1)
 
@@ -151,7 +151,7 @@ def _gram(G: Tensor) -> Tensor:
 
 
 def _factor(G: Tensor) -> Tensor:
-    """L [..., T, T] with L Lᵀ = G Gᵀ and the singular values of G, from QR decompositions of its columns in turn."""
+    """L [..., T, T] with L Lᵀ = G Gᵀ and the singular values of G, by QR decompositions of its column blocks."""
     R = G.new_empty((*G.shape[:-2], 0, G.shape[-2]), dtype=torch.float64)
     for part in _chunks(G):
         R = torch.linalg.qr(torch.cat([R, part.double().mT], dim=-2), mode="r").R

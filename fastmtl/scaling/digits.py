@@ -1,4 +1,4 @@
-"""Gradients of many tasks as users have them: of single examples, on a small network that learns handwritten digits."""
+"""Realistic gradients of many tasks: of single examples, on a small network that learns handwritten digits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.func import functional_call, grad, vmap
 
 __all__ = ["EXAMPLES", "per_example"]
 
-EXAMPLES = 1797  # in scikit-learn's digits: no more tasks than that
+EXAMPLES = 1797  # in scikit-learn's digits, and so the most tasks
 PARAMS = 26_122  # of the network with 128 units a layer
 BATCH = 256
 
 
 def per_example(tasks: int, params: int = PARAMS, steps: int = 200, seed: int = 0) -> Tensor:
-    """Float32 gradients [tasks, params] of the cross entropy of as many examples, each by itself.
+    """Float32 gradients [tasks, params] of the cross entropies of that many single examples.
 
-    The network has two hidden layers, as wide as it takes for `params` parameters or a few more, of which the first are
-    taken. Norms spread over 1e4 and, as it learns, over 1e9; beyond some hundred tasks the rows are nearly dependent.
+    The network has two hidden layers, as wide as `params` parameters take; of any surplus the first `params` are used.
+    Norms spread over a factor of 1e4 and, as it learns, 1e9; beyond some hundred tasks, rows are nearly dependent.
 
     Args:
-        tasks: T, how many examples, at most `EXAMPLES`.
+        tasks: T, the number of examples, at most `EXAMPLES`.
         params: P.
-        steps: of Adam at 1e-3 on batches of 256 before the gradients are taken.
+        steps: steps of Adam at 1e-3 on batches of 256 before the gradients are taken.
         seed: of the network, the batches and the examples.
 
     Raises:

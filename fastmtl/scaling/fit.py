@@ -1,4 +1,4 @@
-"""How time grows: exponents of log-log least squares, beside those of the operation counts."""
+"""How time grows: exponents from log-log least squares, beside those of the operation counts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Growth(NamedTuple):
 def growth(x: Sequence[float], y: Sequence[float]) -> Growth | None:
     """The exponent by least squares on logarithms, over the upper part of the range.
 
-    That part is what lies above the geometric middle of `x`, or the last three points where these are more: lower down,
-    the fixed costs of a call hide how the work grows. None where there are less than three points.
+    That is the part above the geometric middle of `x`, or the last three points if these are more: below, the fixed
+    costs of a call hide how the work grows. None for fewer than three points.
     """
     pairs = sorted(zip(x, y, strict=True))
     if len(pairs) < 3:
@@ -50,10 +50,10 @@ def growth(x: Sequence[float], y: Sequence[float]) -> Growth | None:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Growth with T at fixed P and with P at fixed T, a line for each series of three points or more, theory first.
+    """Growth with T at fixed P and with P at fixed T, a line per series of at least three points, theory first.
 
     Args:
-        rows: points, as `study.columns` gives them.
+        rows: points, as from `study.columns`.
     """
     rows = [row for row in rows if "error" not in row]
     parts = []

@@ -1,4 +1,4 @@
-"""What results depend on: the machine, and the code."""
+"""What results depend on: the machine and the code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """The commit of a checkout, with "-dirty" where the code differs from it; None for an installed package."""
+    """The commit of a checkout, with "-dirty" if the code differs from it; None for an installed package."""
     if not git("ls-files", "__init__.py"):  # perhaps within another project's repository
         return None
     changed = git("status", "--porcelain", "--", ".", "../csrc", "../setup.py")
@@ -48,7 +48,7 @@ def commit() -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """What git says in the package's folder; nothing where it fails."""
+    """Git's output in the package's folder; empty if it fails."""
     command = ["git", "-C", str(Path(fastmtl.__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,26 +16,26 @@ from fastmtl.scaling.timing import Function, Sample, by_clock, interleave, on_cu
 
 __all__ = ["measure"]
 
-SMALL = Point(96, 4096)  # memory: the call that warms up has at most these tasks and parameters
+SMALL = Point(96, 4096)  # the most tasks and parameters of the warm-up call before memory is measured
 
 
 def measure(point: Point, rounds: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
     """Times, peak memory and errors of a point.
 
     Args:
-        point: what.
-        rounds: how many, where `seconds` allow; never fewer than three.
-        seconds: what the rounds may take together.
+        point: the point.
+        rounds: how many rounds, if `seconds` allow; never fewer than three.
+        seconds: how long all rounds together may take.
         device: "cpu" or "cuda".
 
     Returns:
         `seconds`: medians of one call: "fastmtl"; "pure", plain PyTorch (Aligned-MTL only); "read", a sum over all
         gradients; and the stages "gram", "weights" and "combine" by themselves, whose sum can exceed "fastmtl".
-        A stage is called from Python, checks included, which counts where a call takes less than some 50 microseconds.
+        A stage is called from Python, checks included, which matters if a call takes less than about 50 microseconds.
         `rounds`: how many were run, `kept`: how many counted. `others`: processors that other processes kept busy.
-        `memory`: peak bytes of "fastmtl" and "pure" beyond gradients and result, or None where that cannot be measured.
-        `accuracy`: relative errors of "fastmtl" and "pure" (None where it is not finite) against an exact answer, or
-        None where this would take too long. `roofs`: see `_roofs`.
+        `memory`: peak bytes of "fastmtl" and "pure" beyond gradients and result, or None if that cannot be measured.
+        `accuracy`: relative errors of "fastmtl" and "pure" (None if not finite) against an exact answer, or None if
+        that would take too long. `roofs`: see `_roofs`.
 
     Raises:
         ArithmeticError: fastmtl's result is wrong: nothing was timed.
@@ -43,7 +43,7 @@ def measure(point: Point, rounds: int, seconds: float, device: str = "cpu") -> d
     torch.set_num_threads(point.threads)
     roofs = _roofs(device, point.threads, point.dtype)
     on_cpu = device == "cpu"
-    peaks = _peaks(point) if on_cpu else None  # before this process has gradients of its own
+    peaks = _peaks(point) if on_cpu else None  # before this process allocates gradients
     G = baseline.gradients(point, device)
     kind = METHODS[point.method]
     errors = _check(G, point)
@@ -80,7 +80,7 @@ def _has_exact(point: Point) -> bool:
 
 
 def _check(G: Tensor, point: Point) -> dict[str, float | None]:
-    """Relative errors of fastmtl and plain PyTorch; raises where fastmtl's is too large."""
+    """Relative errors of fastmtl and plain PyTorch; raises if fastmtl's is too large."""
     torch.manual_seed(0)  # random methods draw the same for both
     alpha = baseline.exact(G, point)
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def _check(G: Tensor, point: Point) -> dict[str, float | None]:
 
 
 def _words(G: Tensor) -> Tensor:
-    """The same memory as numbers that are summed as fast as they are read: pairs of halves as float32."""
+    """The same memory as numbers that are summed as fast as they are read: pairs of 16-bit numbers as float32."""
     if G.itemsize > 2:
         return G
     flat = G.view(-1)
@@ -104,7 +104,7 @@ def _words(G: Tensor) -> Tensor:
 
 @cache
 def _roofs(device: str, threads: int, dtype: str) -> dict[str, float]:
-    """What this machine reaches with so many threads: "read" in bytes/s, and flop/s of matrix products by dtype."""
+    """What this machine reaches with that many threads: "read" in bytes/s, and flop/s of matrix products by dtype."""
     numbers, side = (1 << 26, 1024) if device == "cpu" else (1 << 28, 4096)
     sample = _sampler(device)
     found = {"read": 4 * numbers / _fastest(torch.ones(numbers, device=device).sum, sample)}
@@ -124,7 +124,7 @@ def _fastest(function: Function, sample: Sample) -> float:
 
 
 def _peaks(point: Point) -> dict[str, int] | None:
-    """Peaks of fastmtl and plain PyTorch beyond gradients and result; None on other systems than Linux."""
+    """Peak bytes of fastmtl and plain PyTorch beyond gradients and result; None except on Linux."""
     if not memory.can_peak():
         return None
     names = ("fastmtl", "pure") if point.method == "AlignedMTL" else ("fastmtl",)
@@ -141,7 +141,7 @@ def _call(point: Point, name: str) -> Function:
     G = baseline.gradients(point)
     if name == "pure":
         pure = baseline.Pure(G.shape, G.dtype, G.device)
-        pure.out.zero_()  # physical memory from now on
+        pure.out.zero_()  # backed by physical memory from now on
         return lambda: pure(G)
     method = METHODS[point.method]()
     out = G.new_zeros((*G.shape[:-2], G.shape[-1])).zero_()

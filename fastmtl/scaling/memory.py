@@ -24,7 +24,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def can_peak() -> bool:
-    """Whether this system knows what `peak_extra_memory` asks: Linux does."""
+    """Whether `peak_extra_memory` works on this system: it does on Linux."""
     return os.access(_CLEAR, os.W_OK)
 
 
@@ -32,8 +32,8 @@ def peak_extra_memory(prepare: Prepare, *args: object) -> int:
     """Peak physical memory, in bytes, that a call needs beyond what exists before it; its result is included.
 
     `prepare(*args)`, a function at the top level of an importable module, returns two functions: one that warms up
-    (loads libraries, starts threads) on a much smaller problem, so that scratch memory kept between calls is not
-    missed, and the call itself. They run in a fresh process. The kernel's own high-water mark of the resident set
+    (loads libraries, starts threads) on a much smaller problem, so that scratch memory kept between calls still counts,
+    and the call itself. They run in a fresh process. The kernel's own high-water mark of the resident set
     (VmHWM, reset through /proc/self/clear_refs) sees whoever allocates: torch, C++ or LAPACK. For freed memory to leave
     the resident set and fresh memory to enter it, glibc is told to map every block of 64 KiB or more on its own and to
     keep nothing. The answer is off by a few hundred KiB: smaller blocks come from an existing heap, and the counters
@@ -41,7 +41,7 @@ def peak_extra_memory(prepare: Prepare, *args: object) -> int:
 
     Raises:
         OSError: the system is not Linux.
-        RuntimeError: the process in which it is measured has failed; ValueError or RuntimeError of the calls pass.
+        RuntimeError: the measuring process failed. The calls' own ValueError or RuntimeError is passed on.
     """
     if not can_peak():
         raise OSError("peak memory is measured on Linux only")
@@ -50,8 +50,8 @@ def peak_extra_memory(prepare: Prepare, *args: object) -> int:
     context.set_forkserver_preload([__name__])
     settings = {"ARENA_MAX": "1", "MMAP_THRESHOLD_": "65536", "TOP_PAD_": "0", "TRIM_THRESHOLD_": "0"}
     with mock.patch.dict(os.environ, {f"MALLOC_{name}": value for name, value in settings.items()}):
-        # For glibc, which reads them when the server starts. Not a pool: its processes wait for ever once their parent
-        # is killed.
+        # For glibc, which reads them when the server starts. Not a pool, whose processes wait forever once their
+        # parent is killed.
         receiver, sender = context.Pipe(duplex=False)
         arguments = (sender, torch.get_num_threads(), prepare, *args)
         process = context.Process(target=_send, args=arguments, daemon=True)
@@ -72,7 +72,7 @@ def _send(sender: Connection, threads: int, prepare: Prepare, *args: Any) -> Non
     try:
         sender.send(_peak(threads, prepare, *args))
     except (ValueError, RuntimeError) as error:
-        sender.send(type(error)(str(error)))  # without what may not survive the journey
+        sender.send(type(error)(str(error)))  # a plain copy, which can be pickled
 
 
 def _peak(threads: int, prepare: Prepare, *args: Any) -> int:

@@ -22,7 +22,7 @@ __all__ = ["draw"]
 
 Row = dict[str, Any]
 
-# Okabe and Ito's colours: told apart by the colour-blind too, and by their markers in print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; in print, markers do.
 STYLES: dict[str, dict[str, Any]] = {
     "fastmtl": {"label": "fastmtl", "color": "#0072B2", "marker": "o", "linewidth": 2.4, "zorder": 5},
     "pure": {"label": "plain PyTorch", "color": "#D55E00", "marker": "s", "linewidth": 2.4, "zorder": 4},
@@ -47,21 +47,21 @@ RC: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 MARKERS = "osD^vP*X<>"
-PANELS = 6  # of a figure; of more sizes, some in even steps are shown
-LINES = 8
-UNSEEN = 0.5  # MiB: on a CPU, peak memory is measured to about this; less is drawn as half of it
+PANELS = 6  # in a figure; of more sizes, an even selection is shown
+LINES = 8  # in a panel, likewise
+UNSEEN = 0.5  # MiB: the resolution of peak memory on a CPU; less is drawn as half of it
 PREFIXES = {"batch": "B", "threads": "t", "kappa": "k"}  # in file names
 SYMBOLS = {"tasks": "T", "params": "P", "batch": "B", "kappa": "κ"}
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws what a sweep has numbers for; returns the files.
+    """Draws everything that a sweep has numbers for; returns the files.
 
-    A figure for each combination of the settings that vary: batch, dtype, threads, method and condition number, named
-    in the file's name and the title.
+    There is a figure for each combination of the settings that vary (batch, dtype, threads, method and condition
+    number), which the file's name and the title give.
 
     Args:
-        content: of scaling.json.
+        content: the content of scaling.json.
         folder: where the files go.
     """
     rows = [row for row in map(columns, content["points"]) if "error" not in row]
@@ -102,7 +102,7 @@ def _time(rows: Sequence[Row]) -> Figure | None:
         _logarithmic(ax)
     for ax in panels[:, 0]:
         ax.set_ylabel("time of a call, ms")
-    for column in panels.T:  # where the last row is not full, the one above has the labels
+    for column in panels.T:  # if the last row is not full, the one above has the labels
         lowest = [ax for ax in column if ax.get_visible()][-1]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("tasks T")
@@ -163,7 +163,7 @@ def _roofline(rows: Sequence[Row]) -> Figure | None:
 
 
 def _accuracy(rows: Sequence[Row]) -> Figure | None:
-    """Relative errors against κ, a colour for each T; of several P the largest that has every T and κ."""
+    """Relative errors against κ, a colour for each T; of several P, the largest with the most T."""
     rows = [row for row in rows if "error_fastmtl" in row]
     if not _varies(rows, "kappa"):
         return None
@@ -211,7 +211,7 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-# File name -> how it is drawn, and which settings have figures of their own.
+# File name -> the function that draws it, and the settings that get separate figures.
 FIGURES: dict[str, tuple[Callable[[Sequence[Row]], Figure | None], tuple[str, ...]]] = {
     "time": (_time, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
     "speedup": (_speedup, ("method", "batch", "dtype", "threads", "kappa", "gradients")),
@@ -235,7 +235,7 @@ def _groups(rows: Iterable[Row], axes: Sequence[str]) -> list[tuple[tuple[Any, .
 
 
 def _spread(groups: list[Any], most: int) -> list[Any]:
-    """At most so many of them, in even steps, the first and the last among them."""
+    """At most that many of them, evenly spaced, including the first and the last."""
     if len(groups) <= most:
         return groups
     return [groups[round(i * (len(groups) - 1) / (most - 1))] for i in range(most)]
@@ -264,7 +264,7 @@ def _logarithmic(ax: Axes, label: str = "") -> None:
 
 
 def _plain_ticks(ax: Axes) -> None:
-    """A logarithmic axis of a decade or two: 1, 2, 5 and 10 in plain numbers; finer where it spans less."""
+    """For a logarithmic axis of a decade or two: ticks at 1, 2, 5 and 10 as plain numbers; more if it spans less."""
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,4 +1,4 @@
-"""Which points a sweep measures: ranges as they are typed, and the grid that they span."""
+"""Which points a sweep measures: ranges as users type them, and the grid that they span."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ METHODS: dict[str, type[GramMethod]] = {
 class Point:
     """One measurement: gradients [batch, tasks, params] of this dtype, aggregated by `method`.
 
-    `gradients`: "random", of condition number `kappa`; or "real", of single examples: one matrix, as conditioned as it
-    comes.
+    `gradients`: "random", with condition number `kappa`; or "real", of single examples: one matrix, with whatever
+    condition number it has.
     """
 
     tasks: int
@@ -41,13 +41,13 @@ class Point:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the gradients: [T, P], or [B, T, P] where B > 1."""
+        """The gradients' shape: [T, P], or [B, T, P] if B > 1."""
         matrix = (self.tasks, self.params)
         return matrix if self.batch == 1 else (self.batch, *matrix)
 
     @property
     def bytes(self) -> int:
-        """What the gradients take."""
+        """The gradients' size in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Grid:
         """The product of `axes` (values by the names of `Point`), small ones first.
 
         Args:
-            max_bytes: what a point's gradients may take.
+            max_bytes: how large a point's gradients may be.
             axes: the values; T > P is left out, since plain PyTorch has no answer for dependent gradients.
         """
         names = ("method", "batch", "dtype", "threads", "kappa", "gradients", "params", "tasks")
@@ -84,14 +84,14 @@ class Grid:
 
 
 def numbers(factor: float, least: float = 1, whole: bool = True) -> Callable[[str], list[float]]:
-    """How an option's values are read: a list of numbers and geometric ranges, `2:64,100`.
+    """A parser for an option: a list of numbers and geometric ranges, `2:64,100`.
 
-    `a:b` is a, a·factor, a·factor², … and b; `a:b:f` has another factor.
+    `a:b` is a, a·factor, a·factor², … and b; `a:b:f` has the factor f.
 
     Args:
-        factor: the step of ranges that name none.
-        least: the smallest number that makes sense.
-        whole: integers (in a range, the nearest ones); 1e3 is one.
+        factor: the factor of ranges that give none.
+        least: the smallest allowed number.
+        whole: whether numbers are integers (in a range, the nearest ones); 1e3 is one.
     """
 
     def read(text: str) -> list[float]:
@@ -117,7 +117,7 @@ def numbers(factor: float, least: float = 1, whole: bool = True) -> Callable[[st
 
 
 def names(*choices: str) -> Callable[[str], list[str]]:
-    """How an option's values are read: a comma list of some of the `choices`."""
+    """A parser for an option: a comma-separated list of some of the `choices`."""
 
     def read(text: str) -> list[str]:
         found = list(dict.fromkeys(text.split(",")))

@@ -1,9 +1,9 @@
-"""A sweep as a folder: settings, one file a point, and when all are there, everything in one file and as a table.
+"""A sweep as a folder: settings, one file per point, and when all are done, everything in one file and as a table.
 
-settings.json     what was asked for, and on which machine; the folder serves no other
-points/*.json     a finished point each: measured, or the error that it ended with (delete one to measure it again)
+settings.json     what was asked for, and on which machine; the folder is for this sweep only
+points/*.json     one finished point each: measured, or the error it ended with (delete one to measure it again)
 scaling.json      all points, machine, commits and dates
-scaling.csv       a row a point
+scaling.csv       one row per point
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Study:
     """A sweep in `folder`, new or resumed.
 
     Args:
-        folder: where; made if it is not there.
-        settings: what the sweep depends on, as JSON, the machine among it.
+        folder: its folder, which is made if it does not exist.
+        settings: what the sweep depends on, including the machine; must be JSON.
 
     Raises:
-        ValueError: the folder has a sweep of other settings.
+        ValueError: the folder contains a sweep with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -50,11 +50,11 @@ class Study:
         _write(path, self.settings)
 
     def path(self, point: Point) -> Path:
-        """Where a point's record is, once it is finished."""
+        """The file with a point's record, once it is finished."""
         return self.folder / "points" / f"{point}.json"
 
     def run(self, points: Sequence[Point], log: TextIO, measured: Callable[..., Record] = measure) -> list[Record]:
-        """Measures every point that is not finished and says so, a line a point; returns all records."""
+        """Measures all unfinished points, with one line of log for each; returns all records."""
         todo = [point for point in points if not self.path(point).exists()]
         if len(todo) < len(points):
             print(f"{len(points) - len(todo)} of {len(points)} points are finished already", file=log)
@@ -72,7 +72,7 @@ class Study:
         return [json.loads(self.path(point).read_text(encoding="utf-8")) for point in points]
 
     def write(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Writes scaling.json and scaling.csv; returns what is in the former."""
+        """Writes scaling.json and scaling.csv; returns the content of the former."""
         dates = [record["date"] for record in records]
         about = {
             "commits": sorted({record["commit"] or "unknown" for record in records}),

@@ -1,4 +1,4 @@
-"""How long calls take: interleaved medians, on a machine that does other things too."""
+"""How long calls take: interleaved medians, on a machine that is busy with other things too."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = [
 ]
 
 SHORTEST = 1e-4  # seconds that a sample takes at least
-LONG = 1.0  # seconds: one call is warm-up enough
-STEADY = 1.5  # a round counts while the read around it stays within this factor of the usual one
+LONG = 1.0  # seconds: one call this long is enough warm-up
+STEADY = 1.5  # a round counts if the reads around it are within this factor of the usual one
 LEAST = 3  # rounds, however little time there is
 
 Function = Callable[[], object]
-Sample = Callable[[Function, int], float]  # seconds of one call, of so many calls
+Sample = Callable[[Function, int], float]  # seconds per call, over that many calls
 
 
 class Timing(NamedTuple):
@@ -57,12 +57,12 @@ class Timing(NamedTuple):
         return 2 * self.kept >= self.rounds
 
     def per_call(self, calls: int) -> Timing:
-        """The same where every function made `calls` calls."""
+        """The same timing if every function made `calls` calls."""
         return self._replace(seconds={name: s / calls for name, s in self.seconds.items()})
 
 
 def by_clock(clock: Callable[[], float] = time.perf_counter) -> Sample:
-    """Samples by a clock of the host, which gives seconds since some moment."""
+    """Samples by a clock of the host, a function that returns seconds."""
 
     def sample(function: Function, calls: int) -> float:
         start = clock()
@@ -74,7 +74,7 @@ def by_clock(clock: Callable[[], float] = time.perf_counter) -> Sample:
 
 
 def on_cuda(function: Function, calls: int) -> float:
-    """A sample by the device's clock, from an idle device: waiting for the host to launch is part of it."""
+    """A sample by the device's clock, starting from an idle device, so that launch overhead is included."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -94,18 +94,18 @@ def interleave(
 ) -> Timing:
     """Times all functions in turn, `rounds` times over, and takes the median of each.
 
-    Ratios of such medians hold on a noisy machine: whatever slows a round down slows all of its functions. What hits
-    only some of them shows in `functions["read"]`, which must be a plain read of the input: a round is discarded where
-    this read, timed within the round and within the one before, is off the usual one by more than a factor of `STEADY`.
-    The usual one is the lower quartile of all of them, not their median: what disturbs a read makes it slower, and if
-    it disturbs most of them, the median is one of those and the good rounds would be the ones to go.
+    Ratios of such medians hold on a noisy machine: whatever slows a round down slows all of its functions. Anything
+    that hits only some of them shows in `functions["read"]`, which must be a plain read of the input: a round is
+    discarded if this read, timed within the round and within the one before, is off the usual one by more than a factor
+    of `STEADY`. The usual one is the lower quartile of all reads, not their median: disturbances make reads slower, and
+    if most are disturbed, the median would be too, and the good rounds would be discarded.
 
     Args:
         functions: what to time, by name.
-        rounds: how often, at least 1.
-        sample: how; default: by the clock on the wall.
-        shortest: a function that takes less is called repeatedly within one sample, until it has taken so long.
-        seconds: what the rounds may take together: they are fewer then, but for `LEAST`.
+        rounds: how many rounds, at least 1.
+        sample: how to time; default: by the wall clock.
+        shortest: a function that takes less is called repeatedly within one sample, for at least this long.
+        seconds: how long all rounds together may take: if necessary there are fewer rounds, but at least `LEAST`.
     """
     sample = by_clock() if sample is None else sample
     calls, total = {}, 0.0
@@ -113,7 +113,7 @@ def interleave(
         times: list[float] = []
         while len(times) < 3 and sum(times) < LONG:
             times.append(sample(function, 1))
-        # Not the fastest: where a host gives the processor to others, a clock may even lag behind for a moment.
+        # Not the fastest: if the host gives the processor to others, a clock may even lag behind for a moment.
         usual = statistics.median(times)
         calls[name] = max(1, round(shortest / max(usual, 1e-6)))
         total += usual * calls[name]

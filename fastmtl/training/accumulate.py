@@ -1,4 +1,4 @@
-"""Accumulate, then aggregate: the T gradients of micro-batches are summed, and aggregated once."""
+"""Accumulate, then aggregate: the T gradients of micro-batches are summed and aggregated once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtl.losses import Losses, check_losses, names_of, present_losses, stack
 from fastmtl.rule import Rule, context_of, names_in_order
 from fastmtl.training import passes, paths
 from fastmtl.training.commit import Updates, commit, pairs
-from fastmtl.training.parameters import Parameters, are_plain, checked_groups, checked_parameters
+from fastmtl.training.parameters import Parameters, check_plain, checked_groups, checked_parameters
 from fastmtl.training.paths import features as by_features
 from fastmtl.training.paths import full, upper_bound
 from fastmtl.training.step import Options, Step, prepare
@@ -32,14 +32,14 @@ class Accumulator:
         info = accumulator.backward()  # one aggregation, one commit
         optimizer.step()
 
-    What `backward` commits is what one call of `method.backward` would on the sums of the micro-batches' losses: by
-    linearity each task's gradient is the sum of the micro-batches'. Until then no `.grad` is touched, of no parameter,
-    and the method's state is as it was. What has been added is in no `state_dict()`: save between steps, not within.
+    `backward` commits what one call of `method.backward` on the sums of the micro-batches' losses would: by linearity,
+    each task's gradient is the sum over micro-batches. Until then no parameter's `.grad` is touched, and the method's
+    state stays as it was. What has been added is in no `state_dict()`: save between steps, not within one.
 
-    With `shared`, or `groups`, the graph of a micro-batch goes with `add`, and T gradients are kept: T · P numbers in
-    one flat buffer for each dtype, whatever the number of micro-batches. With a `representation` in each `add` (the
-    upper bound), the T gradients of h and the graph of the *encoder* are kept for each micro-batch, since its one pass
-    comes after the aggregation.
+    With `shared` or `groups`, `add` frees the graph of its micro-batch and keeps T gradients: T · P numbers in one flat
+    buffer for each dtype, however many micro-batches there are. With a `representation` in each `add` (the upper
+    bound), the T gradients of h and the graph of the *encoder* are kept for each micro-batch, since the encoder's one
+    pass comes after the aggregation.
 
     Attributes:
         count: how many micro-batches have been added since the last `backward`.
@@ -61,9 +61,7 @@ class Accumulator:
         if groups is not None:
             groups = checked_groups(groups)
         together = None if process_group is False else process_group
-        self._options = Options(
-            *(method, 0, shared, None, None, False, groups, scale_heads, False, together, "full"),
-        )
+        self._options = Options(method, 0, shared, groups=groups, scale_heads=scale_heads, process_group=together)
         paths.check(self._options)
         self._unsaid = process_group is None
         self._sums: _Sums | None = None
@@ -75,7 +73,7 @@ class Accumulator:
         self._step: Step | None = None
         self._names: tuple[str, ...] | None = None
         self._losses: Tensor | None = None
-        self._own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (task, or 0; parameter's id) -> it, its sum
+        self._own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (task, or 0; parameter's id) -> parameter, sum
         self._reached: dict[int, Tensor] = {}
         self._parts: list[_Part] = []
         self._halfway = False
@@ -91,14 +89,13 @@ class Accumulator:
         batched: bool = False,
         retain_graph: bool = False,
     ) -> None:
-        """The gradients of a micro-batch's losses, added to those of the others.
+        """Adds the gradients of a micro-batch's losses to those of the others.
 
         Args:
-            losses: as in `Method.backward`, None for a task that the micro-batch lacks; all may be None where the
-                shared parameters are named. (Where they are not, they are those that the first micro-batch's losses
-                have in common, which all have to be there.) A loss that is a mean is to be divided by the number of
-                micro-batches.
-            representation: as in `Method.backward`, in each call or in none; then neither `shared` nor `groups`.
+            losses: as in `Method.backward`, None for a task that the micro-batch lacks. All may be None if the shared
+                parameters are named. (If not, they are those that the first micro-batch's losses have in common, and
+                all of these losses have to be there.) Divide a loss that is a mean by the number of micro-batches.
+            representation: as in `Method.backward`, in every call or in none, and without `shared` and `groups`.
             features: as in `Method.backward`.
             batched: as in `Method.backward`.
             retain_graph: as in `Method.backward`.
@@ -106,8 +103,8 @@ class Accumulator:
         Raises:
             TypeError: as `Method.backward`.
             ValueError: as `Method.backward`; or another number of tasks, other shared parameters, or a representation
-                where there was none. Nothing has been added then, and the others are kept.
-            RuntimeError: an earlier call failed in the middle of its passes, which has spoiled the sums: `reset()`.
+                where there was none. Then nothing has been added, and earlier micro-batches are kept.
+            RuntimeError: an earlier call failed in the middle of its passes, which spoiled the sums: call `reset()`.
         """
         self._check_whole()
         method = self._options.method
@@ -147,7 +144,7 @@ class Accumulator:
             self._add_own(step.heads, own)
             self._parts.append(_Part(step.cut, rows, step.parameters, retain_graph))
         self._reached |= {id(leaf): leaf for leaf in step.reached()}
-        # Without what would keep the graph alive.
+        # Without anything that would keep the graph alive.
         options = self._options._replace(tasks=len(tasks))
         self._step = step._replace(options=options, losses=[], cut=[], heads=leaves_of([], []), trunk=trunk_of([]))
         if method.needs_losses:
@@ -158,17 +155,17 @@ class Accumulator:
     def backward(self, *, grad_scale: Tensor | float | None = None) -> Info:
         """Aggregates what has been added, adds the result to `.grad`, and starts over.
 
-        Whatever fails before gradients are committed leaves every `.grad` as it was, and what has been added.
+        A failure before gradients are committed leaves every `.grad` as it was, and keeps what has been added.
 
         Args:
-            grad_scale: as in `Method.backward`: one factor for all micro-batches, as it is where the scaler is updated
-                once a step.
+            grad_scale: as in `Method.backward`: one factor for all micro-batches, as if the scaler is updated once per
+                step.
 
         Returns:
             What the method saw and did.
 
         Raises:
-            ValueError: nothing has been added, or no loss has a gradient of what is shared.
+            ValueError: nothing has been added, or no loss has a gradient of the shared parameters.
             RuntimeError: as `add`.
         """
         self._check_whole()
@@ -224,7 +221,7 @@ class Accumulator:
             raise
 
     def _add_own(self, heads: Leaves, own: list[Row]) -> None:
-        """Adds gradients of what is not shared, for each task by itself where they are to be scaled; all or none."""
+        """Adds gradients of parameters that are not shared, per task if they are to be scaled; all of them or none."""
         found = dict(self._own)
         for t, leaves in enumerate(heads.private):
             for leaf, g in zip([*leaves, *heads.common], own[t], strict=True):
@@ -245,9 +242,7 @@ class Accumulator:
             )
 
     def _check_like_others(self, step: Step) -> None:
-        if not are_plain(step.parameters):
-            other = next(p for p in step.parameters if not are_plain([p]))
-            raise ValueError(f"shared: expected plain parameters with accumulate, got a {type(other).__name__}")
+        check_plain(step.parameters, "accumulate")
         before = self._step
         if before is None or step.options.representation is not None:
             return
@@ -259,7 +254,7 @@ class Accumulator:
 
 
 class _Part(NamedTuple):
-    """A micro-batch of the upper bound: its representation, T gradients of it, and what lies behind."""
+    """A micro-batch of the upper bound: its representation, T gradients of it, and the parameters behind it."""
 
     cut: list[Tensor]
     rows: list[Row]
@@ -281,7 +276,7 @@ class _Sums:
             flat = step.parameters[members[0]].new_empty(T, sum(sizes), requires_grad=False)
             for row, whole in zip(self._rows, flat, strict=True):
                 for k, part in zip(members, whole.split(sizes), strict=True):
-                    dense = torch.empty_like(step.parameters[k], device="meta")  # laid out as `.grad` would be
+                    dense = torch.empty_like(step.parameters[k], device="meta")  # with the layout of `.grad`
                     row[k] = part.as_strided(dense.shape, dense.stride())
         self.clear()
 
@@ -291,17 +286,17 @@ class _Sums:
         return same and len(self._rows) == step.options.tasks
 
     def clear(self) -> None:
-        """Forgets the sums, and keeps the memory."""
+        """Forgets the sums but keeps the memory."""
         self._filled = [[False] * len(self._parameters) for _ in self._rows]
         self._t = 0
 
     def begin(self) -> None:
-        """To be called before the T rows of a micro-batch."""
+        """To call before the T rows of a micro-batch."""
         self._t = 0
 
     @property
     def begun(self) -> bool:
-        """Whether a row of this micro-batch has come."""
+        """Whether a row of this micro-batch has been added."""
         return self._t > 0
 
     @torch.no_grad()
@@ -320,18 +315,18 @@ class _Sums:
         self._filled[self._t - 1] = [was or g is not None for was, g in zip(filled, row, strict=True)]
 
     def rows(self) -> Iterator[Row]:
-        """T rows, None where no micro-batch had a gradient."""
+        """The T rows, with None where no micro-batch had a gradient."""
         for sums, filled in zip(self._rows, self._filled, strict=True):
             yield [x if there else None for x, there in zip(sums, filled, strict=True)]
 
 
 def _is_named(options: Options) -> bool:
-    """Whether it is known what is shared, even of a micro-batch without losses."""
+    """Whether the options tell what is shared, even for a micro-batch without losses."""
     return any(x is not None for x in (options.shared, options.groups, options.representation, options.features))
 
 
 def _taken(own: dict[tuple[int, int], tuple[Tensor, Tensor]], alpha: Tensor | None) -> Iterable[tuple[Tensor, Tensor]]:
-    """Each parameter with its sum, multiplied by the task's weight where there are weights; empties `own`."""
+    """Each parameter with its sum, multiplied by the task's weight if there are weights; empties `own`."""
     for t, key in list(own):
         parameter, g = own.pop((t, key))
         yield parameter, g if alpha is None else g * alpha[t].to(g.dtype)

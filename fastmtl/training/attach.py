@@ -38,13 +38,13 @@ def attach(
         with fastmtl.attach(model.encoder, model.heads, method) as handle:
             for batch in loader: ...
 
-    A forward pass without gradients changes nothing. Copies of the modules (`copy.deepcopy`, averaged models) and what
-    is saved of them, or sent to another process, are ordinary modules; one that is trained without an attachment of its
-    own warns once.
+    A forward pass without gradients is unaffected. Copies of the modules (`copy.deepcopy`, averaged models), including
+    those that are saved or sent to another process, are ordinary modules; training one without an attachment of its own
+    warns once.
 
     Args:
         encoder: the module whose output is the shared representation.
-        heads: T modules, one a task, that are called with tensors of that output. The keys of a dict or an
+        heads: T modules, one per task, that are called with tensors of that output. The keys of a dict or an
             `nn.ModuleDict` are the tasks' names: `handle.total({"seg": ..., "depth": ...})`.
         method: any method of this package.
         via: as in `fan_out`.
@@ -53,11 +53,11 @@ def attach(
         grad_scale: as in `fan_out`, for all steps.
 
     Returns:
-        A handle with `info`, `gradients`, `total` and `remove()`; as a context manager it removes itself at the end.
+        A handle with `info`, `gradients`, `total` and `remove()`. As a context manager it removes itself at the end.
 
     Raises:
-        TypeError: `encoder` or a head is no module, or `method` is no method.
-        ValueError: no head, a module twice among the heads and the encoder, one that something is attached to already,
+        TypeError: `encoder` or a head is not a module, or `method` is not a method.
+        ValueError: no head, a module that occurs twice among heads and encoder, one that already has an attachment,
             weights of another length than T, and as `fan_out`.
         RuntimeError: (in the forward) a head is called with no tensor of the encoder's last output.
     """
@@ -88,14 +88,14 @@ def attach(
 
 
 class _Output:
-    """What one forward of the encoder returned, and its fan-out as soon as a head is called with it."""
+    """What one forward of the encoder returned, and its fan-out once a head is called with it."""
 
     def __init__(self, structure: Any) -> None:
         self.structure = structure
-        self.tensors = list(tensors_of(structure))  # kept so that their ids stay theirs
+        self.tensors = list(tensors_of(structure))  # kept alive so that their ids stay valid
         self.number = {id(x): i for i, x in enumerate(self.tensors)}
         self.fan: FanOut | None = None
-        self.called = [False]  # whether a head was called with it: for a hook that must not hold this object
+        self.called = [False]  # whether a head was called with it, for a hook that must not hold this object
 
     def holds(self, x: Tensor) -> bool:
         return id(x) in self.number
@@ -105,7 +105,7 @@ class Attached:
     """What `attach` returns; it keeps its hooks until `remove()`, and the last fan-out until the next one.
 
     Attributes:
-        names: of the tasks, the keys of the heads; None where these have none.
+        names: the tasks' names, which are the keys of the heads; None if there are none.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Attached:
         self._options = options
         self._site = once.caller()
         self._last: _Output | None = None  # of the last forward that recorded a graph
-        # Of one that did not: an evaluation, or a reentrant checkpoint, outside of which there is a graph after all. Or
-        # of one within a backward, where a checkpoint runs a forward again.
+        # Of a forward that did not: an evaluation, or a reentrant checkpoint, outside of which there is a graph. Or of
+        # one within a backward, where a checkpoint repeats a forward.
         self._beside: _Output | None = None
         self._hooks = [encoder.register_forward_hook(_Hook(self._keep))]
         for t, (_, head) in enumerate(heads):
@@ -131,7 +131,7 @@ class Attached:
 
     @property
     def info(self) -> Info | None:
-        """What the last backward saw and did; None before the first one."""
+        """What the last backward saw and did; None before the first."""
         fan = self._fan
         return None if fan is None else fan.info
 
@@ -162,7 +162,7 @@ class Attached:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is attached to nothing: the modules' copies have no hooks either.
+        # A copy is attached to nothing, as the modules' copies have no hooks.
         return {"names": self.names, "_heads": self._heads, "_last": None, "_beside": None, "_hooks": []}
 
     @property
@@ -179,10 +179,10 @@ class Attached:
         return output.fan
 
     def _may_follow(self) -> bool:
-        """Whether a fan-out made now is another step's than the last.
+        """Whether a fan-out made now belongs to a later step than the last one.
 
-        Within a backward it is if the last one's backward is over: then a reentrant checkpoint around the whole model
-        runs its forward. Else any checkpoint repeats one.
+        Within a backward it does if the last one's backward is over: then a reentrant checkpoint around the whole model
+        is running its forward. Otherwise a checkpoint is repeating the last one.
         """
         running = torch._C._current_graph_task_id()
         return running == -1 or self._fan is None or self._fan.over(running)
@@ -220,11 +220,11 @@ class Attached:
 
 
 class _Hook:
-    """A module hook of one handle. What is copied of it, or saved, does nothing."""
+    """A module hook of one handle. Its copies, also when saved, do nothing but warn."""
 
     def __init__(self, call: Any, *first: Any) -> None:
         self._call = call
-        self._between = torch.compiler.disable(call)  # between graphs: ids of tensors are nothing to compile
+        self._between = torch.compiler.disable(call)  # runs between graphs: ids of tensors cannot be compiled
         self._first = first
 
     def __call__(self, *arguments: Any) -> Any:
@@ -247,7 +247,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _look_at_copy(module: nn.Module, *_: Any) -> None:
-    """The hook that an encoder's copy has."""
+    """The hook of an encoder's copy: warns if the copy is trained without an attachment."""
     trains = module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and not any(isinstance(hook, _Hook) for hook in module._forward_hooks.values()):
         once.warn(

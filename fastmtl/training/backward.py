@@ -1,4 +1,4 @@
-"""From T losses to `.grad`: arguments are checked once, one path brings the gradients, one commit writes them."""
+"""From T losses to `.grad`: arguments are checked once, one path computes the gradients, one commit writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastmtl.training.step import Engine, Options, Outcome, Step, prepare
 
 __all__ = ["backward"]
 
-_NEAR = 8  # operations behind the losses that are looked at
+_NEAR = 8  # how many operations behind the losses are examined
 
 
 def backward(
@@ -42,7 +42,7 @@ def backward(
     per: Per = "all",
     check: bool = True,
 ) -> Info:
-    """What is behind `Method.backward`, for any rule: see there. Nothing is written before `commit`."""
+    """The implementation of `Method.backward`, for any rule. Nothing is written before `commit`."""
     names, tasks, T = _tasks(method, losses, batch_dim, per)
     method.check_tasks(T)
     scaled, heads = checked_heads(scale_heads, T)
@@ -64,7 +64,7 @@ def backward(
 def _tasks(
     method: Rule, losses: Losses, batch_dim: int | None, per: Per
 ) -> tuple[tuple[str, ...] | None, list[Tensor | None], int]:
-    """The tasks' names, the losses, and how many are aggregated with each other."""
+    """The tasks' names, the losses, and how many of them are aggregated together."""
     if batch_dim is not None:
         each = per_example.checked_losses(losses, batch_dim)
         T, B = each.shape
@@ -75,7 +75,7 @@ def _tasks(
 
 
 def _warn_of_arithmetic(losses: Tensor) -> None:
-    """Warns of losses on which something was computed after they were stacked: every entry reaches all of them."""
+    """Warns if something was computed on the losses after they were stacked: every entry then reaches all of them."""
     nodes, seen = [losses.grad_fn], 0
     while nodes and seen < _NEAR:
         node, seen = nodes.pop(0), seen + 1

@@ -1,4 +1,4 @@
-"""What one backward brings the aliases of a fan-out, and what becomes of it."""
+"""The gradients that one backward brings to the aliases of a fan-out, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastmtl.graph import Edge, reached_by, trunk_of
 from fastmtl.info import Info
 from fastmtl.pipeline import aggregate_flat, aggregate_part
 from fastmtl.rule import Context, Rule, context_of
-from fastmtl.training.running import asked_behind, executes, is_mean, nested_at, probe_like, running_call
+from fastmtl.training.running import asked_behind, executes, is_mean, nested_among, probe_like, running_call
 from fastmtl.training.watch import Watch
 
-__all__ = ["FAN_OUTS", "Capture"]
+__all__ = ["FAN_OUT", "Capture"]
 
-FAN_OUTS = frozenset({"fan_outBackward"})  # the type of the graph nodes
+FAN_OUT = "fan_outBackward"  # the name of the type of a fan-out's graph nodes
 
 
 class Capture:
     """The gradients of one fan-out, T·K of them (entry t·K + k), and what becomes of them.
 
-    Holds no alias, so that the graph and its fan-out do not keep each other alive.
+    It holds no alias, so that the graph and its fan-out do not keep each other alive.
     """
 
     def __init__(
@@ -48,36 +48,36 @@ class Capture:
         self.watch = watch
         self.info = info
         self.gradients: Sequence[Tensor | None] | None = None
-        self._of_losses: Info | None = None  # what a method on losses did with them
-        self.derived = -1  # the backward that has come by a derivative through the aliases
-        self._marked = -1  # the backward that started at a total, and the tasks it said were there
+        self._of_losses: Info | None = None  # what a method on losses did with the losses
+        self.derived = -1  # the backward that passed a derivative taken through the aliases
+        self._marked = -1  # the backward that started at a total, and the tasks that the total said were present
         self._expected: Sequence[bool] = ()
         self._sources = [x.detach() for x in sources] if reduce is not None else []
 
     def take(self, losses: Sequence[Tensor | None]) -> None:
-        """Keeps the losses for the method. They are not scaled yet: that is done to their sum."""
+        """Keeps the losses for the method. They are unscaled: a loss scaler multiplies their sum."""
         self.context = self.context._replace(losses=context_of(self.method, losses, self.tasks).losses)
 
     def scalarize(self, losses: Sequence[Tensor | None]) -> Tensor:
-        """The one loss that a method on losses makes of them; they are not scaled yet either."""
+        """The one loss that a method on losses makes of them, which are unscaled."""
         method: Any = self.method
         value: Tensor = method(losses)
         self._of_losses = method.info
         return value
 
     def expect(self, tasks: Sequence[bool]) -> None:
-        """Says that the running backward is to aggregate, and that it brings gradients of these tasks."""
+        """Marks the running backward as one that aggregates, with gradients of these tasks."""
         self._marked, self._expected = torch._C._current_graph_task_id(), tasks
 
     def pass_on(
         self, node: Any, grads: Sequence[Tensor | None], sums: Sequence[Tensor | None] | None = None
     ) -> Sequence[Tensor | None]:
-        """K gradients for the encoder from the T·K that were captured (entry t·K + k).
+        """The K gradients for the encoder, from the T·K that were captured (entry t·K + k).
 
         Args:
-            node: the graph node of which this is the backward; its first input is the probe.
-            grads: what was captured.
-            sums: the K sums over tasks, where they are there.
+            node: the graph node whose backward this is; its first input is the probe.
+            grads: the captured gradients.
+            sums: their K sums over tasks, if autograd has formed them.
         """
         watch, current = self.watch, torch._C._current_graph_task_id()
         watch.passed, watch.updates = current, None
@@ -100,7 +100,7 @@ class Capture:
         return updates
 
     def trains(self, node: Any, current: int) -> bool:
-        """Whether the running backward comes from `total`, or accumulates gradients of all that it reaches."""
+        """Whether the running backward comes from `total`, or accumulates the gradients of all it reaches."""
         return self._marked == current or executes(node.next_functions[0][0])
 
     def _asks_for_parameters(self, behind: Sequence[Edge], grads: Sequence[Tensor | None]) -> bool:
@@ -121,7 +121,7 @@ class Capture:
         return parameters
 
     def _check_asked(self, behind: Sequence[Edge]) -> None:
-        """Warns where a total is taken for a function of the inputs."""
+        """Warns if a total is differentiated as a function of the inputs."""
         if once.first("asked", self.watch.site) and not any(asked_behind(behind)):
             once.warn(
                 "derivative of the total",
@@ -132,7 +132,7 @@ class Capture:
             )
 
     def _missing(self, grads: Sequence[Tensor | None]) -> list[int]:
-        """The tasks of which there is no gradient."""
+        """The tasks without a gradient."""
         K = self.tensors
         if K == 1:
             return [t for t, g in enumerate(grads) if g is None]
@@ -140,14 +140,14 @@ class Capture:
 
     def _warn_missing(self, tasks: list[int], given: bool) -> None:
         unexpected = [t for t in tasks if self._expected[t]] if given else tasks
-        if unexpected:  # where no alias brings anything, which of them are absent does not matter
+        if unexpected:  # if no alias brings anything, it does not matter which tasks are absent
             self.watch.warn_missing(tasks if len(tasks) == self.tasks else unexpected, given)
 
     def _look_around(self, node: Any, behind: Sequence[Edge], given: bool) -> None:
-        """Warns of what a training backward shows to be wrong where it starts. At a total there is nothing to see."""
+        """Warns of misuse that shows where a training backward starts, which is not at a total."""
         watch = self.watch
         if self.tensors > 1:
-            watch.nested = nested_at(watch.site, behind)
+            watch.nested = nested_among(behind)
         call = None if given else running_call()
         if call is None:
             return
@@ -158,9 +158,9 @@ class Capture:
                 f"fan_out: the {self.tasks} losses are averaged, not summed. The weights 1/T are part of the method: "
                 "with a mean over the losses, all gradients are T times too small. hs.total(losses) sums them",
             )
-        if once.first("roots", watch.site):  # this takes a walk through the graph
+        if once.first("roots", watch.site):  # this walks through the graph
             ends = {(node, i): 0 for i in range(self.tasks * self.tensors + 1)}
-            if reached_by(call[1], ends, trunk_of(behind).nodes, FAN_OUTS)[1]:
+            if reached_by(call[1], ends, trunk_of(behind).nodes, frozenset({FAN_OUT}))[1]:
                 watch.warn_beside("a loss depends on h, or on what h is made of,")
 
     def _sums(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -231,7 +231,7 @@ class Capture:
 
 
 class _Derivative(torch.autograd.Function):
-    """Identity on a derivative that is part of a graph: a training backward through it trains on derivatives."""
+    """Identity on a derivative that is part of a graph, to detect a backward that trains on derivatives."""
 
     @staticmethod
     def forward(ctx: Any, capture: Capture, probe: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -256,7 +256,7 @@ _DERIVED = (
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on the first `count` tensors, which depend on the others in a way that has no derivative."""
+    """Identity on the first `count` tensors, whose dependence on the others has no derivative."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What becomes of gradients at the end of a step: they are added to `.grad`, at once, by autograd itself."""
+"""How a step ends: gradients are added to `.grad`, all at once, by autograd itself."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastmtl.inputs import Row
 
 __all__ = ["Updates", "check_gathered", "commit", "own_gradients", "pairs"]
 
-# Parameters with what is to be added to their `.grad`; one that occurs twice gets both.
+# Parameters with what to add to their `.grad`; one that occurs twice gets both.
 Updates: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
 
 def pairs(parameters: Sequence[Tensor], updates: list[Tensor | None]) -> Updates:
-    """Every parameter with its update, where it has one; empties `updates`."""
+    """Every parameter that has an update, with it; empties `updates`."""
     found = [(p, update) for p, update in zip(parameters, updates, strict=True) if update is not None]
     updates.clear()
     return found
 
 
 def own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every parameter that is not shared with the gradient of its loss, or of the sum of its losses; empties `own`.
+    """Every parameter that is not shared, with the gradient of its loss or of the sum of its losses; empties `own`.
 
     Args:
         heads: these parameters.
-        own: for each task the gradients of its own parameters and of those of several.
-        alpha: task weights that the gradients are multiplied by; None for none.
+        own: for each task, the gradients of its own parameters and of those common to several tasks.
+        alpha: task weights to multiply the gradients by; None for none.
     """
     sums: dict[int, Tensor] = {}
     for t, parameters in enumerate(heads.private):
@@ -50,7 +50,7 @@ def own_gradients(heads: Leaves, own: list[Row], alpha: Tensor | None) -> Iterat
 
 
 def check_gathered(parameters: Iterable[Tensor]) -> None:
-    """Raises ValueError where one of them, seen after a backward, is a buffer of `fully_shard`."""
+    """Raises ValueError if one of these, after a backward, turns out to be a buffer of `fully_shard`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from fastmtl import distributed  # here: not every torch is built with it
 
@@ -58,9 +58,9 @@ def check_gathered(parameters: Iterable[Tensor]) -> None:
 
 
 class _Commit(torch.autograd.Function):
-    """Identity on nothing: a node whose backward hands each parameter its gradient, so that autograd accumulates it.
+    """A node that computes nothing and whose backward hands each parameter its gradient, for autograd to accumulate.
 
-    One for each device, or autograd would wait for another one's stream.
+    There is one per device, or autograd would wait for another device's stream.
     """
 
     @staticmethod
@@ -72,17 +72,17 @@ class _Commit(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         updates, ctx.updates = ctx.updates, None
         result = (None, *updates)
-        updates.clear()  # so that autograd finds itself the only owner and takes the buffers instead of copying them
+        updates.clear()  # autograd is then the only owner, and takes the buffers instead of copying them
         return result
 
 
 def commit(updates: Updates, reached: Iterable[Tensor] = ()) -> None:
-    """Adds the updates to `.grad` through AccumulateGrad: all hooks fire as in any backward. Empties `updates`.
+    """Adds the updates to `.grad` through AccumulateGrad, so that all hooks fire as in any backward; empties `updates`.
 
-    As in any backward they also fire for what was `reached` without a gradient: DistributedDataParallel waits for that.
+    As in any backward, hooks also fire for leaves `reached` without a gradient: DistributedDataParallel waits for them.
 
     Raises:
-        ValueError: what is to get a gradient is no parameter, but a buffer of `fully_shard`. Nothing is written then.
+        ValueError: one of the tensors is not a parameter but a buffer of `fully_shard`. Then nothing is written.
     """
     check_gathered(parameter for parameter, _ in updates)
     listed = {id(parameter) for parameter, _ in updates}

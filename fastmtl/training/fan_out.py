@@ -1,8 +1,8 @@
 """The shared representation inside one ordinary backward: each task gets an alias of it, the encoder one gradient.
 
-Aliases 1..T of a representation h carry the task gradients Z_t = ∂L_t/∂h to where they are aggregated; what comes out
-goes on into the encoder in place of their sum (paper, section 5.2, Aligned-MTL-UB). Two implementations, equal to each
-other: one autograd node with T outputs, which is told all gradients at once, or tensor hooks alone.
+Aliases 1..T of a representation h carry the task gradients Z_t = ∂L_t/∂h to where they are aggregated; the result goes
+on into the encoder in place of their sum (paper, section 5.2, Aligned-MTL-UB). Two implementations are equivalent: one
+autograd node with T outputs, which receives all gradients at once, and tensor hooks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastmtl.structure import map_tensors, tensors_of
 from fastmtl.training.capture import Capture
 from fastmtl.training.nodes import _Node, _Total, _TracedNode, _TracedTotal, aliases_of, with_hooks
 from fastmtl.training.running import probe_like
+from fastmtl.training.step import check_together
 from fastmtl.training.watch import Watch
 
 __all__ = ["FanOut", "Via", "check_arguments", "fan_out", "place"]
@@ -49,57 +50,58 @@ def fan_out(
         hs = fan_out(h, tasks=T, method=method)
         hs.total([loss(head(h_t)) for head, h_t in zip(heads, hs)]).backward()
 
-    The gradients that the aliases receive are captured where they lie and aggregated by `method`, and the encoder gets
-    the single result instead of their sum: the upper bound of paper, section 5.2. Task weights come from `method`, so
-    the losses are summed plainly, by `total`: a mean over them would apply 1/T twice.
+    The gradients that the aliases receive are captured in place and aggregated by `method`, and the encoder gets the
+    single result instead of their sum: the upper bound of the paper, section 5.2. Task weights come from `method`, so
+    `total` sums the losses plainly: a mean over them would apply 1/T twice.
 
     A task whose loss does not reach its alias is absent: a zero row. An alias that is used several times gets the sum.
-    A second backward over a retained graph must bring gradients of the same tasks as the first. Where no gradient is
-    recorded (`torch.no_grad()`, or an `h` that does not require grad) the aliases are `h` itself.
+    A second backward over a retained graph must bring gradients of the same tasks as the first. If no gradient is
+    recorded (`torch.no_grad()`, or an `h` that does not require grad), the aliases are `h` itself.
 
-    Gradients are aggregated in what trains: a `backward()`, whatever starts at `total`, and a `torch.autograd.grad` of
-    all tasks' losses with respect to parameters. Any other `torch.autograd.grad`, of one task's output with respect to
-    the inputs for example, is the derivative, as if there were no fan-out; with `create_graph=True` too, but losses
-    made from such derivatives are refused, since what they bring the encoder does not pass through the aliases.
+    Gradients are aggregated in training: in a `backward()`, in anything that starts at `total`, and in a
+    `torch.autograd.grad` of all tasks' losses with respect to parameters. Any other `torch.autograd.grad`, for example
+    of one task's output with respect to the inputs, is the plain derivative, as if there were no fan-out. So it is with
+    `create_graph=True`, but losses made from such derivatives are refused, since their gradient reaches the encoder
+    without passing through the aliases.
 
-    Uses that bypass the aliases cause a warning, once for each call in the source: an alias without a gradient, `h`
-    itself or something before it used beside them, losses that are averaged, as far as that can be detected.
+    Uses that bypass the aliases cause a warning, once for each call in the source, as far as they can be detected: an
+    alias without a gradient, `h` itself or something before it used beside them, losses that are averaged.
 
     Args:
         h: the representation: a tensor (float32, float64, bfloat16 or float16), or a nested list, tuple, dict or
-            dataclass of tensors; their gradients are one row of G together. Tensors that do not require grad, and
-            whatever is no tensor, are passed on as they are.
+            dataclass of tensors, whose gradients together form one row of G. Tensors that do not require grad, and
+            anything else, are passed on as they are.
         tasks: number of tasks T, or their names: with `tasks=("seg", "depth")`, `hs["seg"]` is an alias,
             `hs.total({"seg": ..., "depth": ...})` takes the losses by name, and `info.names` has the names.
         method: any method of this package.
-        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias, and a node where they come
-            from; the results are the same.
-        info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where nothing but tensors can leave
-            a backward.
+        via: "node", one autograd node (faster), or "hooks", `register_hook` on each alias and a node at their source;
+            the results are the same.
+        info: buffers to write into, from `Info(T)`: needed inside `torch.compile`, where only tensors can leave a
+            backward.
         process_group: True (all processes) or a process group, for data parallelism: the weights come from the Gram of
             the whole batch, so that averaging the encoder's gradients over processes gives what one process would get.
             Each process's losses have to be means over its part of the batch, and summed by `hs.total(losses)`. None
-            is False, with a warning where there are several processes.
+            means False, with a warning if there are several processes.
         grad_scale: the factor S by which a loss scaler multiplies the losses (`scaler.get_scale()`), for methods that
             are not homogeneous: see `Method.__call__`.
 
-    Methods that need the losses take them from `hs.total(losses)`. A method on losses (`fastmtl.scalarization`) makes
-    the total of them there, the encoder gets the plain sum of what the aliases bring, and a backward of any other sum
-    is a RuntimeError.
+    Methods that need the losses take them from `hs.total(losses)`. With a method on losses (`fastmtl.scalarization`),
+    the total is that method's scalar, the encoder gets the plain sum of what the aliases bring, and a backward of any
+    other sum is a RuntimeError.
 
     Returns:
         A sequence of T aliases, each of the structure of `h`, with `info`, `gradients` and `total`.
 
     Raises:
-        TypeError: a tensor of `h` is of another dtype or sparse, `method` is no method, or `info` no `Info`.
-        ValueError: `tasks` < 1 or a name twice, `h` without tensors, an unknown `via`, weights of another length than
-            T, `process_group` with a method that does not work on the Gram or needs the losses, `info` for another
-            number of tasks; inside `torch.compile`: `process_group`, a method on losses or one that has state.
-        NotImplementedError: `h` requires grad outside of a transform of `torch.func`, but not within it; (in the
+        TypeError: a tensor of `h` is of another dtype or sparse, `method` is not a method, or `info` is not an `Info`.
+        ValueError: `tasks` < 1 or a name that occurs twice, `h` without tensors, an unknown `via`, weights of another
+            length than T, `process_group` with a method that does not work on the Gram or needs the losses, `info` for
+            another number of tasks; inside `torch.compile`: `process_group`, a method on losses or one with state.
+        NotImplementedError: `h` requires grad outside a transform of `torch.func`, but not within it; (in the
             backward) a loss contains a derivative that was taken through the aliases.
         RuntimeError: (in the backward) the tasks that bring a gradient are not those of the first backward, or the
-            method needs losses and `total` was not called. (In the head) torch's own, about "fan_out", where an alias
-            is written in place: the others share its memory.
+            method needs losses and `total` was not called. (In the head) torch's own error, about "fan_out", if an
+            alias is modified in place: the others share its memory.
     """
     site = None if torch.compiler.is_compiling() else once.site_of(sys._getframe(1))
     return place(h, tasks, method, site, via=via, info=info, process_group=process_group, grad_scale=grad_scale)
@@ -116,7 +118,7 @@ def place(
     process_group: Any = None,
     grad_scale: Tensor | float | None = None,
 ) -> FanOut:
-    """`fan_out`, with warnings that name `site`, which is there except within `torch.compile`."""
+    """`fan_out`, with warnings attributed to `site`, which is None only within `torch.compile`."""
     tasks, names = check_arguments(tasks, method, via, info)
     if grad_scale is not None:
         grad_scale = checked_scale(grad_scale)
@@ -147,7 +149,7 @@ def place(
 
 
 def _checked_tasks(tasks: Any) -> tuple[int, tuple[str, ...] | None]:
-    """How many tasks there are, and their names, where they have some."""
+    """The number of tasks, and their names if they have any."""
     if isinstance(tasks, (list, tuple)) and tasks and all(isinstance(name, str) for name in tasks):
         return len(tasks), check_names(tasks, "tasks")
     if not isinstance(tasks, Integral) or isinstance(tasks, bool) or tasks < 1:
@@ -156,7 +158,7 @@ def _checked_tasks(tasks: Any) -> tuple[int, tuple[str, ...] | None]:
 
 
 def _sources(h: Any) -> list[Tensor]:
-    """The tensors of h that gradients pass through. One that occurs twice is one column of G, and one alias."""
+    """The tensors of h that gradients pass through. One that occurs twice is one column of G and one alias."""
     tensors = [h] if isinstance(h, Tensor) else list(tensors_of(h))
     if not tensors:
         raise ValueError(f"h: expected a tensor or a nested structure of tensors, got {describe(h)} without any")
@@ -178,7 +180,7 @@ def _sources(h: Any) -> list[Tensor]:
 
 
 def check_arguments(tasks: Any, method: Rule, via: str, info: Info | None) -> tuple[int, tuple[str, ...] | None]:
-    """How many tasks there are, and their names, where they have some. Raises for what does not fit, as `fan_out`."""
+    """The number of tasks, and their names if they have any. Raises as `fan_out` for arguments that do not fit."""
     names = None
     if type(tasks) is not int or tasks < 1:
         tasks, names = _checked_tasks(tasks)
@@ -223,8 +225,8 @@ class FanOut(Sequence[Any]):
         self._capture = capture
         self._info = info
         self._anchor = anchor
-        self._plain = plain  # a method on losses, where there is nothing to capture
-        self._told = told  # by which a traced node hears of the losses
+        self._plain = plain  # a method on losses, if there is nothing to capture
+        self._told = told  # the output through which a traced node is told the losses
 
     def __len__(self) -> int:
         return len(self._aliases)
@@ -243,15 +245,15 @@ class FanOut(Sequence[Any]):
 
     @property
     def info(self) -> Info | None:
-        """What the last backward saw and did; None before the first one, unless buffers were given."""
+        """What the last backward saw and did; None before the first, unless buffers were given."""
         return self._info if self._capture is None else self._capture.info
 
     @property
     def gradients(self) -> list[Any] | None:
-        """The task gradients that the last backward captured: T structures like `h`; None before the first one.
+        """The task gradients that the last backward captured: T structures like `h`; None before the first.
 
-        None stands in them for a tensor that a task's loss does not reach (and for one that does not require grad).
-        They are the very tensors that autograd passes on: do not modify them.
+        In them, None stands for a tensor that a task's loss does not reach, or that does not require grad. They are the
+        very tensors that autograd passes on: do not modify them.
         """
         if self._capture is None or self._capture.gradients is None:
             return None
@@ -264,23 +266,23 @@ class FanOut(Sequence[Any]):
         return [map_tensors(lambda x: of.get(id(x)), h) for h in self._aliases]
 
     def total(self, losses: Losses) -> Tensor:
-        """The sum of the T losses, or what a method on losses makes of them, for the one backward of a step.
+        """The sum of the T losses, or a method-on-losses' scalar of them, for the one backward of a step.
 
-        It says which tasks there are: that all losses are there, that they are summed and not averaged, and which are
-        absent. With `process_group` it is tied to the aliases even where no loss uses one: every process has to take
-        part in the backward of the representation, also one that has no example for any task, for which the others
-        would wait. Methods that need the losses take them from here.
+        Calling it makes sure that all losses are there and are summed, not averaged, and tells which tasks are absent.
+        With `process_group` the total is tied to the aliases even if no loss uses one: every process has to take part
+        in the backward of the representation, also one without examples of any task, or the others would wait for it.
+        Methods that need the losses take them from here.
 
         Args:
             losses: T scalars, a list, a tuple or a tensor [T], in the order of the tasks, or a dict by their names;
-                None for a task that is absent in this step, as is one whose loss needs no gradient.
+                None for a task that is absent in this step; so is one whose loss requires no grad.
 
         Returns:
             A scalar tensor [].
 
         Raises:
-            TypeError: `losses` is of another kind, or one of them no floating tensor.
-            ValueError: not T losses, names that are missing or unknown, one that is no scalar, or none that requires
+            TypeError: `losses` is of another kind, or one of them is not a floating tensor.
+            ValueError: not T losses, names that are missing or unknown, one that is not a scalar, or none that requires
                 grad.
         """
         parts = check_losses(losses, len(self), self.names)
@@ -310,7 +312,7 @@ class FanOut(Sequence[Any]):
         return total
 
     def _scalarized(self, losses: Sequence[Tensor | None]) -> Tensor:
-        """What a method on losses makes of them where h requires no grad, as behind a frozen encoder: heads train."""
+        """A method-on-losses' scalar where h requires no grad, as behind a frozen encoder, and only heads train."""
         method: Any = self._plain
         value: Tensor = method(losses)
         self._info = method.info if self._info is None else self._info.copy_(method.info)
@@ -318,13 +320,13 @@ class FanOut(Sequence[Any]):
         return value
 
     def _examine(self, losses: Sequence[Tensor | None]) -> None:
-        """Warns of losses that do not depend on their alias, and of ways around the aliases."""
+        """Warns of losses that do not depend on their alias, and of paths around the aliases."""
         assert self._capture is not None
         ends: dict[Edge, int] = {}
         for t, alias in enumerate(self._aliases):
             ends.update((edge_of(x), t) for x in tensors_of(alias) if x.requires_grad)
         node = next(iter(ends))[0]
-        while not hasattr(node, "capture"):  # from an alias to where all come from
+        while not hasattr(node, "capture"):  # from an alias to the node that made all of them
             node = node.next_functions[0][0]
         trunk = trunk_of(node.next_functions[1:]).nodes
         watch = self._capture.watch
@@ -342,15 +344,15 @@ class FanOut(Sequence[Any]):
 
     @property
     def aggregates(self) -> bool:
-        """Whether gradients are recorded: else the aliases are h itself."""
+        """Whether gradients are recorded; if not, the aliases are h itself."""
         return self._capture is not None
 
     def over(self, running: int) -> bool:
-        """Whether a backward has come by here, other than the one that is running."""
+        """Whether a backward other than the running one has passed here."""
         return self._capture is not None and self._capture.watch.passed not in (-1, running)
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies: of a graph there is none, so a copy holds nothing.
+        # For copies: a graph cannot be copied, so a copy is empty.
         nothing = dict.fromkeys(("_capture", "_info", "_anchor", "_plain", "_told"))
         return {"_aliases": [None] * len(self), "names": self.names, **nothing}
 
@@ -359,15 +361,10 @@ class FanOut(Sequence[Any]):
 
 
 def _reduction(method: Rule, group: Any) -> tuple[_OfTensor, _OfTensor]:
-    """What turns this process's Gram into the whole batch's, and what makes a tensor the same; None for one process."""
+    """Functions that reduce a process's Gram to the whole batch's, and agree on a tensor; None for one process."""
     if group is False or group is None:
         return None, None
-    if not method.on_gram:
-        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
-    if method.needs_losses:
-        raise ValueError(
-            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
-        )
+    check_together(method)
     from fastmtl import distributed  # here: not every torch is built with it
 
     own = distributed.gram_group(group)

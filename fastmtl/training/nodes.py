@@ -12,16 +12,16 @@ from fastmtl.info import Info
 from fastmtl.pipeline import aggregate_flat
 from fastmtl.rule import Context, Rule
 from fastmtl.structure import map_tensors
-from fastmtl.training.capture import Capture
+from fastmtl.training.capture import FAN_OUT, Capture
 
 __all__ = ["aliases_of", "with_hooks"]
 
-_MANY = 16  # tasks from which on one `unbind` is faster than so many views
+_MANY = 16  # from this many tasks on, one `unbind` is faster than separate views
 
 
 def _speaking(function: Any) -> Any:
-    """Names a function's nodes "fan_out": what torch says of an alias that is written in place names the node."""
-    function._backward_cls.__name__ = "fan_outBackward"
+    """Names a function's nodes "fan_out": torch's error about an alias modified in place then contains the name."""
+    function._backward_cls.__name__ = FAN_OUT
     return function
 
 
@@ -60,7 +60,7 @@ class _Join(torch.autograd.Function):
 
 @_speaking
 class _Alias(torch.autograd.Function):
-    """A view, whose gradient arrives after the hooks of the user."""
+    """A view whose gradient arrives after the user's hooks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _Captured:
 
     def __init__(self) -> None:
         self._grads: dict[int, Tensor] = {}
-        self._running = -1  # the backward that these are of: one that failed half-way has left something behind
+        self._running = -1  # the backward they belong to: one that failed half-way leaves some behind
 
     def hook(self, i: int) -> Callable[[Tensor | None], None]:
         def capture(gradient: Tensor | None) -> None:
@@ -98,7 +98,7 @@ class _Captured:
 
 
 def with_hooks(capture: Capture, probe: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `_Node.apply` does, with a hook on each alias."""
+    """The same as `_Node.apply`, with a hook on each alias."""
     captured, K = _Captured(), capture.tensors
     joined = _Join.apply(capture, captured, probe, *tensors)
     aliases: list[Tensor] = []
@@ -110,7 +110,7 @@ def with_hooks(capture: Capture, probe: Tensor, *tensors: Tensor) -> tuple[Tenso
 
 
 class _Total(torch.autograd.Function):
-    """The sum of the losses, and what `total` has been told of them."""
+    """The sum of the losses, whose backward marks itself as one from `total`."""
 
     @staticmethod
     def forward(ctx: Any, capture: Capture, present: Sequence[bool], *losses: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ class _Total(torch.autograd.Function):
 
 
 class _TracedNode(torch.autograd.Function):
-    """`_Node` for `torch.compile`: no Python state, `info` is written as tensors.
+    """`_Node` for `torch.compile`: without Python state; `info` is written as tensors.
 
-    A method that needs the losses is told them by the gradient of one more output, from `_TracedTotal`.
+    A method that needs the losses gets them as the gradient of one more output, from `_TracedTotal`.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class _TracedNode(torch.autograd.Function):
             *grads, told = grads  # type: ignore[assignment]
             if told is None:
                 raise RuntimeError(f"fan_out: {ctx.method!r} needs the losses: sum them by the fan-out's total(losses)")
-            losses = torch.where(told[-1] == 1, told[:-1], torch.nan)  # a compiler may have made zeros of None
+            losses = torch.where(told[-1] == 1, told[:-1], torch.nan)  # a compiler may have replaced None by zeros
         updates, info = aggregate_flat(ctx.method, grads, ctx.tensors, None, Context(losses, ctx.grad_scale))
         if ctx.info is not None:
             ctx.info.copy_(info)
@@ -153,7 +153,7 @@ class _TracedNode(torch.autograd.Function):
 
 
 class _TracedTotal(torch.autograd.Function):
-    """The sum of the losses, with a gradient for `told` that says what they are [T], and 1."""
+    """The sum of the losses; the gradient of `told` is the losses [T] and a 1."""
 
     @staticmethod
     def forward(ctx: Any, told: Tensor, values: Tensor, *losses: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class _TracedTotal(torch.autograd.Function):
 
 
 def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tensor, ...]:
-    """T·K views; with an anchor, a zero that depends on all of them, at the end."""
+    """T·K views; if anchored, followed by a zero that depends on all tensors."""
     if len(tensors) == 1 and tasks >= _MANY:
         views = tensors[0].expand(tasks, *tensors[0].shape).unbind()
     else:
@@ -177,7 +177,7 @@ def _views(tensors: Sequence[Tensor], tasks: int, anchored: bool) -> tuple[Tenso
 
 
 def aliases_of(h: Any, sources: Sequence[Tensor], outputs: Sequence[Tensor], tasks: int) -> list[Any]:
-    """T structures like `h`, the sources in it replaced by their outputs (entry t·K + k)."""
+    """T structures like `h`, with its sources replaced by their outputs (entry t·K + k)."""
     if isinstance(h, Tensor):
         return list(outputs[:tasks])
 

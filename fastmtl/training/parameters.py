@@ -15,6 +15,7 @@ __all__ = [
     "Heads",
     "Parameters",
     "are_plain",
+    "check_plain",
     "checked_cut",
     "checked_groups",
     "checked_heads",
@@ -28,17 +29,17 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def checked_parameters(given: Parameters, name: str = "shared") -> list[Tensor]:
-    """Those that require grad of a module or of an iterable of parameters, each once; frozen ones are passed over.
+    """The parameters of a module or an iterable that require grad, each once; frozen ones are skipped.
 
     Raises:
-        TypeError: no iterable, or an entry that is no floating tensor.
-        ValueError: an entry that is no leaf, or none that requires grad.
+        TypeError: not an iterable, or an entry that is not a floating tensor.
+        ValueError: an entry that is not a leaf, or none that requires grad.
     """
     if isinstance(given, torch.nn.Module):
         given = given.parameters()
     elif isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"{name}: expected a module or an iterable of parameters, got {describe(given)}")
-    parameters: dict[int, Tensor] = {}  # tied parameters are listed twice by some models
+    parameters: dict[int, Tensor] = {}  # some models list tied parameters twice
     frozen = 0
     for i, p in enumerate(given):
         if not isinstance(p, Tensor):
@@ -62,8 +63,8 @@ def checked_groups(groups: Sequence[Parameters]) -> list[list[Tensor]]:
     """The parameters of each group.
 
     Raises:
-        TypeError: no sequence, or a group that is not as in `checked_parameters`.
-        ValueError: no group, one without parameters, or a parameter in two.
+        TypeError: not a sequence, or a group that `checked_parameters` refuses.
+        ValueError: no group, one without parameters, or a parameter in two groups.
     """
     if isinstance(groups, Tensor) or not isinstance(groups, (list, tuple)):
         raise TypeError(f"groups: expected a sequence of groups of parameters, got {describe(groups)}")
@@ -82,10 +83,10 @@ def checked_groups(groups: Sequence[Parameters]) -> list[list[Tensor]]:
 
 
 def checked_heads(heads: Heads, T: int) -> tuple[bool, list[list[Tensor]] | None]:
-    """Whether gradients of what belongs to one loss alone are multiplied by its task weight; and these, if named.
+    """Whether heads' gradients are multiplied by their task weights, and the heads' parameters, if given.
 
     Raises:
-        TypeError: neither a bool nor heads, or one that is not as in `checked_parameters`.
+        TypeError: neither a bool nor heads, or a head that `checked_parameters` refuses.
         ValueError: not T heads, or one without parameters.
     """
     if isinstance(heads, bool):
@@ -102,8 +103,8 @@ def checked_cut(structure: Any, name: str) -> list[Tensor]:
     """The tensors of a representation that gradients pass through, each once.
 
     Raises:
-        TypeError: one of them is no floating tensor.
-        ValueError: there is none that requires grad.
+        TypeError: one of them is not a floating tensor.
+        ValueError: none requires grad.
     """
     cut: dict[int, Tensor] = {}
     for x in tensors_of(structure):
@@ -119,10 +120,17 @@ def checked_cut(structure: Any, name: str) -> list[Tensor]:
 
 
 def names_in(shared: object) -> dict[int, str]:
-    """What the parameters are called, by their ids, where they come as a module."""
+    """The parameters' names by id, if they come as a module."""
     return {id(p): name for name, p in shared.named_parameters()} if isinstance(shared, torch.nn.Module) else {}
 
 
 def are_plain(parameters: Iterable[Tensor]) -> bool:
-    """Whether none of them is of a subclass, such as the shards of `fully_shard`."""
+    """Whether none of them is of a tensor subclass, such as the shards of `fully_shard`."""
     return all(type(p) in _PLAIN for p in parameters)
+
+
+def check_plain(parameters: Iterable[Tensor], option: str) -> None:
+    """Raises ValueError if one of them is of a tensor subclass, which `option` does not support."""
+    for p in parameters:
+        if type(p) not in _PLAIN:
+            raise ValueError(f"shared: expected plain parameters with {option}, got a {type(p).__name__}")

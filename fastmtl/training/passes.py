@@ -1,4 +1,4 @@
-"""Backward passes that return gradients and write none: from the losses, or from cotangents at features.
+"""Backward passes that return gradients without writing any: from the losses, or from cotangents at features.
 
 `integrations.libmtl` is built on these too, and on `training.commit`.
 """
@@ -19,10 +19,10 @@ __all__ = ["Rows", "from_cotangents", "from_cotangents_at_once", "from_losses", 
 
 
 class Rows(Protocol):
-    """Whatever takes the tasks' gradients, one task after the other."""
+    """Anything that takes the tasks' gradients, one task after another."""
 
     def append(self, row: Row, /) -> None:
-        """Takes the next task's."""
+        """Takes the next task's gradients."""
 
 
 def from_losses(
@@ -33,12 +33,10 @@ def from_losses(
     rows: Rows,
     closed: bool = False,
 ) -> list[Row]:
-    """One pass a loss: appends its gradients of `first` to `rows`; returns those of its own and of common leaves.
+    """One pass per loss: appends its gradients of `first` to `rows`, and returns those of its own and common leaves.
 
-    An absent task has none.
-
-    `closed` keeps gradients from passing behind `first`, where leaves lie on both sides or one of `first` behind
-    another.
+    An absent task has none. `closed` keeps gradients from passing beyond `first`, for leaves that lie on both sides or
+    if one of `first` lies behind another.
     """
     own: list[Row] = []
     last = max((t for t, loss in enumerate(losses) if loss is not None), default=-1)
@@ -48,13 +46,13 @@ def from_losses(
                 rows.append([None] * len(first))
                 own.append([None] * len(heads.common))
                 continue
-            # Only the last pass may free what losses share; a closed trunk is still to be passed through.
+            # Only the last pass may free what losses share; a closed trunk still has passes to come.
             keep = retain_graph or closed or (heads.overlap and t < last)
             inputs = [*first, *heads.private[t], *heads.common]
             grads: Row = list(torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True))
             rows.append(grads[: len(first)])
             own.append(grads[len(first) :])
-            del grads  # `commit` has to be the only owner of what it hands over
+            del grads  # `commit` has to be the only owner of the gradients
     return own
 
 
@@ -70,7 +68,7 @@ def from_cotangents(
 def from_cotangents_at_once(
     features: list[Tensor], cotangents: list[Row], parameters: list[Tensor], retain_graph: bool, rows: Rows
 ) -> None:
-    """The same in one vectorised pass: every operation behind the features sees a leading dimension of T."""
+    """`from_cotangents` in one vectorised pass: every operation behind the features sees a leading dimension of T."""
     stacked: Row = []
     for x, column in zip(features, zip(*cotangents, strict=True), strict=True):
         zero = torch.zeros_like(x)
@@ -84,7 +82,7 @@ def from_cotangents_at_once(
 
 @contextmanager
 def without_tensor_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Hooks of a parameter are for what reaches its `.grad`; `autograd.grad` would run them on every task's too."""
+    """Disables hooks of parameters: they are for what reaches `.grad`; `autograd.grad` would run them for each task."""
     silenced = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     for hooks, _ in silenced:
         hooks.clear()

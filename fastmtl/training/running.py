@@ -1,4 +1,4 @@
-"""The backward that is running: from where it was called, what it accumulates, and what it returns."""
+"""The running backward: where it was called, what it accumulates, and what it returns."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import once
 from fastmtl.graph import Edge, is_leaf, trunk_of
 
-__all__ = ["asked_behind", "executes", "is_mean", "nested_at", "probe_like", "running_call", "takes_derivative"]
+__all__ = ["asked_behind", "executes", "is_mean", "nested_among", "probe_like", "running_call", "takes_derivative"]
 
-# What calls that run a backward name the tensors that it starts from.
+# The functions that run a backward, with their names for the tensors that it starts from.
 _ROOTS = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
 _probes: dict[torch.device, Tensor] = {}
 
 
 def probe_like(like: Tensor) -> Tensor:
-    """A leaf beside h, one for all. A backward executes its node just where it accumulates gradients of all leaves."""
+    """A leaf beside h, one per device. A backward executes its node only if it accumulates gradients of all leaves."""
     probe = _probes.get(like.device)
     if probe is None:
         probe = torch.empty((), device=like.device, requires_grad=True)
-        if type(probe) is Tensor:  # no fake
+        if type(probe) is Tensor:  # not a fake tensor
             _probes[like.device] = probe
     return probe
 
 
 def executes(node: Any) -> bool:
-    """Whether the running backward comes by a node."""
+    """Whether the running backward executes a node."""
     return torch._C._will_engine_execute_node(node)
 
 
 def asked_behind(edges: Sequence[Edge]) -> tuple[bool, bool]:
-    """Whether the running backward accumulates gradients behind edges, and whether it returns those of parameters."""
+    """Whether the running backward accumulates gradients behind edges, and whether it returns any of parameters."""
     parameters = False
     for leaf in trunk_of(edges).nodes:
         if not is_leaf(leaf):
@@ -44,15 +43,15 @@ def asked_behind(edges: Sequence[Edge]) -> tuple[bool, bool]:
         try:
             if executes(leaf):
                 return True, parameters
-        except RuntimeError:  # which is how torch answers for a leaf whose gradient `autograd.grad` returns
+        except RuntimeError:  # torch's answer for a leaf whose gradient `autograd.grad` returns
             parameters |= isinstance(leaf.variable, torch.nn.Parameter)
     return False, parameters
 
 
 def running_call() -> tuple[str, list[Tensor]] | None:
-    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors; None where that is not clear.
+    """Which of `torch.autograd.backward` and `grad` is running, and from which tensors; None if that is not clear.
 
-    For what lies on a GPU autograd has a thread of its own, and the call waits in another.
+    For a GPU, autograd runs in a thread of its own while the call waits in another.
     """
     here = _call_in(sys._getframe(1))
     if here is not None:
@@ -73,13 +72,13 @@ def _call_in(frame: FrameType | None) -> tuple[str, list[Tensor]] | None:
 
 
 def takes_derivative() -> bool:
-    """Whether it is `torch.autograd.grad` that is running, as far as that can be seen."""
+    """Whether `torch.autograd.grad` is running, as far as that can be told."""
     call = running_call()
     return call is not None and call[0] == "grad"
 
 
 def is_mean(root: Tensor, tasks: int) -> bool:
-    """Whether a tensor is a mean over a stack of as many others, times constants."""
+    """Whether a tensor is the mean of a stack of that many others, times constants."""
     node: Any = root.grad_fn
     while node is not None:
         following = [edge[0] for edge in node.next_functions if edge[0] is not None]
@@ -94,13 +93,7 @@ def is_mean(root: Tensor, tasks: int) -> bool:
     return False
 
 
-_nested_at: dict[Any, frozenset[int]] = {}
-
-
-def nested_at(site: once.Site, edges: Sequence[Edge]) -> frozenset[int]:
-    """Which tensors of h lie behind others of h: looked up once for each site."""
-    key = site.key("nested")
-    if key not in _nested_at:
-        inside = trunk_of(edges).nested
-        _nested_at[key] = frozenset(k for k, edge in enumerate(edges) if edge in inside)
-    return _nested_at[key]
+def nested_among(edges: Sequence[Edge]) -> frozenset[int]:
+    """Which tensors of h lie behind others of h."""
+    inside = trunk_of(edges).nested
+    return frozenset(k for k, edge in enumerate(edges) if edge in inside)

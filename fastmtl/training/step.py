@@ -1,4 +1,4 @@
-"""One call of `backward`: what was asked for, and what has been found out about it before any pass runs."""
+"""One call of `backward`: what was asked for, and what is known before any pass runs."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from fastmtl import once
 from fastmtl.gramian.examples import Per
 from fastmtl.graph import Leaves, Trunk, edge_of, leaves_of, trunk_of
 from fastmtl.info import Info
-from fastmtl.inputs import Row
+from fastmtl.inputs import Row, describe
 from fastmtl.rule import Context, Rule, context_of
 from fastmtl.training.commit import Updates, own_gradients, pairs
 from fastmtl.training.parameters import are_plain, checked_cut, checked_groups, checked_parameters, names_in
 
-__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "prepare"]
+__all__ = ["Engine", "Options", "Outcome", "Step", "check_reached", "check_together", "prepare"]
 
 
 Engine: TypeAlias = Literal["full", "gramian", "auto"]
 
 
 class Options(NamedTuple):
-    """The arguments of `Method.backward`, as they came; `process_group` is None where it was False.
+    """The arguments of `Method.backward` as given, except that `process_group` is None instead of False.
 
-    `tasks` is the number of losses that are aggregated with each other, `heads` are those that `scale_heads` named.
+    `tasks` is the number of losses that are aggregated together; `heads` are those given as `scale_heads`.
     """
 
     method: Rule
     tasks: int
     shared: Any
-    representation: Any
-    features: Any
-    batched: bool
-    groups: Any
-    scale_heads: bool
-    retain_graph: bool
-    process_group: Any
-    engine: Engine
+    representation: Any = None
+    features: Any = None
+    batched: bool = False
+    groups: Any = None
+    scale_heads: bool = False
+    retain_graph: bool = False
+    process_group: Any = None
+    engine: Engine = "full"
     every: int | Literal["auto"] = 1
     batch_dim: int | None = None
     per: Per = "all"
@@ -49,12 +49,12 @@ class Options(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a path has brought.
+    """The result of a path.
 
     Attributes:
-        updates: what is to be added to `.grad`.
+        updates: what to add to `.grad`.
         info: what the method saw and did.
-        reached: leaves whose hooks are to run also without a gradient.
+        reached: leaves whose hooks have to run even without a gradient.
     """
 
     updates: Updates
@@ -67,14 +67,14 @@ class Step(NamedTuple):
 
     Attributes:
         options: what was asked for.
-        losses: T losses, None for the absent; with `batch_dim` one tensor of them, [T, B].
+        losses: T losses, None for an absent task; with `batch_dim`, a single tensor [T, B] of losses.
         parameters: the shared parameters, each once.
-        names: what they are called, by their ids, where they came as a module.
-        groups: their groups; none where they are aggregated together.
+        names: their names by id, if they came as a module.
+        groups: their groups; empty if they are aggregated together.
         cut: the tensors of the representation, or of the features.
         heads: the leaves that losses reach before the cut.
         trunk: what lies behind the cut.
-        context: what the step brings the method besides gradients.
+        context: what the step gives the method besides gradients.
         group: the processes that aggregate together; None for one process.
     """
 
@@ -101,7 +101,7 @@ class Step(NamedTuple):
         return self._replace(cut=[], heads=leaves_of(self.losses, []), trunk=trunk_of([]))
 
     def outcome(self, heads: Leaves, updates: list[Tensor | None], own: list[Row], info: Info) -> Outcome:
-        """What the passes brought the shared parameters, and leaves of the losses' own; empties both."""
+        """The outcome for gradients of the shared parameters and of the losses' other leaves; empties both lists."""
         found = pairs(self.parameters, updates)
         found += own_gradients(heads, own, info.alpha if self.options.scale_heads else None)
         return Outcome(found, info, self.reached())
@@ -116,9 +116,9 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
 
     Args:
         options: what was asked for.
-        losses: T losses, None for the absent; with `batch_dim` one tensor of them.
+        losses: T losses, None for an absent task; with `batch_dim`, a single tensor of losses.
         grad_scale: the factor of a loss scaler.
-        unsaid: whether nobody said if processes aggregate together.
+        unsaid: whether the caller left open if processes aggregate together.
 
     Raises:
         TypeError: as `Method.backward`.
@@ -145,7 +145,7 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
 
     heads, trunk = leaves_of(losses, cut, joints=of_examples is None), trunk_of(edge_of(x) for x in cut)
     if not parameters:
-        # Everything behind a representation or features is shared; without them, what several losses reach.
+        # Everything behind a representation or features is shared; without these, whatever several losses reach.
         reached = trunk.leaves if cut else heads.all() if of_examples is not None else heads.shared()
         parameters = trunk.leaves if upper_bound else _of_model(reached)
         if not parameters and not upper_bound:
@@ -156,19 +156,29 @@ def prepare(options: Options, losses: list[Tensor | None], grad_scale: Tensor | 
 
 
 def check_reached(rows: Sequence[Sequence[Tensor | None]], name: str) -> None:
-    """Raises ValueError where no loss has a gradient of any of these."""
+    """Raises ValueError if no loss has a gradient in any of these rows."""
     if all(g is None for row in rows for g in row):
         what = "tensors" if name == "representation" else "parameters"
         raise ValueError(f"{name}: expected {what} that a loss depends on, but no loss reaches any of them")
 
 
+def check_together(method: Rule) -> None:
+    """Raises ValueError where processes cannot aggregate together by this method."""
+    if not method.on_gram:
+        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
+    if method.needs_losses:
+        raise ValueError(
+            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
+        )
+
+
 def _of_model(leaves: list[Tensor]) -> list[Tensor]:
-    """The parameters among leaves: inputs may require grad too. All, where none is an `nn.Parameter`."""
+    """The parameters among leaves, since inputs may require grad too; all leaves if none is an `nn.Parameter`."""
     return [p for p in leaves if isinstance(p, torch.nn.Parameter)] or leaves
 
 
 def _check_present(losses: Sequence[Tensor | None], together: bool, known: bool) -> None:
-    """Raises ValueError where there is nothing to do; with other processes there is, if only to take part."""
+    """Raises ValueError if there is nothing to do; with other processes, this one has to take part regardless."""
     absent = sum(loss is None for loss in losses)
     if absent == len(losses) and not together:
         raise ValueError(f"losses: expected at least one loss that requires grad, got none among {len(losses)}")

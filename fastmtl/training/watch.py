@@ -1,4 +1,4 @@
-"""Warnings about what goes by the aliases of a fan-out."""
+"""Warnings about gradients that bypass the aliases of a fan-out."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _BESIDE = "h beside its aliases"
 
 
 class Watch:
-    """Sees in a backward what else than its aliases brings h a gradient, and says so.
+    """Detects in a backward that something other than its aliases gives h a gradient, and warns.
 
-    Part of the graph of h, and so it holds nothing of what is made from h.
+    It is part of the graph of h, so it holds nothing that is made from h.
     """
 
     def __init__(self, site: once.Site, tasks: int, looks: bool) -> None:
         self.site = site
         self.tasks = tasks
-        self.looks = looks  # in this step: not in each, since it costs
+        self.looks = looks  # whether in this step: not in all, since it costs time
         self.watched: set[int] = set()  # tensors of h
-        self.passed = -1  # the backward in which the aliases' gradients last came by
-        self.updates: list[Tensor | None] | None = None  # what they became, until h gets it
+        self.passed = -1  # the backward in which the aliases' gradients last arrived
+        self.updates: list[Tensor | None] | None = None  # their aggregation, until it reaches h
         self.nested: frozenset[int] = frozenset()  # tensors of h from which others of h are made
 
     def over(self, x: Tensor, k: int) -> None:
-        """Looks at what tensor k of h gets."""
+        """Starts watching the gradient of tensor k of h."""
         if x.is_leaf:  # a parameter, which may be used elsewhere; and hooks would stay on it
             return
         self.watched.add(k)
         others = dict(x._backward_hooks or {})
         x.register_hook(self._looking_at(k))
-        if others:  # which may change the gradient: ours goes first
+        if others:  # they may change the gradient, so ours has to run first
             hooks: Any = x._backward_hooks
             ours = {key: hook for key, hook in hooks.items() if key not in others}
             hooks.clear()
@@ -51,7 +51,7 @@ class Watch:
             if self.passed != torch._C._current_graph_task_id():
                 self._without_aliases()
             elif self.updates is not None:
-                # Held until now, ours cannot have been added to in place: another tensor has more to it.
+                # We held ours until now, so autograd cannot have added to it in place: any sum is another tensor.
                 ours, self.updates[k] = self.updates[k], None
                 more = gradient is not ours and k not in self.nested
                 if more and once.first("compared", self.site) and not _same(gradient, ours):
@@ -64,7 +64,7 @@ class Watch:
             self.warn_missing(range(self.tasks), False)
 
     def warn_missing(self, tasks: Sequence[int], given: bool, others: Sequence[int] = ()) -> None:
-        """Warns of aliases that bring nothing; `given`: although `total` was given their losses."""
+        """Warns of aliases that bring no gradient; `given`: although `total` was given their losses."""
         if len(tasks) == self.tasks:
             self._warn_unread()
             return
@@ -87,7 +87,7 @@ class Watch:
         )
 
     def _warn_unread(self) -> None:
-        """Warns where no alias brings anything: the whole of the story, of which h beside its aliases is a part."""
+        """Warns that no alias brings a gradient, which covers the warning about h beside its aliases."""
         once.first(_BESIDE, self.site)
         once.warn(
             "alias without gradient",
@@ -111,7 +111,7 @@ class Watch:
 
 
 def watch_for_heads(called: list[bool], site: once.Site, names: Sequence[str]) -> Callable[[Tensor], None]:
-    """A hook for what an encoder returned: warns where it gets a gradient although no head was called with it."""
+    """A hook for an encoder's output, which warns if it gets a gradient although no head was called with it."""
 
     def look(_: Tensor) -> None:
         if not called[0] and not takes_derivative():
@@ -126,5 +126,5 @@ def watch_for_heads(called: list[bool], site: once.Site, names: Sequence[str]) -
 
 
 def _same(x: Tensor, y: Tensor | None) -> bool:
-    """Whether all that was added to y was zero. This waits for the device."""
+    """Whether only zeros were added to y. This waits for the device."""
     return y is not None and torch.equal(x, y)

@@ -280,7 +280,8 @@ def test_compiled(name):
     wanted = METHODS[name][0](task_weights(5)).weighting(G @ G.T)
     method = METHODS[name][0](task_weights(5))
     if "every" in name:
-        method._state((5, 5), torch.device("cpu"))  # a compiled step finds its state
+        for buffer, shape, dtype in (("solution", (5,), torch.float64), ("steps", (), torch.int64)):
+            method._kept(buffer, shape, dtype, torch.device("cpu"))  # a compiled step finds its state
     got = torch.compile(method.weighting, backend="aot_eager", fullgraph=True)(G @ G.T)
     check(got, wanted, there, 1e-12)
 

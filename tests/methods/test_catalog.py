@@ -507,7 +507,7 @@ def test_layer_wise_targets_are_a_state_for_each_group():
         h = encoder(randn(6, 4))
         method.backward([h[:, 0].sum(), -h[:, 1].sum()], groups=[encoder[0].parameters(), encoder[1].parameters()])
     assert method.targets.shape == (2, 2, 2)
-    with pytest.raises(ValueError, match=r"state of shape \[2, 2, 2\], got.*reset"):
+    with pytest.raises(ValueError, match=r"targets of shape \[2, 2, 2\], got.*reset"):
         method.weighting(torch.eye(2, dtype=F64))
 
 

@@ -363,7 +363,20 @@ def frozen_heads(total, via):
     total(hs, losses_from(model, lambda t: hs[t])).backward()
 
 
-RIGHT = [tied, penalised, feature_maps, hooked, nested, checkpointed, repeated, hooks_on_modules, frozen_heads]
+def helper(total, via):
+    """A helper splits two tensors side by side, and then two of which one is made from the other."""
+    x, first, second = randn(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def step(h):
+        hs = fan_out(h, 2, AlignedMTL(), via=via)
+        total(hs, [y.square().sum() + ((t + 1) * z).sum() for t, (y, z) in enumerate(hs)]).backward()
+
+    step((first(x), second(x)))
+    h = first(x)
+    step((h, second(h)))
+
+
+RIGHT = [tied, penalised, feature_maps, hooked, nested, checkpointed, repeated, hooks_on_modules, frozen_heads, helper]
 
 
 @both

@@ -1,7 +1,8 @@
 """Losses of examples that do not depend on each other: the exact Gram matrix of B gradients from one backward pass.
 
-Which rows of a cotangent are whose is found by a second pass (`layout`); a weight's products come from its factors
-(`products`), those of entrywise parameters from their small gradients (`parts`), all others are formed (`formed`).
+A second pass finds which rows of a cotangent belong to which example (`layout`). A weight's products come from its
+factors (`products`), those of entrywise parameters from their small gradients (`parts`); all other gradients are formed
+(`formed`).
 """
 
 from fastmtl.gramian.examples.engine import gram, update

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.gramian.contraction import CANCELLED
 from fastmtl.gramian.examples.formed import Derived, Formed, Operation, Reading, edges_of, is_use
 from fastmtl.gramian.examples.kinds import Known, Memory, kind_of
 from fastmtl.gramian.examples.layout import Layout
@@ -33,10 +34,7 @@ _KNOWN: Memory[Known] = Memory()
 _TRIED: Memory[bool] = Memory()
 _MIXING: Memory[bool] = Memory()
 
-# How many times a squared gradient what float32 adds up to it may be, or it is added up in float64.
-_CANCELLED = 4.0
-_PRODUCTS = 1 << 18  # entries of products of weights that are looked at together
-
+_PRODUCTS = 1 << 18  # entries of products of weights that are examined together
 
 # Words in the names of operations behind which rows may be in any order.
 _SCATTERING = ("Flip", "Gather", "Index", "MaskedS", "Pack", "Roll", "Scatter", "Sort", "Take", "Topk")
@@ -77,18 +75,18 @@ def update(
     Args:
         method: a method that works on the Gram matrix.
         losses: [T, B].
-        named: the shared parameters, and what to call them.
+        named: the shared parameters and their names.
         leaves: what the losses reach.
-        context: what the step brings besides gradients.
+        context: the step's inputs besides gradients.
         per: which losses are aggregated with each other.
-        check: whether a second pass sees to it that examples do not mix, in this step or once for each kind of graph.
+        check: whether a second pass verifies that examples do not mix, in this step or once for each kind of graph.
         scale_heads: whether leaves that are not shared get gradients weighted by α.
         retain_graph: whether the graph is kept.
-        tentative: whether None is returned where examples mix, and where a graph of this kind has done so; in the first
+        tentative: whether to return None if examples mix, or have in a graph of this kind; in the first
             step of each kind the graph is kept.
 
     Returns:
-        What is to be added to `.grad`, and what the method saw and did.
+        What to add to `.grad`, and what the method saw and did.
 
     Raises:
         ValueError: a loss depends on several examples.
@@ -129,7 +127,7 @@ def update(
 
 
 def _gradients(parts: list[_Part], alpha: Tensor, found: Arrived) -> list[tuple[Tensor, Tensor]]:
-    """Every parameter with Σ α_tb of its gradients; empties `parts`, and drops what has been read."""
+    """Every parameter with Σ α_tb g_tb of its gradients; empties `parts`, and drops what has been read."""
     readers = Counter(edge for part in parts for edge in part.edges)
     updates: list[tuple[Tensor, Tensor]] = []
     for _ in range(len(parts)):
@@ -169,10 +167,10 @@ def _resolved(
     check: bool,
     retain_graph: bool,
 ) -> tuple[_Plan, Brought]:
-    """The plan, and what passes brought for it.
+    """The plan, and what the passes brought for it.
 
-    Whether an operation that takes parts of a parameter, as an embedding does, takes some for each example or the same
-    for all, only the check can tell.
+    Only the check can tell whether an operation that takes parts of a parameter, as an embedding does, takes some for
+    each example or the same for all.
 
     Raises:
         ValueError: examples mix.
@@ -194,7 +192,7 @@ def _resolved(
         layouts = dict.fromkeys(keys, Layout()) if B == 1 else None
         if known is not None:
             layouts = dict(zip(keys, known.layouts, strict=True))
-        # What the graph saved lives on where it is needed again, or may be.
+        # What the graph saved is kept if it is needed again, or may be.
         doubtful = layouts is None and any(_is_doubtful(reading, derived, B) for reading in readings)
         keep = retain_graph or todo.formed is not None or doubtful
         uneven = any(isinstance(lead, int) and lead % B for _, _, lead in keys)  # that of a nested tensor is symbolic
@@ -233,12 +231,12 @@ def _scatters(operation: str) -> bool:
 
 
 def _is_batched(reading: Reading) -> bool:
-    """Whether it is a batch of products, which may be that of the examples: a matrix for each."""
+    """Whether it is a batch of products, which may be the batch of examples: a matrix for each."""
     return isinstance(reading, Use) and reading.groups > 1 and reading.outer > 1
 
 
 def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
-    """Whether rows may be others than those of the form, or none that belong to examples."""
+    """Whether rows may differ from those of the form, or may not belong to examples."""
     if _is_batched(reading):
         return True
     for node, output in edges_of(reading):
@@ -249,7 +247,7 @@ def _is_doubtful(reading: Reading, derived: Derived, B: int) -> bool:
 
 
 def _graph(leaves: Leaves) -> Survey:
-    """The graph, all of it: nothing is cut off."""
+    """The whole graph: nothing is cut off."""
     users: dict[Any, list[tuple[Any, int, int]]] = {}
     for node in leaves.owner:
         for i, (behind, output) in enumerate(node.next_functions):
@@ -263,7 +261,7 @@ def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: De
     weights: list[Weight] = []
     entries: list[Entries] = []
     others: list[tuple[Tensor, str]] = []
-    readers: dict[Any, str] = {}  # operations that are passed by, with the name of what they read
+    readers: dict[Any, str] = {}  # operations that are bypassed, with the name of what they read
     ways: dict[Edge, str] = {}
     for node, parameter, name in reached:
         parts = parts_of(node, graph) or []
@@ -300,7 +298,7 @@ def _plan(reached: Sequence[tuple[Any, Tensor, str]], graph: Survey, derived: De
 
 
 def _without_biases(entries: Sequence[Entries], weights: Sequence[Weight], B: int) -> list[Entries]:
-    """Those that are no biases of a weight with one row for each example, which gets those."""
+    """The parameters without biases of a weight with one row for each example, which takes those over."""
     single = {
         use.node: weight
         for weight in weights
@@ -319,7 +317,7 @@ def _without_biases(entries: Sequence[Entries], weights: Sequence[Weight], B: in
 
 
 def _refuse_hooks(readers: Mapping[Any, str], ways: Mapping[Edge, str]) -> None:
-    """Raises NotImplementedError where a closed form would pass hooks by."""
+    """Raises NotImplementedError if a closed form would bypass hooks."""
     hooked = [
         name
         for node, name in [*readers.items(), *((node, name) for (node, _), name in ways.items())]
@@ -334,7 +332,7 @@ def _mixed(edge: Edge, leaves: Leaves, wide: int | None) -> str:
     """What is wrong with the rows of an edge; `wide`: B, where a weight may be what is as wide as the batch."""
     node, output = edge
     why = ""
-    for other in leaves.owner:  # InstanceNorm runs as one on a batch of one
+    for other in leaves.owner:  # InstanceNorm runs as a batch norm on a batch of one
         if "BatchNorm" in other.name() and getattr(other, "_saved_training", True) and _rows(other) != 1:
             why = f"; there is {other.name()} with statistics of the batch (GroupNorm has none, .eval() takes none)"
     if not why and wide is not None:
@@ -368,7 +366,7 @@ def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -
     if todo.formed is not None:
         others.append(todo.formed)
     for part in others:
-        # What may have to be added up again is kept apart.
+        # What may have to be computed again is kept apart.
         own = gram.like() if isinstance(part, Weight) and part.has_rows(found.examples) else gram
         sizes = part.add(own, found)
         if own is not gram:
@@ -376,7 +374,7 @@ def _gram(todo: _Plan, found: Arrived, T: int, per: Per, device: torch.device) -
             if sizes is not None:
                 parts.append((part, own, sizes))
     if device.type == "cpu" and found.dtype is not torch.float64 and parts:  # nothing waits for a GPU
-        allowed = _CANCELLED * gram.diagonal
+        allowed = CANCELLED * gram.diagonal
         exact = found._replace(dtype=torch.float64)
         for part, own, sizes in parts:
             if (len(parts) * sizes > allowed).any():

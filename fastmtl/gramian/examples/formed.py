@@ -1,4 +1,4 @@
-"""Parameters without a closed form: the gradients of all losses are formed, an operation run back for each example."""
+"""Parameters without a closed form: their gradients are formed, each operation run backwards for each example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmtl.graph import Edge, edge_of, is_leaf, vjp
 __all__ = ["Derived", "Formed", "Operation", "Reading", "edges_of", "is_use"]
 
 
-# Operations that repeat what they are given, or take parts of it, by indices that are no part of the graph.
+# Operations that repeat their input, or take parts of it, by indices that are not part of the graph.
 _SELECTIONS = frozenset(
     {
         "EmbeddingBackward0",
@@ -40,12 +40,12 @@ _FACTORS = {"AddmmBackward0": 1, "MmBackward0": 0, "MvBackward0": 0}
 
 
 class Operation:
-    """An operation without a closed form: it is run back once for each loss, with the rows of one example.
+    """An operation without a closed form: it is run backwards once for each loss, with the rows of one example.
 
     Attributes:
         node: its graph node.
         operand: which of its inputs is read.
-        outputs: those of its outputs that losses depend on.
+        outputs: the outputs that losses depend on.
         shape: of what is read.
     """
 
@@ -96,7 +96,7 @@ def _only(c: Tensor, layout: Layout, b: int, B: int) -> Tensor:
 
 
 Reading = Use | Entrywise | Operation
-Reader: TypeAlias = "tuple[Any, int, int]"  # a node, which of its inputs, and which output of what it reads
+Reader: TypeAlias = "tuple[Any, int, int]"  # a node, its input, and the output that it reads there
 
 
 def edges_of(reading: Reading) -> list[Edge]:
@@ -107,7 +107,7 @@ def edges_of(reading: Reading) -> list[Edge]:
 def _readings(
     edge: Edge, users: Mapping[Any, Sequence[Reader]], derived: Derived, odd: set[Any], device: torch.device
 ) -> Iterator[tuple[Edge, Reading]]:
-    """Who reads a parameter, or what is made of parameters alone: what is read, and how."""
+    """The uses of parameters and of values made of parameters alone: the edge that is read, and how."""
     for user, operand, output in users.get(edge[0], ()):
         if output != edge[1]:
             continue
@@ -115,7 +115,7 @@ def _readings(
         entrywise = Entrywise.of(user, operand)
         if user not in odd and use is not None and is_use(use, derived):
             yield edge, use
-        elif derived(user) and user in users:  # what nobody reads is the losses
+        elif derived(user) and user in users:  # only the losses are read by nothing
             for k in range(len(user._input_metadata)):
                 yield from _readings((user, k), users, derived, odd, device)
         elif user not in odd and entrywise is not None:
@@ -126,7 +126,7 @@ def _readings(
 
 
 def is_use(use: Use, derived: Derived) -> bool:
-    """Whether a parameter meets activations here."""
+    """Whether a parameter meets activations in this use."""
     return not derived(use.node)
 
 
@@ -136,7 +136,7 @@ class Derived:
     Args:
         parameters: nodes of the shared ones.
         constant: nodes that have been found to return the same for all examples, although they repeat a parameter,
-            take parts of it, or have inputs that are no part of the graph.
+            take parts of it, or have inputs that are not part of the graph.
     """
 
     def __init__(self, parameters: Iterable[Any], constant: Iterable[Any] = ()) -> None:
@@ -144,13 +144,13 @@ class Derived:
         self._constant = set(constant)
 
     def may_be_constant(self, node: Any, B: int, even: bool = False) -> bool:
-        """Whether it is one of these nodes, if it does not have rows for each example; `even` if it is as wide."""
+        """Whether a node is one of these, provided that it has no rows for each example; `even` if it is as wide."""
         if node in self._constant or not all(self(edge[0]) for edge in node.next_functions if edge[0] is not None):
             return False
         return even or node.name() in _SELECTIONS or B not in _sizes_of_rows(node)
 
     def __call__(self, node: Any) -> bool:
-        """Whether this one does."""
+        """Whether this node computes something of parameters alone."""
         stack = [node]
         while stack:
             top = stack[-1]
@@ -186,7 +186,7 @@ def _sizes_of_rows(node: Any) -> Sequence[int]:
 
 
 def _closed(node: Any, behind: Sequence[Any]) -> bool:
-    """Whether an operation has no input beside those of the graph, or one of the parameter's own shape, as a mask."""
+    """Whether an operation has no input outside the graph, or only one of the parameter's own shape, such as a mask."""
     if None not in behind:
         return bool(behind)
     if all((node.name(), k) not in ENTRYWISE for k in range(2)) or len(behind) > 2:
@@ -199,8 +199,8 @@ class Formed:
     """All parameters whose gradients [T, B, P] are formed.
 
     Args:
-        parameters: these.
-        users: who reads what, in the graph.
+        parameters: the parameters.
+        users: which nodes read which, in the graph.
         derived: which nodes compute something of parameters alone.
         odd: nodes whose closed form is not for the order of their rows.
     """
@@ -214,7 +214,7 @@ class Formed:
         for p in parameters:
             for edge, reading in _readings(edge_of(p), users, derived, odd, p.device):
                 where = (edge, id(reading.node), getattr(reading, "operand", None))
-                if where not in seen:  # what is made of several parameters is met by each
+                if where not in seen:  # what is made of several parameters is found from each
                     seen.add(where)
                     self.readings.setdefault(edge, []).append(reading)
         self._rows: list[Tensor | None] = []
@@ -230,7 +230,7 @@ class Formed:
         return (reading for found in self.readings.values() for reading in found)
 
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
-        """Adds their part of the Gram matrix."""
+        """Adds their contribution to the Gram matrix."""
         T, B = gram.T, gram.B
         edges, stacks = [], []
         direct: dict[int, Tensor] = {}
@@ -257,7 +257,7 @@ class Formed:
         return None
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every parameter and Σ α_tb of its gradients; alpha [T, B]."""
+        """Every parameter and Σ α_tb g_tb of its gradients; alpha [T, B]."""
         for p, rows in zip(self.parameters, self._rows, strict=True):
             if rows is not None:
                 g = alpha.to(rows.dtype).flatten() @ rows.reshape(len(rows), -1)
@@ -274,7 +274,7 @@ def _rows(reading: Reading, arrived: Arrived) -> Tensor:
         return reading.rows(arrived)
     if isinstance(reading, Entrywise):
         return rows_of_entries(reading, arrived)
-    A, C = factors(reading, arrived)  # of what is not flipped: in the order of what is read
+    A, C = factors(reading, arrived)  # of a use that is not flipped: in the order of what is read
     if A.dim() == 2:
         T, B, S, width = C[0].shape
         G = C.new_zeros(T, B * reading.depth, width)

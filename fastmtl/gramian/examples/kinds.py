@@ -1,4 +1,4 @@
-"""Kinds of graphs, and what has been found out about them."""
+"""Kinds of graphs, and what has been learned about them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastmtl.graph import Leaves, edge_of
 
 __all__ = ["Known", "Memory", "kind_of"]
 
-_MOST = 64  # kinds that are remembered
+_MOST = 64  # how many kinds are remembered
 _SAID = ("_saved_training", "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims")
 
 V = TypeVar("V")
 
 
 class Known(NamedTuple):
-    """What a check has found out: places of nodes in the graph, and the layouts of all uses in their order."""
+    """What a check has found: places of nodes in the graph, and the layouts of all uses, in order."""
 
     constant: list[int]
     odd: list[int]
@@ -27,7 +27,7 @@ class Known(NamedTuple):
 
 
 class Memory(dict[Hashable, V]):
-    """Something about kinds of graphs, the last ones."""
+    """Something about kinds of graphs, of which the last ones are remembered."""
 
     def __setitem__(self, kind: Hashable, value: V) -> None:
         if len(self) >= _MOST:
@@ -36,7 +36,7 @@ class Memory(dict[Hashable, V]):
 
 
 def kind_of(losses: Tensor, parameters: Sequence[Tensor], leaves: Leaves) -> Hashable:
-    """What tells graphs apart: operations, their shapes and dimensions, whether norms train, and what is shared."""
+    """What distinguishes graphs: operations, their shapes and dimensions, whether norms train, and what is shared."""
     places = {node: k for k, node in enumerate(leaves.owner)}
     said = (
         (node.name(), *(tuple(x.shape) for x in node._input_metadata), *(str(getattr(node, x, "")) for x in _SAID))

@@ -1,10 +1,10 @@
 """Which rows of a cotangent belong to which example, found and checked by a second pass.
 
-Loss b is to depend on example b alone. Then the cotangent of Σ_b L_b at any use of a parameter has, in the rows of
+Loss b should depend on example b alone. Then the cotangent of Σ_b L_b at any use of a parameter is, in the rows of
 example b, that of L_b, and nothing else. A pass from the losses times powers of two w_b must bring the same rows, each
 times its example's w_b: bit for bit, since powers of two commute with rounding. A row in which two examples meet comes
-back times something else. That tells also which row is whose: where there are more examples than factors, by the digits
-of the examples' numbers, one pass for each.
+back times something else. The factors also tell which row belongs to which example: if there are more examples than
+factors, by the digits of their numbers, one pass for each digit.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 
 __all__ = ["Layout", "draw", "find", "find_scattered", "is_sure"]
 
-# Exponents of the factors are -30 ... 30, or -8 ... 0 where float16 occurs, which a loss scaler has brought near its
-# largest numbers: as many examples have factors of their own, the others share them.
+# Exponents of the factors are -30 ... 30, or -8 ... 0 if there is float16, which a loss scaler has brought near its
+# largest numbers. That many examples have factors of their own; more have to share them.
 _RANGE, _HALF = 30, 4
-_DRAWS = 32  # that are kept for batches of one size
+_DRAWS = 32  # draws that are kept for batches of one size
 # What may differ, in eps of an example's own rows: rounding on a CPU, and atomics on a GPU.
 _ROUNDING = {"cpu": 1.0}
 _ATOMICS = 100.0
-_PREVIEW = 4  # columns that turn most layouts down
-_ENTRIES = 1 << 16  # of a cotangent that are compared at a time
+_PREVIEW = 4  # how many columns are enough to rule out most layouts
+_ENTRIES = 1 << 16  # entries of a cotangent that are compared at a time
 
 
 class Layout(NamedTuple):
-    """Where the rows of examples are among N rows: [pre, B, N / pre / B], or anywhere.
+    """Which of N rows belong to which example: [pre, B, N / pre / B], or in any order.
 
     Attributes:
         pre: how many rows precede the dimension of the batch.
-        owner: for each row its example, int64 [N], where there is no such dimension; rows of zeros count as anyone's.
+        owner: for each row its example, int64 [N], if there is no such dimension; rows of zeros may belong to any.
     """
 
     pre: int = 1
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
         return torch.arange(lead, device=device) // (lead // self.pre // B) % B
 
     def by_example(self, x: Tensor, B: int) -> Tensor:
-        """[n, N, k] as [n, B, S, k], each example's rows one after the other; zeros where others have more."""
+        """[n, N, k] as [n, B, S, k], each example's rows one after the other; padded with zeros if others have more."""
         n, N, k = x.shape
         if self.owner is None and self.pre == 1:
             return x.reshape(n, B, N // B, k)
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
 
 def _places(owner: Tensor, B: int) -> tuple[Tensor, int]:
-    """Where each row goes among B · S, and S, the most rows that one example has."""
+    """Where each row goes among B · S rows, and S, the most rows of any example."""
     counts = torch.bincount(owner, minlength=B)
     S = int(counts.max())
     order = torch.argsort(owner, stable=True)
@@ -83,12 +83,12 @@ def _places(owner: Tensor, B: int) -> tuple[Tensor, int]:
 
 
 def draw(B: int, dtype: torch.dtype, device: torch.device, half: bool = False) -> Tensor:
-    """Factors [n, B], powers of two, as different as can be, with n so that all columns differ: one of some draws."""
+    """Factors [n, B], powers of two, as different as possible, n so that all columns differ: one of several draws."""
     draws = _draws(B, dtype, device, half or dtype is torch.float16)
     return draws[_CHOICE.randrange(len(draws))]
 
 
-_CHOICE = random.Random(22)  # not torch's numbers, which a check should not take from the user
+_CHOICE = random.Random(22)  # not torch's generator, whose state is the user's
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,15 +109,15 @@ def _draws(B: int, dtype: torch.dtype, device: torch.device, half: bool) -> tupl
 def find(
     before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape: Sequence[int] = (), *, first: int = 1
 ) -> Layout | None:
-    """The layout of a cotangent, given it and what came for losses times w [B]; None where rows mix examples.
+    """The layout of a cotangent, from it and from that of the losses times w [B]; None if rows mix examples.
 
     Args:
-        before: the cotangent of Σ_b L_b, which is [outer, lead, inner] as it lies.
+        before: the cotangent of Σ_b L_b, which is [outer, lead, inner] in memory.
         after: that of Σ_b w_b L_b.
         w: powers of two.
         outer: how many times `lead` rows there are, all in the same layout.
         lead: how many rows.
-        shape: dimensions that `lead` is the product of, where only their boundaries matter.
+        shape: dimensions whose product is `lead`, if only their boundaries can be those of the batch.
         first: how many rows may precede the batch, tried before all others.
     """
     B = len(w)
@@ -161,7 +161,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def is_sure(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, shape: Sequence[int] = ()) -> bool:
-    """Whether one layout alone fits: where cotangents are zero all do."""
+    """Whether only one layout fits: if cotangents are zero, all do."""
     if len(w) == 1:
         return True
     c, got = (_real(x).reshape(outer, lead, -1) for x in (before, after))
@@ -169,7 +169,7 @@ def is_sure(before: Tensor, after: Tensor, w: Tensor, outer: int, lead: int, sha
 
 
 def _fitting(c: Tensor, got: Tensor, w: Tensor, shape: Sequence[int]) -> Iterator[int]:
-    """Those numbers of rows before the batch that fit."""
+    """The numbers of rows before the batch that fit."""
     preview = c[:1, :, :_PREVIEW].contiguous(), got[:1, :, :_PREVIEW].contiguous()
     for pre in _candidates(c.shape[1] // len(w), shape):
         if _fits(*preview, pre, w) and _fits(c, got, pre, w):
@@ -190,14 +190,14 @@ def _candidates(S: int, shape: Sequence[int]) -> Iterator[int]:
 
 
 def _parted(c: Tensor, got: Tensor, pre: int, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both as [outer · pre, B, rest], and the factors."""
+    """Both cotangents as [outer · pre, B, rest], and the factors."""
     outer, lead, inner = c.shape
     shape = (outer * pre, len(w), lead // len(w) // pre * inner)
     return c.reshape(shape), got.reshape(shape), w.to(c.dtype)[:, None]
 
 
 def _are_same(c: Tensor, got: Tensor, pre: int, w: Tensor) -> bool:
-    """Whether they are known to fit bit for bit; what is made of them stays in the cache."""
+    """Whether they are known to fit bit for bit; the parts that are compared at a time stay in the cache."""
     c, got, factor = _parted(c, got, pre, w)
     step = max(1, len(w) * _ENTRIES // max(1, c.numel()))
     if step >= len(w) or c.device.type != "cpu":
@@ -207,7 +207,7 @@ def _are_same(c: Tensor, got: Tensor, pre: int, w: Tensor) -> bool:
 
 
 def _is_zero(x: Tensor) -> bool:
-    """Whether all entries are, and none is NaN: a sum of sizes takes a third of the time of `torch.equal`."""
+    """Whether all entries are zero, none NaN: a sum of absolute values takes a third of the time of `torch.equal`."""
     return x.abs_().sum().item() == 0
 
 
@@ -225,8 +225,8 @@ def _agree(expected: Tensor, got: Tensor, factor: Tensor) -> bool:
     dims = tuple(d for d in range(size.ndim) if factor.shape[d] == 1)
     about = torch.finfo(expected.dtype)
     allowed = _ROUNDING.get(expected.device.type, _ATOMICS) * about.eps
-    # Below the smallest normal number, powers of two do not commute with rounding: losses near 0 have such gradients.
-    # float16 has so few numbers above it that what a mixture adds may be among those below.
+    # Below the smallest normal number, powers of two do not commute with rounding; losses near 0 have such gradients.
+    # float16 has so few numbers above it that what a mixture adds may lie below.
     least = 0.0 if expected.dtype is torch.float16 else about.tiny
     floor = (least + least / factor).double().square().expand_as(size).sum(dims)  # in either pass
     return bool((error.square().sum(dims) <= allowed**2 * size.square().sum(dims) + floor).all())

@@ -1,4 +1,4 @@
-"""What the gradients of B losses are computed from: weights by their factors, entrywise parameters, all others."""
+"""What the gradients of B losses are computed from: factors of weights, and entries of entrywise parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastmtl.gramian.contraction import from_block
 from fastmtl.gramian.examples.layout import Layout
 from fastmtl.gramian.examples.products import Gram, through_rows
 from fastmtl.gramian.forms import Entrywise, Use
@@ -17,17 +18,17 @@ from fastmtl.graph import Edge
 
 __all__ = ["Arrived", "Entries", "Key", "Weight", "factors", "key", "rows_of_entries"]
 
-_FEW = 2  # times the numbers that a convolution reads and returns: as many may be in its windows at once
+_FEW = 2  # times the numbers that a convolution reads and returns: the most that its windows may hold at once
 
 Key: TypeAlias = "tuple[Edge, int, int]"
 
 
 class Arrived(NamedTuple):
-    """What the passes have brought.
+    """What the passes brought.
 
     Attributes:
-        cotangents: where they arrived, of all tasks [T, ...].
-        layouts: which rows are whose, by what `key` says of a use.
+        cotangents: by the edge where they arrived, of all tasks [T, ...].
+        layouts: which rows belong to which example, by the `key` of a use.
         examples: B.
         dtype: of products.
     """
@@ -38,16 +39,16 @@ class Arrived(NamedTuple):
     dtype: torch.dtype
 
     def of(self, edge: Edge) -> Tensor:
-        """The cotangents in the dtype of products."""
+        """A use's cotangents in the dtype of products."""
         return self.cotangents[edge].to(self.dtype)
 
     def layout(self, use: Use | Entrywise) -> Layout:
-        """Which rows of its cotangents are whose."""
+        """Which rows of its cotangents belong to which example."""
         return self.layouts[key(use)]
 
 
 def key(use: Use | Entrywise) -> Key:
-    """What the layout of a use's rows depends on: where they arrive, and how they are counted."""
+    """What the layout of a use's rows depends on: the edge where they arrive, and how they are counted."""
     return use.edge, use.outer, use.lead
 
 
@@ -74,7 +75,7 @@ class Weight:
     Attributes:
         parameter: the weight.
         uses: its uses.
-        bias: that of the only use, which has a row for each example: one more column of A, of ones.
+        bias: the bias, if there is a single use with one row for each example: one more column of A, of ones.
     """
 
     def __init__(self, parameter: Tensor, uses: Sequence[Use], block: tuple[int, int, int] | None) -> None:
@@ -92,7 +93,7 @@ class Weight:
         return not self.uses[0].is_indexed and (len(self.uses) > 1 or self.uses[0].rows > B)
 
     def add(self, gram: Gram, arrived: Arrived) -> Tensor | None:
-        """Adds its part of the Gram matrix; returns the sizes [T, B] of what is added up, where they matter."""
+        """Adds its contribution to the Gram matrix; returns the sizes [T, B] of the terms summed, if they matter."""
         self._rows, sizes = None, None
         if (C := self._windowed(gram, arrived)) is not None:
             use = self.uses[0]
@@ -119,12 +120,12 @@ class Weight:
                 self._rows = parts[0][None] if len(parts) == 1 else torch.stack([x for x in parts if x is not None])
         if len(sides) == 2:
             (A, C), (E, D) = sides
-            # On side 0 a gradient is Cᵀ A, on side 1 its transpose: what the one has in A, the other has in D.
+            # On side 0 a gradient is Cᵀ A, on side 1 its transpose: A on one side corresponds to D on the other.
             gram.add_cross(A if A.dim() == 2 else A[0], C[0], E if E.dim() == 2 else E[0], D[0])
         return sizes
 
     def _windowed(self, gram: Gram, arrived: Arrived) -> Tensor | None:
-        """The cotangents [T, B, S, O] of a convolution whose windows are better not made all at once."""
+        """The cotangents [T, B, S, O] of a convolution whose windows should not all be made at once, else None."""
         use = self.uses[0]
         single = len(self.uses) == use.groups == 1 and self.bias is None and use.edge in arrived.cotangents
         if not single or not isinstance(use, Convolution):
@@ -136,7 +137,7 @@ class Weight:
         return None if through_rows(gram, C, use.depth) else C
 
     def single(self, gram: Gram, arrived: Arrived) -> tuple[Tensor, Tensor, bool] | None:
-        """A [B, I], C [B, O] and whether there is a bias, where each example has one row, in one use and task."""
+        """A [B, I], C [B, O] and whether there is a bias, if each example has one row, in a single use and task."""
         use = self.uses[0]
         if not (
             gram.T == len(self.uses) == use.groups == use.outer == 1
@@ -149,7 +150,7 @@ class Weight:
         return use.factor(arrived.dtype)[0], use.cotangents(arrived.of(use.edge))[0, 0], self.bias is not None
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
-        """The weight and Σ α_tb of its gradients; alpha [T, B]."""
+        """The weight and Σ α_tb g_tb of its gradients; alpha [T, B]."""
         used = [use for use in self.uses if use.edge in arrived.cotangents]
         if not used:
             return
@@ -166,23 +167,13 @@ class Weight:
                     yield self.bias, weighted.sum(0, dtype=arrived.dtype).to(self.bias.dtype)
                 own = use.whole_gradient(weighted, shape)
                 g = own if g is None else g + own
-        yield self.parameter, _whole(g, self.parameter, self._block)
+        yield self.parameter, from_block(g, self.parameter, self._block)
 
     @staticmethod
     def _weighted(use: Use, alpha: Tensor, arrived: Arrived) -> Tensor:
         c, layout = arrived.cotangents[use.edge], arrived.layout(use)
         weighted = layout.times(c, alpha.to(c.dtype), use.outer)
         return weighted[0] if len(weighted) == 1 else weighted.sum(0)
-
-
-def _whole(g: Tensor, parameter: Tensor, block: tuple[int, int, int] | None) -> Tensor:
-    """A gradient of the parameter, from that of one of its blocks."""
-    if block is None:
-        return g.view(parameter.shape).to(parameter.dtype)
-    whole = torch.zeros_like(parameter)
-    own = whole.narrow(*block)
-    own.copy_(g.view(own.shape))
-    return whole
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -210,13 +201,13 @@ class Entries:
         return [use.edge for use, _ in self.uses]
 
     def bias_of(self) -> Any:
-        """The node of a matrix product that this is the bias of, and nothing else; None where it is not."""
+        """The node of the matrix product whose bias this is, and nothing else; None if there is none."""
         use, _ = self.uses[0]
         plain = len(self.uses) == 1 and self._block is None and use.node.name() == "AddmmBackward0"
         return use.node if plain else None
 
     def form(self, arrived: Arrived) -> Tensor | None:
-        """The gradients [T, B, P]; None where none arrives."""
+        """The gradients [T, B, P]; None if none arrives."""
         parts = []
         for use, flipped in self.uses:
             if use.edge in arrived.cotangents:
@@ -226,10 +217,10 @@ class Entries:
         return self._rows
 
     def gradients(self, alpha: Tensor, arrived: Arrived) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parameter and Σ α_tb of its gradients; alpha [T, B]."""
+        """The parameter and Σ α_tb g_tb of its gradients; alpha [T, B]."""
         if self._rows is not None:
             g = alpha.to(self._rows.dtype).flatten() @ self._rows.flatten(0, 1)
-            yield self.parameter, _whole(g, self.parameter, self._block)
+            yield self.parameter, from_block(g, self.parameter, self._block)
 
 
 def rows_of_entries(use: Entrywise, arrived: Arrived) -> Tensor:
@@ -247,7 +238,7 @@ def rows_of_entries(use: Entrywise, arrived: Arrived) -> Tensor:
     if all(n == 1 for n in use.spread[:k]):
         out = g.new_zeros(T, B, math.prod(use.shape[k:]))
         return out.index_add_(1, owner, g.reshape(T, use.lead, -1)).view(T, B, *use.operand)
-    out = g.new_zeros(T, B, *use.spread)  # what varies along the examples
+    out = g.new_zeros(T, B, *use.spread)  # the parameter varies along the examples
     for b in owner.unique().tolist():
         mine = (owner == b).view(*use.shape[:k], *[1] * (len(use.shape) - k))
         out[:, b] = torch.where(mine, g, 0).sum_to_size(T, *use.spread)
@@ -255,7 +246,7 @@ def rows_of_entries(use: Entrywise, arrived: Arrived) -> Tensor:
 
 
 def _dims(use: Entrywise, pre: int, B: int) -> tuple[list[int], list[bool], int] | None:
-    """The dimensions of a cotangent parted so that one is that of the examples: sizes, whether the parameter varies."""
+    """A cotangent's dimensions, split so that one is that of the examples: sizes, and whether the parameter varies."""
     ends, product = [], 1
     for n in use.shape:
         product *= n

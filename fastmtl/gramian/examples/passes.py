@@ -1,4 +1,4 @@
-"""The backward passes: cotangents of all losses where parameters are used, and whose rows they are."""
+"""The backward passes: cotangents of all losses where parameters are used, and which example each row belongs to."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Brought", "keys_of", "one_pass", "run"]
 
 
 class Brought(NamedTuple):
-    """What the passes have brought.
+    """What the passes brought.
 
     Attributes:
-        cotangents: where they arrived, of all tasks [T, ...].
-        layouts: which rows are whose.
-        mixed: edges where rows are several examples', with who reads there.
-        sure: whether there is no other layout that would fit.
+        cotangents: by the edge where they arrived, of all tasks [T, ...].
+        layouts: which rows belong to which example.
+        mixed: edges where rows belong to several examples, with the use there.
+        sure: whether no other layout would fit.
         heads: the gradients of other parameters, summed over all losses.
     """
 
@@ -53,14 +53,14 @@ def run(
 ) -> Brought:
     """T passes from losses [T, B].
 
-    Where layouts are not known, one more from the same losses times powers of two; for T > 1 two. `half` tells
-    that some cotangents are float16, whose range is small. `sure` looks whether other layouts would fit too.
-    `scattered` tells that rows may be in any order: then more examples than there are factors take more passes.
+    If layouts are not known, one more from the same losses times powers of two, or two for T > 1. `half` says that some
+    cotangents are float16, whose range is small. With `sure`, other layouts are tried, too. `scattered` says that rows
+    may be in any order: then more examples than there are factors take more passes.
     """
     T, B = losses.shape
     edges = list(dict.fromkeys(edge for reading in readings for edge in edges_of(reading)))
     sums: dict[Edge, Tensor] = {}
-    if layouts is None and T > 1:  # sums of cotangents are not, bit by bit, the cotangents of sums
+    if layouts is None and T > 1:  # sums of cotangents are not bit for bit the cotangents of sums
         _pass(losses, edges, (), torch.ones_like(losses), sums.__setitem__, retain_graph=True)
     found: list[dict[Edge, Tensor]] = []
     rows: list[Row] = []
@@ -87,7 +87,7 @@ def run(
     factors = layout.draw(B, losses.dtype, losses.device, half=half)
     more = factors[1:] if scattered else ()
     check = _Check(readings, found[0] if T == 1 else sums, factors, sure, scattered and len(factors) > 1)
-    # What is compared as it arrives need not be kept until the end. With other leaves it may have gone on to those.
+    # What is compared as it arrives need not be kept until the end. With other leaves it may have gone on to them.
     last = None if heads else [edge for edge in edges if edge not in passed]
     keep = retain_graph or len(more) > 0
     _pass(losses, edges, (), factors[0].expand_as(losses), check, last=last, retain_graph=keep)
@@ -112,21 +112,21 @@ def _pass(
     last: Sequence[Edge] | None = None,
     retain_graph: bool,
 ) -> tuple[Row, set[Edge]]:
-    """The same without the weights' gradients: `see` takes what arrives at edges, as hooks of tensors leave it.
+    """The same without the weights' gradients: `see` is given what arrives at edges, as hooks of tensors leave it.
 
-    Autograd hands out what arrives at an edge before those hooks where it goes on from there, and after them elsewhere.
+    Autograd returns what arrives at an edge before those hooks if the pass goes on from there, and after them if not.
 
     Args:
-        losses: where it begins.
-        edges: where cotangents are wanted.
+        losses: where the pass begins.
+        edges: where cotangents are needed.
         leaves: other parameters.
-        grad: of the losses.
-        see: what takes a cotangent.
-        last: those of the edges from where it does not go on, if known.
+        grad: the losses' gradients.
+        see: what is given each cotangent.
+        last: the edges from which the pass does not go on, if known.
         retain_graph: whether the graph is kept.
 
     Returns:
-        The gradients of the leaves, and the edges from where it went on.
+        The gradients of the leaves, and the edges from which the pass went on.
     """
     through: set[Edge] = set()
     outputs: dict[Any, list[Edge]] = {}
@@ -149,7 +149,7 @@ def _pass(
         return [], through
     handles = [node.register_prehook(catch(ways)) for node, ways in outputs.items()]
     try:
-        # What `torch.autograd.grad` calls, once it has checked what it is given.
+        # What `torch.autograd.grad` calls after checking its arguments.
         grads = _engine_run_backward(
             (losses,), (grad,), retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False
         )
@@ -177,13 +177,13 @@ def _sum(column: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def keys_of(reading: Reading) -> list[Key]:
-    """What the layouts of its rows depend on."""
+    """What the layouts of a reading's rows depend on."""
     if isinstance(reading, Operation):
         return [(edge, 1, math.prod(edge[0]._input_metadata[edge[1]].shape)) for edge in reading.edges]
     return [key(reading)]
 
 
-# How many rows preceded the batch, at all uses in their order, in passes of such shapes: tried first the next time.
+# How many rows preceded the batch, at all uses in order, in passes of such shapes: tried first the next time.
 _BEFORE: Memory[list[int]] = Memory()
 
 
@@ -221,7 +221,7 @@ class _Check:
         self._mixed: list[tuple[Edge, Reading]] = []
 
     def __call__(self, edge: Edge, after: Tensor) -> None:
-        """Takes what has come to an edge."""
+        """Takes what has arrived at an edge."""
         w, regular = self._factors[0], dict[int, int]()
         for k, reading in self._todo.pop(edge, {}).items():
             _, outer, lead = k
@@ -249,7 +249,7 @@ class _Check:
         self.open[edge].append(after)
 
     def results(self) -> tuple[dict[Key, Layout], list[tuple[Edge, Reading]], bool]:
-        """The layouts; where there is none; and whether there is no other."""
+        """The layouts, the edges that have none, and whether no others would fit."""
         for k, reading in self._unknown:
             edge, outer, lead = k
             own = layout.find_scattered(self._sums[edge], self.open[edge], self._factors, outer, lead)

@@ -1,8 +1,8 @@
 """Inner products of the gradients of T · B losses of B examples, from the factors of their rows.
 
 The gradient of loss (t, b) of a weight is G_tb = C_tbᵀ A_b, from the inputs A_b [S, I] and the cotangents C_tb [S, O]
-of the S rows of example b. So ⟨G_tb, G_sc⟩ = Σ_pq (A_b A_cᵀ)_pq (C_tb C_scᵀ)_pq, which is cheaper where S² products of
-rows are less than the entries of a gradient, and the product of the gradients themselves where they are more.
+of the S rows of example b. So ⟨G_tb, G_sc⟩ = Σ_pq (A_b A_cᵀ)_pq (C_tb C_scᵀ)_pq, which is cheaper if these S² products
+of rows are fewer than the entries of a gradient. Otherwise the product of the gradients themselves is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Gram", "Per", "through_rows"]
 Per: TypeAlias = Literal["all", "example", "task"]
 
 _F64 = torch.float64
-_ENTRIES = 1 << 17  # of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
+_ENTRIES = 1 << 17  # entries of A Aᵀ, or of a block of gradients, at a time: what is made of them stays in the cache
 _NEAR = (2.0**-19, 2.0**19)  # norms of rows that need no scaling
 _SMALL = 3  # times what a convolution reads and returns: gradients that are kept for the update
 _PAIR = 6.0  # multiply-adds that an entry of A Aᵀ ∘ C Cᵀ takes besides the products
@@ -34,7 +34,7 @@ class Gram:
         tasks: T.
         examples: B.
         per: "all" for one matrix of T · B losses; "example" for B of T; "task" for T of B.
-        device: where it lies.
+        device: its device.
     """
 
     def __init__(self, tasks: int, examples: int, per: Per, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Gram:
         self._sum = torch.zeros(shape[per], dtype=_F64, device=device)
 
     def like(self) -> Gram:
-        """An empty one of the same kind."""
+        """A zero one of the same kind."""
         return Gram(self.T, self.B, self.per, self._sum.device)
 
     @property
@@ -63,11 +63,11 @@ class Gram:
         return d.mT if self.per == "example" else d.reshape(self.T, self.B)
 
     def add(self, other: Gram) -> None:
-        """Adds another one."""
+        """Adds another Gram matrix."""
         self._sum += other._sum
 
     def replace(self, old: Gram, new: Gram) -> None:
-        """Adds one in place of another."""
+        """Adds one Gram matrix in place of another."""
         self._sum += new._sum - old._sum
 
     def add_rows(self, G: Tensor) -> None:
@@ -82,7 +82,7 @@ class Gram:
             self._add(own)
 
     def _products(self, G: Tensor) -> Tensor:
-        """Those of gradients [T, B, P], in their dtype: as the matrix is, or a part of them."""
+        """The products of gradients [T, B, P], in their dtype: of the matrix's shape, or a part of it."""
         if self.per == "all":
             G = G.reshape(self.T * self.B, -1)
         elif self.per == "example":
@@ -93,7 +93,7 @@ class Gram:
         self._sum.view(products.shape).add_(products)
 
     def add_scaled(self, other: Gram, scale: Tensor) -> None:
-        """Adds one of gradients that were multiplied by powers of two [T, B]."""
+        """Adds the Gram matrix of gradients that were multiplied by powers of two [T, B]."""
         if self.per == "all":
             flat = scale.reshape(-1)
             self.matrix.add_(other.matrix / flat[:, None] / flat)
@@ -107,15 +107,15 @@ class Gram:
         Args:
             A: [B, S, I].
             C: [T, B, S, O].
-            biased: of a bias, too.
+            biased: whether to add those of a bias, too.
 
         Returns:
-            The sizes [T, B] of what squared norms are added up from, where there is more than one row, and the
-            gradients [T, B, O, I] where they were formed and are no larger than A and C.
+            The sizes [T, B] of the terms that squared norms are summed from, if there is more than one row, and the
+            gradients [T, B, O, I] if they were formed and are no larger than A and C.
         """
         S = A.shape[1]
         ones = A.new_ones(len(A)) if biased else None
-        # Of rows: what they say of the sizes of sums says also where products could leave float32.
+        # Norms of rows: they give the sizes of sums, and show whether products could leave the range of float32.
         a, c = torch.linalg.vector_norm(A, dim=2), torch.linalg.vector_norm(C, dim=3)
         if _are_near(a.amax(1)) and _are_near(c.amax(2)):
             return (a * c).double().square().sum(2) if S > 1 else None, self._add_factors(A, C, ones)
@@ -132,7 +132,7 @@ class Gram:
     def add_windows(self, use: Convolution, C: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The same for the windows of a convolution's inputs, made for some examples at a time; C [T, B, S, O].
 
-        All of them at once would be as many times the inputs as the kernel has entries.
+        All of them at once would take as many times the memory of the inputs as the kernel has entries.
         """
         T, B, S, width = C.shape
         a, c = use.sizes(C.dtype), _lengths(C)
@@ -166,9 +166,9 @@ class Gram:
         return None if sizes is None else sizes / scale.square(), times(G, 1 / scale) if small else None
 
     def add_products(self, factors: Sequence[tuple[Tensor, Tensor, bool]]) -> bool:
-        """Adds those of weights with one task, and a row for each example, A [B, I], C [B, O] and whether with a bias.
+        """Adds those of weights with one task and a row for each example: A [B, I], C [B, O] and whether with a bias.
 
-        All or none: False where they are too many, or not of a size near 1, which the squares on the diagonals tell.
+        All or none: False if there are too many, or if the squares on the diagonals are not of a size near 1.
         """
         if self.per == "example" or self.B**2 > _ENTRIES or self._sum.device.type != "cpu":
             return False
@@ -181,7 +181,7 @@ class Gram:
         return True
 
     def _add_factors(self, A: Tensor, C: Tensor, last: Tensor | None) -> Tensor | None:
-        """Adds the products, whichever way; the gradients where they were formed and are small.
+        """Adds the products the cheaper way; returns the gradients if they were formed and are small.
 
         `last` [B] is one more column of A.
         """
@@ -209,7 +209,7 @@ class Gram:
         last = None if last is None else last.repeat_interleave(S) if S > 1 else last
         for b in range(0, B, step):
             e = min(b + step, B)
-            start = b if T == 1 else 0  # a symmetric matrix: what is left of the block on the diagonal is not made
+            start = b if T == 1 else 0  # the matrix is symmetric: nothing left of the diagonal block is computed
             K = A[b * S : e * S] @ A[start * S :].mT  # the same for all tasks
             if last is not None:
                 K.addr_(last[b * S : e * S], last[start * S :])
@@ -235,8 +235,8 @@ class Gram:
         G = None
         for o in range(0, width, step):
             D = C[..., o : o + step].mT
-            G = torch.bmm(D[0], A)[None] if T == 1 else D @ A  # `@` would copy what is transposed
-            self._add(self._products(G.flatten(2)))  # of sizes that A and C have been brought to
+            G = torch.bmm(D[0], A)[None] if T == 1 else D @ A  # `@` would copy a transposed operand
+            self._add(self._products(G.flatten(2)))  # in range, since A and C have been scaled
         return G if small else None
 
     def add_indexed(self, ids: Tensor, C: Tensor) -> None:
@@ -276,24 +276,24 @@ class Gram:
 
 
 def _are_near(norms: Tensor, squares: bool = False) -> bool:
-    """Whether these norms of rows, or their squares, are known to be of a size near 1."""
+    """Whether these norms of rows, or their squares, are known to be near 1 in size."""
     if norms.device.type != "cpu" or not norms.numel():  # nothing waits for a GPU
         return False
-    # 0 may be the norm of a row that is small.
+    # A norm of 0 may be that of a small row.
     least, most = (float(x) for x in norms.aminmax())
     power = 2 if squares else 1
     return _NEAR[0] ** power < least and most < _NEAR[1] ** power
 
 
 def _paired(C: Tensor, E: Tensor) -> Tensor:
-    """C [N, O] times the rows of E [b, R, O], or of the unit vectors of ids [b, R]: [N, b·R]."""
+    """Products of the rows of C [N, O] with those of E [b, R, O], or with the unit vectors of ids [b, R]: [N, b·R]."""
     return C[:, E.flatten()] if E.dim() == 2 else C @ E.flatten(0, 1).mT
 
 
 def through_rows(gram: Gram, C: Tensor, depth: int) -> bool:
     """Whether products of rows take fewer multiply-adds than gradients and their products."""
     T, B, S, width = C.shape
-    pairs = B if gram.per == "example" else B * B  # of examples, both halves
+    pairs = B if gram.per == "example" else B * B  # pairs of examples, in both halves
     tasks = T if gram.per == "task" else T * (T + 1) / 2
     rows = pairs * S * S * (depth / 2 + tasks * (width / 2 + _PAIR))
     gradients = T * B * S * width * depth + pairs * (T if gram.per == "task" else T * T) * width * depth / 2

@@ -1,7 +1,7 @@
 """Closed forms: how an operation's use of a parameter makes the parameter's gradient an outer product.
 
-A form says what it knows of the operation (`Saved`). Whatever else an operation can do, or another version of torch may
-save, makes the use an explicit one.
+A form declares what it knows of the operation (`Saved`). Anything else that the operation does, or that another version
+of torch saves, makes the use an explicit one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Form(NamedTuple):
     """The closed form of one operand.
 
     Attributes:
-        make: from the node, and whether the operand is the parameter's transpose; None where it has no such use.
-        saved: what of the node it knows.
+        make: the use, from the node and whether the operand is the parameter's transpose; None if there is none.
+        saved: what it knows of the node.
     """
 
     make: Callable[[Any, bool], Use | None]
@@ -34,11 +34,11 @@ class Form(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """An operand that is added to each row.
+    """An operand that is added to every row.
 
     Attributes:
         weight: the operand that is the weight of the same operation.
-        saved: what of the node is known to leave the sum of the cotangents the gradient.
+        saved: what is known of the node, for the gradient to be the sum of the cotangents.
     """
 
     weight: int
@@ -47,12 +47,12 @@ class Bias(NamedTuple):
 
 # By operation and operand.
 FORMS = {
-    ("MmBackward0", 0): Form(product.left, product.LEFT),
-    ("MmBackward0", 1): Form(product.right, product.RIGHT),
-    ("AddmmBackward0", 1): Form(product.left_of_sum, product.LEFT_OF_SUM),
-    ("AddmmBackward0", 2): Form(product.right_of_sum, product.RIGHT_OF_SUM),
-    ("BmmBackward0", 0): Form(product.left_of_batch, product.LEFT_OF_BATCH),
-    ("BmmBackward0", 1): Form(product.right_of_batch, product.RIGHT_OF_BATCH),
+    ("MmBackward0", 0): Form(product.left, product.MM),
+    ("MmBackward0", 1): Form(product.right, product.MM),
+    ("AddmmBackward0", 1): Form(product.left_of_sum, product.ADDMM),
+    ("AddmmBackward0", 2): Form(product.right_of_sum, product.ADDMM),
+    ("BmmBackward0", 0): Form(product.left, product.BMM),
+    ("BmmBackward0", 1): Form(product.right, product.BMM),
     ("ConvolutionBackward0", 1): Form(convolution.weight, convolution.WEIGHT),
     ("EmbeddingBackward0", 0): Form(embedding.table, embedding.TABLE),
     ("EmbeddingBagBackward0", 0): Form(embedding.bag, embedding.BAG),
@@ -61,12 +61,12 @@ BIASES = {
     ("AddmmBackward0", 0): Bias(2, product.BIAS),
     ("ConvolutionBackward0", 2): Bias(1, convolution.BIAS),
 }
-# Operations whose own T gradients of a parameter, one number a channel, are the cheapest form there is.
+# Operations for whose parameters, one number a channel, T explicit gradients are the cheapest form.
 SMALL = frozenset({name for name, _ in ENTRYWISE} | {"CudnnBatchNormBackward0", "FusedRmsNormBackward0"})
 
 
 def use_of(consumer: Consumer, device: torch.device) -> Use | None:
-    """The closed form of this use of a parameter on this device, None where there is none."""
+    """The closed form of this use of a parameter on this device, None if there is none."""
     node = consumer.node
     form = FORMS.get((node.name(), consumer.operand))
     if form is None or not form.saved.covers(node):
@@ -81,7 +81,7 @@ def use_of(consumer: Consumer, device: torch.device) -> Use | None:
 
 
 def is_bias(consumer: Consumer, weight: Consumer | None = None) -> bool:
-    """Whether the parameter is the bias of this operation; of the one that reads the weight so, where it is given."""
+    """Whether the parameter is the bias of this operation, whose weight is read here, if one is given."""
     bias = BIASES.get((consumer.node.name(), consumer.operand))
     if bias is None or not bias.saved.covers(consumer.node):
         return False
@@ -89,6 +89,6 @@ def is_bias(consumer: Consumer, weight: Consumer | None = None) -> bool:
 
 
 def is_small(consumer: Consumer) -> bool:
-    """Whether explicit gradients are this use's closed form."""
+    """Whether explicit gradients are the best form for this use."""
     name = consumer.node.name()
     return (name in SMALL and (name, consumer.operand) not in FORMS) or (name, consumer.operand) in BIASES

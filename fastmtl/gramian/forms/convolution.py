@@ -16,16 +16,16 @@ from fastmtl.gramian.saved import Saved
 __all__ = ["BIAS", "WEIGHT", "Convolution", "weight"]
 
 _READ = ("input", "weight", "bias_sym_sizes_opt", "stride", "padding", "dilation", "groups", "output_padding")
-# The padding of the output is for transposed ones, and nothing but their weight's gradient depends on what they are.
+# The padding of the output is for transposed ones. Only their weight's gradient depends on whether they are transposed.
 WEIGHT = Saved(*_READ, transposed=False)
 BIAS = Saved(*_READ, "transposed")
 
 
 def weight(node: Any, flipped: bool) -> Use | None:
-    """The weight of a convolution that is not transposed."""
+    """The use of a convolution's weight, unless it is transposed."""
     dims = len(node._input_metadata[0].shape) - 2
     stated = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    if flipped or any(len(each) != dims for each in stated):  # one number may stand for all dimensions
+    if flipped or any(len(each) != dims for each in stated):  # one number may be meant for all dimensions
         return None
     return Convolution(node)
 
@@ -64,7 +64,7 @@ class Convolution(Use):
 
     def windows(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """The rows of A of some samples [g, n, S, I]."""
-        # Along the positions, which lie one after the other: a copy of runs.
+        # Along the positions, which are contiguous: runs are copied.
         parted = self._parted(self._x[start:stop]).to(dtype)
         return parted.reshape(self._groups, stop - start, self.depth, math.prod(self._out)).mT
 
@@ -83,12 +83,12 @@ class Convolution(Use):
         )
 
     def sizes(self, dtype: torch.dtype) -> Tensor:
-        """The largest entry of each sample's windows, or of what lies between them: [batch]."""
+        """The largest entry of each sample's windows, or of the gaps between them: [batch]."""
         largest: Tensor = torch.linalg.vector_norm(self._x.flatten(1), math.inf, dim=1)
         return largest.to(dtype)
 
     def lengths(self, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-        """Norms of the rows of A [batch, positions], of one group and samples times `scale`, without making them."""
+        """Norms of the rows of A [batch, positions], for one group and samples times `scale`, without making them."""
         x, node = self._x.to(dtype), self.node
         x = x if scale is None else x * scale.to(dtype).view(-1, *[1] * (x.ndim - 1))
         squares = x.square().sum(1, keepdim=True)
@@ -98,12 +98,12 @@ class Convolution(Use):
         return found.flatten(1).clamp_min_(0).sqrt_()
 
     def of_samples(self, arrived: Tensor) -> Tensor:
-        """The cotangents [c, batch, S, O] of one group, from c as they arrived."""
+        """The cotangents [c, batch, S, O] of one group, from c cotangents as they arrived."""
         return arrived.reshape(len(arrived), self._batch, self.width, -1).mT
 
     @property
     def inputs(self) -> int:
-        """How many numbers the windows are made of."""
+        """How many numbers the windows are made from."""
         return self._x.numel()
 
     def cotangents(self, arrived: Tensor) -> Tensor:

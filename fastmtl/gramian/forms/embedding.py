@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved, is_plain
+from fastmtl.graph import signed
 
 __all__ = ["BAG", "TABLE", "bag", "table"]
 
-_MAX = 2  # a mode of bags that has no such gradient
+_MAX = 2  # a mode of bags whose gradient is another
 
 TABLE = Saved("indices", "padding_idx", "scale_grad_by_freq", "weight_sym_argsize_0", sparse=False)
 
@@ -27,15 +28,15 @@ BAG = Saved(
 
 
 def table(node: Any, flipped: bool) -> Use | None:
-    """The table of an embedding that makes dense gradients."""
+    """The use of an embedding's table, if its gradients are dense."""
     return None if flipped else _Embedding(node)
 
 
 def bag(node: Any, flipped: bool) -> Use | None:
-    """The table of sums or means of an embedding's rows."""
+    """The use of a table by sums or means of an embedding's rows."""
     try:
         return None if flipped or node._saved_mode == _MAX else _Bag(node)
-    except RuntimeError:  # the graph was freed: autograd says so
+    except RuntimeError:  # the graph was freed, which autograd reports
         return None
 
 
@@ -47,8 +48,7 @@ class _Embedding(Use):
     _ids: Tensor
 
     def __init__(self, node: Any) -> None:
-        padding = node._saved_padding_idx  # -1, read as unsigned, where there is none
-        self._padding = padding if padding < 2**63 else -1
+        self._padding = signed(node._saved_padding_idx)  # -1 where there is none
         *ids, width = node._input_metadata[0].shape
         super().__init__(node, rows=math.prod(ids), width=width, depth=node._saved_weight_sym_argsize_0, side=1)
 
@@ -83,8 +83,7 @@ class _Bag(Use):
     _factor: Tensor | None
 
     def __init__(self, node: Any) -> None:
-        padding = node._saved_padding_idx  # -1, read as unsigned, where there is none
-        self._padding = padding if padding < 2**63 else -1
+        self._padding = signed(node._saved_padding_idx)  # -1 where there is none
         bags, width = node._input_metadata[0].shape
         ids = node._saved_indices.numel()
         super().__init__(node, rows=ids, width=width, depth=node._saved_weight_sym_argsize_0, side=1, lead=bags)
@@ -98,7 +97,7 @@ class _Bag(Use):
         self._bags = torch.searchsorted(offsets, places, right=True) - 1
         counted = self._ids != self._padding
         self._factor = None if self._padding < 0 else counted.double()
-        if node._saved_mode:  # a mean of what counts
+        if node._saved_mode:  # a mean over the ids that count
             sizes = torch.zeros(self.lead, dtype=torch.float64, device=self._ids.device)
             sizes.index_add_(0, self._bags, counted.double())
             self._factor = counted / sizes[self._bags].clamp_min(1)

@@ -23,7 +23,7 @@ Broadcast: TypeAlias = "tuple[torch.Size, torch.Size]"
 
 
 class Made(NamedTuple):
-    """A factor that is made, when it is needed, of what the operation saved."""
+    """A factor that is made from what the operation saved, when it is needed."""
 
     make: Callable[..., Tensor]
     saved: tuple[Tensor, ...]
@@ -40,8 +40,8 @@ class Entrywise:
         shape: of a cotangent, as far as the parameter is concerned: as many dimensions as `spread`.
         spread: the parameter's shape as it is broadcast: 1 where it does not vary.
         operand: shape of what the operation reads.
-        leading: how many dimensions of a cotangent there are up to the last one along which nothing varies.
-        lead: the number of its entries over these.
+        leading: how many dimensions of a cotangent there are up to the last one along which the parameter is constant.
+        lead: the number of entries over these.
         outer: as in `Use`.
     """
 
@@ -54,14 +54,14 @@ class Entrywise:
         k = len(self.shape)
         while k and self.spread[k - 1] > 1:
             k -= 1
-        self.leading = k or len(self.shape)  # all, where it varies along all
+        self.leading = k or len(self.shape)  # all, if it varies along all
         self.lead = math.prod(self.shape[: self.leading])
         self._factor = factor
         self._held: Factor = 1.0
 
     @classmethod
     def of(cls, node: Any, operand: int) -> Entrywise | None:
-        """That of an operation's operand, where there is one: none of what is complex, whose factor is conjugated."""
+        """The use of an operation's operand, if it has this form: nothing complex, whose factor is conjugated."""
         known = ENTRYWISE.get((node.name(), operand))
         if known is None or not known[0].covers(node) or node._input_metadata[0].dtype not in DTYPES:
             return None
@@ -77,7 +77,7 @@ class Entrywise:
         return self.edge[0]
 
     def hold(self) -> bool:
-        """Keeps what the operation saved; False where the form is not for it."""
+        """Keeps what the operation saved; False if the form does not apply."""
         held = self._held = self._factor(self.node)
         saved = held.saved if isinstance(held, Made) else (held,) if isinstance(held, Tensor) else ()
         device = self.node._input_metadata[0].device
@@ -161,7 +161,7 @@ _GROUP = Saved("C", "HxW", "N", "group", "input", "result1", "result2", "weight"
 _BATCH = Saved("eps", "input", "result1", "result2", "running_mean", "running_var", "training", "weight")
 _ALPHA, _BOTH = Saved("alpha"), Saved("other", "self")
 
-# By operation and operand: what of the node is known, how the operand is broadcast, the factor.
+# By operation and operand: what is known of the node, how the operand is broadcast, the factor.
 ENTRYWISE: dict[tuple[str, int], tuple[Saved, Any, Callable[[Any], Factor]]] = {
     ("AddBackward0", 0): (_ALPHA, _aligned, _one),
     ("AddBackward0", 1): (_ALPHA, _aligned, lambda node: float(node._saved_alpha)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,32 +13,23 @@ from torch import Tensor
 from fastmtl.gramian.forms.use import Use
 from fastmtl.gramian.saved import Saved
 
-__all__ = [
-    "BIAS",
-    "LEFT",
-    "LEFT_OF_BATCH",
-    "LEFT_OF_SUM",
-    "RIGHT",
-    "RIGHT_OF_BATCH",
-    "RIGHT_OF_SUM",
-    "left",
-    "left_of_batch",
-    "left_of_sum",
-    "right",
-    "right_of_batch",
-    "right_of_sum",
-]
+__all__ = ["ADDMM", "BIAS", "BMM", "MM", "left", "left_of_sum", "right", "right_of_sum"]
 
 
 class _Right(Use):
-    """Y = X R: the gradient of R is Xᵀ B_t; that of its transpose, a linear layer's weight, B_tᵀ X."""
+    """Y = X R: the gradient of R is Xᵀ B_t; that of its transpose, a linear layer's weight, B_tᵀ X.
+
+    In a batch, Y_g = X_g R_g in each of g groups.
+    """
 
     _x: Tensor
 
-    def __init__(self, node: Any, flipped: bool, x: str) -> None:
-        rows, width = node._input_metadata[0].shape
-        depth = node._saved_mat2_sym_sizes[0]
-        super().__init__(node, rows=rows, width=width, depth=depth, side=0 if flipped else 1)
+    def __init__(self, node: Any, flipped: bool, operand: int, x: str) -> None:
+        *batch, rows, width = node._input_metadata[0].shape
+        source, output = node.next_functions[operand]
+        depth, groups = source._input_metadata[output].shape[-2], math.prod(batch)
+        side = 0 if flipped else 1
+        super().__init__(node, groups=groups, rows=rows, width=width, depth=depth, side=side, outer=groups)
         self._saved = x
 
     def hold(self) -> bool:
@@ -45,10 +37,10 @@ class _Right(Use):
         return self._reads(self._x)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        return self._x.to(dtype)[None]
+        return _grouped(self._x.to(dtype), 0)
 
     def cotangents(self, arrived: Tensor) -> Tensor:
-        return arrived[:, None]
+        return _grouped(arrived, 1)
 
     def gradient(self, cotangent: Tensor) -> Tensor:
         x = self._x.to(cotangent.dtype)
@@ -56,67 +48,14 @@ class _Right(Use):
 
 
 class _Left(Use):
-    """Y = L X: the gradient of L is B_t Xᵀ."""
+    """Y = L X: the gradient of L is B_t Xᵀ. In a batch, Y_g = L_g X_g in each of g groups."""
 
     _x: Tensor
 
-    def __init__(self, node: Any, flipped: bool, sizes: str) -> None:
-        width, rows = node._input_metadata[0].shape
-        depth = getattr(node, sizes)[1]
-        super().__init__(node, rows=rows, width=width, depth=depth, side=1 if flipped else 0, outer=width)
-
-    def hold(self) -> bool:
-        self._x = self.node._saved_mat2
-        return self._reads(self._x)
-
-    def factor(self, dtype: torch.dtype) -> Tensor:
-        return self._x.to(dtype).mT[None]
-
-    def cotangents(self, arrived: Tensor) -> Tensor:
-        return arrived.mT[:, None]
-
-    def gradient(self, cotangent: Tensor) -> Tensor:
-        x = self._x.to(cotangent.dtype)
-        return cotangent @ x.mT if self.side == 0 else x @ cotangent.mT
-
-
-class _RightOfBatch(Use):
-    """Y_g = X_g R_g in each of g groups: the gradient of R_g is X_gᵀ B_t."""
-
-    _x: Tensor
-
-    def __init__(self, node: Any, flipped: bool) -> None:
-        groups, rows, width = node._input_metadata[0].shape
-        operand, output = node.next_functions[1]
-        depth = operand._input_metadata[output].shape[1]
-        super().__init__(
-            node, groups=groups, rows=rows, width=width, depth=depth, side=0 if flipped else 1, outer=groups
-        )
-
-    def hold(self) -> bool:
-        self._x = self.node._saved_self
-        return self._reads(self._x)
-
-    def factor(self, dtype: torch.dtype) -> Tensor:
-        return self._x.to(dtype)
-
-    def cotangents(self, arrived: Tensor) -> Tensor:
-        return arrived
-
-    def gradient(self, cotangent: Tensor) -> Tensor:
-        x = self._x.to(cotangent.dtype)
-        return cotangent.mT @ x if self.side == 0 else x.mT @ cotangent
-
-
-class _LeftOfBatch(Use):
-    """Y_g = L_g X_g in each of g groups: the gradient of L_g is B_t X_gᵀ."""
-
-    _x: Tensor
-
-    def __init__(self, node: Any, flipped: bool) -> None:
-        groups, width, rows = node._input_metadata[0].shape
-        operand, output = node.next_functions[0]
-        depth = operand._input_metadata[output].shape[2]
+    def __init__(self, node: Any, flipped: bool, operand: int) -> None:
+        *batch, width, rows = node._input_metadata[0].shape
+        source, output = node.next_functions[operand]
+        depth, groups = source._input_metadata[output].shape[-1], math.prod(batch)
         side = 1 if flipped else 0
         super().__init__(node, groups=groups, rows=rows, width=width, depth=depth, side=side, outer=groups * width)
 
@@ -125,28 +64,30 @@ class _LeftOfBatch(Use):
         return self._reads(self._x)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        return self._x.to(dtype).mT
+        return _grouped(self._x.to(dtype).mT, 0)
 
     def cotangents(self, arrived: Tensor) -> Tensor:
-        return arrived.mT
+        return _grouped(arrived.mT, 1)
 
     def gradient(self, cotangent: Tensor) -> Tensor:
         x = self._x.to(cotangent.dtype)
         return cotangent @ x.mT if self.side == 0 else x @ cotangent.mT
 
 
-# mm(L, R), and addmm(bias, L, R) = beta * bias + alpha * L @ R. The operands' strides are where they lie, no more.
-_MM = ("self", "self_sym_sizes", "self_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
-_ADDMM = ("mat1", "mat1_sym_sizes", "mat1_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
+def _grouped(x: Tensor, dim: int) -> Tensor:
+    """`x` with its groups along `dim`: a product without a batch has one."""
+    return x if x.ndim == dim + 3 else x.unsqueeze(dim)
 
-LEFT = RIGHT = Saved(*_MM)
-LEFT_OF_BATCH = RIGHT_OF_BATCH = Saved("self", "mat2")
-LEFT_OF_SUM = RIGHT_OF_SUM = Saved("beta", *_ADDMM, alpha=1)
-BIAS = Saved("alpha", *_ADDMM, beta=1)
 
-left: Callable[[Any, bool], Use] = functools.partial(_Left, sizes="_saved_self_sym_sizes")
-left_of_sum: Callable[[Any, bool], Use] = functools.partial(_Left, sizes="_saved_mat1_sym_sizes")
-right: Callable[[Any, bool], Use] = functools.partial(_Right, x="_saved_self")
-right_of_sum: Callable[[Any, bool], Use] = functools.partial(_Right, x="_saved_mat1")
-left_of_batch: Callable[[Any, bool], Use] = _LeftOfBatch
-right_of_batch: Callable[[Any, bool], Use] = _RightOfBatch
+# mm(L, R), bmm(L, R), and addmm(bias, L, R) = beta * bias + alpha * L @ R. The operands' strides do not matter.
+_OF_SUM = ("mat1", "mat1_sym_sizes", "mat1_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
+
+MM = Saved("self", "self_sym_sizes", "self_sym_strides", "mat2", "mat2_sym_sizes", "mat2_sym_strides")
+BMM = Saved("self", "mat2")
+ADDMM = Saved("beta", *_OF_SUM, alpha=1)
+BIAS = Saved("alpha", *_OF_SUM, beta=1)
+
+left: Callable[[Any, bool], Use] = functools.partial(_Left, operand=0)
+left_of_sum: Callable[[Any, bool], Use] = functools.partial(_Left, operand=1)
+right: Callable[[Any, bool], Use] = functools.partial(_Right, operand=1, x="_saved_self")
+right_of_sum: Callable[[Any, bool], Use] = functools.partial(_Right, operand=2, x="_saved_mat1")

@@ -28,7 +28,7 @@ class Use(ABC):
         depth: I, columns of A.
         side: which dimension of the parameter the columns of B_t are, 0 or 1.
         is_indexed: whether the rows of A are unit vectors.
-        outer, lead: a cotangent is [outer, lead, ...] as it lies, with the rows of A one after the other along `lead`.
+        outer, lead: a cotangent is [outer, lead, ...] in memory, with the rows of A one after the other along `lead`.
         order, views: of the parameter, as in `Consumer`.
     """
 
@@ -75,12 +75,12 @@ class Use(ABC):
         return math.prod(self.shape)
 
     def _reads(self, x: Tensor) -> bool:
-        """Whether what the operation saved is what the formulas are for."""
+        """Whether the formulas are for what the operation saved."""
         return is_plain(x, self.node._input_metadata[0].device) and x.dtype in DTYPES
 
     @abstractmethod
     def hold(self) -> bool:
-        """Keeps what the operation saved, before a pass frees it; False where the form is not for it."""
+        """Keeps what the operation saved, before a pass frees it; False if the form does not apply."""
 
     @abstractmethod
     def factor(self, dtype: torch.dtype) -> Tensor:
@@ -92,14 +92,14 @@ class Use(ABC):
 
     @abstractmethod
     def gradient(self, cotangent: Tensor) -> Tensor:
-        """The gradient from one cotangent of the output, in the parameter's order, or in that of what is read."""
+        """The gradient from one cotangent of the output, in the parameter's order, or as `views` rearranged it."""
 
     def whole_gradient(self, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        """The same in the shape of the parameter, or of the block, that was rearranged."""
+        """The same in the shape of the parameter or block itself."""
         return self.restored(self.gradient(cotangent), shape)
 
     def restored(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """A gradient of what is read, in the shape of the parameter, or of the block, that was rearranged."""
+        """A gradient that is in the order of `views`, in the shape of the parameter or block itself."""
         if self.views:
             g = g.reshape(self.views[0]._input_metadata[0].shape)
         for node in self.views:
@@ -107,10 +107,10 @@ class Use(ABC):
         return g.reshape(shape)
 
     def owners_of_rows(self, owners: Tensor) -> Tensor:
-        """For each of the N rows what `owners` has for its place along `lead`."""
+        """For each of the N rows the entry of `owners` for its place along `lead`."""
         return owners.repeat_interleave(self.rows // self.lead) if self.lead else owners
 
     @property
     def is_scattered(self) -> bool:
-        """Whether rows are others than those along `lead`, each as often."""
+        """Whether the rows are anything but those along `lead`, each equally often."""
         return False

@@ -1,4 +1,4 @@
-"""Weightings for LibMTL's trainer, under LibMTL's names, with the methods of this package behind them.
+"""Weightings for LibMTL's trainer, under LibMTL's names, backed by the methods of this package.
 
     import fastmtl.integrations.libmtl
 
@@ -9,8 +9,8 @@
 
     Trainer(..., weighting=Aligned_MTL, ...)
 
-LibMTL is imported by `register` alone: its trainer accepts any class that follows the protocol of its `AbsWeighting`,
-and so do these. The protocol: the trainer makes a model of an architecture and a weighting, `class
+Only `register` imports LibMTL: its trainer accepts any class that follows the protocol of its `AbsWeighting`, as these
+do. The protocol: the trainer makes a model of an architecture and a weighting, `class
 MTLmodel(architecture, weighting)`, calls `init_param()` once and `backward(losses, **weight_args)` in every step,
 after `optimizer.zero_grad`, and records the task weights [T] that it returns. Losses are [T], or [3, T] where the
 weighting is named MoDo or SDMGrad; where it is named FAMO, `update_w(losses)` follows the optimizer's step. The

@@ -67,7 +67,7 @@ class PCGrad(Weighting):
 
 
 class GradVac(Weighting):
-    """`fastmtl.GradVac`; `beta` is what earlier versions of LibMTL call `GradVac_beta`.
+    """`fastmtl.GradVac`; `beta` is called `GradVac_beta` in earlier versions of LibMTL.
 
     `GradVac_group_type`: 0, the whole model; 1, every layer of shared parameters has targets of its own; 2, every
     tensor of them. With `rep_grad=True` it has to be 0.
@@ -162,11 +162,7 @@ class GradDrop(Weighting):
             None if g is None else g * x.detach().sign() if self._rep_sum else g
             for g, x in zip(rows, reps, strict=True)
         ]
-        votes = self._summed(signed)
-        present = [v for v in votes if v is not None]
-        if len({v.shape for v in present}) != 1:
-            shapes = [list(v.shape) for v in present]
-            raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
+        votes, present = self._summed(signed)
         total = torch.stack(present)
         magnitude = total.abs().sum(0)
         purity = torch.where(magnitude > 0, 0.5 * (1 + total.sum(0) / magnitude), 0.5)
@@ -193,7 +189,7 @@ class RGW(Weighting):
 
 
 class UPGrad(Weighting):
-    """`fastmtl.UPGrad`; `UPGrad_reg_eps` is its ridge. `UPGrad_norm_eps` has no effect, since none is too short."""
+    """`fastmtl.UPGrad`; `UPGrad_reg_eps` is its ridge. `UPGrad_norm_eps` has no effect: no gradient is too short."""
 
     @staticmethod
     def make(tasks: int, UPGrad_norm_eps: float = 0.0, UPGrad_reg_eps: float = 0.0) -> Method:

@@ -1,4 +1,4 @@
-"""LibMTL's trainer finds weightings by their names; this puts ours there."""
+"""Registers our weightings where LibMTL's trainer looks them up by name."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def register(
 
         register({"Krum": weighting_of(lambda tasks: fastmtl.Krum())})
 
-    By the names MoDo and SDMGrad the trainer knows that a step takes three batches, and by FAMO that losses are to be
-    evaluated again: under another name these three do with one batch.
+    By the names MoDo and SDMGrad the trainer knows that a step takes three batches, and by FAMO that it has to evaluate
+    the losses again: under other names, these three make do with one batch.
 
     Args:
-        weightings: name: class; default: all of this package, under LibMTL's names, in place of LibMTL's.
+        weightings: classes by name; default: all of this package under LibMTL's names, replacing LibMTL's.
         prefix: of the names.
         module: where to put them; default: `LibMTL.weighting`, which is then imported.
 
     Returns:
-        The names under which they are now found.
+        The names under which they can now be found.
 
     Raises:
         ImportError: LibMTL is not installed.
-        TypeError: a value of `weightings` is no weighting class.
+        TypeError: a value of `weightings` is not a weighting class.
     """
     if weightings is None:
         names = [*on_gradients.__all__, *on_losses.__all__]

@@ -1,4 +1,4 @@
-"""Weightings for which LibMTL's trainer takes three batches a step."""
+"""Weightings for which LibMTL's trainer takes three batches per step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["ThreeBatches"]
 
 
 class ThreeBatches(Weighting):
-    """Weights from the product G₁ G₂ᵀ of the gradients of two batches, whose expectation is that of full gradients.
+    """Weights from the product G₁ G₂ᵀ of the gradients of two batches, an unbiased estimate of the full gradients' one.
 
-    The trainer gives losses [3, T] where the weighting is named MoDo or SDMGrad; with losses [T] the product is that of
+    The trainer passes losses [3, T] if the weighting is named MoDo or SDMGrad; with losses [T] the product is that of
     one batch, G Gᵀ. The other parameters get the mean of their gradients over the batches, as in LibMTL's MoDo (its
     SDMGrad adds them up). `rep_grad` has to be False.
     """
 
-    _order: ClassVar[tuple[int, int, int]]  # which batches are for the weights, and which is for the gradients
+    _order: ClassVar[tuple[int, int, int]]  # the two batches for the weights, and the one for the gradients
 
     def backward(self, losses: Tensor | Sequence[Tensor], **kwargs: Any) -> np.ndarray | None:
         """See `Weighting.backward`; `losses` are [3, T] or [T]."""

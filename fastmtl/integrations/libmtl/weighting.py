@@ -1,4 +1,4 @@
-"""What LibMTL's trainer asks of a weighting, for any method of this package."""
+"""What LibMTL's trainer requires of a weighting, for any method of this package."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = ["Weighting", "one_by_one", "weighting_of"]
 
 
 class Weighting(nn.Module):
-    """A weighting strategy for LibMTL's trainer; subclasses say by `make` which method stands behind it.
+    """A weighting strategy for LibMTL's trainer; a subclass's `make` makes the method behind it.
 
     Shared parameters get the aggregated gradient, all others the gradient of their own loss (methods on losses: of the
     weighted sum). With `rep_grad=False` the task gradients are those of the shared parameters, by T backward passes;
     with `rep_grad=True` those of the representation, by one pass through the heads and one through the encoder.
-    Gradients are added to `.grad`, at once and only when everything else has succeeded.
+    Gradients are added to `.grad` all at once, and only when everything else has succeeded.
 
     With `rep_grad=True` the task weights are those of gradients summed over the batch, as in LibMTL: row t of G has the
     size of one example's representation. `rep_sum=False` in `weight_args` takes the gradients of all examples, side by
     side, which is the upper bound of the Aligned-MTL and MGDA-UB papers.
 
     `weight_args` are the arguments of `make`, and `rep_sum`; unknown ones raise. The method is part of the model: what
-    it has learned or remembers is in `model.state_dict()`, and its parameters, if any, in `model.parameters()`, so that
-    the trainer's optimizer learns them.
+    it learns or remembers is in `model.state_dict()`, and its parameters, if any, are in `model.parameters()`, so that
+    the trainer's optimizer trains them.
     """
 
     method: Any
@@ -53,11 +53,11 @@ class Weighting(nn.Module):
 
     @staticmethod
     def make(tasks: int) -> Method | Scalarization:
-        """The method for so many tasks; further arguments, all with defaults, are the options in `weight_args`."""
+        """The method for that many tasks; further arguments, all with defaults, are the options in `weight_args`."""
         raise NotImplementedError
 
     def init_param(self) -> None:
-        """Makes the method with its defaults: before the optimizer, which takes its parameters."""
+        """Makes the method with its defaults, before the optimizer is made, which takes its parameters."""
         self.method = self.make(self.task_num)
         self._options: dict[str, Any] = {}
         self._rep_sum = True
@@ -83,18 +83,17 @@ class Weighting(nn.Module):
         return self._step(one_by_one(losses))
 
     def _configure(self, options: dict[str, Any]) -> None:
-        """Takes over the options; the state, which may have been loaded, stays."""
+        """Applies the options; the state, which may have been loaded, is kept."""
         options = dict(options)
         self._rep_sum = flag(options.pop("rep_sum", True), "rep_sum")
         if options == self._options:
             return
         method = self.make(self.task_num, **options)
-        if isinstance(method, nn.Module):
-            if next(method.parameters(), None) is not None:
-                raise ValueError(f"{type(self).__name__}: expected no options in weight_args, got {sorted(options)}")
-            method.load_state_dict(self.method.state_dict())
-            method.to(self.device).train(self.training)
-        self.method, self._options = method, dict(options)
+        if next(method.parameters(), None) is not None:
+            raise ValueError(f"{type(self).__name__}: expected no options in weight_args, got {sorted(options)}")
+        method.load_state_dict(self.method.state_dict())
+        method.to(self.device).train(self.training)
+        self.method, self._options = method, options
 
     def _step(
         self, losses: list[Tensor], groups: list[list[Tensor]] | None = None, scale_heads: bool = False
@@ -144,7 +143,7 @@ class Weighting(nn.Module):
         return total
 
     def _on_losses(self, rows: Sequence[Tensor | None], several: bool) -> tuple[Sequence[Tensor | None], Info]:
-        """Cotangents of the representation where the gradients are those of weighted losses."""
+        """Cotangents of the representation for gradients of weighted losses."""
         info: Info = self.method.info
         if several:
             return rows, info
@@ -154,18 +153,14 @@ class Weighting(nn.Module):
     def _on_rows(
         self, rows: Sequence[Tensor | None], losses: list[Tensor], several: bool
     ) -> tuple[Sequence[Tensor | None], Info]:
-        """The same where they are to be aggregated."""
+        """Cotangents of the representation for gradients that are to be aggregated."""
         method: Method = self.method
         T = len(losses)
         if not method.on_gram:
             raise ValueError(
                 f"rep_grad: expected False with {method!r}, which needs the gradients of parameters, got True"
             )
-        summed = self._summed(rows)
-        present = [g for g in summed if g is not None]
-        if len({g.shape for g in present}) != 1:
-            shapes = [list(g.shape) for g in present]
-            raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
+        summed, present = self._summed(rows)
         method.check_tasks(T)
         info = method.solve(ops.gram_rows(summed, T), present[0].dtype, context_of(method, losses, T))
         if several:
@@ -174,9 +169,14 @@ class Weighting(nn.Module):
         ops.combine_rows(rows, info.alpha, [combined])
         return [combined], info
 
-    def _summed(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of which the weights are: over the batch, or as they are."""
-        return [g if g is None or g.ndim < 2 or not self._rep_sum else g.sum(0) for g in rows]
+    def _summed(self, rows: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """The gradients that the weights are made for, summed over the batch or as they are; and those there are."""
+        summed = [g if g is None or g.ndim < 2 or not self._rep_sum else g.sum(0) for g in rows]
+        present = [g for g in summed if g is not None]
+        if len({g.shape for g in present}) != 1:
+            shapes = [list(g.shape) for g in present]
+            raise ValueError(f"rep: expected representations of one shape that losses reach, got {shapes}")
+        return summed, present
 
 
 def weighting_of(make: Callable[..., Method | Scalarization], name: str | None = None) -> type[Weighting]:
@@ -185,7 +185,7 @@ def weighting_of(make: Callable[..., Method | Scalarization], name: str | None =
         Krum = weighting_of(lambda tasks, byzantine=0: fastmtl.Krum(byzantine=byzantine))
 
     Args:
-        make: called with the number of tasks and with `weight_args` as keywords; all of these need defaults.
+        make: called with the number of tasks, and `weight_args` as keywords, which all need defaults.
         name: of the class; default: that of `make`.
     """
     namespace = {"make": staticmethod(make), "__doc__": make.__doc__, "__module__": __name__}

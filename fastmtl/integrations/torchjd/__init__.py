@@ -1,22 +1,23 @@
-"""TorchJD's aggregators and weightings, computed by fastmtl: a change of one import line.
+"""TorchJD's aggregators and weightings, computed by fastmtl: only an import line changes.
 
     from torchjd.aggregation import UPGrad
     from fastmtl.integrations.torchjd import UPGrad
 
-Every class has the name, the arguments and the attributes of TorchJD's, and is one of TorchJD's kinds: an aggregator
-for `torchjd.autojac.jac_to_grad` (with `optimize_gramian_computation` too) or a weighting for the Gramians of
-`torchjd.autogram.Engine`. Behind each stands a method of `fastmtl`, at `methods.method`.
+Every class has the name, the arguments and the attributes of TorchJD's, and is of TorchJD's kind: an aggregator for
+`torchjd.autojac.jac_to_grad` (also with `optimize_gramian_computation`) or a weighting for the Gramians of
+`torchjd.autogram.Engine`. Most are backed by a method of `fastmtl`: the weighting's, or the aggregator's, `method`.
 
-`Engine` stands where `torchjd.autogram.Engine` does, and wraps nothing.
+`Engine` replaces `torchjd.autogram.Engine`, and wraps nothing.
 
 An aggregator that needs the Gramian of the Jacobian [m, n] computes it and the weights [m] in float64, and rounds once,
-when the result [n] is written; whoever looks at the weights sees them in the Jacobian's dtype. A weighting returns
-weights in the dtype of its Gramian [m, m].
+when the result [n] is written; hooks see the weights in the Jacobian's dtype. A weighting returns weights in the dtype
+of its Gramian [m, m].
 
 Problems are solved to rounding, at every scale of the gradients: arguments that steer an iterative solver or guard its
 divisions are accepted and have no effect. A non-finite gradient makes the weights NaN. Weights have no derivative:
-where TorchJD's class detaches what requires grad, so does this one; where TorchJD's has a derivative (`AlignedMTL`,
-`MGDA`, `Krum`), a matrix that requires grad is a ValueError. `Mean`, `Sum`, `Constant` and `Random` have it as there.
+where TorchJD's class detaches inputs that require grad, so does this one; where TorchJD's has a derivative
+(`AlignedMTL`, `MGDA`, `Krum`), a matrix that requires grad is a ValueError. `Mean`, `Sum`, `Constant` and `Random` are
+differentiable as in TorchJD.
 """
 
 try:

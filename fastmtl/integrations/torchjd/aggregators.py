@@ -41,7 +41,7 @@ __all__ = [
 
 
 class ByGramian(Weighting[Tensor]):
-    """Weights from a Jacobian [m, n]: what a weighting says to its Gramian, which is computed in float64."""
+    """Weights from a Jacobian [m, n]: those of a weighting for its Gramian, which is computed in float64."""
 
     def __init__(self, weighting: GramWeighting) -> None:
         super().__init__()
@@ -55,8 +55,8 @@ class ByGramian(Weighting[Tensor]):
         gramian.gradients_dtype = matrix.dtype  # type: ignore[attr-defined]
         alpha = self.weighting(gramian)
         weights = alpha.to(matrix.dtype)
-        # `jac_to_grad` returns these weights in the Jacobian's dtype. Where gradients cancel, the result needs more
-        # digits than that: `_combine` takes those from before the rounding, unless a hook has changed the weights.
+        # `jac_to_grad` returns these weights in the Jacobian's dtype. If gradients cancel, the result needs more:
+        # `_combine` takes the weights from before this rounding, unless a hook has changed them.
         if weights is not alpha:
             weights.exact = alpha, None if weights.is_inference() else weights._version  # type: ignore[attr-defined]
         return weights
@@ -295,7 +295,7 @@ def _checked_purity(f: Any, name: str) -> Callable[[Tensor], Tensor]:
 
 
 class _OfMatrix(Configured, Aggregator):
-    """A method that looks at every coordinate."""
+    """An aggregator that needs the Jacobian itself, coordinate by coordinate."""
 
     def __call__(self, matrix: Tensor, /) -> Tensor:
         """The aggregation [n] of a Jacobian [m, n], through all registered hooks."""
@@ -315,11 +315,11 @@ class GradDrop(_OfMatrix):
     """`fastmtl.GradDrop` as TorchJD's `GradDrop`.
 
     Args:
-        f: what is applied to the sign purity: only the identity, TorchJD's default, is supported.
+        f: function of the sign purity: only the identity, TorchJD's default, is supported.
         leak: how much [m] of each row passes whatever its sign; None for nothing.
 
     Raises:
-        ValueError: another `f`; `leak` is not within [0, 1] or no vector; (in a step) of another length than m.
+        ValueError: another `f`; `leak` is not within [0, 1] or not a vector; (in a step) of another length than m.
     """
 
     f: Callable[[Tensor], Tensor] = argument(_checked_purity)
@@ -343,13 +343,13 @@ class GradDrop(_OfMatrix):
 
 
 class TrimmedMean(_OfMatrix):
-    """`fastmtl.TrimmedMean` as TorchJD's `TrimmedMean`; where an entry is not finite the result is NaN.
+    """`fastmtl.TrimmedMean` as TorchJD's `TrimmedMean`; if an entry is not finite, the result is NaN.
 
     Args:
         trim_number: how many of the largest and of the smallest entries of each column are left out.
 
     Raises:
-        TypeError: `trim_number` is no integer.
+        TypeError: `trim_number` is not an integer.
         ValueError: it is negative; (in a step) fewer than 2 `trim_number` + 1 rows.
     """
 

@@ -1,4 +1,4 @@
-"""A method made from TorchJD's arguments, which are attributes, as there: set, or changed in place, they count."""
+"""A method made from TorchJD's arguments, which are attributes as there: setting or modifying them takes effect."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchjd.linalg import DualConeProjector
 
 from fastmtl.methods.base import Method
-from fastmtl.options import integer, number, plain
+from fastmtl.options import number, plain
 
-__all__ = ["Configured", "argument", "at_least", "count", "naming", "part_of", "positive", "state_of", "suffix_of"]
+__all__ = ["Configured", "argument", "at_least", "naming", "part_of", "positive", "state_of", "suffix_of"]
 
-# TorchJD's names of what fastmtl's messages are about.
+# fastmtl's names of options, as its messages use them, and TorchJD's.
 _NAMES = {
     "weights": "pref_vector",
     "scale": "scale_mode",
@@ -34,7 +34,7 @@ Check = Callable[[Any, str], Any]
 
 @contextlib.contextmanager
 def naming(options: Mapping[str, object]) -> Iterator[None]:
-    """Errors about an argument call it what it is called here."""
+    """Within this context, errors about an argument use TorchJD's name for it."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -45,11 +45,11 @@ def naming(options: Mapping[str, object]) -> Iterator[None]:
 
 
 class Configured(nn.Module):
-    """A method made from TorchJD's arguments: a subclass says by `_make` which."""
+    """A method made from TorchJD's arguments; a subclass defines `_make`."""
 
     _kept: ClassVar[dict[str, str]] = {}  # TorchJD's names of the method's state, for `state_dict()`
 
-    _extra: ClassVar[dict[str, object]] = {}  # arguments that TorchJD's does not have, and their defaults
+    _extra: ClassVar[dict[str, object]] = {}  # arguments that TorchJD's class lacks, and their defaults
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Configured(nn.Module):
         self._set(options)
 
     def _make(self, options: Mapping[str, Any]) -> Method:
-        """The method that the arguments mean."""
+        """The method for these arguments."""
         raise NotImplementedError
 
     @property
     def method(self) -> Any:
-        """The method of `fastmtl` that computes."""
+        """The method of `fastmtl` behind this."""
         if self._stamp != [state_of(value) for value in self._options.values()]:
-            self._set({})  # a vector or a projector has been changed in place
+            self._set({})  # a vector or projector was modified in place
         return self._modules["method"]
 
     def _set(self, changed: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Configured(nn.Module):
             method = self._make(options)
         before = self._modules.get("method")
         if before is not None:
-            method.load_state_dict(before.state_dict())  # another option is no reason to forget
+            method.load_state_dict(before.state_dict())  # changing an option must not reset the state
             method.train(self.training)
         self._modules["method"] = method
         self._options = options
@@ -93,7 +93,7 @@ class Configured(nn.Module):
                 destination[prefix + its] = value if keep_vars else value.detach()
 
     def state_dict(self, *args: Any, **keywords: Any) -> Any:
-        """The state, under TorchJD's names where it has it."""
+        """The state, under TorchJD's names where they exist."""
         state = super().state_dict(*args, **keywords)
         prefix = keywords.get("prefix", "")
         for mine in self._kept:
@@ -107,7 +107,7 @@ class Configured(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _arguments(self) -> str:
-        """As in a call; what TorchJD does not have, where it is not the default."""
+        """The arguments as in a call; of those that TorchJD lacks, only the ones that differ from the default."""
         shown = {
             name: value
             for name, value in self._options.items()
@@ -137,23 +137,18 @@ class _Argument:
 
 
 def argument(check: Check = lambda value, name: value) -> Any:
-    """An attribute that is an argument; `check` returns what is kept of a value, or raises."""
+    """An attribute that is an argument; `check` returns the value to keep, or raises."""
     return _Argument(check)
 
 
 def at_least(low: float) -> Check:
-    """A number that is at least this; as it is."""
+    """Accepts numbers of at least `low`, unchanged."""
     return _as_it_is(number(low=low))
 
 
 def positive(value: Any, name: str) -> Any:
-    """A number > 0; as it is."""
+    """Accepts numbers > 0, unchanged."""
     return _as_it_is(number(above=0))(value, name)
-
-
-def count(low: int, optional: bool = False) -> Check:
-    """An integer of at least this."""
-    return integer(low, optional)
 
 
 def _as_it_is(check: Check) -> Check:
@@ -165,7 +160,7 @@ def _as_it_is(check: Check) -> Check:
 
 
 def part_of(part: str, name: str) -> Any:
-    """The attribute `name` of an object's attribute `part`, as its own."""
+    """A property for the attribute `name` of the attribute `part`."""
     return property(
         lambda self: getattr(getattr(self, part), name),
         lambda self, value: setattr(getattr(self, part), name, value),
@@ -173,12 +168,12 @@ def part_of(part: str, name: str) -> Any:
 
 
 def suffix_of(vector: Tensor | None) -> str:
-    """How `str` shows a vector, as TorchJD: ([0.5, 1., 2.]); nothing for None."""
+    """A vector as `str` shows it in TorchJD: ([0.5, 1., 2.]); empty for None."""
     return "" if vector is None else f"([{', '.join(f'{x:.2f}'.rstrip('0') for x in vector.tolist())}])"
 
 
 def state_of(value: object) -> object:
-    """What changes when a value is changed in place."""
+    """Something that changes when the value is modified in place."""
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, DualConeProjector):

@@ -1,4 +1,4 @@
-"""The Gramian of the Jacobian of losses of examples, from one ordinary backward pass."""
+"""The Gramian of the Jacobian of per-example losses, from one ordinary backward pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """Stands where `torchjd.autogram.Engine` stands.
+    """Replaces `torchjd.autogram.Engine`.
 
-    Unlike that one it wraps nothing and runs no second forward pass: modules may share parameters, use those of others,
-    be recurrent, work in place and be random, and it reads the graph that is there. That no example of a batch depends
-    on another one is checked in every call; where one does, this raises in place of a wrong result.
+    Unlike that, it wraps nothing and runs no second forward pass, but reads the existing graph: modules may share
+    parameters, use those of others, be recurrent, work in place and be random. Every call checks that no example of a
+    batch depends on another; if one does, it raises instead of returning a wrong result.
 
     Args:
-        modules: those whose parameters count.
-        batch_dim: the dimension of the examples in what is differentiated; None for one backward pass an entry.
+        modules: the modules whose parameters count.
+        batch_dim: the dimension of the examples in what is differentiated; None for one backward pass per entry.
 
     Raises:
         ValueError: no parameter requires grad.
@@ -45,8 +45,8 @@ class Engine:
             [m, m], in the dtype of `output`.
 
         Raises:
-            TypeError: no floating tensor.
-            ValueError: it has no such dimension or requires no grad, or an entry depends on other examples.
+            TypeError: `output` is not a floating tensor.
+            ValueError: it lacks the dimension or requires no grad, or an entry depends on other examples.
         """
         if not isinstance(output, Tensor) or output.dtype not in DTYPES:
             raise TypeError(f"output: expected a floating tensor, got {describe(output)}")

@@ -24,17 +24,17 @@ _DEFAULTS = {name: p.default for name, p in inspect.signature(QuadprogProjector)
 
 
 class ActiveSetProjector(DualConeProjector):
-    """Projects as TorchJD's `QuadprogProjector` does, exactly and where the Gramian is: on a GPU without the host.
+    """Projects like TorchJD's `QuadprogProjector`, but exactly and on the Gramian's device: on a GPU without the host.
 
-    Needs neither quadprog nor NumPy. The Gramian and the weights are taken in float64.
+    It needs neither quadprog nor NumPy, and computes in float64.
 
     Args:
         norm_eps: no effect: short gradients are projected like long ones.
-        reg_eps: what is added to the diagonal of the Gramian, relative to its trace; TorchJD's default is 1e-4. With 0
+        reg_eps: added to the diagonal of the Gramian, relative to its trace; TorchJD's default is 1e-4. With 0,
             projections are exact.
 
     Raises:
-        TypeError: an argument is no number.
+        TypeError: an argument is not a number.
         ValueError: one is negative or not finite.
     """
 
@@ -80,7 +80,7 @@ class ActiveSetProjector(DualConeProjector):
         M = G.detach().to(torch.float64)
         M = M + self.reg_eps * M.diagonal().sum() * torch.eye(m, dtype=M.dtype, device=M.device)
         rows = U.detach().to(torch.float64).reshape(-1, m)
-        # One row of the Gramian that is zero is in no conflict: its weight stays.
+        # A zero row of the Gramian is in no conflict: its weight stays.
         zero = M.diagonal() == 0
         solved = [torch.where(zero, u, ops.dual_cone(M, u.contiguous(), False)[0]) for u in rows]
         w = torch.stack(solved) if solved else rows
@@ -91,7 +91,7 @@ class ActiveSetProjector(DualConeProjector):
 
 
 def ridge_of(projector: DualConeProjector) -> float | None:
-    """What a projector adds to the diagonal, where it is one whose projections are known; None for others."""
+    """What a projector of a known kind adds to the diagonal; None for other kinds."""
     if type(projector) in (QuadprogProjector, ActiveSetProjector):
         return float(projector.reg_eps)  # type: ignore[attr-defined]
     return None

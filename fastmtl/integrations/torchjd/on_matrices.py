@@ -1,4 +1,4 @@
-"""Weightings of TorchJD's whose input is no Gramian: a Jacobian [m, n], or J₁ J₂ᵀ [m, m] of two batches."""
+"""TorchJD's weightings whose input is not a Gramian, but a Jacobian [m, n] or J₁ J₂ᵀ [m, m] of two batches."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class _CrossWeighting(_MatrixWeighting):
 
 
 class MoDoWeighting(_CrossWeighting):
-    """`fastmtl.MoDo` as TorchJD's `MoDoWeighting`; another number of tasks begins anew.
+    """`fastmtl.MoDo` as TorchJD's `MoDoWeighting`; another number of tasks resets it.
 
     Args:
         gamma: step size of the weights.
         rho: weight of ½ ‖w‖².
 
     Raises:
-        TypeError: an argument is no number.
+        TypeError: an argument is not a number.
         ValueError: `gamma` is not positive, `rho` is negative; (in a step) a matrix that is not square.
     """
 
@@ -69,7 +69,7 @@ class MoDoWeighting(_CrossWeighting):
 
 
 class SDMGradWeighting(_CrossWeighting):
-    """`fastmtl.SDMGrad` as TorchJD's `SDMGradWeighting`; another number of tasks begins anew.
+    """`fastmtl.SDMGrad` as TorchJD's `SDMGradWeighting`; another number of tasks resets it.
 
     Args:
         lr: step size of the weights.
@@ -113,10 +113,10 @@ class SDMGradWeighting(_CrossWeighting):
 
 
 class ExcessMTLWeighting(_MatrixWeighting):
-    """`fastmtl.ExcessMTL` as TorchJD's `ExcessMTLWeighting`, from a Jacobian [m, n]; another shape begins anew.
+    """`fastmtl.ExcessMTL` as TorchJD's `ExcessMTLWeighting`, from a Jacobian [m, n]; another shape resets it.
 
     Args:
-        robust_step_size: step of the weights.
+        robust_step_size: step size of the weights.
         n_warmup_steps: how many steps only collect risks.
 
     Raises:
@@ -150,13 +150,13 @@ class CRMOGMWeighting(Weighting[Tensor], Stateful):
     Weights that are not finite are returned as they are, and leave the average as it was.
 
     Args:
-        weighting: any weighting, of this module or of TorchJD's.
-        alpha: how much of the average stays, in [0, 1].
+        weighting: any weighting, from here or from TorchJD.
+        alpha: how much of the average is kept, in [0, 1].
         initial_weights: the average at the start, [m]; None for the first weights.
 
     Raises:
-        TypeError: `weighting` is no weighting, another argument of another kind.
-        ValueError: `alpha` is outside of [0, 1]; (in a step) `initial_weights` of another length than m, another number
+        TypeError: `weighting` is not a weighting, or another argument is of another kind.
+        ValueError: `alpha` is outside [0, 1]; (in a step) `initial_weights` of another length than m, another number
             of tasks than before.
     """
 
@@ -173,7 +173,7 @@ class CRMOGMWeighting(Weighting[Tensor], Stateful):
 
     @property
     def alpha(self) -> float:
-        """How much of the average stays."""
+        """How much of the average is kept."""
         return self._alpha
 
     @alpha.setter
@@ -181,7 +181,7 @@ class CRMOGMWeighting(Weighting[Tensor], Stateful):
         self._alpha = float(check_number(value, "alpha", low=0, high=1) or 0)
 
     def reset(self) -> None:
-        """Forgets the average, and what the other weighting remembers."""
+        """Forgets the average, and resets the other weighting."""
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
         self._lambda = None
@@ -201,7 +201,7 @@ class CRMOGMWeighting(Weighting[Tensor], Stateful):
         if has_numbers(fixed) and math.isfinite(sum(fixed.tolist())):
             self._lambda = mixed
             return mixed
-        # A first step that is not finite leaves NaN here, which the next finite one replaces: nothing waits for it.
+        # A non-finite first step leaves NaN here, which the next finite one replaces; the host does not wait.
         known = before.detach().isfinite().all()
         mixed = torch.where(known, mixed, weights)
         self._lambda = torch.where(weights.detach().isfinite().all(), mixed, before)

@@ -1,7 +1,7 @@
-"""Methods of `fastmtl` that take zero rows as TorchJD's do.
+"""Methods of `fastmtl` that treat zero rows as TorchJD does.
 
-To `fastmtl` a task whose gradient is zero is absent. To TorchJD it is a task like others: these methods give it the
-weight that TorchJD's do, which is also what a loss gets whose Gramian [m, m] does not show all of its gradients.
+In `fastmtl`, a task whose gradient is zero is absent. In TorchJD it is a task like any other: these methods give it the
+same weight as TorchJD's, which matters if a loss has gradients that the Gramian [m, m] does not contain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _zero_rows(M: Tensor) -> Tensor:
 
 
 class _Peer:
-    """Mixed into a method: what becomes of its weights α [..., m] where rows are zero."""
+    """Mixed into a method: adapts its weights α [..., m] where rows are zero."""
 
     def solve(self, M: Tensor, dtype: torch.dtype, context: Context = NOTHING) -> Info:
         info: Info = super().solve(M, dtype, context)  # type: ignore[misc]
@@ -52,21 +52,21 @@ class _Peer:
 
 
 class CAGrad(_Peer, methods.CAGrad):
-    """A zero row stops it: its g_w is zero."""
+    """A zero row makes all weights zero, since g_w is zero."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha * ~zero.any(-1, keepdim=True)
 
 
 class FairGrad(_Peer, methods.FairGrad):
-    """Zero rows have no weight, but where it is the mean."""
+    """A zero row has weight 0, except with fairness 0, the mean."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         return alpha if self.fairness else alpha + zero / zero.shape[-1]
 
 
 class MGDA(_Peer, methods.MGDA):
-    """The first zero row is the shortest vector, and has all the weight."""
+    """The first zero row is the shortest vector and gets all the weight."""
 
     def _with_zero_rows(self, alpha: Tensor, zero: Tensor) -> Tensor:
         first = zero & (zero.cumsum(-1) == 1)
@@ -94,15 +94,15 @@ class _Projected(_Peer):
 
 
 class UPGrad(_Projected, methods.UPGrad):
-    """A zero row keeps the weight that is preferred."""
+    """A zero row keeps its preferred weight."""
 
 
 class DualProj(_Projected, methods.DualProj):
-    """A zero row keeps the weight that is preferred."""
+    """A zero row keeps its preferred weight."""
 
 
 class Krum(methods.Krum):
-    """A zero row is a point like others."""
+    """A zero row is a point like any other."""
 
     def _is_there(self, square: float) -> bool:
         return True
@@ -111,7 +111,7 @@ class Krum(methods.Krum):
         """The weights: see `Rule.solve`."""
         if M.ndim == 2 and has_numbers(M) and min(M.diagonal().tolist()) > 0:
             return super().solve(M, dtype, context)
-        # One more parameter, on which all rows depend alike, changes no distance, and no row is zero.
+        # An extra parameter on which all rows depend alike changes no distance, and leaves no zero row.
         squares, zero = M.diagonal(dim1=-2, dim2=-1), _zero_rows(M)
         shortest = torch.where(zero, torch.inf, squares).amin(-1, keepdim=True)
         added = zero.any(-1, keepdim=True) * torch.where(zero.all(-1, keepdim=True), 1.0, shortest)
@@ -119,7 +119,7 @@ class Krum(methods.Krum):
 
 
 class NashMTL(methods.NashMTL):
-    """A zero row leaves the weights as they were, at first ones: TorchJD's solver fails on it."""
+    """A zero row leaves the weights unchanged, initially ones: TorchJD's solver fails on it."""
 
     remembers = True
     _first = 1.0
@@ -133,7 +133,7 @@ class PCD(methods.PCD):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.steps is not None and not self.steps.ndim:  # TorchJD's, for all tasks
+        if self.steps is not None and not self.steps.ndim:  # from TorchJD, one number for all tasks
             self.steps = self.steps.expand_as(self.mean).clone()
 
     def _counted(self, M: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class PCD(methods.PCD):
 
 
 class _All:
-    """Mixed into a method on matrices: all rows are there."""
+    """Mixed into a method on matrices: all rows are present."""
 
     def _there(self, M: Tensor) -> None:
         pass

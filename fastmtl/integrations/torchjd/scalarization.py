@@ -1,12 +1,12 @@
-"""TorchJD's scalarizers, computed by fastmtl: a change of one import line.
+"""TorchJD's scalarizers, computed by fastmtl: only an import line changes.
 
     from torchjd.scalarization import FAMO
     from fastmtl.integrations.torchjd.scalarization import FAMO
 
-Every class has the name, the arguments and the attributes of TorchJD's, and is one of its `Scalarizer`s: values of any
-shape become one number, in their dtype. Behind each that does more than a weighted sum stands a method of
-`fastmtl.scalarization`, at `method`; its state is float64, in `state_dict()`, and stays as it was where a value is not
-finite. Values outside of a formula's domain are a ValueError, where TorchJD's goes on with what comes out.
+Every class has the name, the arguments and the attributes of TorchJD's, and is a `Scalarizer`: values of any shape
+become one number, in their dtype. Those that do more than a weighted sum are backed by a method of
+`fastmtl.scalarization`, their `method`; its state is float64, in `state_dict()`, and does not change if a value is not
+finite. Values outside a formula's domain are a ValueError, where TorchJD returns whatever the formula gives.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ __all__ = [
 
 
 class _Behind(Scalarizer):
-    """With a method of `fastmtl` behind it, which sees the values as a vector."""
+    """A scalarizer backed by a method of `fastmtl`, which sees the values as a vector."""
 
-    method: Any  # None before the first step of one that has to know how many values there are
-    _total: ClassVar[bool] = False  # a formula for any values, without a state
-    _shown: tuple[str, ...] = ()  # of its arguments
+    method: Any  # None before the first step, if it needs the number of values
+    _total: ClassVar[bool] = False  # whether the formula holds for all values and has no state
+    _shown: tuple[str, ...] = ()  # arguments for `repr`
 
     def forward(self, values: Tensor, /) -> Tensor:
         """The scalar []."""
@@ -72,7 +72,7 @@ class _Behind(Scalarizer):
         return method.scalar(flat.to(torch.float32)).to(values.dtype)
 
     def _holds(self, values: Tensor) -> bool:
-        """Whether the formula is one for these values [n], and has no state."""
+        """Whether the formula holds for these values [n] and has no state."""
         return False
 
     def _of(self, values: Tensor) -> Scalarization:
@@ -106,12 +106,12 @@ class Random(_Behind):
 
 
 class _Weighted(_Behind):
-    """With weights and perhaps a reference of the values' shape, which count as they are in the step."""
+    """With weights and perhaps a reference of the values' shape, read anew in each step."""
 
     _total = True
     weights: Tensor | None
     reference: Tensor | None = None
-    _stamp: list[object] | None = None  # what the method was made of
+    _stamp: list[object] | None = None  # what the method was made from
 
     def _of(self, values: Tensor) -> Scalarization:
         vectors: dict[str, Any] = {}
@@ -212,7 +212,7 @@ class DWA(_Behind, Stateful):
         temperature: the larger, the more even the weights.
 
     Raises:
-        TypeError: `temperature` is no number.
+        TypeError: `temperature` is not a number.
         ValueError: it is not positive; (in a step) values of another shape than before, or negative ones.
     """
 
@@ -323,7 +323,7 @@ class FAMO(_Behind, Stateful):
         return super()._of(values)
 
     def update(self, values: Tensor, /) -> None:
-        """Learns from the values of the same batch after the step.
+        """Learns from the values of the same batch, recomputed after the step.
 
         Raises:
             ValueError: there was no call before, or values of another shape.
@@ -335,7 +335,7 @@ class FAMO(_Behind, Stateful):
         method.update(values.detach().reshape(-1))
 
     def reset(self) -> None:
-        """Back to equal weights."""
+        """Returns to equal weights."""
         self.method.reset()
 
     def __repr__(self) -> str:

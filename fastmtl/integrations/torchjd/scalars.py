@@ -1,4 +1,4 @@
-"""TorchJD's scalarizers that are a weighted sum or have a parameter a value, and checks of all."""
+"""TorchJD's scalarizers that are weighted sums or have one parameter per value, and checks for all scalarizers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Sum(Scalarizer):
 
 
 class Constant(Scalarizer):
-    """A weighted sum of the values, with a derivative in the weights too, where they require grad.
+    """A weighted sum of the values, differentiable with respect to the weights too.
 
     Args:
         weights: of the values' shape.
 
     Raises:
-        TypeError: `weights` are no tensor.
+        TypeError: `weights` is not a tensor.
         ValueError: (in a step) values of another shape.
     """
 
@@ -68,7 +68,7 @@ class Constant(Scalarizer):
 
 
 class _Learned(Scalarizer, Stateful):
-    """With one parameter a value, for the user's optimizer."""
+    """With one parameter per value, for the user's optimizer."""
 
     _name: str  # of the parameter, as TorchJD calls it
 
@@ -83,7 +83,7 @@ class _Learned(Scalarizer, Stateful):
         return s
 
     def reset(self) -> None:
-        """Puts the parameter back to zero."""
+        """Resets the parameter to zero."""
         with torch.no_grad():
             getattr(self, self._name).zero_()
 
@@ -98,7 +98,7 @@ class UW(_Learned):
         shape: of the values; an int n is (n,).
 
     Raises:
-        TypeError: `shape` is no shape.
+        TypeError: `shape` is not a shape.
         ValueError: (in a step) values of another shape.
     """
 
@@ -118,7 +118,7 @@ class IMTLL(_Learned):
         shape: of the values; an int n is (n,).
 
     Raises:
-        TypeError: `shape` is no shape.
+        TypeError: `shape` is not a shape.
         ValueError: (in a step) values of another shape.
     """
 
@@ -132,7 +132,7 @@ class IMTLL(_Learned):
 
 
 def checked_tensor(value: Any, name: str) -> Tensor | None:
-    """A tensor or None, also of an array; else a TypeError."""
+    """A tensor (also from an array) or None; anything else is a TypeError."""
     value = plain(value)
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
@@ -145,6 +145,6 @@ def checked_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_shape(values: Tensor, shape: Sequence[int], whose: str, name: str = "values") -> None:
-    """Raises ValueError where values are of another shape."""
+    """Raises ValueError if values are of another shape."""
     if values.shape != torch.Size(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, that of {whose}, got {describe(values)}")

@@ -1,4 +1,4 @@
-"""Weights that do not depend on the gradients: as TorchJD's, which have a derivative."""
+"""Weights that do not depend on the gradients; differentiable, as in TorchJD."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def vector(value: Any, name: str) -> Tensor | None:
-    """A vector of finite numbers, or None; as it is."""
+    """Accepts a vector of finite numbers or None, unchanged."""
     value = plain(value)
     if value is None:
         return None
@@ -35,7 +35,7 @@ def vector(value: Any, name: str) -> Tensor | None:
         raise TypeError(f"{name}: expected a vector of numbers or None, got {describe(value)}")
     if value.ndim != 1:
         raise ValueError(f"{name}: expected shape [T], got {describe(value)}")
-    if value.device.type == "cpu" and not bool(value.isfinite().all()):  # elsewhere the host would wait
+    if value.device.type == "cpu" and not bool(value.isfinite().all()):  # on a device the host would wait
         raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
     return value
 
@@ -44,14 +44,14 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 class ConstantWeighting(Weighting[Tensor]):
-    """The weights of `Constant`: these very numbers, with their derivative where they require grad.
+    """The weights of `Constant`: the given numbers, differentiable if they require grad.
 
     Args:
         weights: the weights [m].
 
     Raises:
-        TypeError: `weights` are no tensor of numbers.
-        ValueError: `weights` are no finite vector; (in a step) of another length than m.
+        TypeError: `weights` is not a tensor of numbers.
+        ValueError: `weights` is not a finite vector; (in a step) of another length than m.
     """
 
     weights: Tensor

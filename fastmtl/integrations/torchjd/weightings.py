@@ -14,11 +14,12 @@ from torchjd.linalg import DualConeProjector
 from fastmtl import methods
 from fastmtl.inputs import describe
 from fastmtl.integrations.torchjd import peers
-from fastmtl.integrations.torchjd.configured import Configured, argument, at_least, count, naming, positive
+from fastmtl.integrations.torchjd.configured import Configured, argument, at_least, naming, positive
 from fastmtl.integrations.torchjd.linalg import ActiveSetProjector, ridge_of
 from fastmtl.integrations.torchjd.tasks import ConstantWeighting, MeanWeighting, vector
 from fastmtl.methods.aligned import RankRule, Scale
 from fastmtl.methods.base import GramMethod
+from fastmtl.options import integer
 
 __all__ = [
     "AlignedMTLWeighting",
@@ -42,7 +43,7 @@ __all__ = [
 class GramWeighting(Configured, Weighting[Tensor]):
     """Weights from a Gramian [m, m], in its dtype."""
 
-    _differentiable: ClassVar[bool] = False  # whether TorchJD's has a derivative, which must not be lost silently
+    _differentiable: ClassVar[bool] = False  # whether TorchJD's is: a derivative must not get lost silently
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """The weights [m], through all registered hooks."""
@@ -54,7 +55,7 @@ class GramWeighting(Configured, Weighting[Tensor]):
         if gramian.shape == (0, 0):
             self.method.check_tasks(0)
             return gramian.new_zeros(0)
-        # Aggregators say of the Gramian, which they compute in float64, of which gradients it is.
+        # Aggregators compute the Gramian in float64, and note the gradients' dtype on it.
         of = getattr(gramian, "gradients_dtype", gramian.dtype)
         with naming(self._options):
             return self._weights(gramian, of).to(gramian.dtype)
@@ -65,7 +66,7 @@ class GramWeighting(Configured, Weighting[Tensor]):
 
 
 class StatefulWeighting(GramWeighting, Stateful):
-    """Weights that depend on the steps before; another number of tasks begins anew."""
+    """Weights that depend on earlier steps; another number of tasks resets them."""
 
     def reset(self) -> None:
         """Forgets everything: the next step is the first."""
@@ -79,37 +80,41 @@ class StatefulWeighting(GramWeighting, Stateful):
 
 
 class Preferring(Configured):
-    """With a preference, which a weighting of its own gives to those who ask for it."""
+    """With a preference vector, which is available as a weighting too."""
 
     pref_vector: Tensor | None
 
     @property
     def weighting(self) -> ConstantWeighting | MeanWeighting:
-        """The weighting that the preference vector means."""
+        """The weighting that gives the preference vector."""
         return MeanWeighting() if self.pref_vector is None else ConstantWeighting(self.pref_vector)
+
+
+def _projector_or_ours(value: Any, name: str) -> DualConeProjector:
+    """The projector, or ours for None."""
+    if value is not None and not isinstance(value, DualConeProjector):
+        raise TypeError(f"{name}: expected a torchjd.linalg.DualConeProjector or None, got {describe(value)}")
+    return ActiveSetProjector() if value is None else value
 
 
 class Projecting(Preferring, GramWeighting):
     """Weights from projections onto the dual cone."""
 
-    projector: Any
-    _each: ClassVar[bool]
+    _each: ClassVar[bool]  # whether each row is projected, or their sum
+    pref_vector: Tensor | None = argument(vector)
+    projector: Any = argument(_projector_or_ours)
+
+    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
+        super().__init__(pref_vector=pref_vector, projector=projector)
 
     def _weights(self, gramian: Tensor, dtype: torch.dtype) -> Tensor:
         if ridge_of(self.projector) is not None:
             return super()._weights(gramian, dtype)
-        # A projector that somebody else has written, which may project onto another cone.
+        # A projector of unknown kind may project onto another cone.
         preferred = self.weighting(gramian).to(gramian.dtype)
-        U = torch.diag(preferred) if isinstance(self, UPGradWeighting) else preferred
+        U = torch.diag(preferred) if self._each else preferred
         projected: Tensor = self.projector(U, gramian)
         return projected.sum(0) if projected.ndim == 2 else projected
-
-
-def projector_or_ours(value: Any, name: str) -> DualConeProjector:
-    """Also for None."""
-    if value is not None and not isinstance(value, DualConeProjector):
-        raise TypeError(f"{name}: expected a torchjd.linalg.DualConeProjector or None, got {describe(value)}")
-    return ActiveSetProjector() if value is None else value
 
 
 def _ridge(projector: DualConeProjector) -> float:
@@ -126,7 +131,7 @@ class AlignedMTLWeighting(Preferring, GramWeighting):
             does not make small ones vanish; "gram" is TorchJD's rule.
 
     Raises:
-        ValueError: unknown `scale_mode` or `rank_rule`, a `pref_vector` that is no finite vector.
+        ValueError: unknown `scale_mode` or `rank_rule`, a `pref_vector` that is not a finite vector.
     """
 
     _differentiable = True
@@ -175,7 +180,7 @@ class ConFIGWeighting(Preferring, GramWeighting):
         pref_vector: the ratio [m] of the cosines; None for equal ones.
 
     Raises:
-        ValueError: a `pref_vector` that is no finite vector.
+        ValueError: a `pref_vector` that is not a finite vector.
     """
 
     pref_vector: Tensor | None = argument(vector)
@@ -192,20 +197,16 @@ class DualProjWeighting(Projecting):
 
     Args:
         pref_vector: weights [m] of the tasks; None for 1/m each.
-        projector: its `reg_eps` is what is added to the diagonal of the Gramian, relative to the trace; for None that
-            of TorchJD's default. With `QuadprogProjector(reg_eps=0.0)` projections are exact. Its `norm_eps` has no
-            effect: short gradients are projected like long ones.
+        projector: its `reg_eps` is added to the diagonal of the Gramian, relative to the trace; None means TorchJD's
+            default. With `QuadprogProjector(reg_eps=0.0)`, projections are exact. Its `norm_eps` has no effect: short
+            gradients are projected like long ones.
 
     Raises:
-        TypeError: `projector` is no projector.
-        ValueError: a `pref_vector` that is no finite vector.
+        TypeError: `projector` is not a projector.
+        ValueError: a `pref_vector` that is not a finite vector.
     """
 
-    pref_vector: Tensor | None = argument(vector)
-    projector: Any = argument(projector_or_ours)
-
-    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
-        super().__init__(pref_vector=pref_vector, projector=projector)
+    _each = False
 
     def _make(self, options: Mapping[str, Any]) -> GramMethod:
         return peers.DualProj(weights=options["pref_vector"], ridge=_ridge(options["projector"]))
@@ -223,7 +224,7 @@ class FairGradWeighting(GramWeighting):
     """
 
     alpha: float = argument()
-    max_iters: int | None = argument(count(1, optional=True))
+    max_iters: int | None = argument(integer(1, optional=True))
 
     def __init__(self, alpha: float, max_iters: int | None = None) -> None:
         super().__init__(alpha=alpha, max_iters=max_iters)
@@ -233,7 +234,7 @@ class FairGradWeighting(GramWeighting):
 
 
 class GradVacWeighting(StatefulWeighting):
-    """The weights of `GradVac`; the targets are in `state_dict()`, and begin anew with another number of tasks.
+    """The weights of `GradVac`; the targets are in `state_dict()`, and are reset by another number of tasks.
 
     Args:
         beta: weight of the new cosine in the targets.
@@ -297,7 +298,7 @@ class MGDAWeighting(GramWeighting):
 
     _differentiable = True
     epsilon: float = argument(positive)
-    max_iters: int = argument(count(1))
+    max_iters: int = argument(integer(1))
 
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
         super().__init__(epsilon=epsilon, max_iters=max_iters)
@@ -313,7 +314,7 @@ class NashMTLWeighting(StatefulWeighting):
 
     Args:
         n_tasks: number m of tasks.
-        max_norm: the result is shortened to this norm where it is longer; 0 to leave it as it is.
+        max_norm: a longer result is shortened to this norm; 0 never shortens.
         update_weights_every: solve in every k-th step and keep the weights in between.
         optim_niter: no effect.
 
@@ -321,10 +322,10 @@ class NashMTLWeighting(StatefulWeighting):
         ValueError: `n_tasks` < 1, `max_norm` < 0 or `update_weights_every` < 1; (in a step) another number of tasks.
     """
 
-    n_tasks: int = argument(count(1))
+    n_tasks: int = argument(integer(1))
     max_norm: float = argument()
     update_weights_every: int = argument()
-    optim_niter: int = argument(count(1))
+    optim_niter: int = argument(integer(1))
 
     def __init__(
         self, n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
@@ -381,20 +382,16 @@ class UPGradWeighting(Projecting):
 
     Args:
         pref_vector: weights [m] of the tasks; None for 1/m each.
-        projector: its `reg_eps` is what is added to the diagonal of the Gramian, relative to the trace; for None that
-            of TorchJD's default. With `QuadprogProjector(reg_eps=0.0)` projections are exact. Its `norm_eps` has no
-            effect: short gradients are projected like long ones.
+        projector: its `reg_eps` is added to the diagonal of the Gramian, relative to the trace; None means TorchJD's
+            default. With `QuadprogProjector(reg_eps=0.0)`, projections are exact. Its `norm_eps` has no effect: short
+            gradients are projected like long ones.
 
     Raises:
-        TypeError: `projector` is no projector.
-        ValueError: a `pref_vector` that is no finite vector.
+        TypeError: `projector` is not a projector.
+        ValueError: a `pref_vector` that is not a finite vector.
     """
 
-    pref_vector: Tensor | None = argument(vector)
-    projector: Any = argument(projector_or_ours)
-
-    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
-        super().__init__(pref_vector=pref_vector, projector=projector)
+    _each = True
 
     def _make(self, options: Mapping[str, Any]) -> GramMethod:
         return peers.UPGrad(weights=options["pref_vector"], ridge=_ridge(options["projector"]))

@@ -1,7 +1,7 @@
 """Pure PyTorch reference of every op: readable, device-independent, and the specification the kernels are held to.
 
-These functions run wherever no kernel is built (see `fastmtl.ops`), in float64, and follow the same accuracy policy and
-draw the same random numbers as the kernels.
+These functions run in float64 wherever no kernel is built (see `fastmtl.ops`). They follow the same accuracy policy as
+the kernels and draw the same random numbers.
 """
 
 from fastmtl.ops.reference.align import (

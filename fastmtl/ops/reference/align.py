@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 EPS = torch.finfo(torch.float64).eps
-FLOAT32_SQUARE = 1e-20  # thresholds.h has these
+# As in csrc/math/thresholds.h, which explains them.
+FLOAT32_SQUARE = 1e-20
 LEAST_SQUARE, MOST_SQUARE, LEAST_ENTRY, MOST_ENTRY = 1e-200, 1e200, 1e-100, 1e100
 
 
@@ -41,11 +42,11 @@ def gram(G: Tensor) -> Tensor:
 
 def gram_rows(grads: Sequence[Tensor | None], tasks: int, out: Sequence[Tensor] | None = None) -> Tensor:
     """M = Σ_k G_k G_kᵀ in float64 over the K tensors of each row; entry t·K + k is row t, tensor k; None is zero."""
-    segments = len(grads) // tasks
+    K = len(grads) // tasks
     device = next((g.device for g in grads if g is not None), torch.device("cpu"))
     M = torch.zeros(tasks, tasks, dtype=torch.float64, device=device)
-    for k in range(segments):
-        column = grads[k::segments]
+    for k in range(K):
+        column = grads[k::K]
         present = [t for t, g in enumerate(column) if g is not None]
         if present:
             index = torch.tensor(present, device=device)
@@ -55,7 +56,7 @@ def gram_rows(grads: Sequence[Tensor | None], tasks: int, out: Sequence[Tensor] 
 
 
 def _mirrored(M: Tensor) -> Tensor:
-    """The upper triangle in place of the lower one: a matrix product sums them in orders of its own."""
+    """M with its upper triangle mirrored: a matrix product may sum the two triangles in different orders."""
     return M.triu() + M.triu(1).mT
 
 
@@ -66,11 +67,10 @@ def combine(G: Tensor, alpha: Tensor, out: Tensor) -> None:
 
 def combine_rows(grads: Sequence[Tensor | None], alpha: Tensor, out: Sequence[Tensor]) -> None:
     """Writes out_k = Σ_t α_t g_{t,k}, summed in float64 and rounded once; None is zero."""
-    segments = len(out)
-    weights = alpha.unbind()
+    K, weights = len(out), alpha.unbind()
     for k, target in enumerate(out):
         total = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-        for weight, g in zip(weights, grads[k::segments], strict=True):
+        for weight, g in zip(weights, grads[k::K], strict=True):
             # A missing gradient is zero times a weight that need not be finite.
             total += weight * (0.0 if g is None else g.to(torch.float64))
         target.copy_(rounded(total, target.dtype))
@@ -95,22 +95,15 @@ def balance(
     `M` [..., T, T]; `weights` [T] or None for 1/T. Returns α [..., T], eigenvalues [..., T] in descending order
     (negative rounding noise as zero) and rank [...] (int64).
     """
-    T = M.shape[-1]
-    if T > products.FEW_TASKS:
-        return balance_many(M, weights, scale, rtol, zero, rank_rule)
-    flat = M.to(torch.float64).reshape(-1, T, T)
-    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, _jacobi)
-    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+    solver = _jacobi if M.shape[-1] <= products.FEW_TASKS else products.eigh
+    return _balance(M, weights, scale, rtol, zero, rank_rule, solver)
 
 
 def balance_many(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by matrix products and Cholesky factorisations, for many tasks: on a GPU nothing waits."""
-    T = M.shape[-1]
-    flat = M.to(torch.float64).reshape(-1, T, T)
-    alpha, lam, rank = _balance(flat, weights, scale, rtol, zero, rank_rule, products.eigh)
-    return alpha.reshape(M.shape[:-1]), lam.reshape(M.shape[:-1]), rank.reshape(M.shape[:-2])
+    """`balance` by matrix products and Cholesky factorisations, for many tasks: on a GPU the host does not wait."""
+    return _balance(M, weights, scale, rtol, zero, rank_rule, products.eigh)
 
 
 def _balance(
@@ -120,14 +113,16 @@ def _balance(
     rtol: float,
     zero: float,
     rank_rule: str,
-    eigh: Callable[[Tensor], tuple[Tensor, Tensor]],
+    solver: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of M [B, T, T]; `eigh` solves M, and what the rank is judged by, in one batch."""
-    B, T, _ = M.shape
+    """`balance` by an eigensolver of [B, T, T], which gets M and what the rank is judged by in one batch."""
+    shape, T = M.shape, M.shape[-1]
+    M = M.to(torch.float64).reshape(-1, T, T)
+    B = len(M)
     w = M.new_full((T,), 1 / T) if weights is None else weights.to(M)
     finite = M.isfinite().all(-1).all(-1)
     M = torch.where(finite[:, None, None], M, torch.zeros_like(M))
-    spectra, vectors = eigh(M if rank_rule == "gram" else torch.cat([M, _row_normalised(M, zero)]))
+    spectra, vectors = solver(M if rank_rule == "gram" else torch.cat([M, _row_normalised(M, zero)]))
     lam, V = spectra[:B].flip(-1).clamp_min(0.0), vectors[:B].flip(-1)
     judged = spectra[-B:].flip(-1) if B else lam
     rank = (judged > judged[:, :1].clamp_min(0.0) * rtol**2).sum(-1)
@@ -136,23 +131,23 @@ def _balance(
     last = (rank - 1).clamp_min(0)[:, None]
     if scale == "min":
         s = lam.gather(-1, last)
-    elif scale == "median":  # the lower median of the kept ones, which stand first and descend
+    elif scale == "median":  # the lower median of the kept ones, which come first and descend
         s = lam.gather(-1, rank[:, None] // 2)
     else:
         s = (lam * kept).sum(-1, keepdim=True) / rank[:, None].clamp_min(1)
     inverse = torch.where(kept, (s / lam).sqrt(), 0.0)
     alpha = (V @ (inverse * (w @ V))[..., None])[..., 0]
-    alpha = torch.where(is_present(M), alpha, 0.0)  # to the bit: eigenvectors of products are zero to rounding only
+    alpha = torch.where(is_present(M), alpha, 0.0)  # exactly: matrix products leave zeros only to rounding
     alpha = torch.where(finite[:, None], alpha, torch.nan)
     lam = torch.where(finite[:, None], lam, torch.nan)
     rank = torch.where(finite, rank, 0)
-    return alpha, lam, rank
+    return alpha.reshape(shape[:-1]), lam.reshape(shape[:-1]), rank.reshape(shape[:-2])
 
 
 def align_gram(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor]:
-    """α and the rank that `balance` finds."""
+    """α and the rank as from `balance`."""
     alpha, _, rank = balance(M, weights, scale, rtol, zero, rank_rule)
     return alpha, rank
 
@@ -191,19 +186,19 @@ def align_rows(
 
 
 def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
-    """Whether G has to be read again for a better M, and scaled by what: [..., 3], the kernels' `Verdict`.
+    """Whether G has to be read again for a better M, and how to scale it: [..., 3], the kernels' `Verdict`.
 
     Args:
         M: [..., T, T], of the first pass.
-        bound: [...]: the λ_min(C) that float32 `blocks` need, or, without these, the largest float64 entry.
-        blocks: what the first pass was.
+        bound: [...]: the λ_min(C) that float32 blocks need, or without blocks the largest float64 entry.
+        blocks: whether the first pass summed float32 blocks.
 
     Returns:
-        1 or 0, and two factors, powers of two (ones where nothing is scaled), whose product might be none.
+        1 or 0, and two factors, powers of two (1 if nothing is scaled), whose product might leave the range of numbers.
     """
     squares = M.diagonal(dim1=-2, dim2=-1)
     one = torch.ones_like(bound)
-    if blocks:  # good enough where C - bound is positive definite, so long as no product has underflowed
+    if blocks:  # good enough if C - bound is positive definite, unless a product has underflowed
         inverse = squares.rsqrt()
         shifted = M * inverse[..., :, None] * inverse[..., None, :] - torch.diag_embed(
             bound[..., None].expand_as(squares)
@@ -220,7 +215,7 @@ def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
 
 
 def _power_of_two(G: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-    """A power of two that brings float64 entries whose squares would over- or underflow near one, else 1."""
+    """A power of two that scales float64 entries whose squares would over- or underflow to about 1; else 1."""
     if not G.numel():
         return G.new_ones(G.shape[:-2] if dims else ())
     largest = G.abs().amax(dims) if dims else G.abs().amax()
@@ -243,14 +238,14 @@ def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
     (Demmel and Veselić 1992); LAPACK's tridiagonalisation does not.
     """
     B, T, _ = M.shape
-    h = (T + 1) // 2  # pairs (i, h + i) of 2 h rows; of an odd T the last row is zero and stays where it began
+    h = (T + 1) // 2  # pairs (i, h + i) of 2h rows; for odd T the last row is zero and returns to its place
     largest = M.abs().amax((-1, -2)) if T else M.new_zeros(B)
     exponent = torch.frexp(largest).exponent
-    # A above V, whose columns are rotated together.
+    # A above V: their columns are rotated together.
     AV = M.new_zeros(B, 2 * h + T, 2 * h)
     AV[:, :T, :T] = torch.ldexp(M, -exponent[:, None, None])
     AV[:, 2 * h :, :T] = torch.eye(T, dtype=M.dtype, device=M.device)
-    # The first stays, the others move on by one in a circle: along the first halves of the pairs, and back.
+    # The first stays, the others rotate by one place: along the first halves of the pairs, and back along the second.
     moved = [0, h, *range(1, h - 1), *range(h + 1, 2 * h), h - 1] if h > 1 else [0, 1]
     columns = torch.tensor(moved, device=M.device)
     rows = torch.cat([columns, torch.arange(2 * h, 2 * h + T, device=M.device)])

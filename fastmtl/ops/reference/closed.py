@@ -17,8 +17,8 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
     """α = D^-½ C⁺ w and C C⁺ w, with M = D^½ C D^½ the Gram of gradients brought to unit length: M α ≈ D^½ w.
 
     Absent tasks take no part: their entry of w counts as zero. Singular values of the unit gradients at most `rtol`
-    times the largest count as zero, and so do eigenvalues of C below its rounding errors. Where w lies in what is then
-    left out (as equal weights of opposed gradients do), but for rounding errors or a part of `rtol`, C⁺ w is zero.
+    times the largest count as zero, and so do eigenvalues of C below its rounding errors. If w lies in the subspace
+    that this leaves out, up to rounding or a part of `rtol` (as equal weights of opposed gradients do), C⁺ w is zero.
 
     Args:
         M: [..., T, T], float32 or float64.
@@ -50,8 +50,8 @@ def unit_solve(M: Tensor, weights: Tensor | None, rtol: float) -> tuple[Tensor, 
 def constant(M: Tensor, weights: Tensor | None) -> Tensor:
     """The given weights, [T] or [..., T] (1/T each for None), as α [..., T], 0 for absent tasks.
 
-    NaN where a gradient is not finite. The diagonal of M [..., T, T] says whether: no entry of a Gram matrix is larger
-    than the larger of its two squares.
+    NaN where a gradient is not finite. The diagonal of M [..., T, T] shows that: no entry of a Gram matrix is larger
+    than the larger of its two diagonal entries.
     """
     T = M.shape[-1]
     w = torch.full((T,), 1 / T, dtype=torch.float64, device=M.device) if weights is None else weights

@@ -1,7 +1,8 @@
 """Pairwise gradient surgery in weight space: PCGrad (Yu et al., 2020) and GradVac (Wang et al., 2021).
 
-The modified gradient of task i is Σ_k v_k g_k, row i of V, begun at V = 1; its products with all gradients, C = V M,
-are kept up to date. All tasks take their n-th visit at once. Absent tasks take no part: their rows of V are zero.
+The modified gradient of task i is Σ_k v_k g_k with v row i of V, which starts as the identity; its products with all
+gradients, C = V M, are kept up to date. All tasks make their n-th visit at once. Absent tasks take no part: their rows
+of V are zero.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def pcgrad(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
-    """α = Σ_i v_i: what of a gradient conflicts with another one is taken out, one after the other in random order.
+    """α = Σ_i v_i: each gradient is projected off those that it conflicts with, one after another in random order.
 
     Args:
         M: [..., T, T].
         seed: int64 [] or [1], on M's device.
-        per_task: an own order for every task (the authors'), else one for all of a matrix.
+        per_task: a separate order for every task (the authors'), else one for all tasks of a matrix.
 
     Returns:
         α [..., T], float64; NaN where M is not finite.
@@ -46,14 +47,14 @@ def pcgrad(M: Tensor, seed: Tensor, per_task: bool) -> Tensor:
 def gradvac(M: Tensor, seed: Tensor, beta: float, targets: Tensor) -> Tensor:
     """α = Σ_i v_i: where the cosine φ with g_j is below its target φ̂, so much of g_j is added that it becomes φ̂.
 
-    The targets follow as (1 - beta) φ̂ + beta φ. What is not defined by that is as csrc/math/conflicts.h has it: φ̂ = 1,
-    cosines within rounding of ±1, and zero vectors, whose targets are kept.
+    The targets follow as (1 - beta) φ̂ + beta φ. csrc/math/conflicts.h says what happens where this is not defined:
+    φ̂ = 1, cosines within rounding of ±1, and zero vectors, whose targets are kept.
 
     Args:
         M: [..., T, T].
         seed: int64 [] or [1], on M's device.
         beta: how fast the targets follow.
-        targets: [..., T, T] float64, updated in place but where M is not finite.
+        targets: [..., T, T] float64, updated in place except where M is not finite.
 
     Returns:
         α [..., T], float64; NaN where M is not finite.
@@ -88,7 +89,7 @@ def gradvac(M: Tensor, seed: Tensor, beta: float, targets: Tensor) -> Tensor:
 
 
 def _finite(M: Tensor) -> tuple[Tensor, Tensor]:
-    """M as [B, T, T] in float64, zeros where a matrix is not finite, and which are [B, 1]."""
+    """M as [B, T, T] in float64, with zeros for matrices that are not finite, and which are finite, bool [B, 1]."""
     X = M.to(torch.float64).reshape(-1, *M.shape[-2:])
     finite = X.isfinite().all(-1).all(-1)[:, None]
     return torch.where(finite[..., None], X, 0.0), finite

@@ -1,6 +1,6 @@
 """The bargaining solution M α = α^-p: Nash-MTL (p = 1) and FairGrad (p = 1 / its alpha).
 
-csrc/math/nash.h has the mathematics; this is the same algorithm.
+The algorithm is that of csrc/math/nash.h, which has the mathematics.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl.ops.reference.present import solve_present
+from fastmtl.ops.reference.present import solve_each
 
 __all__ = ["nash"]
 
@@ -26,21 +26,16 @@ def nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
         power: p > 0.
 
     Returns:
-        α [..., T] and the residual [...], both float64: the largest relative error of the equations (of unit
-        gradients), where these cancel to less than 2^-22 of their terms relative to that; infinity and α = 0 where
-        there is no solution, because a convex combination of the gradients vanishes; NaN where M is not finite.
+        α [..., T] and the residual [...], both float64: the largest error of the equations (of unit gradients),
+        relative to their value, or to 2^-22 of their terms if these cancel further; infinity and α = 0 if there is no
+        solution because a convex combination of the gradients vanishes; NaN where M is not finite.
     """
-    X = M.to(torch.float64).reshape(-1, *M.shape[-2:])
-    alpha, residual = X.new_full(X.shape[:-1], torch.nan), X.new_full(X.shape[:1], torch.nan)
-    for b, x in enumerate(X):
-        if bool(x.isfinite().all()):
-            alpha[b], residual[b] = solve_present(x, lambda one, there: _nash(one, power))
-    return alpha.reshape(M.shape[:-1]), residual.reshape(M.shape[:-2])
+    return solve_each(M, lambda one, there: _nash(one, power))
 
 
 def _nash(M: Tensor, power: float) -> tuple[Tensor, Tensor]:
     alpha, residual, positive = _newton(M, power)
-    # Large powers drop below rounding errors long before γ shows that a combination vanishes; p = 1 does not.
+    # For other powers, terms drop below rounding errors long before γ shows that a combination vanishes.
     if residual == math.inf or (not positive and power != 1.0 and _newton(M, 1.0)[1] == math.inf):
         return torch.zeros_like(M[0]), M.new_full((), math.inf)
     return alpha, M.new_full((), residual)
@@ -60,14 +55,14 @@ def _newton(M: Tensor, power: float) -> tuple[Tensor, float, bool]:
         form = gamma @ product
         if form <= 4 * T * EPS * (h @ gamma).square():
             return gamma, math.inf, False
-        if step == 0:  # the best multiple of γ = 1, to begin with
+        if step == 0:  # start at the best multiple of γ = 1
             multiple = (h.square().sum() / form) ** (1.0 / (1.0 + power))
             gamma, product, terms = gamma * multiple, product * multiple, terms * multiple
         wanted = h.square() * gamma**-power
         root = (wanted * gamma).sqrt()
         error = (product - wanted).abs()
         residual = float((error / torch.maximum(wanted, 2.0**-22 * terms)).amax())
-        residual = residual if residual < math.inf else math.inf  # NaN, of powers out of the range of numbers
+        residual = residual if residual < math.inf else math.inf  # also for NaN, from powers that overflow
         solved = near and bool((error <= EPS * (4 * terms + 4 * (1 + power) * wanted)).all())
         stalled = stalled + 1 if near and not residual <= 0.5 * least else 0
         if residual < least or solved or step == 0:
@@ -75,12 +70,12 @@ def _newton(M: Tensor, power: float) -> tuple[Tensor, float, bool]:
         if solved or stalled == 3 or step == MAX_STEPS:
             break
         y = scale * gamma / root
-        # Near the end equations that hold to rounding drive no step: their noise would keep the others from holding.
+        # Near the end, equations that hold to rounding drive no step: their noise would disturb the others.
         driving = error > (4 * EPS if near else 0.0) * terms
         right = torch.where(driving, (wanted - product) * gamma / root, 0.0)
         direction = _solve(y[:, None] * M * y, power, right)
         fall = float(direction @ right)
-        if not fall > 0.0:  # solved exactly, or out of the range of numbers
+        if not fall > 0.0:  # solved exactly, or overflown
             break
         s = direction / root
         near = bool((1 + power) * s.abs().max() < 0.2)
@@ -107,7 +102,7 @@ def _solve(E: Tensor, shift: float, right: Tensor) -> Tensor:
 
 
 def _length(power: float, rise: float, curvature: float, q: Tensor, s: Tensor) -> float:
-    """How far to go along γ (1 + t s): where the slope of the potential is a tenth of that at 0, or less."""
+    """How far to go along γ (1 + t s): until the potential's slope is at most a tenth of that at 0."""
     shrinking = float((-s).max())
     most = 0.999 / shrinking if shrinking > 0.999e-8 else 1e8
     start = rise - float((q * s).sum())
@@ -120,8 +115,8 @@ def _length(power: float, rise: float, curvature: float, q: Tensor, s: Tensor) -
             return at
         low, high = (at, high) if slope < 0.0 else (low, at)
         length = at - slope / (curvature + power * float((terms * s / (1 + at * s)).sum()))
-        if slope < 0.0 and high == most:  # no end has been seen yet
+        if slope < 0.0 and high == most:  # no upper bound has been found yet
             length = min(length, 8 * at, most)
-        elif not low < length < high or slope > -start:  # Newton's steps climb down a wall slowly
+        elif not low < length < high or slope > -start:  # Newton's steps descend a steep wall slowly
             length = (low + high) / 2
     return low if low > 0.0 else length

@@ -1,7 +1,7 @@
 """Eigenvectors of the Gram matrices of many tasks, by matrix products and Cholesky factorisations alone.
 
 The number of steps is fixed and nothing is read back: on a GPU the host does not wait, and what torch can capture in a
-CUDA graph stays capturable. docs/numerics.md derives it ("On a GPU, many tasks").
+CUDA graph stays capturable. docs/numerics.md ("On a GPU, many tasks") has the derivation.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from torch import Tensor
 __all__ = ["FEW_TASKS", "cholesky", "eigh"]
 
 EPS = torch.finfo(torch.float64).eps
-# Doublings of the power before the basis is renewed, and after: eigenvalues that differ by 1e-5 are told apart. Of
-# closer ones no more than their difference is left beside the diagonal.
+# Doublings of the power before the basis is renewed, and after: eigenvalues that differ by 1e-5 are separated. Of
+# closer ones, no more than their difference stays off the diagonal.
 FIRST, THEN = 3, 22
-# Added to the diagonal of the row-normalised matrix, times T: the first that leaves it positive definite. Rounding of
-# dependent rows in float64, of several sums of them, in float32, and in 16 bits.
+# Times T, added to the diagonal of the row-normalised matrix: the first that makes it positive definite. They cover the
+# rounding of dependent rows in float64, of several sums of them, in float32, and in 16 bits.
 LIFTS = (0.0, 2.0**-48, 2.0**-40, 2.0**-24, 2.0**-8)
 GOLDEN = 0.6180339887498949  # its multiples by squares, modulo one, are as good as random
 TINY = 2.0**-500  # a norm, relative to the largest: the square of a smaller one is subnormal
-LEAF = 128  # rows that are factorised at once: the rest is matrix products
-ENTRIES = 1 << 21  # of the matrices that are solved at once
-FEW_TASKS = 64  # up to here Jacobi rotations take less
+LEAF = 128  # rows factorised at once; the rest is matrix products
+ENTRIES = 1 << 21  # of the matrices solved at once
+FEW_TASKS = 64  # up to this many, Jacobi rotations are faster
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending eigenvalues [..., T] and eigenvectors [..., T, T] of positive semidefinite `A` [..., T, T].
 
-    Accurate however long or short a row is: relative to the row norms, as Jacobi rotations are. What is semidefinite
-    but for rounding errors, has eigenvalues around zero; NaN where that does not do.
+    Accurate relative to the row norms, as Jacobi rotations are, however long or short a row is. A matrix that is
+    semidefinite up to rounding errors has some eigenvalues around zero; one that is further from it gives NaN.
     """
     T = A.shape[-1]
     found = [_eigh(part) for part in A.reshape(-1, T, T).split(max(1, ENTRIES // T**2))]
@@ -48,7 +48,7 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.where(absent, TINY, norms)
     C = A * torch.exp2(-exponent)[..., None] / norms[:, :, None] / norms[:, None, :]
     C = torch.where(absent[:, :, None] | absent[:, None, :], 0.0, C)
-    # Longest rows first, but in no order of the caller's: neighbours may be alike, and the first rows a poor basis.
+    # Longest rows first, but not in the caller's order: neighbours may be alike, and the first rows a poor basis.
     place = torch.arange(1, T + 1, dtype=A.dtype, device=A.device)
     _, n, V = _descending(norms.log2() + 2.0 * (GOLDEN * place.square() % 1.0), norms[:, None, :], eye.expand_as(C))
     n = n.squeeze(-2)
@@ -63,12 +63,12 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ...]:
-    """The basis V [B, T, T] nearer to the eigenvectors of V diag(n) F Fᵀ diag(n) Vᵀ, F lower triangular.
+    """A basis nearer than V [B, T, T] to the eigenvectors of V diag(n) F Fᵀ diag(n) Vᵀ, F lower triangular.
 
-    The higher the power of the matrix is that decides, the nearer it is; n descends, but for small factors.
+    The higher the power of the matrix, the nearer; n descends, up to small factors.
 
     Returns:
-        n [B, T], Y and V [B, T, T]: the matrix is V diag(n) YᵀY diag(n) Vᵀ, with columns of Y of norm one.
+        n [B, T], Y and V [B, T, T]: the matrix is V diag(n) YᵀY diag(n) Vᵀ, with unit columns of Y.
     """
     logs, X = _columns(torch.zeros_like(n), F * n[:, :, None])
     for _ in range(doublings):  # A^m = X diag(exp(2 logs)) Xᵀ
@@ -83,13 +83,13 @@ def _turned(F: Tensor, n: Tensor, V: Tensor, doublings: int) -> tuple[Tensor, ..
 
 
 def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
-    """L with L Lᵀ = A [..., T, T], whose lower triangle is read, and whether there is one, bool [...]."""
+    """L with L Lᵀ = A [..., T, T], of which the lower triangle is read, and whether it exists, bool [...]."""
     L, failed = _factor(A)
     return L, (failed == 0) & L.isfinite().all(-1).all(-1)
 
 
 def _factor(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and what is not zero where there is none."""
+    """L, and an integer [...] that is not zero if the factorisation failed."""
     T = A.shape[-1]
     if T <= LEAF:
         L, failed = torch.linalg.cholesky_ex(A, check_errors=False)
@@ -109,9 +109,9 @@ def _factor(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(X: Tensor) -> Tensor:
-    """Lower triangular K with K Kᵀ = XᵀX, columns of X [B, T, T] having norm one.
+    """Lower triangular K with K Kᵀ = XᵀX, for unit columns of X [B, T, T].
 
-    Always there: what rounding may have taken from the diagonal is added to it.
+    It always exists: what rounding may have taken from the diagonal is added back.
     """
     H = X.mT @ X
     H.diagonal(dim1=-2, dim2=-1).add_(4.0 * X.shape[-1] * EPS)
@@ -119,7 +119,7 @@ def _root(X: Tensor) -> Tensor:
 
 
 def _lifted(C: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of C with the least of LIFTS that does, and that one [B, 1]; NaN if none does."""
+    """The Cholesky factor of C with the smallest of LIFTS that suffices, and that one [B, 1]; NaN if none does."""
     T = C.shape[-1]
     L, fine = cholesky(torch.stack([C + T * lift * eye for lift in LIFTS]))
     F, lift = torch.full_like(C, torch.nan), C.new_zeros(len(C), 1)
@@ -130,13 +130,13 @@ def _lifted(C: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(logs: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    """X diag(exp(logs)) with columns of X [B, T, T] that have norm one."""
+    """X diag(exp(logs)) with the columns of X [B, T, T] scaled to norm one."""
     norms = torch.linalg.vector_norm(X, dim=-2)
     return logs + norms.log(), X / norms[:, None, :]
 
 
 def _descending(keys: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
-    """The keys [B, T] in descending order, and the columns of matrices [B, T, T] as well."""
+    """The keys [B, T] in descending order, and the columns of matrices [B, T, T] in the same order."""
     keys, order = keys.sort(-1, descending=True)
     return keys, *(X.gather(-1, order[:, None, :].expand_as(X)) for X in matrices)
 

@@ -5,18 +5,15 @@ All are solved on gradients of unit length, C = D^-1/2 M D^-1/2 with D the diago
     min ½ xᵀCx - pᵀx    over    x >= 0,
 
 by proximal points and the active-set method of Lawson and Hanson, in float64 on the host, one matrix after the other.
-Absent tasks are taken out of M first.
-csrc/math has the derivations, and a faster way to the same solution.
+Absent tasks are taken out of M first. csrc/math has the derivations, and a faster way to the same solution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fastmtl.ops.reference.present import solve_present
+from fastmtl.ops.reference.present import solve_each
 
 __all__ = ["cagrad", "dual_cone", "mgda"]
 
@@ -33,7 +30,7 @@ def mgda(M: Tensor) -> tuple[Tensor, Tensor]:
         α [..., T] and the residual [...], both float64: by how much Wolfe's criterion (Mα)_t >= αᵀMα, with equality
         where α_t > 0, is violated, relative to the lengths of the gradients; NaN where M is not finite.
     """
-    return _solve_each(M, lambda one, there: _mgda(one))
+    return solve_each(M, lambda one, there: _mgda(one))
 
 
 def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Tensor]:
@@ -42,12 +39,11 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
     Args:
         M: [..., T, T].
         weights: [T] float64, or None for 1/T each.
-        each: the sum of the solutions for u = weights_i e_i (UPGrad), instead of the one for u = weights (DualProj).
+        each: return the sum of the solutions for u = weights_i e_i (UPGrad), not the one for u = weights (DualProj).
 
     Returns:
         α [..., T] and the residual [...], both float64: the largest violation of Mv >= 0, with equality where v > u,
-        relative to the lengths of the gradients; infinite where α leaves the range of numbers, NaN where M is not
-        finite.
+        relative to the lengths of the gradients; infinite where α overflows, NaN where M is not finite.
     """
     T = M.shape[-1]
 
@@ -59,7 +55,7 @@ def dual_cone(M: Tensor, weights: Tensor | None, each: bool) -> tuple[Tensor, Te
         projected = [_dual_cone(one, row) for row in torch.diag(u)]
         return sum((v for v, _ in projected), torch.zeros_like(u)), torch.stack([r for _, r in projected]).amax()
 
-    return _solve_each(M, solve)
+    return solve_each(M, solve)
 
 
 def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
@@ -76,16 +72,7 @@ def cagrad(M: Tensor, c: float) -> tuple[Tensor, Tensor]:
         α [..., T] and the residual [...], both float64: the duality gap as every gradient sees it, relative to its
         length and to the lengths of what is summed; NaN where M is not finite.
     """
-    return _solve_each(M, lambda one, there: _cagrad(one, 1 / M.shape[-1], c))
-
-
-def _solve_each(M: Tensor, solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    flat = M.detach().to(device="cpu", dtype=torch.float64).reshape(-1, *M.shape[-2:])
-    alpha, residual = flat.new_full(flat.shape[:-1], torch.nan), flat.new_full(flat.shape[:1], torch.nan)
-    for b, one in enumerate(flat):
-        if bool(one.isfinite().all()):
-            alpha[b], residual[b] = solve_present(one, solve)
-    return alpha.reshape(M.shape[:-1]).to(M.device), residual.reshape(M.shape[:-2]).to(M.device)
+    return solve_each(M, lambda one, there: _cagrad(one, 1 / M.shape[-1], c))
 
 
 def _mgda(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +93,7 @@ def _shortest_point(C: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     C, norms = _unit_rows(M)
-    unit = torch.frexp(u.abs().amax()).exponent  # weights in units of 2^unit: no length leaves the range of numbers
+    unit = torch.frexp(u.abs().amax()).exponent  # weights in units of 2^unit, so that no length overflows
     lengths = torch.ldexp(u, -unit) * norms
     longest = lengths.abs().amax()
     if longest == 0:
@@ -120,7 +107,7 @@ def _dual_cone(M: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cagrad(M: Tensor, share: float, c: float) -> tuple[Tensor, Tensor]:
-    """The γ for which the nearest d = g0 + Gᵀx to g0 with u_iᵀd >= γ b_i is at distance ρ; g0 has `share` of each."""
+    """Finds the γ for which the d = g0 + Gᵀx nearest to g0 with u_iᵀd >= γ b_i is at distance ρ; g0 = share · Σ g_i."""
     T = M.shape[0]
     C, norms = _unit_rows(M)
     w0 = M.new_full((T,), share)
@@ -168,8 +155,8 @@ def _cagrad(M: Tensor, share: float, c: float) -> tuple[Tensor, Tensor]:
 def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
     """C [T, T] and the lengths [T], all positive.
 
-    M's upper triangle is read. One that is indefinite beyond rounding (of products in float32) gets the diagonal it
-    lacks.
+    M's upper triangle is read. If C is indefinite beyond rounding (from products in float32), what it lacks is added to
+    the diagonal.
     """
     norms = M.diagonal().sqrt()
     inverse = 1 / norms
@@ -182,14 +169,14 @@ def _unit_rows(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _violation(x: Tensor, slope: Tensor) -> Tensor:
-    """Of slope >= 0, with equality where x > 0."""
+    """By how much slope >= 0, with equality where x > 0, is violated."""
     return torch.where(x > 0, slope.abs(), -slope).max().clamp_min(0)
 
 
 def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """The x >= 0 of least ½ xᵀCx - pᵀx, and its slope Cx - p. `size` is that of the terms p is made of.
+    """The x >= 0 with the least ½ xᵀCx - pᵀx, and its slope Cx - p. `size` is that of the terms of p.
 
-    C may be singular: the proximal points argmin ½ xᵀ(C + δ)x - (p + δ x_before)ᵀx, x >= 0, lead there.
+    C may be singular: the proximal points argmin ½ xᵀ(C + δ)x - (p + δ x_before)ᵀx, x >= 0, converge to it.
     """
     T = C.shape[0]
     ridge = 64 * T * EPS
@@ -207,14 +194,14 @@ def _nonnegative(C: Tensor, p: Tensor, size: float) -> tuple[Tensor, Tensor]:
 
 
 def _lawson_hanson(A: Tensor, p: Tensor, size: float) -> Tensor:
-    """The x >= 0 of least ½ xᵀAx - pᵀx for a positive definite A.
+    """The x >= 0 with the least ½ xᵀAx - pᵀx for a positive definite A.
 
-    One index at a time enters the support, and x moves towards the minimum there; whoever gets to zero leaves.
+    One index at a time enters the support, and x moves towards the minimum there; an index that reaches zero leaves.
     """
     T = A.shape[0]
     x = torch.zeros_like(p)
     support: list[int] = []
-    barred: set[int] = set()  # of no use where x is now
+    barred: set[int] = set()  # that bring no progress from the current x
     for _ in range(20 * T + 20):
         slope = A @ x - p
         slope[[*support, *barred]] = torch.inf

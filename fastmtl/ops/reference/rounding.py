@@ -7,16 +7,16 @@ from torch import Tensor
 
 __all__ = ["rounded"]
 
-# Significant bits of the types that torch rounds to by way of float32, and so twice.
+# Significant bits of the types that torch rounds to through float32, and so twice.
 BITS = {torch.bfloat16: 8, torch.float16: 11}
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` (float64) in `dtype`: the nearest number there, ties to even.
+    """`x` (float64) rounded to the nearest number of `dtype`, ties to even.
 
-    For the 16-bit types all but two bits more than they have are cut off, and the last of these is set where anything
-    was: rounded to odd, which no later rounding can tell from the number itself (Boldo and Melquiond 2008). So few
-    bits are exact in float32, on the way.
+    For the 16-bit types, all but two more bits than they have are cut off, and the last bit is set if anything was cut:
+    rounded to odd, which no later rounding can tell from the number itself (Boldo and Melquiond 2008). So few bits are
+    exact in float32 on the way.
     """
     if dtype in BITS:
         below = (1 << (51 - BITS[dtype])) - 1

@@ -14,7 +14,7 @@ __all__ = ["sign_drop", "sign_drop_rows"]
 
 
 def sign_drop(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None:
-    """Writes into `out` [P] or [B, P] the gradients of one sign of every coordinate of `G` [T, P] or [B, T, P].
+    """Writes into `out` [P] or [B, P] the sum of one sign's entries in every coordinate of `G` [T, P] or [B, T, P].
 
         p = Σ_t max(g_t, 0)    q = Σ_t min(g_t, 0)    u: word n % 4 of Philox4x32-10 with key `seed`, counter n // 4
         positive where u·(-q) < (2³² - u)·p, that is with probability p / (p - q)
@@ -30,10 +30,10 @@ def sign_drop(G: Tensor, seed: Tensor, leak: Tensor | None, out: Tensor) -> None
 def sign_drop_rows(
     grads: Sequence[Tensor | None], tasks: int, seed: Tensor, leak: Tensor | None, out: Sequence[Tensor]
 ) -> None:
-    """The same for K tensors a row (entry t·K + k), None being zeros.
+    """`sign_drop` for K tensors per row (entry t·K + k), with None for zeros.
 
-    n counts the elements of the K tensors one after another: each in the order in which its first gradient has them in
-    memory, where they fill one stretch of it.
+    n counts the elements of the K tensors one after another: each in the memory order of its first gradient, if that
+    fills one stretch of memory.
     """
     K, first = len(out), 0
     for k, target in enumerate(out):
@@ -47,7 +47,7 @@ def sign_drop_rows(
 
 
 def _drop(rows: Iterable[tuple[int, Tensor]], seed: Tensor, leak: Tensor | None, index: Tensor) -> Tensor:
-    """`index`: which random number is that of each coordinate."""
+    """The sums of one sign, float64; `index` is the number of each coordinate's random number."""
     p, q, leaked_p, leaked_q = (torch.zeros(index.shape, dtype=torch.float64, device=index.device) for _ in range(4))
     for t, g in rows:
         above = torch.where(g > 0, g, 0).to(torch.float64)

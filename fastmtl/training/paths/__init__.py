@@ -1,8 +1,8 @@
-"""The ways from T losses to the shared parameters' gradients. One file is one path, and says itself what it cannot do.
+"""The paths from T losses to the shared parameters' gradients. Each is one file, and says itself what it cannot do.
 
-A path is a module with the two functions of `Path`, in its place in `PATHS`: the first that takes a step runs it. Where
-options exclude each other whatever the losses are, it says so in a `check`. How the tasks' rows are aggregated, where a
-path forms them, is a matter of `groups` and `averaged`.
+A path is a module with the two functions of `Path`, listed in `PATHS`: the first that takes a step runs it. Its `check`
+refuses options that exclude each other whatever the losses are. If a path forms the tasks' rows, `groups` and
+`averaged` determine how they are aggregated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Path(Protocol):
     """One way to the gradients."""
 
     def takes(self, step: Step) -> bool:
-        """Whether this path is for the step. Raises ValueError where it was asked for and cannot."""
+        """Whether this path is for the step. Raises ValueError if it was asked for but cannot do it."""
         ...
 
     def run(self, step: Step) -> Outcome | None:
-        """The gradients; nothing is written. None where this path is not worth it: the next one is asked then."""
+        """The gradients, without writing any; None if this path is not worthwhile, and the next one should be tried."""
         ...
 
 
@@ -42,7 +42,7 @@ PATHS: tuple[Path, ...] = (amortised, per_example, upper_bound, gramian, sharded
 
 
 def check(options: Options) -> None:
-    """Raises ValueError where options exclude each other or the method, before anything else is looked at."""
+    """Raises ValueError if options exclude each other or the method, before anything else is examined."""
     for module in (per_example, upper_bound, groups, features, averaged, gramian, amortised):
         module.check(options)
     for name in ("batched", "scale_heads", "retain_graph", "check"):  # TypeError where one is neither True nor False

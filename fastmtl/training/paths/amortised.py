@@ -1,7 +1,7 @@
 """Between two solutions (`every`): the weights of an earlier step, and one backward pass.
 
-The pass starts at the losses with ones. Where it leaves the part of the graph that belongs to loss t alone, for what is
-shared, hooks multiply it by α_t: each head gets the gradient of its own loss, and the shared part Σ α_t g_t.
+The pass starts at the losses with ones. Where it leaves the part of the graph that belongs to loss t alone for the
+shared part, hooks multiply it by α_t: each head gets the gradient of its own loss, and the shared part Σ α_t g_t.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fastmtl.training.step import Options, Outcome, Step, check_reached
 
 __all__ = ["check", "keep", "run", "scheduled", "takes"]
 
-# "auto": solutions that turn less than the first of these cosines let the period double, those that turn more than the
-# second halve it.
+# "auto": if the weights' cosine with the previous ones is above the first of these, the period doubles; if below the
+# second, it is halved.
 _ALIKE, _UNLIKE, _LONGEST = 0.99, 0.9, 64
-# What has no weights for the steps in between.
+# Options under which there are no weights for the steps in between.
 _WITHOUT = ("representation", "groups")
 
 
 def check(options: Options) -> None:
-    """Raises for a period that is none, and for what has no weights to keep, or none for all shared parameters."""
+    """Raises for an invalid period, and for methods and options without task weights that could be kept."""
     if options.every == "auto":
         pass
     elif integer(1)(options.every, "every") == 1:
@@ -49,7 +49,7 @@ def check(options: Options) -> None:
 
 
 def takes(step: Step) -> bool:
-    """Steps for which there are weights that are young enough, of all tasks that are there."""
+    """Steps for which recent enough weights of all present tasks are kept."""
     every, kept = step.options.every, step.options.method.kept
     if every == 1:
         return False
@@ -64,7 +64,7 @@ def takes(step: Step) -> bool:
 
 
 def scheduled(step: Step) -> Step:
-    """The step with the period that it has: the method's own where the call names none, and one pass can serve."""
+    """The step with its period: the method's own if the call names none and one pass can serve."""
     options = step.options
     every = options.every
     if every == 1 and options.method.holds > 1 and options.method.training and _takes_one_pass(step):
@@ -75,7 +75,7 @@ def scheduled(step: Step) -> Step:
 
 
 def _takes_one_pass(step: Step) -> bool:
-    """Whether steps in between could take one; else a method with a period of its own holds its weights by itself."""
+    """Whether one pass could serve the steps in between; if not, a method with a period keeps its weights itself."""
     options = step.options
     if not are_plain(step.parameters) or any(getattr(options, name) is not None for name in _WITHOUT):
         return False
@@ -120,7 +120,7 @@ def run(step: Step) -> Outcome | None:
 
 
 def _shape(step: Step) -> torch.Size:
-    """That of the weights."""
+    """The shape of the weights."""
     losses = step.losses[0]
     if step.options.batch_dim is None or losses is None:
         return torch.Size([len(step.losses)])
@@ -129,7 +129,7 @@ def _shape(step: Step) -> torch.Size:
 
 
 def _passes(step: Step, heads: Leaves, alpha: Tensor) -> tuple[Row, list[Row]]:
-    """The same as `_pass` for losses of examples, which one graph computes: heads have a pass of their own."""
+    """`_pass` for per-example losses, which one graph computes: heads need a pass of their own."""
     (losses,) = step.losses
     assert losses is not None  # see `checked_losses`
     options = step.options
@@ -147,7 +147,7 @@ def _passes(step: Step, heads: Leaves, alpha: Tensor) -> tuple[Row, list[Row]]:
 
 
 def _norm(row: Row, context: Context) -> Tensor:
-    """Of the gradient as it is without a loss scaler, float64 []."""
+    """The norm of the gradient without the loss scaler's factor, float64 []."""
     parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in row if g is not None]
     return context.scaled(torch.stack([part.to(parts[0].device) for part in parts]).norm())
 
@@ -159,7 +159,7 @@ def _times(row: Row, factor: Tensor) -> Row:
 def keep(step: Step, info: Info) -> None:
     """Remembers the weights of a step that computed them.
 
-    Where they are not finite, as in a step that overflows, those before go on; or ones, if there are none yet.
+    If they are not finite, as in a step that overflows, the previous ones stay, or ones if there are none yet.
     """
     method, every = step.options.method, step.options.every
     if every == 1 or info.age is not None:
@@ -182,7 +182,7 @@ def keep(step: Step, info: Info) -> None:
 
 
 def _adapted(old: Kept) -> int:
-    """The next period. What it goes by was computed in the solution before this one: the device has long been there."""
+    """The next period. The cosine is from the solution before this one, so the host does not wait for it."""
     cosine = 0.0 if old.turn is None else float(old.turn)
     if cosine > _ALIKE:
         return min(2 * old.period, _LONGEST)
@@ -223,7 +223,7 @@ def _pass(step: Step, heads: Leaves, border: _Border, alpha: Tensor) -> tuple[Ro
 
 
 def _averaged(step: Step, row: Row) -> Row:
-    """The mean over processes of what each has."""
+    """The mean over processes of their rows."""
     from fastmtl import distributed  # here: not every torch is built with it
 
     rows = distributed.AveragedRows(step.parameters, 1, step.group)
@@ -232,10 +232,10 @@ def _averaged(step: Step, row: Row) -> Row:
 
 
 class _Border:
-    """Where the graph of one loss alone ends, and what is shared begins.
+    """The border between the losses' own parts of the graph and the shared part.
 
     Attributes:
-        clean: whether only shared parameters lie beyond.
+        clean: whether only shared parameters lie beyond it.
     """
 
     def __init__(self, step: Step) -> None:
@@ -256,12 +256,12 @@ class _Border:
         for loss in step.losses:
             if loss is None or edge_of(loss)[0] in self._owner:
                 continue
-            # An entry of a stack: the pass cannot tell the losses apart there.
+            # An entry of a stack, where the pass cannot tell the losses apart.
             stack = edge_of(loss)[0].next_functions[0][0]
             self.clean &= not any(map(self._beyond, getattr(stack, "next_functions", ())))
 
     def begins(self, loss: Tensor) -> bool:
-        """Whether a loss lies beyond itself: others depend on it, or it is a shared parameter."""
+        """Whether a loss itself lies beyond the border: others depend on it, or it is a shared parameter."""
         return self._beyond(edge_of(loss))
 
     def _beyond(self, edge: Edge) -> bool:
@@ -275,7 +275,7 @@ class _Border:
 
     @contextmanager
     def scaled(self, alpha: Tensor | None) -> Iterator[None]:
-        """Within, what passes the border is multiplied by the weights."""
+        """Within this context, gradients that cross the border are multiplied by the weights."""
         factors: dict[Any, Sequence[Tensor]] = {}
         handles = [] if alpha is None else [self._hook(*entry, alpha, factors) for entry in self._hooked]
         try:

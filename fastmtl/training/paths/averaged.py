@@ -5,28 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl.info import Info
-from fastmtl.inputs import Row, describe
+from fastmtl.inputs import Row
 from fastmtl.rule import Context, Rule
-from fastmtl.training.step import Options, Step, check_reached
+from fastmtl.training.step import Options, Step, check_reached, check_together
 
 __all__ = ["Rows", "check"]
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for methods that cannot work on what processes have together."""
-    method = options.method
-    if options.process_group is None:
-        return
-    if not method.on_gram:
-        raise ValueError(f"process_group: expected a method that works on the Gram matrix, got {describe(method)}")
-    if method.needs_losses:
-        raise ValueError(
-            f"process_group: expected a method that needs no losses (each process has others), got {method!r}"
-        )
+    """Raises ValueError for methods that cannot aggregate what several processes have."""
+    if options.process_group is not None:
+        check_together(options.method)
 
 
 class Rows:
-    """The tasks' gradients, of which each process keeps its share of the averages."""
+    """The tasks' gradients averaged over processes, each of which keeps its share."""
 
     def __init__(self, step: Step) -> None:
         from fastmtl import distributed  # here: not every torch is built with it
@@ -41,5 +34,5 @@ class Rows:
     def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:
         """The updates and the info, the same on all processes."""
         updates, info = self._rows.combine(method.solve, context)
-        check_reached([updates], "shared")  # not earlier: all processes have to get there
+        check_reached([updates], "shared")  # only now: all processes have to take part in the above
         return updates, info

@@ -1,4 +1,4 @@
-"""Exact gradients by way of features: T passes through the heads, and from there T, or one batched, to the rest."""
+"""Exact gradients by way of features: T passes through the heads, then T, or one batched, through the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def takes(step: Step) -> bool:
     if not step.cut:
         return False
     if step.tied or {id(p) for p in step.trunk.leaves} != {id(p) for p in step.parameters}:
-        # The gradients of what lies on both sides, or is shared in part, do not all pass through the features.
+        # Gradients of leaves on both sides, or of other shared parameters, do not all pass through the features.
         if step.options.batched:
             raise ValueError("batched: expected the shared parameters to be those behind the features, no others")
         return False
@@ -37,12 +37,12 @@ def run(step: Step) -> Outcome:
     rows = rows_for(step)
     heads, own = gather(step, rows)
     updates, info = rows.combine(step.options.method, step.context)
-    del rows  # they need not live while the gradients are committed
+    del rows  # free them before the gradients are committed
     return step.outcome(heads, updates, own, info)
 
 
 def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
-    """Appends T rows of gradients of the shared parameters; returns the other leaves, and theirs."""
+    """Appends T rows of gradients of the shared parameters; returns the other leaves and their gradients."""
     heads = step.heads.without(step.parameters)
     options = step.options
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
@@ -50,7 +50,7 @@ def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
         own = passes.from_losses(
             step.losses, step.cut, heads, options.retain_graph, cotangents, closed=bool(step.trunk.nested)
         )
-        check_gathered([*step.parameters, *heads.all()])  # there may be no way on from the cut
+        check_gathered([*step.parameters, *heads.all()])  # there may be no path beyond the cut
         through = passes.from_cotangents_at_once if options.batched else passes.from_cotangents
         through(step.cut, cotangents, step.parameters, options.retain_graph, rows)
     return heads, own

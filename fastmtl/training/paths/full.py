@@ -1,4 +1,4 @@
-"""T passes from the losses down to the shared parameters: what every other exact path is equal to."""
+"""T passes from the losses down to the shared parameters: the definition that other exact paths agree with."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run(step: Step) -> Outcome:
     rows = rows_for(step)
     heads, own = gather(step, rows)
     updates, info = rows.combine(step.options.method, step.context)
-    del rows  # they need not live while the gradients are committed
+    del rows  # free them before the gradients are committed
     return step.outcome(heads, updates, own, info)
 
 
 def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
-    """Appends T rows of gradients of the shared parameters; returns the other leaves, and theirs."""
+    """Appends T rows of gradients of the shared parameters; returns the other leaves and their gradients."""
     step = step.uncut()
     heads = step.heads.without(step.parameters)
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
@@ -44,7 +44,7 @@ def gather(step: Step, rows: passes.Rows) -> tuple[Leaves, list[Row]]:
 
 
 def rows_for(step: Step) -> Any:
-    """What takes the tasks' gradients of the shared parameters, by `append`, and aggregates them, by `combine`."""
+    """An object that takes the tasks' gradients of the shared parameters (`append`) and aggregates them (`combine`)."""
     if step.group is not None:
         return averaged.Rows(step)
     return groups.Rows(step.groups) if step.groups else _Rows(step.parameters)
@@ -53,8 +53,8 @@ def rows_for(step: Step) -> Any:
 class _Rows(list[Row]):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        # Before the T gradients: what stays after the step then lies before what goes with it, and the heap keeps the
-        # memory of those for the next step (benchmarks/backward_parts.py counts the pages).
+        # Allocated before the T gradients: memory that outlives the step then precedes memory that does not, and the
+        # heap keeps the latter for the next step (benchmarks/backward_parts.py counts the pages).
         self._results = [torch.empty_like(p) for p in parameters]
 
     def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:

@@ -1,4 +1,4 @@
-"""The Gram matrix without the gradients (`fastmtl.gramian`), and one gradient of each weight."""
+"""The Gram matrix without the gradients (`fastmtl.gramian`), then one gradient per weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmtl.info import Info
 from fastmtl.inputs import describe
 from fastmtl.training import passes
 from fastmtl.training.commit import own_gradients
-from fastmtl.training.parameters import are_plain
+from fastmtl.training.parameters import are_plain, check_plain
 from fastmtl.training.step import Engine, Options, Outcome, Step, check_reached
 
 __all__ = ["check", "run", "takes"]
@@ -22,7 +22,7 @@ _ENGINES = get_args(Engine)
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for an unknown engine, and where this one is asked for and cannot."""
+    """Raises ValueError for an unknown engine, or if this one is asked for but cannot do it."""
     if options.engine not in _ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(map(repr, _ENGINES))}, got {options.engine!r}")
     obstacle = _obstacle(options)
@@ -45,19 +45,17 @@ def _obstacle(options: Options) -> str | None:
 
 
 def takes(step: Step) -> bool:
-    """Steps of several tasks where "gramian" was asked for, or "auto" and nothing stands against it."""
+    """Steps of several tasks with "gramian", or with "auto" if nothing stands in the way."""
     engine = step.options.engine
     if engine == "full" or step.options.tasks == 1:
         return False
     automatic = engine == "auto"
-    # This engine knows no ways straight through a joint; and processes have to choose alike.
+    # This engine cannot pass straight through a joint, and all processes have to choose the same engine.
     if automatic and (_obstacle(step.options) is not None or step.heads.joined or step.group is not None):
         return False
-    if not are_plain(step.parameters):
-        if automatic:
-            return False
-        other = next(p for p in step.parameters if not are_plain([p]))
-        raise ValueError(f"shared: expected plain parameters with engine='gramian', got a {type(other).__name__}")
+    if automatic:
+        return are_plain(step.parameters)
+    check_plain(step.parameters, "engine='gramian'")
     return True
 
 
@@ -94,5 +92,5 @@ def _averaged(step: Step, trunk: gramian.Trunk) -> tuple[list[tuple[Tensor, Tens
     from fastmtl import distributed  # here: not every torch is built with it
 
     updates, info = distributed.averaged_update(trunk, step.parameters, step.options.method, step.context, step.group)
-    check_reached([[g for _, g in updates]], "shared")  # not earlier: all processes have to get there
+    check_reached([[g for _, g in updates]], "shared")  # only now: all processes have to take part in the above
     return updates, info

@@ -1,4 +1,4 @@
-"""Groups of shared parameters that are aggregated each on its own: for the paths that form the tasks' gradients."""
+"""Groups of shared parameters, each aggregated separately, for the paths that form the tasks' gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Rows", "check"]
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what does not go with groups."""
+    """Raises ValueError for options and methods that groups exclude."""
     if options.groups is None:
         return
     if options.shared is not None:
@@ -26,13 +26,13 @@ def check(options: Options) -> None:
 
 
 class Rows(list[Row]):
-    """The tasks' gradients of all groups, one group after the other."""
+    """The tasks' gradients of all groups, one group after another."""
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
         super().__init__()
         self._groups = groups
 
     def combine(self, method: Rule, context: Context) -> tuple[list[Tensor | None], Info]:
-        """The updates, and an info with one entry a group."""
+        """The updates, and an info with one entry per group."""
         check_reached(self, "shared")
         return aggregate_groups(method, self, self._groups, context)

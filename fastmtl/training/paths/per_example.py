@@ -1,4 +1,4 @@
-"""A loss for each example: B gradients by way of one ordinary backward pass (`fastmtl.gramian.examples`)."""
+"""A loss for each example: B gradients from one ordinary backward pass (`fastmtl.gramian.examples`)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastmtl.graph import edge_of, leaves_of
 from fastmtl.inputs import DTYPES, describe
 from fastmtl.losses import with_history
 from fastmtl.training import passes
-from fastmtl.training.parameters import are_plain
+from fastmtl.training.parameters import are_plain, check_plain
 from fastmtl.training.step import Options, Outcome, Step, check_reached
 
 __all__ = ["check", "checked_losses", "run", "takes"]
 
 _PER = get_args(examples.Per)
-# What does not go with losses of examples, and why where that is no matter of course.
+# Options that per-example losses exclude, with the reason if it is not obvious.
 _WITHOUT = {
     "representation": "",
     "features": "",
@@ -27,15 +27,15 @@ _WITHOUT = {
     "process_group": ": products of gradients of examples on several processes are computed on none. With False each "
     "aggregates those of its own batch, and what averages gradients averages that",
 }
-_MANY = 8  # losses from which on one backward pass of them all, twice, takes less than one each
+_MANY = 8  # from this many losses on, two backward passes of all are faster than one pass each
 
 
 def checked_losses(losses: Any, batch_dim: Any) -> Tensor:
     """The losses as one tensor [T, B].
 
     Raises:
-        TypeError: no dense floating tensor.
-        ValueError: not [B], or with two dimensions, one of which is that of the examples; or none requires grad.
+        TypeError: not a dense floating tensor.
+        ValueError: not [B], nor two-dimensional with one dimension for the examples; or it does not require grad.
     """
     if not isinstance(losses, Tensor) or losses.dtype not in DTYPES or not _is_dense(losses):
         raise TypeError(
@@ -58,7 +58,7 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what does not go with losses of examples, and for their options without them."""
+    """Raises ValueError for options that per-example losses exclude, and for their own options without them."""
     if options.per not in _PER:
         raise ValueError(f"per: expected one of {', '.join(map(repr, _PER))}, got {options.per!r}")
     if options.batch_dim is None:
@@ -81,7 +81,7 @@ def check(options: Options) -> None:
 
 
 def takes(step: Step) -> bool:
-    """Steps with losses of examples, and with "auto" those whose losses are the entries of one vector."""
+    """Steps with per-example losses; with "auto", also those whose losses are the entries of one vector."""
     if step.options.batch_dim is not None:
         return True
     options = step.options
@@ -97,7 +97,7 @@ def takes(step: Step) -> bool:
 
 
 def _of_vector(losses: Sequence[Tensor | None]) -> bool:
-    """Whether they are the entries, all and in their order, of a vector that was not stacked."""
+    """Whether they are all entries, in order, of a vector that was not stacked from scalars."""
     node: Any = None if losses[0] is None else losses[0].grad_fn
     if type(node).__name__ != "UnbindBackward0" or len(node._input_metadata) != len(losses):
         return False
@@ -108,12 +108,10 @@ def _of_vector(losses: Sequence[Tensor | None]) -> bool:
 
 
 def run(step: Step) -> Outcome | None:
-    """See `Path`. None with "auto" where examples mix."""
+    """See `Path`. None with "auto" if examples mix."""
     options, heads = step.options, step.heads
     tentative = options.batch_dim is None
-    if not are_plain(step.parameters):
-        other = next(p for p in step.parameters if not are_plain([p]))
-        raise ValueError(f"shared: expected plain parameters with batch_dim, got a {type(other).__name__}")
+    check_plain(step.parameters, "batch_dim")
     if len({p.device for p in step.parameters}) > 1:
         if tentative:
             return None

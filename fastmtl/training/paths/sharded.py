@@ -1,4 +1,4 @@
-"""Parameters of `fully_shard` (FSDP2), of which only whole backward calls bring gradients."""
+"""Parameters of `fully_shard` (FSDP2), which get gradients only from complete backward calls."""
 
 from __future__ import annotations
 

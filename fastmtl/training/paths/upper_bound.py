@@ -1,4 +1,4 @@
-"""The upper bound (paper, section 5.2): T passes to a representation, where gradients are aggregated, and one on."""
+"""The upper bound (paper, section 5.2): T passes to a representation, aggregation there, and one pass beyond."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["aggregate", "check", "gather", "run", "takes"]
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what says otherwise where gradients are aggregated."""
+    """Raises ValueError for options that would have gradients aggregated elsewhere."""
     if options.representation is None:
         return
     for name in ("shared", "features", "groups"):
@@ -44,18 +44,18 @@ def run(step: Step) -> Outcome:
 
 
 def gather(step: Step) -> tuple[list[Row], list[Row]]:
-    """T rows of gradients of the representation, and those of what the losses reach before it."""
+    """T rows of gradients of the representation, and the gradients of the leaves that losses reach before it."""
     heads, trunk, rows = step.heads, step.trunk, list[Row]()
     with passes.without_tensor_hooks([*step.parameters, *heads.all()]):
         closed = bool(step.tied or trunk.nested)
         own = passes.from_losses(step.losses, step.cut, heads, step.options.retain_graph, rows, closed=closed)
-        check_gathered([*step.parameters, *heads.all()])  # there may be no way on from the cut
+        check_gathered([*step.parameters, *heads.all()])  # there may be no path beyond the cut
     _warn_around(step, rows)
     return rows, own
 
 
 def aggregate(step: Step, rows: list[Row]) -> tuple[Sequence[Tensor | None], Info]:
-    """One cotangent of the representation from those of the tasks."""
+    """One cotangent of the representation, from the tasks' cotangents."""
     method = step.options.method
     if step.group is None:
         check_reached(rows, "representation")
@@ -67,8 +67,8 @@ def aggregate(step: Step, rows: list[Row]) -> tuple[Sequence[Tensor | None], Inf
 
 
 def _warn_around(step: Step, rows: list[Row]) -> None:
-    """Warns of losses that do not depend on the representation, and of ways that lead around it into the encoder."""
-    if all(g is None for row in rows for g in row):  # an error, where no other process has any
+    """Warns of losses that do not depend on the representation, and of paths around it into the encoder."""
+    if all(g is None for row in rows for g in row):  # an error unless another process has some
         return
     missing = [t for t, loss in enumerate(step.losses) if loss is not None and all(g is None for g in rows[t])]
     if missing:
@@ -91,5 +91,5 @@ def _warn_around(step: Step, rows: list[Row]) -> None:
 
 
 def _names(tasks: Sequence[int]) -> str:
-    """Subject and auxiliary verb for these losses."""
+    """Subject and auxiliary verb of a sentence about these losses."""
     return ", ".join(f"losses[{t}]" for t in tasks) + (" does" if len(tasks) == 1 else " do")
