@@ -11,8 +11,8 @@ bandwidth and multiply-adds / rate, `LAUNCH` for each launch, and where one bloc
 chain of dependent operations, as estimated from the source by `LATENCY`. A kernel of fewer blocks than the GPU has
 multiprocessors has that share of the rate.
 
-More than 64 tasks are weighed by torch's own kernels: their launches and products are counted by calling the ops
-without numbers.
+More tasks than one block can solve are weighed by torch's own kernels: their launches and products are counted by
+calling the ops without numbers.
 
 Left out, hence a lower bound: other latency (many tasks' `steps` depend on each other), conversions to float64, shared
 memory, occupancy, blocks that end late, and the host. Caches are left out as well: that makes a
@@ -63,7 +63,7 @@ CONSTANTS = {
     "kFewWords": 440,
     "kManyWords": 4080,
     "kGroupRows": 64,  # gram.cuh
-    "kMaxJacobiTasks": 64,  # eigh.cuh
+    "kMaxJacobiTasks": 128,  # eigh.cuh
     "kNodes": 32,  # tridiagonal.cuh
     "kMaxEigenShifts": 256,
     "kMaxSmallTasks": 32,  # align_small.cuh
@@ -82,22 +82,28 @@ CONSTANTS = {
     "blocks, at most": 1024,
     "tiles of a block": 4,
 }
-# The same of thresholds.h.
-THRESHOLDS = {"kLeastEigenvalue": 1e-8, "kSmallestWidth": 1e-13}
+# The same of thresholds.h, and of tridiagonal.cuh.
+THRESHOLDS = {"kLeastEigenvalue": 1e-8, "kSmallestWidth": 1e-13, "kNodesPerLog": 1.5}
 SWEEPS = 8  # of a Jacobi eigenproblem, 6 to 9
 # Seconds of a step of Jacobi's rotations up to so many tasks, on an H100: what a second eigenproblem (κ=1e3) has added
-# to 10 and 32 tasks, and what was left at 64 beside Gram, reduction and recombination.
-JACOBI_STEP = {16: 0.72e-6, 32: 1.26e-6, 64: 1.38e-6}
+# to 10 and 32 tasks, and what was left at 64 beside Gram, reduction and recombination. At 128 as many threads have four
+# times the entries: a guess.
+JACOBI_STEP = {16: 0.72e-6, 32: 1.26e-6, 64: 1.38e-6, 128: 4 * 1.38e-6}
 # Cycles of what the weights of one matrix wait for (csrc/cuda/tridiagonal.cuh), from the latencies of the parts: 8 a
 # multiply-add, 33 a shuffle and the sum behind it, 30 a load from shared memory, 35 a barrier, 50 a division or root.
 LATENCY = {
     "reflection": 600,  # a norm of five shuffles, a root, a division; products, an update, and two barriers
+    "entry beyond": 9 / 64,  # of more than 64 rows: products and the update at 64 operations a cycle
     "back": 200,  # two products, five shuffles, an update
-    "minor": 14,  # of a Sturm sequence: a multiply-add and its share of the rescaling
+    "minor": 18,  # of a Sturm sequence: a multiply-add and its share of the rescaling
     "round": 80,  # of multisection: the shift, and a barrier that counts
     "node": 1600,  # of the partial fractions: means, trigonometric functions, and the sum in the end
     "pivot": 91,  # a division and two multiply-adds on the way there, and two back
     "entry": 30,  # of the diagonal, read one by one, twice
+    "pivot of L": 500,  # five shuffles of two numbers, a division, an update, and two barriers
+    "entry of L": 1 / 4,  # three reads and a write of 8 bytes, of the 128 that shared memory moves in a cycle
+    "product": 1 / 8,  # of Lᵀ L: two reads
+    "entry of x": 90,  # of L⁻ᵀ z: a shuffle, a multiply-add, and a read
     "begin": 2000,  # M is read twice from the second-level cache, and instructions once
 }
 LAUNCH = 2.5e-6  # seconds
@@ -116,6 +122,7 @@ class Device:
     matrix64: float  # float64 in the tensor cores, where it is faster there
     processors: int
     clock: float = 1.7e9  # cycles a second
+    shared: int = 232_448  # bytes that a block can have
 
     @property
     def slow_float64(self) -> bool:
@@ -125,8 +132,8 @@ class Device:
 
 DEVICES = (
     Device("H100 SXM", 3.35e12, 66.9e12, 33.5e12, 66.9e12, 132, 1.755e9),
-    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 19.5e12, 108, 1.41e9),
-    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 1.29e12, 128, 2.52e9),
+    Device("A100 80 GB SXM", 2.04e12, 19.5e12, 9.7e12, 19.5e12, 108, 1.41e9, 166_912),
+    Device("RTX 4090", 1.008e12, 82.6e12, 1.29e12, 1.29e12, 128, 2.52e9, 101_376),
 )
 
 
@@ -203,6 +210,7 @@ CASES = (
     Case(33, 1_000_000),
     Case(64, 1_000_000),
     Case(128, 100_000),
+    Case(256, 100_000),
     Case(1024, 100_000),
     Case(8, 2048, B=512),
     Case(8, 25_557_032, sizes=tuple(torch.Size(shape).numel() for shape in workloads.resnet50())),
@@ -252,7 +260,7 @@ PAIR_VALUES = (CONSTANTS["kGroupRows"] // 4) ** 2 * 16
 
 def _plan(case: Case, exact: bool, device: Device) -> Plan:
     T = case.T
-    most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kMaxJacobiTasks"]
+    most = CONSTANTS["slow float64, tasks in float64" if device.slow_float64 else "kGroupRows"]
     blocks = not exact and case.dtype is not torch.float64 and most < T
     wide = [rows for rows in (2, 4, 8) if rows >= T and not blocks]
     tiled = [rows for rows in ((16, 32) if blocks else (16, 24, 32, 40, 48)) if rows >= T]
@@ -318,8 +326,9 @@ def _weights(T: int, threads: int) -> tuple[float, int, dict[str, float]]:
     if T < 3:
         return 4.0 * SWEEPS * T**3, _jacobi(T), {"jacobi": _jacobi(T) * 1000.0}
     rounds, nodes = _rounds(threads), CONSTANTS["kNodes"]
+    beyond = sum(max(0, rows**2 - CONSTANTS["kGroupRows"] ** 2) for rows in range(2, T))
     cycles = {
-        "reduction": (T - 2) * LATENCY["reflection"],
+        "reduction": (T - 2) * LATENCY["reflection"] + beyond * LATENCY["entry beyond"],
         "λ_min": rounds * (T * LATENCY["minor"] + LATENCY["round"]),
         "inverse root": LATENCY["node"] + T * LATENCY["pivot"],
         "back": (T - 2) * LATENCY["back"],
@@ -328,6 +337,18 @@ def _weights(T: int, threads: int) -> tuple[float, int, dict[str, float]]:
     # An entry of the reduction: a product, the same two vectors' entries again, and an update of two.
     work = 2.0 * T**3 + 3.0 * rounds * T * min(threads, CONSTANTS["kMaxEigenShifts"]) + 20.0 * T * nodes
     return work, 2 * (T - 2) + rounds + 2 * T, {part: float(n) for part, n in cycles.items()}
+
+
+def _uneven(T: int, threads: int) -> float:
+    """Cycles of the weights of a matrix of full rank whose rows are uneven (csrc/cuda/uneven.cuh), κ(M) about 1e20."""
+    if T < 3:
+        return _weights(T, threads)[2]["jacobi"]
+    cycles = _weights(T, threads)[2]
+    factor = T * LATENCY["pivot of L"] + T**3 / 3 * LATENCY["entry of L"] + T**3 / 6 * LATENCY["product"]
+    twice = cycles["reduction"] + cycles["λ_min"]  # of C and of Lᵀ L
+    turns = int(THRESHOLDS["kNodesPerLog"] * math.log(16e20) / CONSTANTS["kNodes"]) + 1
+    once = cycles["back"] + T * LATENCY["entry of x"] + cycles["rest"]
+    return 2 * twice + factor + turns * cycles["inverse root"] + once
 
 
 def _balance(case: Case) -> Kernel:
@@ -341,6 +362,12 @@ def _combine(case: Case) -> Kernel:
     moved = case.entries + case.entries // case.T
     work = float(case.B) * case.T * case.P
     return Kernel("combine", case.B * _up(case.tiles, max(run, 1)), moved, fma64=work)
+
+
+def _one_block(tasks: int, device: Device) -> bool:
+    """`in_one_block`."""
+    doubles = tasks * (tasks | 1) + 13 * tasks + 32
+    return tasks <= CONSTANTS["kMaxJacobiTasks"] and 8 * doubles <= device.shared
 
 
 def _small(matrices: int, tasks: int, columns: int) -> bool:
@@ -369,7 +396,7 @@ def align(case: Case, device: Device) -> list[Kernel]:
     first = _plan(case, False, device)
     kernels += _gram(case, first, False)
     judged = first.blocks or case.dtype is torch.float64
-    if CONSTANTS["kMaxJacobiTasks"] < case.T:
+    if not _one_block(case.T, device):
         if judged:
             kernels.append(_products("second_pass", case.B, case.T, True))
             kernels += _gram(case, _plan(case, True, device), True)
@@ -532,12 +559,14 @@ def latencies() -> str:
     """The table of what the weights of one matrix wait for on the first device, by Jacobi's rotations and now."""
     clock = DEVICES[0].clock
     parts = list(_weights(3, 64)[2])
-    text = _row(["T", "Jacobi: steps", "µs", "now: steps", "µs", *(f"{part}, 10³ cycles" for part in parts)])
-    text += "|---" * (5 + len(parts)) + "|\n"
-    for T in (3, 8, 10, 16, 32, 64):
+    head = ["T", "Jacobi: steps", "µs", "now: steps", "µs", "uneven rows, µs"]
+    text = _row([*head, *(f"{part}, 10³ cycles" for part in parts)])
+    text += "|---" * (len(head) + len(parts)) + "|\n"
+    for T in (3, 8, 10, 16, 32, 64, 128):
         _, steps, cycles = _weights(T, _threads(T))
         before = _jacobi(T) * next(step for most, step in JACOBI_STEP.items() if most >= T)
-        cells = [T, _jacobi(T), _number(1e6 * before), steps, _number(1e6 * sum(cycles.values()) / clock)]
+        totals = [sum(cycles.values()), _uneven(T, _threads(T))]
+        cells = [T, _jacobi(T), _number(1e6 * before), steps, *(_number(1e6 * n / clock) for n in totals)]
         text += _row([*cells, *(f"{n / 1e3:.1f}" for n in cycles.values())])
     return text
 

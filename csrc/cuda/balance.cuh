@@ -1,15 +1,17 @@
-// Gram matrix -> task weights, T <= 64, one matrix a block: rank, scale and α, eigenvalues where they are wanted, and
+// Gram matrix -> task weights, T <= 128, one matrix a block: rank, scale and α, eigenvalues where they are wanted, and
 // what a second pass over G has to mend. All decisions are taken on the device.
 //
-// Where M has full rank, and no eigenvalues far below its largest, α comes from a tridiagonal matrix (tridiagonal.cuh):
-// T steps that follow each other where Jacobi (eigh.cuh) has some 8 T. Else Jacobi solves M, and where its spectrum
-// alone does not prove full rank, C. Reads T² 8 bytes and writes 2 T 8.
+// Where M has full rank, α comes from a tridiagonal matrix (tridiagonal.cuh): of M itself where no eigenvalues are far
+// below its largest, else of Lᵀ L for M = L Lᵀ (uneven.cuh). T steps that follow each other where Jacobi (eigh.cuh) has
+// some 8 T. Jacobi solves what remains: M, and where its spectrum alone does not prove full rank, C. Reads T² 8 bytes
+// and writes 2 T 8.
 #pragma once
 
 #include "../math/balance.h"
 #include "eigh.cuh"
 #include "gram.cuh"
 #include "tridiagonal.cuh"
+#include "uneven.cuh"
 
 namespace fastmtl::cuda {
 
@@ -20,14 +22,14 @@ enum class Judge {
   range   // float64 entries whose squares over- or underflow; the largest of them is the bound
 };
 
-// Doubles of what a block needs beside the matrix that it solves: eigenvectors, or C, or the terms of S^-1/2.
+// Doubles of what a block needs beside the matrix that it solves: another, and the terms of S^-1/2.
 __host__ __device__ constexpr int64_t balance_scratch(int64_t T) {
-  return T * (T < 2 * kNodes ? 2 * kNodes : jacobi_stride(T));
+  return T * (jacobi_stride(T) + 2 * kNodes);
 }
 
-// The small arrays of Jacobi's way: cosines, sines, and two spectra with their places; or of the tridiagonal way.
+// The small arrays of the tridiagonal way, or of Jacobi's: cosines, sines, and two spectra with their places.
 __host__ __device__ constexpr int64_t balance_arrays(int64_t T) {
-  return reduction_doubles(T) > 7 * kMaxJacobiTasks ? reduction_doubles(T) : 7 * kMaxJacobiTasks;
+  return reduction_doubles(T); // more than 7 (T + 1)
 }
 
 // Shared memory of `balance_block` in bytes; `scratch` where that lies there as well.
@@ -68,19 +70,25 @@ __device__ inline void fill_nan(int T, double* alpha, double* eigenvalues, int64
   }
 }
 
-// One matrix, and the memory for its weights.
+// One matrix, the memory for its weights, and where they go.
 struct Balancing {
   const double* M; // [T, T]
   int T;
-  double down, up; // powers of two: down brings the largest entry near one, and up back
-  double largest;  // diagonal entry
-  double least;    // of λ_min(C)
-  double* A;       // [T, ld]
-  double* arrays;  // balance_arrays
-  double* other;   // balance_scratch
+  double down, up;     // powers of two: down brings the largest entry near one, and up back
+  double largest;      // diagonal entry
+  double smallest;     // likewise
+  double least;        // of λ_min(C)
+  double* A;           // [T, ld]
+  double* arrays;      // balance_arrays
+  double* other;       // balance_scratch
+  double* alpha;       // [T]
+  double* eigenvalues; // [T], descending, or null
 
   __device__ int ld() const {
     return jacobi_stride(T);
+  }
+  __device__ double* terms() const { // [T, 2, kNodes]
+    return other + T * ld();
   }
   // A = M, its largest entry near one. Begins and ends with a barrier.
   __device__ void load() const {
@@ -92,48 +100,141 @@ struct Balancing {
   }
 };
 
-// α of a matrix of full rank, by its tridiagonal form; or false where the rank is not proved, λ_min is too far below
-// λ_max, or λ_min(C) may be no more than `least`. T > 2.
-__device__ inline bool weigh_reduced(const Balancing& b, const Policy& policy, double* alpha) { // [T]
-  const int T = b.T, ld = b.ld(), thread = int(threadIdx.x), threads = int(blockDim.x);
-  const Reduced S{b.arrays, T}, of_rows{b.arrays + Reduced::kArrays * T, T};
-  double *w = b.arrays + 2 * Reduced::kArrays * T, *scratch = w + T;
-  b.load();
-  for (int i = thread; i < T; i += threads) {
-    w[i] = policy.weights ? policy.weights[i] : 1.0 / double(T);
+// What the weights of a matrix of full rank are found in.
+struct Reduction {
+  Reduced S, of_rows;  // of M, or of Lᵀ L, and of C
+  double *w, *scratch; // [T], [2 T + 32]
+
+  __device__ explicit Reduction(const Balancing& b)
+      : S{b.arrays, b.T}, of_rows{b.arrays + Reduced::kArrays * b.T, b.T} {
+    w = b.arrays + 2 * Reduced::kArrays * b.T;
+    scratch = w + b.T;
   }
-  double trace = 0.0;
-  for (int i = 0; i < T; ++i) {
-    trace += b.A[i * ld + i];
-  }
-  __syncthreads();
-  reduce(b.A, ld, S, scratch, w);
-  const double above = above_all(S), smallest = eigenvalue(S, 0, above);
-  const double certain = smallest - kReductionError * double(T) * above;
-  const bool by_gram = policy.rank_rule == RankRule::gram;
-  bool full = by_gram ? certain > above * policy.rtol * policy.rtol
-                      : proves_full_rank(certain, b.largest * b.down, T, policy.rtol);
-  if (!(smallest > 0.0) || (by_gram && !full)) {
-    return false;
-  }
-  bool well_conditioned = certain > b.least * b.largest * b.down;
-  if (!full || !well_conditioned) {
-    scale_rows(b.M, T, policy.zero * sqrt(b.largest), b.other, ld, scratch);
-    reduce(b.other, ld, of_rows, scratch, nullptr);
-    const double most = above_all(of_rows), judged = eigenvalue(of_rows, 0, most);
-    const double proved = judged - kReductionError * double(T) * most;
-    full = full || proved > most * policy.rtol * policy.rtol;
-    well_conditioned = proved > b.least;
-    if (!full || !well_conditioned) {
-      return false;
+  // w becomes what M^-1/2 is applied to.
+  __device__ void take_weights(const Policy& policy) const {
+    for (int i = int(threadIdx.x); i < S.T; i += int(blockDim.x)) {
+      w[i] = policy.weights ? policy.weights[i] : 1.0 / double(S.T);
     }
   }
-  const double s = policy.scale == Scale::min      ? smallest
-                   : policy.scale == Scale::median ? eigenvalue(S, T - 1 - T / 2, above)
-                                                   : trace / double(T);
-  inverse_root(b.A, ld, S, scratch, smallest, above, w, b.other);
+};
+
+// s of M, which S is similar to, all of whose eigenvalues lie between low > 0 and high.
+__device__ inline double full_rank_scale(const Balancing& b, Scale scale, Reduced S, double low, double high) {
+  if (scale == Scale::min) {
+    return low;
+  }
+  if (scale == Scale::median) {
+    return eigenvalue(S, S.T - 1 - S.T / 2, low, high);
+  }
+  double trace = 0.0;
+  for (int i = 0; i < S.T; ++i) {
+    trace += b.M[i * S.T + i] * b.down;
+  }
+  return trace / double(S.T);
+}
+
+// λ_min(C), less what its reduction may have added.
+__device__ inline double least_of_rows(const Balancing& b, const Reduction& of, const Policy& policy, double& most) {
+  scale_rows(b.M, b.T, policy.zero * sqrt(b.largest), b.other, b.ld(), of.scratch);
+  reduce(b.other, b.ld(), of.of_rows, of.scratch, nullptr);
+  most = above_all(of.of_rows);
+  return eigenvalue(of.of_rows, 0, kLeastEigenvalue * most, most) - kReductionError * double(b.T) * most;
+}
+
+// α by M = L Lᵀ, where λ_min(C) is at least `least` > 0; or false where that is not accurate.
+__device__ inline FASTMTL_ONE_COPY bool
+weigh_uneven(const Balancing& b, const Reduction& of, const Policy& policy, double least) {
+  const int T = b.T, ld = b.ld(), thread = int(threadIdx.x), threads = int(blockDim.x);
+  double* rest = of.of_rows.memory; // C's are not needed any more
+  const Factor F{b.A, ld, T, reinterpret_cast<int*>(rest), reinterpret_cast<int*>(rest + T), rest + 2 * T};
+  double *lengths = rest + 3 * T, *y = rest + 4 * T;
+  if (!(b.largest <= kSpectralMaxRatio * b.smallest)) {
+    return false;
+  }
+  b.load();
+  of.take_weights(policy);
+  if (!factor(F)) {
+    return false;
+  }
+  lr_step(F, of.w, b.other, ld, y);
   for (int i = thread; i < T; i += threads) {
-    alpha[i] = sqrt(s) * w[i];
+    lengths[i] = sqrt(b.other[i * ld + i]);
+  }
+  __syncthreads();
+  reduce(b.other, ld, of.S, of.scratch, y);
+  if (!(growth(b.other, ld, of.S, lengths, of.scratch) <= kMaxGrowth)) {
+    return false;
+  }
+  const double above = above_all(of.S), scaled = b.smallest * b.down;
+  const double smallest = eigenvalue(of.S, 0, 0.5 * least * scaled, fmin(above, 2.0 * scaled));
+  if (!(smallest > 0.0)) {
+    return false;
+  }
+  const double s = full_rank_scale(b, policy.scale, of.S, smallest, above);
+  inverse_root(b.other, ld, of.S, of.scratch, smallest, above, y, b.terms());
+  if (thread < 32) {
+    unscale(F, y, lengths);
+  }
+  __syncthreads();
+  // αᵀ M α = s wᵀ w, or something has gone wrong.
+  double form = 0.0, square = 0.0;
+  const auto along = [&](int i, int c) { return b.M[i * T + c] * b.down * lengths[c]; };
+  each_row(0, T, 0, T, along, [&](int i, int lane, double sum) {
+    if (lane == 0) {
+      y[i] = sum * lengths[i];
+    }
+  });
+  __syncthreads();
+  for (int i = 0; i < T; ++i) {
+    form += y[i];
+    square += of.w[i] * of.w[i];
+  }
+  for (int i = thread; i < T; i += threads) {
+    b.alpha[i] = sqrt(s) * lengths[i];
+  }
+  return fabs(form - square) <= kFormError * square;
+}
+
+// α of a matrix of full rank, by a tridiagonal form; or false where the rank is not proved, or λ_min(C) may be no more
+// than `least`, or that form is not accurate. T > 2.
+__device__ inline FASTMTL_ONE_COPY bool weigh_reduced(const Balancing& b, const Policy& policy) {
+  const int T = b.T, ld = b.ld(), thread = int(threadIdx.x), threads = int(blockDim.x);
+  const Reduction of(b);
+  const bool by_gram = policy.rank_rule == RankRule::gram;
+  // Whether an error of eps λ_max / λ_min is none: M has it already, or G's rounding is more.
+  const bool even = b.smallest * kEvenRows >= b.largest || policy.zero > kRounding / kLeastEigenvalue;
+  double smallest = 0.0, above = 0.0;
+  bool full = false, well_conditioned = false;
+  if (even && b.smallest > kLeastEigenvalue * b.largest) {
+    b.load();
+    of.take_weights(policy);
+    __syncthreads();
+    reduce(b.A, ld, of.S, of.scratch, of.w);
+    above = above_all(of.S);
+    smallest = eigenvalue(of.S, 0, kLeastEigenvalue * above, above);
+    const double certain = smallest - kReductionError * double(T) * above;
+    full = by_gram ? certain > above * policy.rtol * policy.rtol
+                   : proves_full_rank(certain, b.largest * b.down, T, policy.rtol);
+    well_conditioned = certain > b.least * b.largest * b.down;
+  }
+  if (by_gram && !full) {
+    return false;
+  }
+  if (!full || !well_conditioned) {
+    double most;
+    const double certain = least_of_rows(b, of, policy, most);
+    full = full || certain > most * policy.rtol * policy.rtol;
+    if (!full || !(certain > b.least)) {
+      return false;
+    }
+    if (!(smallest > 0.0)) {
+      return weigh_uneven(b, of, policy, certain);
+    }
+  }
+  const double s = full_rank_scale(b, policy.scale, of.S, smallest, above);
+  inverse_root(b.A, ld, of.S, of.scratch, smallest, above, of.w, b.terms());
+  for (int i = thread; i < T; i += threads) {
+    b.alpha[i] = sqrt(s) * of.w[i];
   }
   return true;
 }
@@ -173,21 +274,17 @@ __device__ inline void weigh(
 
 // α by all eigenvectors, whatever the rank, which is returned. C is solved where the spectrum of M alone does not prove
 // that all rows are kept, or (`judged`) that λ_min(C) is above `least`: well_conditioned.
-__device__ inline FASTMTL_ONE_COPY int64_t weigh_by_vectors(
-    const Balancing& b,
-    const Policy& policy,
-    bool judged,
-    bool& well_conditioned,
-    double* alpha,         // [T]
-    double* eigenvalues) { // [T], descending, or null
+__device__ inline FASTMTL_ONE_COPY int64_t
+weigh_by_vectors(const Balancing& b, const Policy& policy, bool judged, bool& well_conditioned) {
   const int T = b.T, ld = b.ld(), thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int room = jacobi_array(T);
   double *A = b.A, *V = b.other;
-  double *cosine = b.arrays, *sine = cosine + kMaxJacobiTasks / 2;
-  double* of_rows = sine + kMaxJacobiTasks / 2; // eigenvalues of C
-  int* place = reinterpret_cast<int*>(of_rows + kMaxJacobiTasks);
-  double* own = of_rows + 2 * kMaxJacobiTasks; // eigenvalues of M
-  double* inverse = own + kMaxJacobiTasks;     // 1 / norms of the rows, then factors of the vectors
-  int* own_place = reinterpret_cast<int*>(inverse + kMaxJacobiTasks);
+  double *cosine = b.arrays, *sine = cosine + room / 2;
+  double* of_rows = sine + room / 2; // eigenvalues of C
+  int* place = reinterpret_cast<int*>(of_rows + room);
+  double* own = of_rows + 2 * room; // eigenvalues of M
+  double* inverse = own + room;     // 1 / norms of the rows, then factors of the vectors
+  int* own_place = reinterpret_cast<int*>(inverse + room);
   b.load();
   jacobi(A, ld, V, ld, T, cosine, sine);
   sort(A, ld, T, true, own, own_place);
@@ -211,9 +308,9 @@ __device__ inline FASTMTL_ONE_COPY int64_t weigh_by_vectors(
       }
     }
   }
-  weigh(V, ld, own, own_place, R, T, policy, inverse, alpha);
-  for (int i = thread; eigenvalues && i < T; i += threads) {
-    eigenvalues[i] = own[i];
+  weigh(V, ld, own, own_place, R, T, policy, inverse, b.alpha);
+  for (int i = thread; b.eigenvalues && i < T; i += threads) {
+    b.eigenvalues[i] = own[i];
   }
   return R;
 }
@@ -245,25 +342,26 @@ __device__ inline FASTMTL_ONE_COPY bool balance_block(
     largest = fmax(largest, M[i * T + i]);
     smallest = fmin(smallest, M[i * T + i]);
   }
-  const bool small = smallest < kFloat32Square; // products of float32 may have underflowed
-  // Whether an error of eps λ_max / λ_min is none: M has it already, or G's rounding is more.
-  const bool even = smallest * kEvenRows >= largest || policy.zero > kRounding / kLeastEigenvalue;
-  const bool out_of_range = !(largest > kLeastSquare && largest < kMostSquare);
-  Balancing b{M, T, 1.0, 1.0, largest, judge == Judge::blocks ? least : 0.0};
+  Balancing b{M, T, 1.0, 1.0, largest, smallest, judge == Judge::blocks ? least : 0.0};
   power_of_two(largest, b.down, b.up);
   b.A = reinterpret_cast<double*>(shared);
   b.arrays = b.A + T * b.ld();
   b.other = scratch ? scratch : b.arrays + balance_arrays(T);
+  b.alpha = alpha;
+  b.eigenvalues = eigenvalues;
   int64_t R = T;
   bool well_conditioned = true;
-  if (eigenvalues || T < 3 || !even || !(largest > 0.0) || !weigh_reduced(b, policy, alpha)) {
-    R = weigh_by_vectors(b, policy, judge == Judge::blocks, well_conditioned, alpha, eigenvalues);
+  if (eigenvalues || T < 3 || !(smallest > 0.0) || !weigh_reduced(b, policy)) {
+    R = weigh_by_vectors(b, policy, judge == Judge::blocks, well_conditioned);
   }
   if (threadIdx.x == 0) {
     *rank = R;
   }
   __syncthreads();
-  return judge == Judge::range ? out_of_range : judge == Judge::blocks && (small || !well_conditioned);
+  if (judge == Judge::range) {
+    return !(b.largest > kLeastSquare && b.largest < kMostSquare);
+  }
+  return judge == Judge::blocks && (b.smallest < kFloat32Square || !well_conditioned); // products may have underflowed
 }
 
 } // namespace fastmtl::cuda

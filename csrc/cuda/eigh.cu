@@ -18,10 +18,10 @@ __global__ __launch_bounds__(kMaxJacobiThreads, 2) void eigh(
   const int ld = jacobi_stride(T);
   double* A = reinterpret_cast<double*>(shared); // [T, ld]
   double* cosine = A + T * ld;
-  double* sine = cosine + kMaxJacobiTasks / 2;
-  double* sorted = sine + kMaxJacobiTasks / 2;
-  int* place = reinterpret_cast<int*>(sorted + kMaxJacobiTasks);
-  double* V = vectors_shared ? sorted + 2 * kMaxJacobiTasks : scratch + b * T * T;
+  double* sine = cosine + jacobi_array(T) / 2;
+  double* sorted = sine + jacobi_array(T) / 2;
+  int* place = reinterpret_cast<int*>(sorted + jacobi_array(T));
+  double* V = vectors_shared ? sorted + 2 * jacobi_array(T) : scratch + b * T * T;
   const int next_row = vectors_shared ? ld : T;
   M += b * T * T;
   double poison = 0.0, largest = 0.0;

@@ -1,4 +1,4 @@
-// Symmetric eigenproblems, T <= 64, one matrix a block: two-sided Jacobi in shared memory, round-robin, by the CPU's
+// Symmetric eigenproblems, T <= 128, one matrix a block: two-sided Jacobi in shared memory, round-robin, by the CPU's
 // relative rule |m_ij| <= eps sqrt(|m_ii m_jj|), which keeps the small eigenvalues of a graded matrix accurate (Demmel
 // and Veselić 1992). Convergence is decided on the device.
 //
@@ -13,7 +13,7 @@
 
 namespace fastmtl::cuda {
 
-constexpr int kMaxJacobiTasks = 64;
+constexpr int kMaxJacobiTasks = 128; // of one block; then products take less (fastmtl/ops/reference/products.py)
 
 constexpr int kMaxJacobiThreads = 512;
 
@@ -66,7 +66,7 @@ rotate_block(const At& at, int T, int pk, int qk, int pm, int qm, double ck, dou
 }
 
 // Rotates A [T, ld], entries at most one, until it is diagonal; V [T, next_row] becomes the product of the rotations,
-// or is null. Only the upper triangle of A is used. `cosine`, `sine` [kMaxJacobiTasks / 2] are shared memory.
+// or is null. Only the upper triangle of A is used. `cosine`, `sine` [(T + 1) / 2] are shared memory.
 __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T, double* cosine, double* sine) {
   constexpr int kMaxSweeps = 40;
   const int players = T + T % 2, pairs = players / 2, thread = int(threadIdx.x);
@@ -143,10 +143,15 @@ __device__ inline void jacobi(double* A, int ld, double* V, int next_row, int T,
   __syncthreads();
 }
 
-// Shared memory of `jacobi` and what surrounds it, in doubles: A, V if `vectors`, and kMaxJacobiTasks each of cosines
-// and sines (half of it), eigenvalues, sorted ones, and places.
+// Room for an array [T], and for twice one of T / 2 pairs.
+__host__ __device__ constexpr int jacobi_array(int64_t T) {
+  return int(T + T % 2);
+}
+
+// Shared memory of `jacobi` and what surrounds it, in bytes: A, V if `vectors`, and an array each of cosines and sines
+// (half of it), sorted eigenvalues, and places.
 __host__ __device__ constexpr size_t jacobi_shared(int64_t T, bool vectors) {
-  return (size_t(T) * size_t(jacobi_stride(T)) * (vectors ? 2 : 1) + 4 * kMaxJacobiTasks) * sizeof(double);
+  return (size_t(T) * size_t(jacobi_stride(T)) * (vectors ? 2 : 1) + 3 * jacobi_array(T)) * sizeof(double);
 }
 
 // place[r]: which eigenvalue is the r-th largest (or smallest), ties in order.

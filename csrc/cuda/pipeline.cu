@@ -41,8 +41,7 @@ GramPlan plan_of(const Batch& G, bool exact, const Context& context) {
   // Float64 tensor cores multiply as fast as float32 does elsewhere, and spare a second pass over G and the probe.
   // Where float64 is slow, and for the blocks off the diagonal beyond 64 tasks, float32 comes first.
   // Without columns there is nothing to measure.
-  const bool blocks =
-      !exact && G.columns() > 0 && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kMaxJacobiTasks);
+  const bool blocks = !exact && G.columns() > 0 && !G.has(Dtype::f64) && T > (context.slow_float64 ? 8 : kGroupRows);
   int rows = T <= 2 ? 2 : T <= 4 ? 4 : 8;
   if (blocks) {
     rows = T <= 16 ? 16 : T <= 32 ? 32 : kGroupRows;
@@ -232,6 +231,10 @@ GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context&
     mend(G, pass, M, context);
   }
   return result;
+}
+
+bool in_one_block(int64_t T, const Context& context) {
+  return T <= kMaxJacobiTasks && int64_t(balance_shared(T, false)) <= context.shared_limit;
 }
 
 void balance(

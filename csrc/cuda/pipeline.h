@@ -77,8 +77,11 @@ struct GramResult {
 };
 GramResult gram(const Batch& G, bool exact, Pass pass, double* M, const Context& context);
 
+// Whether one block solves the eigenproblem of so many tasks: M has to fit shared memory.
+bool in_one_block(int64_t T, const Context& context);
+
 void balance(
-    const double* M, // [B, T, T], T <= kMaxJacobiTasks
+    const double* M, // [B, T, T], in one block each
     int64_t B,
     int64_t T,
     const Policy& policy,
@@ -94,7 +97,7 @@ void sign_drop(
     const double* leak,  // [T], or null where nothing leaks
     const Context& context);
 
-// All three, T <= kMaxJacobiTasks.
+// All three; the weights in one block.
 void align(
     const Batch& G,
     const Policy& policy,
@@ -103,7 +106,7 @@ void align(
     const Context& context);
 
 void eigh(
-    const double* M, // [B, T, T], T <= kMaxJacobiTasks
+    const double* M, // [B, T, T], in one block each
     int64_t B,
     int64_t T,
     double* eigenvalues,  // [B, T], ascending

@@ -6,6 +6,8 @@
 
 namespace fastmtl::cuda {
 
+constexpr int64_t kMaxSolverTasks = 64; // of one warp; the CPU has others for more
+
 // `method` is the functor, as bytes: its type is one of each translation unit.
 void launch_solver(
     size_t solver, // in Solvers

@@ -1,9 +1,9 @@
-// Eigenvalues of one symmetric matrix, T <= 64, and M^-1/2 w, by one block, without the eigenvectors: what Aligned-MTL
+// Eigenvalues of one symmetric matrix, T <= 128, and M^-1/2 w, by one block, without the eigenvectors: what Aligned-MTL
 // needs of a matrix of full rank. csrc/cpu/tridiagonal.h does the same for many tasks.
 //
 // M = Q S Qᵀ with S tridiagonal and Q a product of reflections H = I - v vᵀ / h. Eigenvalues of S come by multisection:
 // as many shifts at a time as there are threads, each counts the eigenvalues below its shift by a Sturm sequence.
-// S^-1/2 is a sum of kNodes shifted inverses, a lane each.
+// S^-1/2 is a sum of shifted inverses, kNodes at a time, a lane each.
 //
 // The time is that of the steps that follow each other. T - 2 of the reduction have two barriers, a division and two
 // or three chains of shuffles each, some 600 cycles; a round of multisection T multiply-adds, 10 cycles each, and a
@@ -15,11 +15,12 @@
 
 #include "../math/elliptic.h"
 #include "../math/scaling.h"
-#include "platform.h"
+#include "eigh.cuh"
 
 namespace fastmtl::cuda {
 
-constexpr int kNodes = 32;           // of S^-1/2, a lane each: an error below 1e-12 while λ_max <= 2e8 λ_min
+constexpr int kNodes = 32;           // of S^-1/2 at a time, a lane each
+constexpr double kNodesPerLog = 1.5; // of 16 λ_max / λ_min: an error below 1e-12
 constexpr int kRowLanes = 8;         // that share a row
 constexpr int kMaxEigenShifts = 256; // at a time: more warps would wait for each other's multiply-adds
 constexpr unsigned kWholeWarp = 0xffffffffu;
@@ -78,30 +79,35 @@ __device__ __forceinline__ void each_row(int from, int T, int first, int last, G
 
 // A vector [T] in the registers of a warp, which reflects it.
 struct Held {
-  double low, high;
+  static constexpr int kParts = kMaxJacobiTasks / 32;
+  double part[kParts];
 
-  __device__ Held(const double* x, int T) {
-    const int lane = int(threadIdx.x) % 32;
-    low = lane < T ? x[lane] : 0.0;
-    high = lane + 32 < T ? x[lane + 32] : 0.0;
+  // f(p, i) for the entries i of this lane.
+  template <class F>
+  __device__ __forceinline__ static void each(int T, F f) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const int i = 32 * p + int(threadIdx.x) % 32;
+      if (i < T) {
+        f(p, i);
+      }
+    }
+  }
+  __device__ Held(const double* x, int T) : part{} {
+    each(T, [&](int p, int i) { part[p] = x[i]; });
   }
   __device__ void store(double* x, int T) const {
-    const int lane = int(threadIdx.x) % 32;
-    if (lane < T) {
-      x[lane] = low;
-    }
-    if (lane + 32 < T) {
-      x[lane + 32] = high;
-    }
+    each(T, [&](int p, int i) { x[i] = part[p]; });
   }
   // Reflection k, whose row of the reduced matrix this is.
   __device__ void reflect(const double* row, Reduced S, int k) {
-    const int lane = int(threadIdx.x) % 32;
-    const auto entry = [&](int i) { return i > k && i < S.T ? row[i] + (i == k + 1 ? S.head()[k] : 0.0) : 0.0; };
-    const double v = entry(lane), w = entry(lane + 32);
-    const double along = warp_sum(v * low + w * high, 32) * S.inverse()[k];
-    low -= along * v;
-    high -= along * w;
+    double v[kParts] = {}, along = 0.0;
+    each(S.T, [&](int p, int i) {
+      v[p] = i > k ? row[i] + (i == k + 1 ? S.head()[k] : 0.0) : 0.0;
+      along += v[p] * part[p];
+    });
+    along = warp_sum(along, 32) * S.inverse()[k];
+    each(S.T, [&](int p, int) { part[p] -= along * v[p]; });
   }
 };
 
@@ -128,7 +134,10 @@ __device__ inline void take_diagonals(const double* A, int ld, Reduced S) {
     const double off = i < T - 2 ? -S.head()[i] : i == T - 2 ? A[i * ld + i + 1] : 0.0;
     S.diagonal()[i] = A[i * ld + i];
     S.off()[i] = off;
-    S.square()[i < T - 1 ? i + 1 : 0] = i < T - 1 ? fmax(off * off, kLeastCoupling) : 0.0;
+    // Relative to what it couples, for small entries count as well.
+    const double least =
+        i < T - 1 ? kLeastCoupling * fmax(A[i * ld + i] * A[(i + 1) * ld + i + 1], kLeastCoupling) : 0.0;
+    S.square()[i < T - 1 ? i + 1 : 0] = fmax(i < T - 1 ? off * off : 0.0, least);
   }
 }
 
@@ -202,7 +211,7 @@ __device__ inline double above_all(Reduced S) {
 
 // How many eigenvalues are less than x: the changes of sign of the leading minors of S - x I.
 __device__ inline int count_below(Reduced S, double x) {
-  constexpr int kRescaled = 8; // minors that stay in range: a step multiplies by at most 2^13 and at least some 2^-60
+  constexpr int kRescaled = 4; // minors that stay in range: a step multiplies by at most 2^13 and at least some 2^-160
   const double *diagonal = S.diagonal(), *square = S.square();
   const int T = S.T;
   double minor = 1.0, before = 0.0;
@@ -224,19 +233,18 @@ __device__ inline int count_below(Reduced S, double x) {
 }
 
 // The eigenvalue of S that `index` others are below, to a relative kSmallestWidth and from below; zero where it is less
-// than kLeastEigenvalue `above`, which none exceeds. Every thread gets it. By counts of threads: a barrier a round.
-__device__ inline FASTMTL_ONE_COPY double eigenvalue(Reduced S, int index, double above) {
+// than `low`. It does not exceed `high`. Every thread gets it. By counts of threads: a barrier a round.
+__device__ inline FASTMTL_ONE_COPY double eigenvalue(Reduced S, int index, double low, double high) {
   const int thread = int(threadIdx.x), shifts = min(int(blockDim.x), kMaxEigenShifts);
-  const double doublings = -log2(kLeastEigenvalue);
-  double low = kLeastEigenvalue * above, high = above;
+  const double least = low, doublings = log2(high / low);
   // By factors first, since nobody knows its size.
-  const auto by_factors = [&](int t) { return above * exp2(doublings * (double(t) / double(shifts) - 1.0)); };
+  const auto by_factors = [&](int t) { return least * exp2(doublings * double(t) / double(shifts)); };
   int reached = __syncthreads_count(thread < shifts && count_below(S, by_factors(thread)) <= index);
   if (reached == 0) {
     return 0.0;
   }
   low = by_factors(reached - 1);
-  high = reached < shifts ? by_factors(reached) : above;
+  high = reached < shifts ? by_factors(reached) : high;
   for (int round = 0; round < 16 && high - low > kSmallestWidth * high; ++round) {
     const double step = (high - low) / double(shifts + 1);
     const auto evenly = [&](int t) { return low + step * double(t + 1); };
@@ -260,42 +268,46 @@ __device__ inline FASTMTL_ONE_COPY void inverse_root(
     double* terms) { // [T, 2, kNodes]
   static_assert(kNodes == 32 && 2 * kMaxMeans <= 32);
   const int T = S.T, thread = int(threadIdx.x);
-  __syncthreads();
-  if (thread < kNodes) {
-    double *a = scratch, *b = a + kMaxMeans;
-    const int means = __shfl_sync(kWholeWarp, thread == 0 ? elliptic_means(low, high, a, b) : 0, 0);
-    __syncwarp();
-    const PartialFraction f = inverse_root_fraction(low, high, a, b, means, thread, kNodes);
-    double *z = terms + thread, *pivot = z + kNodes;
-    double inverse = 1.0 / (S.diagonal()[T - 1] + f.t), right = w[T - 1];
-    z[(T - 1) * 2 * kNodes] = right;
-    pivot[(T - 1) * 2 * kNodes] = inverse;
-    for (int i = T - 2; i >= 0; --i) {
-      const double off = S.off()[i], along = off * inverse;
-      z[i * 2 * kNodes] = right = w[i] - along * right;
-      pivot[i * 2 * kNodes] = inverse = 1.0 / (S.diagonal()[i] + f.t - along * off);
+  const int turns = int(kNodesPerLog * log(16.0 * high / low) / double(kNodes)) + 1;
+  double *a = scratch, *b = a + kMaxMeans, *all = scratch + 32; // [T]
+  for (int turn = 0; turn < turns; ++turn) {
+    __syncthreads();
+    if (thread < kNodes) {
+      const int means = __shfl_sync(kWholeWarp, thread == 0 ? elliptic_means(low, high, a, b) : 0, 0);
+      __syncwarp();
+      const PartialFraction f =
+          inverse_root_fraction(low, high, a, b, means, turn * kNodes + thread, int64_t(turns) * kNodes);
+      double *z = terms + thread, *pivot = z + kNodes;
+      double inverse = 1.0 / (S.diagonal()[T - 1] + f.t), right = w[T - 1];
+      z[(T - 1) * 2 * kNodes] = right;
+      pivot[(T - 1) * 2 * kNodes] = inverse;
+      for (int i = T - 2; i >= 0; --i) {
+        const double off = S.off()[i], along = off * inverse;
+        z[i * 2 * kNodes] = right = w[i] - along * right;
+        pivot[i * 2 * kNodes] = inverse = 1.0 / (S.diagonal()[i] + f.t - along * off);
+      }
+      double x = 0.0;
+      for (int i = 0; i < T; ++i) {
+        x = (z[i * 2 * kNodes] - (i > 0 ? S.off()[i - 1] * x : 0.0)) * pivot[i * 2 * kNodes];
+        z[i * 2 * kNodes] = f.c * x;
+      }
     }
-    double x = 0.0;
-    for (int i = 0; i < T; ++i) {
-      x = (z[i * 2 * kNodes] - (i > 0 ? S.off()[i - 1] * x : 0.0)) * pivot[i * 2 * kNodes];
-      z[i * 2 * kNodes] = f.c * x;
-    }
+    __syncthreads();
+    each_row(
+        0,
+        T,
+        0,
+        kNodes,
+        [&](int i, int c) { return terms[i * 2 * kNodes + c]; },
+        [&](int i, int lane, double sum) {
+          if (lane == 0) {
+            all[i] = turn > 0 ? all[i] + sum : sum;
+          }
+        });
   }
   __syncthreads();
-  each_row(
-      0,
-      T,
-      0,
-      kNodes,
-      [&](int i, int c) { return terms[i * 2 * kNodes + c]; },
-      [&](int i, int lane, double sum) {
-        if (lane == 0) {
-          w[i] = sum;
-        }
-      });
-  __syncthreads();
   if (thread < 32) {
-    Held held(w, T);
+    Held held(all, T);
     for (int k = T - 3; k >= 0; --k) {
       held.reflect(A + k * ld, S, k);
     }

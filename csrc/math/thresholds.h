@@ -40,10 +40,10 @@ constexpr double kFormError = 1e-7;             // relative, of αᵀ M α: κ(C
 constexpr double kSmallestWidth = 1e-13;        // relative, of the interval in which λ_min is found
 constexpr double kFractionsError = 1e-14;       // relative, of x^-1/2 as partial fractions: fifty times rounding
 constexpr double kDirectError = 1e-9;           // the same where every term is a factorisation of M
-constexpr double kLeastEigenvalue = 1e-8;       // of λ_max: with less, a GPU's weights take Jacobi's relative accuracy
+constexpr double kLeastEigenvalue = 1e-8;       // of λ_max: with less, a GPU's weights come from L of M = L Lᵀ
 constexpr double kReductionError = 8.0 * kRounding; // times T λ_max: what tridiagonalisation may do to an eigenvalue
-constexpr double kLeastReflected = 0x1p-200;        // squared, beside entries near one: less is not worth a reflection
-constexpr double kLeastCoupling = 0x1p-120; // squared, beside entries near one: a zero would end a Sturm sequence
+constexpr double kLeastReflected = 0x1p-400;        // squared, beside entries near one: less is not worth a reflection
+constexpr double kLeastCoupling = 0x1p-120; // squared, relative to what it couples: a zero would end a Sturm sequence
 constexpr double kMeansEqual = 1e-9;        // relative: the mean of the two means has twice the digits
 constexpr double kRowError = 1e-10;         // of (A + t) x = y, in units of each row: a hundred times growth's
 

@@ -1,6 +1,6 @@
 // The ops on gradients, and on matrices, of CUDA tensors, on the current stream.
 //
-// Nothing waits for the device, but `eigh` for T > 64, as torch.linalg.eigh does.
+// Nothing waits for the device, but `eigh` of many tasks, as torch.linalg.eigh does.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -39,7 +39,7 @@ struct Cuda {
       const Call& call) {
     const int64_t T = M.size(-1), B = M.numel() / (T * T);
     const Policy policy = options.policy(T, M);
-    if (T <= kMaxJacobiTasks) {
+    if (in_one_block(T, call.context())) {
       const Weights weights{
           doubles(alpha),
           eigenvalues ? doubles(*eigenvalues) : nullptr,
@@ -64,7 +64,7 @@ struct Cuda {
 
   static void
   align(const Batch& G, const Options& options, const Policy& policy, const Tensor& like, const Call& call) {
-    if (G.tasks() > kMaxJacobiTasks) {
+    if (!in_one_block(G.tasks(), call.context())) {
       const int64_t B = G.matrices(), T = G.tasks();
       align_many(G, options, empty_float64({B, T, T}, like), empty_float64({B, T}, like), empty_int64({B}, like), call);
     } else {
@@ -80,7 +80,7 @@ struct Cuda {
       const Tensor& alpha,
       const Tensor& rank,
       const Call& call) {
-    if (G.tasks() > kMaxJacobiTasks) {
+    if (!in_one_block(G.tasks(), call.context())) {
       align_many(G, options, M, alpha, rank, call);
       return;
     }
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> eigh_op(const Tensor& M) {
   const Call call(M);
   const int64_t T = M.size(-1);
   const Tensor wide = as_float64(M);
-  if (T > kMaxJacobiTasks) {
+  if (!in_one_block(T, call.context())) {
     const auto [eigenvalues, eigenvectors] = call_op<2>("eigh", on_host(wide));
     return {
         torch::stable::to(eigenvalues, M.scalar_type(), std::nullopt, M.device()),

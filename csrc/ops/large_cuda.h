@@ -1,4 +1,4 @@
-// More tasks than the GPU kernels for Gram matrices take. Aligned-MTL's weights then come from ops in Python that use
+// More tasks than one block solves on a GPU. Aligned-MTL's weights then come from ops in Python that use
 // torch's matrix products and Cholesky factorisations (fastmtl/ops/reference/products.py), without the host waiting.
 // Other solvers run on the CPU, for which the host waits.
 #pragma once
@@ -27,7 +27,7 @@ Argument on_host(const Argument& x) {
 
 template <>
 inline Tensor on_host(const Tensor& x) {
-  return torch::stable::to(x, kHost); // waits: T > 64
+  return torch::stable::to(x, kHost); // waits: many tasks
 }
 
 template <>
@@ -61,7 +61,7 @@ inline std::array<Tensor, 3> balance_many(const Tensor& M, const Options& option
   return call_op<3>("balance_many", M, options.weights, options.scale, options.rtol, options.zero, options.rank_rule);
 }
 
-// `align` for T > 64. Its second pass over G is decided on the device, as for smaller T.
+// `align` of more tasks than one block solves. Its second pass over G is decided on the device, as for fewer.
 inline void align_many(
     const Batch& G,
     const Options& options,

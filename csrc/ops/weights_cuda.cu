@@ -23,7 +23,7 @@ void take_back([[maybe_unused]] const Argument& x, [[maybe_unused]] const Argume
   }
 }
 
-// T > 64: the op on the CPU, M and the other arguments there.
+// Of more than kMaxSolverTasks: the op on the CPU, M and the other arguments there.
 template <class... Option, class... Arguments>
 void solve_on_host(
     const char* name,
@@ -50,7 +50,7 @@ struct Cuda {
   template <class Method, class... Arguments>
   static void
   solve(const Call& call, const Weighing& to, const Method& method, Tensor* residual, const Arguments&... arguments) {
-    if (Method::kManyTasks || to.T <= kMaxJacobiTasks) {
+    if (Method::kManyTasks || to.T <= kMaxSolverTasks) {
       launch_solver(
           method, to.data, to.B, to.T, doubles(to.alpha), residual ? doubles(*residual) : nullptr, call.context());
     } else {

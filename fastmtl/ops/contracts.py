@@ -182,13 +182,13 @@ def align_gram(
 def balance_many(
     M: Tensor, weights: Tensor | None, scale: str, rtol: float, zero: float, rank_rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`balance` as a GPU computes it for T > 64, by matrix products alone. It has no kernel: one version for all."""
+    """`balance` as a GPU computes it for many tasks, by matrix products alone. No kernel: one version for all."""
     return _balanced(M, weights, scale, rtol, zero, rank_rule)
 
 
 @define("(Tensor M, Tensor bound, bool blocks) -> Tensor verdict")
 def second_pass(M: Tensor, bound: Tensor, blocks: bool) -> Tensor:
-    """Whether a GPU with T > 64 has to read G again, and two factors to scale it by, float64 [..., 3]."""
+    """Whether a GPU with many tasks has to read G again, and two factors to scale it by, float64 [..., 3]."""
     arguments.square(M)
     arguments.vector("bound", bound, M.shape[:-2], M)
     return M.new_empty((*M.shape[:-2], 3), dtype=torch.float64)

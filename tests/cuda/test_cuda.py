@@ -320,7 +320,7 @@ def test_nothing_waits(T, weights, dtype):
         for G in calls:
             method(G)
         method.weighting(M)
-        if T <= 64:
+        if T <= 65:
             fastmtl.eigh(M)
 
 

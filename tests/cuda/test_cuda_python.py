@@ -574,7 +574,7 @@ WAITING_CALLS = re.compile(
     r"\b(cudaDeviceSynchronize|cudaStreamSynchronize|cudaEventSynchronize|cudaMemcpy(?=\()|cudaMemset(?=\()"
     r"|cudaMalloc(?=\()|cudaFree(?=\())|\.item\(|\bto\([^;]*\bkHost\b"
 )
-EXCEPTION = "// waits: T > 64"
+EXCEPTION = "// waits: many tasks"
 
 
 def waiting_calls(text):
@@ -607,9 +607,9 @@ def test_what_the_sources_are_searched_for():
     text = """
   cudaStreamSynchronize(stream);
   cudaMemcpyAsync(a, b, n, kind, stream);
-  cudaMemcpy(a, b, n, kind); // waits: T > 64
+  cudaMemcpy(a, b, n, kind); // waits: many tasks
   if (T > 64) {
-    // waits: T > 64
+    // waits: many tasks
     cudaMemcpy(a, b, n, kind);
 
     x.item();

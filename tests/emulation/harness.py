@@ -17,8 +17,9 @@ from helpers import F32, F64, HEADERS, NO_HEADERS, check_guard, guarded
 from parity import Aligned, policy
 from torch import Tensor
 
-# Shared memory that a block can have: compute capability 7.5, where the eigenvectors of many tasks do not fit, and 9.0.
-SMALL_SHARED, LARGE_SHARED = 65536, 232448
+# Shared memory that a block can have: compute capability 7.5, where the eigenvectors of many tasks do not fit, 8.0, and
+# 9.0.
+SMALL_SHARED, MIDDLE_SHARED, LARGE_SHARED = 65536, 166912, 232448
 ORDERS = ("sequential", "reversed", "shuffled")  # of threads
 KERNELS = Path(__file__).with_name("kernels.cpp")
 
@@ -65,7 +66,9 @@ class Device:
         return math.prod(shape) <= 42_000
 
     def takes_spectra(self, T: int) -> bool:
-        return T <= 64  # beyond, torch's own kernels solve the eigenproblem
+        """Beyond, torch's own kernels solve the eigenproblem."""
+        needed = 8 * (T * (T | 1) + 13 * T + 32)
+        return T <= 128 and needed <= self.limit
 
     def blocks(self, T: int, dtype: torch.dtype) -> bool:
         """Whether a Gram need not be exact where blocks in float32 will do."""

@@ -167,6 +167,7 @@ PYBIND11_MODULE(FASTMTL_EMULATION_MODULE, m) {
     const int64_t bounds = result.judge == Judge::blocks ? batch.matrices() : 0;
     return std::vector<double>(result.bound, result.bound + bounds);
   });
+  m.def("in_one_block", [](Session& session, int64_t T) { return in_one_block(T, session.context); });
   m.def(
       "balance",
       [](Session& session,

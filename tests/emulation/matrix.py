@@ -100,8 +100,8 @@ class Matrix:
         self.check(f"{name}: rank", abs(int(rank[0]) - R), 0)
         self.same(name, *outs, M, alpha, rank)
 
-    def align(self, T, P, dtype, device, skip=0, kappa=1.0):
-        name = f"align {T} x {P} {dtype} slow={device[0]} skip={skip} kappa={kappa}"
+    def align(self, T, P, dtype, device, skip=0, kappa=1.0, spread=1.0):
+        name = f"align {T} x {P} {dtype} slow={device[0]} skip={skip} kappa={kappa} spread={spread}"
         rng = np.random.default_rng(T)
         X = rng.standard_normal((T, P))
         if kappa > 1:
@@ -109,7 +109,7 @@ class Matrix:
             V, _ = np.linalg.qr(X.T)
             X = U * np.logspace(0, -np.log10(kappa), T) @ V.T
             X /= np.linalg.norm(X, axis=1, keepdims=True)
-        G = exact(stored(X, dtype), skip)
+        G = exact(stored(X * np.logspace(0, np.log10(spread), T)[:, None], dtype), skip)
         out = exact(np.zeros(P, G.dtype), skip)
         rtol = T * EPS["float32"] if kappa > 1 else max(np.sqrt(T * EPS["float32"]), EPS[dtype] * (dtype != "float64"))
         self.run_align(
@@ -194,6 +194,8 @@ class Matrix:
             self.align(3, 10_951, "float32", device)
             self.align(12, 2777, "float32", device, skip=1)
             self.align(17, 2001, "float32", device, kappa=1e4)
+            self.align(6, 130, "float32", device, spread=1e5)
+            self.align(70, 301, "float32", device, spread=1e5)
             self.ragged(17, self.dtypes, device)
             self.gram(70, 133, "float32", True, device)
             self.gram(130, 133, "float32", False, device)

@@ -261,7 +261,7 @@ int main(int count, char** arguments) {
     }
     for (const bool slow : {false, true}) {
       state.slow_float64 = slow;
-      for (const int64_t T : {2, 12, 40, 64, 70}) {
+      for (const int64_t T : {2, 12, 40, 64, 70, 130}) {
         for (const ScalarType type : {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half}) {
           if (type != ScalarType::Float && op.find("align") == std::string::npos && (slow || T != 12)) {
             continue; // enough of them
