@@ -90,10 +90,10 @@ class Run:
                 continue
             times = [_time(ways, *way) for way in (("fastmtl", "graph"), ("fastmtl", "eager"))]
             theirs = [_time(ways, who, "eager") for who in ("pure", "host")]
-            shape = group.rpartition(" ")[2]
-            T, P = map(int, shape.split("x"))
-            model = cuda_model.modelled(cuda_model.Case(T, P), self.about["card"])
-            rows.append([shape, *map(_us, [*times, *theirs]), *(_ratio(x, times[1]) for x in theirs), model])
+            case = group.removeprefix("cuda many ")
+            T, P = map(int, case.rpartition(" ")[2].split("x"))
+            model = "" if "uneven" in case else cuda_model.modelled(cuda_model.Case(T, P), self.about["card"])
+            rows.append([case, *map(_us, [*times, *theirs]), *(_ratio(x, times[1]) for x in theirs), model])
         head = ["T×P", "µs", "called eagerly", "plain PyTorch", "weights on the host", "× plain", "× host", "model"]
         return _table(head, rows)
 

@@ -33,13 +33,18 @@ GRAMS = {10: 8, 40: 8, 128: 2}  # tasks -> how many Gram matrices: fewer where a
 CHUNK = 1 << 20  # columns that are converted to float64 at a time
 
 
-def matrix(*shape: int, kappa: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random gradients [..., T, P] of condition number about `kappa`, every row a mixture of all directions."""
+def matrix(*shape: int, kappa: float = 1.0, spread: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random gradients [..., T, P] of condition number about `kappa`, every row a mixture of all directions.
+
+    Their norms then spread over a factor `spread`.
+    """
     torch.manual_seed(0)
     G = torch.randn(shape)
     if kappa > 1:
         T = shape[-2]
         G = (torch.linalg.qr(torch.randn(T, T)).Q * kappa ** -torch.linspace(0, 1, T)) @ G
+    if spread > 1:
+        G *= spread ** -torch.linspace(0, 1, shape[-2])[:, None]
     return G.to(dtype)
 
 

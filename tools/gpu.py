@@ -130,8 +130,8 @@ PARTS = (
     ),
     _ops(
         "large T",
-        30,
-        "65 to 1024 tasks beside PyTorch's eigh, and beside the host's weights",
+        33,
+        "65 to 1024 tasks beside PyTorch's eigh, and beside the host's weights; rows as uneven as single examples'",
         "cuda-large.json",
         "many",
     ),
