@@ -130,7 +130,9 @@ def test_rows_that_are_uneven(T, spread, dtype):
         harness.module().set_order(order, T)
         again = Device(limit=limit).balance(G @ G.T, dtype, wanted=False, weights=w, rtol=1e-6)[0]
         assert torch.equal(again, alpha)
-    assert exact_error(G @ G.T, alpha, w) <= 1e-12
+    # Up to here M's own tridiagonal form may have served, with an error of eps κ(M).
+    limit = EPS64 * (5.0 * spread) ** 2 if (5.0 * spread) ** 2 <= 1 / SMALLEST else 0.0
+    assert exact_error(G @ G.T, alpha, w) <= max(limit, 1e-12)
 
 
 UNEVEN = list(HARD)[: list(HARD).index("more tasks than parameters")]
