@@ -163,7 +163,7 @@ def test_many(benchmark: Any, shape: tuple[int, int], spread: float, name: str, 
     if way == "graph" and name != "fastmtl":
         pytest.skip("neither eigh nor a copy to the host can be captured")
     if spread > 1 and name == "pure":
-        pytest.skip("wrong for rows of such norms")
+        pytest.skip("eigh in float32 has no digits left where norms of rows differ by 1e4")
     G = on_gpu(lambda: workloads.matrix(T, P, spread=spread))
     method, out, base = fastmtl.AlignedMTL(), torch.empty(P, device=DEVICE), on_gpu(Pure, (T, P))
 
